@@ -1,0 +1,114 @@
+//! Every way a call can fail, as a sentence that names the argument, its value and what is allowed.
+
+use crate::batch::Tower;
+use crate::dtype::DType;
+
+/// Result of every fallible function of the crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a call was refused. Nothing has been written to any output when one of these is returned.
+#[non_exhaustive]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// An argument has a value outside its domain.
+    #[error("argument `{argument}` is {value}; allowed: {allowed}")]
+    InvalidArgument {
+        /// Name of the argument, as in the signature.
+        argument: &'static str,
+        /// The offending value, with its index where there is one.
+        value: String,
+        /// The domain.
+        allowed: String,
+    },
+    /// An embedding has no direction.
+    #[error(
+        "the {tower} embedding in row {row} has norm zero, so its cosine is undefined; allowed: non-zero rows, \
+         or `ZeroNorm::ZeroGradient` in the options"
+    )]
+    ZeroNorm {
+        /// Which input.
+        tower: Tower,
+        /// Its row.
+        row: usize,
+    },
+    /// An embedding contains NaN or an infinity.
+    #[error("the {tower} embedding in row {row} contains {value} at column {column}; allowed: finite numbers")]
+    NonFinite {
+        /// Which input.
+        tower: Tower,
+        /// Its row.
+        row: usize,
+        /// Its column.
+        column: usize,
+        /// NaN or an infinity.
+        value: f64,
+    },
+    /// A softmax without any term: every negative is masked and the group holds no copy of the positive.
+    #[error(
+        "row {row} has no negative left in group {group} of loss `{loss}`, which holds no copy of the positive, so its \
+         logarithm is undefined; allowed: at least one negative, `positive_copies` of 1 or more, or weight 0 for the row"
+    )]
+    NoNegative {
+        /// Name of the loss.
+        loss: String,
+        /// Index of its group.
+        group: usize,
+        /// Row of the queries.
+        row: usize,
+    },
+    /// The backend does not take this input; another one does.
+    #[error("backend `{backend}` does not support {what}; allowed: {allowed}")]
+    Unsupported {
+        /// Name of the backend.
+        backend: &'static str,
+        /// What it cannot do.
+        what: String,
+        /// What it can do instead.
+        allowed: String,
+    },
+    /// The bound on the workspace is below the smallest plan.
+    #[error(
+        "option `workspace_bytes` is {given}, but the smallest plan for {rows} queries, {passages} passages of dimension {dim} \
+         needs {needed}; allowed: {needed} or more"
+    )]
+    WorkspaceTooSmall {
+        /// The bound the caller set, in bytes.
+        given: usize,
+        /// The least that works, in bytes.
+        needed: usize,
+        /// M.
+        rows: usize,
+        /// N.
+        passages: usize,
+        /// d.
+        dim: usize,
+    },
+    /// The allocator refused.
+    #[error(
+        "out of memory: {bytes} bytes for {purpose} could not be allocated; a smaller `workspace_bytes` or batch may fit"
+    )]
+    OutOfMemory {
+        /// Size of the refused allocation.
+        bytes: usize,
+        /// What it was for.
+        purpose: &'static str,
+    },
+    /// A saved state is used with inputs it was not made from.
+    #[error("the saved state was made from {saved}, but is used with {given}; allowed: the inputs of the forward call")]
+    StateMismatch {
+        /// Description of the inputs that made the state.
+        saved: String,
+        /// Description of the inputs given now.
+        given: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn invalid(argument: &'static str, value: impl Into<String>, allowed: impl Into<String>) -> Self {
+        Self::InvalidArgument { argument, value: value.into(), allowed: allowed.into() }
+    }
+
+    pub(crate) fn dtype(backend: &'static str, dtype: DType, allowed: &str) -> Self {
+        Self::Unsupported { backend, what: format!("embeddings of type {dtype}"), allowed: allowed.into() }
+    }
+}

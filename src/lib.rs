@@ -1,0 +1,29 @@
+//! Fused contrastive losses for dual-encoder retrieval models.
+//!
+//! ```text
+//!  embeddings, ids, weights      loss (preset or custom)      temperature, margin
+//!            │                            │                           │
+//!        batch.rs  ── validation      loss.rs                    options.rs
+//!            └──────────────┬─────────────┴───────────────────────────┘
+//!                       backend: reference (f64, dense) · cpu (tiled, f32)
+//!                           │
+//!        loss, row losses, P@1, MRR, ∂L/∂q, ∂L/∂p, ∂L/∂τ        never a B × B matrix beyond the workspace bound
+//! ```
+
+pub mod batch;
+pub mod dtype;
+pub mod error;
+pub mod loss;
+pub mod mask;
+pub mod options;
+pub mod output;
+
+pub use batch::{Batch, Data, DataMut, Embeddings, EmbeddingsMut, Scope, Tower};
+pub use dtype::{DType, Element};
+pub use error::{Error, Result};
+pub use loss::{Block, Group, Loss};
+pub use options::{Options, ZeroNorm};
+pub use output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, Metrics, TemperatureGradient};
+
+/// The crates whose types appear in this one's signatures.
+pub use half;

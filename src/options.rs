@@ -1,0 +1,91 @@
+//! What a caller may set beside the loss and the batch.
+
+use crate::error::{Error, Result};
+
+/// What to do with an embedding of norm zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum ZeroNorm {
+    /// [`Error::ZeroNorm`] names the row.
+    #[default]
+    Error,
+    /// Its direction counts as 0: all its cosines are 0, and so is its gradient.
+    ZeroGradient,
+}
+
+/// Scalars of a call.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Options {
+    temperature: f64,
+    margin: Option<f64>,
+    zero_norm: ZeroNorm,
+    workspace_bytes: usize,
+}
+
+impl Options {
+    /// Smallest temperature. Below it f32 cosines, which resolve 6e-8, no longer determine the softmax.
+    pub const MIN_TEMPERATURE: f64 = 1e-6;
+    /// Largest temperature.
+    pub const MAX_TEMPERATURE: f64 = 1e6;
+    /// Default bound on the workspace of the CPU backend: 256 MiB.
+    pub const DEFAULT_WORKSPACE_BYTES: usize = 256 << 20;
+
+    /// Softmax temperature τ, from 1e-6 to 1e6; SamToNe uses 0.01. Logits are cosines divided by it.
+    pub fn new(temperature: f64) -> Result<Self> {
+        if !(Self::MIN_TEMPERATURE..=Self::MAX_TEMPERATURE).contains(&temperature) {
+            let allowed = format!("a number from {:e} to {:e}", Self::MIN_TEMPERATURE, Self::MAX_TEMPERATURE);
+            return Err(Error::invalid("temperature", temperature.to_string(), allowed));
+        }
+        Ok(Self {
+            temperature,
+            margin: None,
+            zero_norm: ZeroNorm::Error,
+            workspace_bytes: Self::DEFAULT_WORKSPACE_BYTES,
+        })
+    }
+
+    /// Drops every negative whose cosine exceeds s⁺ᵢ + margin: a filter of false negatives. Of either sign; Qwen3 uses 0.1.
+    pub fn with_margin(mut self, margin: f64) -> Result<Self> {
+        if !margin.is_finite() {
+            return Err(Error::invalid("margin", margin.to_string(), "a finite number"));
+        }
+        self.margin = Some(margin);
+        Ok(self)
+    }
+
+    /// Policy for embeddings of norm zero.
+    pub fn with_zero_norm(mut self, policy: ZeroNorm) -> Self {
+        self.zero_norm = policy;
+        self
+    }
+
+    /// Bound on the memory a backend may take beyond O((M + N)·d). More lets it keep logits instead of computing them twice.
+    pub fn with_workspace_bytes(mut self, bytes: usize) -> Self {
+        self.workspace_bytes = bytes;
+        self
+    }
+
+    /// τ.
+    pub fn temperature(&self) -> f64 {
+        self.temperature
+    }
+
+    /// β = 1/τ.
+    pub fn beta(&self) -> f64 {
+        1.0 / self.temperature
+    }
+
+    /// m, if set.
+    pub fn margin(&self) -> Option<f64> {
+        self.margin
+    }
+
+    /// Policy for embeddings of norm zero.
+    pub fn zero_norm(&self) -> ZeroNorm {
+        self.zero_norm
+    }
+
+    /// Bound on the workspace, in bytes.
+    pub fn workspace_bytes(&self) -> usize {
+        self.workspace_bytes
+    }
+}

@@ -1,0 +1,93 @@
+//! What a call gives back.
+
+use crate::batch::{Batch, EmbeddingsMut};
+use crate::error::{Error, Result};
+
+/// In-batch retrieval quality of one direction. rankᵢ is 1 + the number of kept negatives with a cosine above s⁺ᵢ.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Metrics {
+    /// Σ w̃ᵢ [rankᵢ = 1].
+    pub precision_at_1: f64,
+    /// Σ w̃ᵢ / rankᵢ.
+    pub mrr: f64,
+}
+
+/// The forward results.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Evaluation {
+    /// L = Σ_g c_g Σᵢ w̃ᵢ (ℓ_gi − β s⁺ᵢ), in nats.
+    pub loss: f64,
+    /// Σ_g c_g (ℓ_gi − β s⁺ᵢ) for each of the M rows, without its weight; 0 for a row of weight 0 whose softmax is empty.
+    pub row_losses: Vec<f64>,
+    /// Ranks over block QP.
+    pub query_to_passage: Metrics,
+    /// Ranks over block PQ.
+    pub passage_to_query: Metrics,
+}
+
+/// Derivative of the loss with respect to the temperature, times the upstream gradient.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TemperatureGradient {
+    /// ∂L/∂τ = −β² ∂L/∂β.
+    pub tau: f64,
+    /// ∂L/∂log β = β ∂L/∂β, for trainers that learn a log-scale.
+    pub log_beta: f64,
+}
+
+impl TemperatureGradient {
+    /// From ∂L/∂β.
+    pub(crate) fn from_beta(grad_beta: f64, beta: f64) -> Self {
+        Self { tau: -beta * beta * grad_beta, log_beta: beta * grad_beta }
+    }
+}
+
+/// Gradients with respect to the raw embeddings, f32, row-major and contiguous, times the upstream gradient.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gradients {
+    /// ∂L/∂q, M × d.
+    pub query: Vec<f32>,
+    /// ∂L/∂p, N × d.
+    pub passage: Vec<f32>,
+    /// ∂L/∂τ and ∂L/∂log β.
+    pub temperature: TemperatureGradient,
+}
+
+/// Everything at once.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LossAndGradients {
+    /// Loss, row losses, metrics.
+    pub evaluation: Evaluation,
+    /// Gradients.
+    pub gradients: Gradients,
+}
+
+/// Where gradients go: buffers of the caller, of any type and row stride, or none for a frozen tower, whose share of the
+/// work is then skipped.
+#[derive(Debug, Default)]
+pub struct GradientBuffers<'a> {
+    /// ∂L/∂q, M × d.
+    pub query: Option<EmbeddingsMut<'a>>,
+    /// ∂L/∂p, N × d.
+    pub passage: Option<EmbeddingsMut<'a>>,
+}
+
+impl GradientBuffers<'_> {
+    /// An error unless each buffer has the shape of what it receives.
+    pub(crate) fn expect_shapes(&self, query_rows: usize, batch: &Batch<'_>) -> Result<()> {
+        if let Some(x) = &self.query {
+            x.expect_shape("gradients.query", query_rows, batch.dim())?;
+        }
+        if let Some(x) = &self.passage {
+            x.expect_shape("gradients.passage", batch.passages(), batch.dim())?;
+        }
+        Ok(())
+    }
+}
+
+/// An error unless the upstream gradient is finite.
+pub(crate) fn check_upstream(upstream: f64) -> Result<()> {
+    if !upstream.is_finite() {
+        return Err(Error::invalid("upstream", upstream.to_string(), "a finite number"));
+    }
+    Ok(())
+}
