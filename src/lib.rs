@@ -11,19 +11,24 @@
 //! ```
 
 pub mod batch;
+mod combine;
+pub mod cpu;
 pub mod dtype;
 pub mod error;
 pub mod loss;
 pub mod mask;
 pub mod options;
 pub mod output;
+pub mod partials;
 
 pub use batch::{Batch, Data, DataMut, Embeddings, EmbeddingsMut, Scope, Tower};
+pub use cpu::loss_and_gradients;
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use loss::{Block, Group, Loss};
 pub use options::{Options, ZeroNorm};
 pub use output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, Metrics, TemperatureGradient};
+pub use partials::{ExpSum, Partials};
 
 /// The crates whose types appear in this one's signatures.
 pub use half;

@@ -1,0 +1,355 @@
+//! What happens to a tile of products besides the product: scale, mask, exponentials, sums. One pass over sixteen columns at
+//! a time; the same steps, in the same order, as every other backend's epilogue.
+//!
+//! A tile element pairs index r of one space with index c of another. Seen along the row it is a candidate c of anchor r;
+//! seen down the column a candidate r of anchor c. The two have their own masks, sums and coefficients, and share the cosine.
+
+use super::simd::{Beta, F, LANES, U, dispatch, exp2_scaled, load, load_keys, mask, select, sum};
+use super::state::padded;
+use crate::mask::Key;
+use crate::partials::ExpSum;
+use std::array::from_fn;
+
+/// Indices as anchors: the rows that ask which candidates are their negatives.
+#[derive(Debug, Clone)]
+pub(super) struct Anchors {
+    pub query_key: Vec<u32>,
+    pub passage_key: Vec<u32>,
+    pub row: Vec<u32>,
+    /// Highest cosine kept: +∞ without a margin.
+    pub threshold: Vec<f32>,
+    /// A kept negative above this outranks the positive.
+    pub above: Vec<f32>,
+}
+
+/// Indices as candidates.
+#[derive(Debug, Clone)]
+pub(super) struct Candidates {
+    pub query_key: Vec<u32>,
+    pub passage_key: Vec<u32>,
+    /// The one row that sees the candidate, or [`Candidates::EVERYONE`].
+    pub owner: Vec<u32>,
+}
+
+impl Candidates {
+    pub(super) const EVERYONE: u32 = u32::MAX;
+
+    pub(super) fn new(keys: impl Iterator<Item = Key> + Clone, owners: Option<Vec<i32>>) -> Self {
+        let owner = match owners {
+            Some(owners) => {
+                padded(owners.into_iter().map(|o| u32::try_from(o).unwrap_or(Self::EVERYONE)), Self::EVERYONE)
+            }
+            None => padded(keys.clone().map(|_| Self::EVERYONE), Self::EVERYONE),
+        };
+        Self {
+            query_key: padded(keys.clone().map(|k| k.query), 0),
+            passage_key: padded(keys.map(|k| k.passage), 0),
+            owner,
+        }
+    }
+}
+
+/// All that a tile needs to know of the indices along one of its edges. Every vector has [`LANES`] entries of padding.
+#[derive(Debug, Clone)]
+pub(super) struct Side {
+    /// 1/‖x‖ of the panel's row.
+    pub inverse: Vec<f32>,
+    pub anchors: Anchors,
+    pub candidates: Candidates,
+}
+
+/// Where a tile lies: `rows` × `cols` elements in a buffer of row stride `stride` (a multiple of [`LANES`], at least `cols`).
+#[derive(Clone, Copy)]
+pub(super) struct Tile<'a> {
+    pub rows: usize,
+    pub cols: usize,
+    pub stride: usize,
+    pub row_start: usize,
+    pub col_start: usize,
+    pub row_side: &'a Side,
+    pub col_side: &'a Side,
+    pub beta: Beta,
+}
+
+/// The sums of one tile, along its rows and down its columns.
+#[derive(Debug, Default)]
+pub(super) struct TileSums {
+    pub rows: Vec<ExpSum>,
+    pub rows_above: Vec<u32>,
+    pub cols: Vec<ExpSum>,
+    pub cols_above: Vec<u32>,
+}
+
+/// Coefficients along one edge: the gradient's factor of an anchor is `factor`·2^−`exponent`, so that the exponential times
+/// it is exp2(β' s − exponent)·factor without ever leaving f32. Padded like [`Side`].
+#[derive(Debug, Clone)]
+pub(super) struct Coefficients {
+    exponent: Vec<f32>,
+    factor: Vec<f32>,
+}
+
+impl Coefficients {
+    /// From natural logarithms; −∞ contributes nothing.
+    pub(super) fn new(logs: impl Iterator<Item = f64>) -> Self {
+        const NEVER: f32 = 1e9; // flushes any exponential to 0
+        let (exponent, factor) = logs
+            .map(|log| {
+                let log2 = log * std::f64::consts::LOG2_E;
+                if log2 == f64::NEG_INFINITY {
+                    (NEVER, 0.0)
+                } else {
+                    (-log2.round() as f32, (log2 - log2.round()).exp2() as f32)
+                }
+            })
+            .unzip::<f32, f32, Vec<_>, Vec<_>>();
+        Self { exponent: padded(exponent.into_iter(), NEVER), factor: padded(factor.into_iter(), 0.0) }
+    }
+}
+
+/// The anchor's and the candidates' data of one row against sixteen columns.
+#[derive(Clone, Copy)]
+struct Lookup<'a, 't> {
+    tile: &'t Tile<'a>,
+    r: usize,
+    c: usize,
+    live: usize,
+}
+
+impl Lookup<'_, '_> {
+    /// Candidates c of anchor r.
+    #[inline(always)]
+    fn along_row<const MASKED: bool>(self, s: &F) -> U {
+        if !MASKED {
+            return [u32::MAX; LANES];
+        }
+        let (a, candidates) = (&self.tile.row_side.anchors, &self.tile.col_side.candidates);
+        let (q, p) = (load_keys(&candidates.query_key, self.c), load_keys(&candidates.passage_key, self.c));
+        let owner = load_keys(&candidates.owner, self.c);
+        let (aq, ap, row, threshold) = (a.query_key[self.r], a.passage_key[self.r], a.row[self.r], a.threshold[self.r]);
+        mask(|l| {
+            (q[l] != aq)
+                & (p[l] != ap)
+                & ((owner[l] == Candidates::EVERYONE) | (owner[l] == row))
+                & (s[l] <= threshold)
+                & (l < self.live)
+        })
+    }
+
+    /// Candidate r of anchors c.
+    #[inline(always)]
+    fn down_column<const MASKED: bool>(self, s: &F) -> U {
+        if !MASKED {
+            return [u32::MAX; LANES];
+        }
+        let (a, candidate) = (&self.tile.col_side.anchors, &self.tile.row_side.candidates);
+        let (q, p) = (load_keys(&a.query_key, self.c), load_keys(&a.passage_key, self.c));
+        let (row, threshold) = (load_keys(&a.row, self.c), load(&a.threshold, self.c));
+        let (cq, cp, owner) = (candidate.query_key[self.r], candidate.passage_key[self.r], candidate.owner[self.r]);
+        mask(|l| {
+            (q[l] != cq)
+                & (p[l] != cp)
+                & ((owner == Candidates::EVERYONE) | (row[l] == owner))
+                & (s[l] <= threshold[l])
+                & (l < self.live)
+        })
+    }
+}
+
+/// The chunk with zeros beyond the tile's last column, where the buffer holds whatever an earlier tile left: masks keep such
+/// lanes out of every sum, but 0 times an infinity would still be NaN.
+#[inline(always)]
+fn live_lanes(x: F, live: usize, checked: bool) -> F {
+    if checked { from_fn(|l| if l < live { x[l] } else { 0.0 }) } else { x }
+}
+
+/// Rows after which column sums move from f32 to f64.
+const FLUSH: usize = 64;
+
+dispatch! {
+    /// [1] scales the products in `x` to cosines, in place; [2] masks, finds maxima and ranks; [3] sums exponentials.
+    ///
+    /// `MASKED`: pairs may be masked. `COLS`: columns anchor rows too.
+    pub(super) fn sum_tile<const MASKED, const COLS>(x: &mut [f32], tile: &Tile<'_>) -> TileSums = sum_tile_body
+}
+
+#[inline(always)]
+fn sum_tile_body<const FMA: bool, const MASKED: bool, const COLS: bool>(x: &mut [f32], tile: &Tile<'_>) -> TileSums {
+    let mut out = TileSums {
+        rows: Vec::with_capacity(tile.rows),
+        rows_above: Vec::with_capacity(tile.rows),
+        ..Default::default()
+    };
+    let width = tile.cols.next_multiple_of(LANES);
+    let width_if_cols = if COLS { width } else { 0 };
+    let mut col_max = vec![f32::NEG_INFINITY; width_if_cols];
+    let mut col_above = vec![0_u32; width_if_cols];
+    let mut row_max = Vec::with_capacity(tile.rows);
+    for (r, line) in x.chunks_mut(tile.stride).take(tile.rows).enumerate() {
+        let index = tile.row_start + r;
+        let scale = tile.row_side.inverse[index];
+        let bar = tile.row_side.anchors.above[index];
+        let mut max = [f32::NEG_INFINITY; LANES];
+        let mut above = [0_u32; LANES];
+        let mut chunk = |c: usize, live: usize, checked: bool| {
+            let at = Lookup { tile, r: index, c: tile.col_start + c, live };
+            let inverse = load(&tile.col_side.inverse, at.c);
+            let raw = live_lanes(load(line, c), live, checked);
+            let s: F = from_fn(|l| raw[l] * scale * inverse[l]);
+            line[c..c + LANES].copy_from_slice(&s);
+            let keep = if checked { at.along_row::<true>(&s) } else { at.along_row::<MASKED>(&s) };
+            let kept = select(&keep, &s, f32::NEG_INFINITY);
+            max = from_fn(|l| if kept[l] > max[l] { kept[l] } else { max[l] });
+            above = from_fn(|l| above[l] + u32::from(kept[l] > bar));
+            if COLS {
+                let bars = load(&tile.col_side.anchors.above, at.c);
+                let keep = if checked { at.down_column::<true>(&s) } else { at.down_column::<MASKED>(&s) };
+                let kept = select(&keep, &s, f32::NEG_INFINITY);
+                let (m, a) = (&mut col_max[c..c + LANES], &mut col_above[c..c + LANES]);
+                (0..LANES).for_each(|l| m[l] = if kept[l] > m[l] { kept[l] } else { m[l] });
+                (0..LANES).for_each(|l| a[l] += u32::from(kept[l] > bars[l]));
+            }
+        };
+        let whole = tile.cols - tile.cols % LANES;
+        (0..whole).step_by(LANES).for_each(|c| chunk(c, LANES, false));
+        if whole < tile.cols {
+            chunk(whole, tile.cols - whole, true);
+        }
+        row_max.push(max.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v)));
+        out.rows_above.push(above.iter().sum());
+    }
+
+    let exponent = |max: &f32| if *max == f32::NEG_INFINITY { 0.0 } else { tile.beta.exponent(*max) };
+    let col_exponent: Vec<f32> = col_max.iter().map(exponent).collect();
+    let mut col_sum = vec![0.0_f32; width_if_cols];
+    let mut col_total = vec![0.0_f64; width_if_cols];
+    for (r, line) in x.chunks(tile.stride).take(tile.rows).enumerate() {
+        let index = tile.row_start + r;
+        let k = exponent(&row_max[r]);
+        let mut total = [0.0_f32; LANES];
+        let mut chunk = |c: usize, live: usize, checked: bool| {
+            let at = Lookup { tile, r: index, c: tile.col_start + c, live };
+            let s = live_lanes(load(line, c), live, checked);
+            let keep = if checked { at.along_row::<true>(&s) } else { at.along_row::<MASKED>(&s) };
+            let e = select(&keep, &exp2_scaled::<FMA>(&s, tile.beta, &[k; LANES]), 0.0);
+            total = from_fn(|l| total[l] + e[l]);
+            if COLS {
+                let keep = if checked { at.down_column::<true>(&s) } else { at.down_column::<MASKED>(&s) };
+                let e = select(&keep, &exp2_scaled::<FMA>(&s, tile.beta, &load(&col_exponent, c)), 0.0);
+                let sums = &mut col_sum[c..c + LANES];
+                (0..LANES).for_each(|l| sums[l] += e[l]);
+            }
+        };
+        let whole = tile.cols - tile.cols % LANES;
+        (0..whole).step_by(LANES).for_each(|c| chunk(c, LANES, false));
+        if whole < tile.cols {
+            chunk(whole, tile.cols - whole, true);
+        }
+        out.rows.push(ExpSum::new(sum(&total), k as i32));
+        if COLS && (r % FLUSH == FLUSH - 1 || r + 1 == tile.rows) {
+            for (total, sum) in col_total.iter_mut().zip(&mut col_sum) {
+                *total += f64::from(std::mem::take(sum));
+            }
+        }
+    }
+    if COLS {
+        out.cols =
+            col_total.iter().zip(&col_exponent).take(tile.cols).map(|(s, k)| ExpSum::new(*s, *k as i32)).collect();
+        out.cols_above = col_above[..tile.cols].to_vec();
+    }
+    out
+}
+
+/// Coefficients of both edges; an edge whose block the loss does not use has none.
+pub(super) struct Edges<'a> {
+    pub rows: Option<&'a Coefficients>,
+    pub cols: Option<&'a Coefficients>,
+    /// Whether the column's part counts towards Σ G·s here, rather than where its own row is visited.
+    pub count_cols: bool,
+}
+
+/// Replaces a tile by Ĝ = G/(‖x_r‖‖y_c‖), where G = exp(β s)·([kept for r] a_r + [kept for c] b_c), and returns Σ G·s.
+/// `raw`: the tile still holds products rather than cosines.
+pub(super) fn gradient_tile(x: &mut [f32], tile: &Tile<'_>, edges: &Edges<'_>, masked: bool, raw: bool) -> f64 {
+    if raw {
+        scale_tile(x, tile);
+    }
+    match (edges.rows, edges.cols, masked) {
+        (Some(a), Some(b), true) => gradient::<true, true, true>(x, tile, a, b, edges.count_cols),
+        (Some(a), Some(b), false) => gradient::<false, true, true>(x, tile, a, b, edges.count_cols),
+        (Some(a), None, true) => gradient::<true, true, false>(x, tile, a, a, false),
+        (Some(a), None, false) => gradient::<false, true, false>(x, tile, a, a, false),
+        (None, Some(b), true) => gradient::<true, false, true>(x, tile, b, b, edges.count_cols),
+        (None, Some(b), false) => gradient::<false, false, true>(x, tile, b, b, edges.count_cols),
+        (None, None, _) => {
+            x.fill(0.0);
+            0.0
+        }
+    }
+}
+
+fn scale_tile(x: &mut [f32], tile: &Tile<'_>) {
+    for (r, line) in x.chunks_mut(tile.stride).take(tile.rows).enumerate() {
+        let scale = tile.row_side.inverse[tile.row_start + r];
+        let inverse = &tile.col_side.inverse[tile.col_start..tile.col_start + tile.cols];
+        line.iter_mut().zip(inverse).for_each(|(v, i)| *v = *v * scale * i);
+    }
+}
+
+dispatch! {
+    fn gradient<const MASKED, const ROWS, const COLS>(
+        x: &mut [f32],
+        tile: &Tile<'_>,
+        a: &Coefficients,
+        b: &Coefficients,
+        count_cols: bool,
+    ) -> f64 = gradient_body
+}
+
+#[inline(always)]
+fn gradient_body<const FMA: bool, const MASKED: bool, const ROWS: bool, const COLS: bool>(
+    x: &mut [f32],
+    tile: &Tile<'_>,
+    a: &Coefficients,
+    b: &Coefficients,
+    count_cols: bool,
+) -> f64 {
+    let counted = if count_cols { 1.0_f32 } else { 0.0 };
+    let mut total = 0.0;
+    for (r, line) in x.chunks_mut(tile.stride).take(tile.rows).enumerate() {
+        let index = tile.row_start + r;
+        let scale = tile.row_side.inverse[index];
+        let (row_exponent, row_factor) = ([a.exponent[index]; LANES], a.factor[index]);
+        let mut product = [0.0_f32; LANES];
+        let mut chunk = |c: usize, live: usize, checked: bool| {
+            let at = Lookup { tile, r: index, c: tile.col_start + c, live };
+            let s = live_lanes(load(line, c), live, checked);
+            let inverse = load(&tile.col_side.inverse, at.c);
+            let mut g = [0.0_f32; LANES];
+            let mut count = [0.0_f32; LANES];
+            if ROWS {
+                let keep = if checked { at.along_row::<true>(&s) } else { at.along_row::<MASKED>(&s) };
+                let e = select(&keep, &exp2_scaled::<FMA>(&s, tile.beta, &row_exponent), 0.0);
+                g = from_fn(|l| e[l] * row_factor);
+                count = g;
+            }
+            if COLS {
+                let keep = if checked { at.down_column::<true>(&s) } else { at.down_column::<MASKED>(&s) };
+                let e = select(&keep, &exp2_scaled::<FMA>(&s, tile.beta, &load(&b.exponent, at.c)), 0.0);
+                let factor = load(&b.factor, at.c);
+                let e: F = from_fn(|l| e[l] * factor[l]);
+                g = from_fn(|l| g[l] + e[l]);
+                count = from_fn(|l| count[l] + counted * e[l]);
+            }
+            product = from_fn(|l| product[l] + count[l] * s[l]);
+            let out: F = from_fn(|l| g[l] * scale * inverse[l]);
+            line[c..c + LANES].copy_from_slice(&out);
+        };
+        let whole = tile.cols - tile.cols % LANES;
+        (0..whole).step_by(LANES).for_each(|c| chunk(c, LANES, false));
+        if whole < tile.cols {
+            chunk(whole, tile.cols - whole, true);
+        }
+        total += sum(&product);
+    }
+    total
+}

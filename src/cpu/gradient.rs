@@ -1,0 +1,212 @@
+//! Second pass: gradient tiles, and their products with the raw embeddings of the other edge.
+//!
+//! In waves of as many tiles as the workspace holds: first every tile of the wave becomes Ĝ, each by one worker; then every
+//! block of the outputs collects its tiles in the order of the list, each by one worker. No two workers ever add to the same
+//! number, and the order of every addition is that of the list: same bits for any number of threads and any workspace.
+
+use super::epilogue::{Coefficients, Edges, gradient_tile};
+use super::matmul::{MatRef, multiply};
+use super::plan::{Plan, TileId};
+use super::state::{Space, State};
+use super::sums::{Pool, allocate, products, view};
+use crate::batch::Batch;
+use crate::combine::Combined;
+use crate::error::Result;
+use crate::loss::Block;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Σ Ĝ·x for a range of indices of one space: panels of columns, each row-major, so that a block of rows of one panel is one
+/// slice.
+pub(super) struct Accumulator {
+    data: Vec<f32>,
+    /// Indices it covers.
+    pub range: Range<usize>,
+    dim: usize,
+    width: usize,
+}
+
+impl Accumulator {
+    fn new(range: Range<usize>, dim: usize, width: usize) -> Result<Self> {
+        Ok(Self { data: allocate(range.len() * dim, "the sums of the gradients")?, range, dim, width })
+    }
+
+    fn columns(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (dim, width) = (self.dim, self.width);
+        (0..dim).step_by(width).map(move |start| start..dim.min(start + width))
+    }
+
+    /// Row `index` of the space, panel by panel: (first column, values).
+    pub(super) fn row(&self, index: usize) -> impl Iterator<Item = (usize, &[f32])> {
+        let row = index - self.range.start;
+        self.columns().map(move |c| {
+            let at = self.range.len() * c.start + row * c.len();
+            (c.start, &self.data[at..at + c.len()])
+        })
+    }
+
+    /// Disjoint slices, one for each panel and each of `blocks`, which tile the range.
+    fn split<'a>(&'a mut self, space: Space, blocks: &[(usize, Range<usize>)]) -> Vec<Output<'a>> {
+        let columns: Vec<_> = self.columns().collect();
+        let mut rest = self.data.as_mut_slice();
+        let mut outputs = Vec::with_capacity(columns.len() * blocks.len());
+        for columns in columns {
+            for (block, range) in blocks {
+                let (data, tail) = rest.split_at_mut(range.len() * columns.len());
+                rest = tail;
+                outputs.push(Output { space, block: *block, columns: columns.clone(), data });
+            }
+        }
+        outputs
+    }
+}
+
+/// One block of rows of one panel of an accumulator.
+struct Output<'a> {
+    space: Space,
+    block: usize,
+    columns: Range<usize>,
+    data: &'a mut [f32],
+}
+
+/// A tile seen from one of its edges.
+struct Term {
+    slot: usize,
+    id: TileId,
+    transposed: bool,
+}
+
+/// What the pass leaves for the projection.
+pub(super) struct GradientSums {
+    pub query: Option<Accumulator>,
+    pub passage: Option<Accumulator>,
+    /// ∂L/∂β of the shard's share.
+    pub beta: f64,
+}
+
+/// `store`: the cosines of every tile from the first pass, if they were kept. `wanted`: which towers need gradients.
+pub(super) fn gradients(
+    state: &State,
+    batch: &Batch<'_>,
+    plan: &Plan,
+    combined: &Combined,
+    store: Option<Vec<f32>>,
+    wanted: [bool; 2],
+) -> Result<GradientSums> {
+    let coefficients = Block::ALL.map(|b| coefficients(state, combined, b));
+    let (dim, width) = (state.dim(), plan.width);
+    let accumulator = |wanted: bool, range| wanted.then(|| Accumulator::new(range, dim, width)).transpose();
+    let mut query = accumulator(wanted[0], state.rows.clone())?;
+    let mut passage = accumulator(wanted[1], 0..state.order.len())?;
+
+    let edges = |id: TileId| {
+        let region = plan.region(id);
+        let of = |k: usize| if region.anchors[k] { coefficients[region.blocks[k].index()].as_ref() } else { None };
+        Edges { rows: of(0), cols: of(1), count_cols: region.sum_cols && !plan.on_diagonal(id) }
+    };
+    let raw = store.is_none();
+    // Slot k of the store holds tile k; without a store slots are reused and tiles without any coefficient are left out.
+    let mut work: Vec<(usize, TileId)> = plan.tiles.iter().copied().enumerate().collect();
+    work.retain(|(_, id)| edges(*id).rows.is_some() || edges(*id).cols.is_some());
+    let len = plan.tile_len();
+    let (mut slots, wave_len) = match store {
+        Some(store) => (store, work.len().max(1)),
+        None => {
+            let slots = plan.slots.min(work.len()).max(1);
+            (allocate(slots * len, "tiles of logits")?, slots)
+        }
+    };
+    let pool = Pool::default();
+    let mut beta: f64 = state.rows.clone().map(|i| combined.diagonal[i] * state.positive[i]).sum();
+    for wave in work.chunks(wave_len) {
+        let slot = |position: usize, tile: usize| if raw { position } else { tile };
+        let mut slices: Vec<Option<&mut [f32]>> = slots.chunks_mut(len).map(Some).collect();
+        let jobs: Vec<_> = (wave.iter().enumerate())
+            .filter_map(|(position, &(tile, id))| slices[slot(position, tile)].take().map(|x| (x, id)))
+            .collect();
+        let min_len = plan.min_len(jobs.len());
+        let dots: Vec<f64> = (jobs.into_par_iter().with_min_len(min_len))
+            .map(|(x, id)| {
+                if raw {
+                    pool.with(|s| products(state, batch, plan, id, x, s.panels()));
+                }
+                let (tile, masked) = view(state, plan, id);
+                gradient_tile(x, &tile, &edges(id), masked, raw)
+            })
+            .collect();
+        beta += dots.iter().sum::<f64>();
+
+        let terms = terms(plan, wave.iter().enumerate().map(|(position, &(tile, id))| (slot(position, tile), id)));
+        let outputs = [(Space::Query, &mut query), (Space::Passage, &mut passage)]
+            .into_iter()
+            .filter_map(|(space, accumulator)| accumulator.as_mut().map(|a| (space, a)))
+            .flat_map(|(space, accumulator)| {
+                let all = plan.grid(space).blocks.iter().cloned().enumerate();
+                let range = accumulator.range.clone();
+                let blocks: Vec<_> = all.filter(|(_, b)| range.start <= b.start && b.end <= range.end).collect();
+                accumulator.split(space, &blocks)
+            })
+            .filter(|output| !terms[output.space as usize][output.block].is_empty());
+        let outputs: Vec<_> = outputs.collect();
+        let min_len = plan.min_len(outputs.len());
+        let slots = &slots;
+        outputs.into_par_iter().with_min_len(min_len).for_each(|output| {
+            let terms = &terms[output.space as usize][output.block];
+            pool.with(|scratch| collect(state, batch, plan, slots, terms, output, scratch.panel()));
+        });
+    }
+    Ok(GradientSums { query, passage, beta })
+}
+
+/// Coefficients of a block along the space of its anchors.
+fn coefficients(state: &State, combined: &Combined, block: Block) -> Option<Coefficients> {
+    let logs = &combined.log_coefficients[block.index()];
+    if logs.is_empty() {
+        return None;
+    }
+    Some(match block {
+        Block::QP | Block::QQ => Coefficients::new(logs.iter().copied()),
+        Block::PQ | Block::PP => Coefficients::new(
+            state.order.anchor_row.iter().map(|&row| logs.get(row as usize).copied().unwrap_or(f64::NEG_INFINITY)),
+        ),
+    })
+}
+
+/// For every block of both spaces, the tiles that add to it, in list order.
+fn terms(plan: &Plan, tiles: impl Iterator<Item = (usize, TileId)>) -> [Vec<Vec<Term>>; 2] {
+    let mut terms =
+        [Space::Query, Space::Passage].map(|s| plan.grid(s).blocks.iter().map(|_| Vec::new()).collect::<Vec<_>>());
+    for (slot, id) in tiles {
+        let region = plan.region(id);
+        if region.gradients[0] {
+            terms[region.spaces[0] as usize][id.row].push(Term { slot, id, transposed: false });
+        }
+        // On the diagonal the rows already stand for both: the tile is symmetric.
+        if region.gradients[1] && !plan.on_diagonal(id) {
+            terms[region.spaces[1] as usize][id.col].push(Term { slot, id, transposed: true });
+        }
+    }
+    terms
+}
+
+fn collect(
+    state: &State,
+    batch: &Batch<'_>,
+    plan: &Plan,
+    slots: &[f32],
+    terms: &[Term],
+    output: Output<'_>,
+    scratch: &mut Vec<f32>,
+) {
+    let len = plan.tile_len();
+    for term in terms {
+        let [rows, cols] = plan.ranges(term.id);
+        let tile = MatRef::new(&slots[term.slot * len..(term.slot + 1) * len], rows.len(), cols.len(), plan.tile);
+        let [row_space, col_space] = plan.region(term.id).spaces;
+        let (tile, space, range) =
+            if term.transposed { (tile.transposed(), row_space, rows) } else { (tile, col_space, cols) };
+        let panel = state.panels(space, batch);
+        let panel = panel.panel(range, output.columns.clone(), scratch);
+        multiply(output.data, output.columns.len(), true, tile, panel);
+    }
+}

@@ -1,0 +1,221 @@
+//! The CPU backend: tiles of f32 matrix products over all cores, vectorised exponentials, bounded memory.
+//!
+//! ```text
+//! State      norms, keys, thresholds, order of the passages          O((M+N)·d) work, O(M+N) memory     state.rs, tower.rs
+//! Plan       tiles, stored or recomputed, workspace                                                     plan.rs
+//! [1] sums       products → scale → mask → exponential sums, ranks   3 B²d (one same-tower block)       sums.rs
+//! [2] combine    loss, row losses, metrics, coefficients             O(M)                               ../combine.rs
+//! [3] gradients  (products →) gradient tile → products with Q and P  6 B²d, 9 B²d if recomputed         gradient.rs
+//! [4] project    diagonal, tangent, β, output type                   O((M+N)·d)                         project.rs
+//! ```
+//!
+//! Results have the same bits on every run, for any number of threads. Threads are those of the current rayon pool.
+
+mod epilogue;
+mod gradient;
+mod matmul;
+mod plan;
+mod project;
+mod simd;
+mod state;
+mod sums;
+mod tower;
+
+pub use plan::Plan;
+
+use crate::batch::{Batch, EmbeddingsMut};
+use crate::combine::Combined;
+use crate::error::Result;
+use crate::loss::Loss;
+use crate::options::Options;
+use crate::output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, TemperatureGradient, check_upstream};
+use crate::partials::Partials;
+use state::State;
+use std::ops::Range;
+
+/// Loss, metrics and gradients in one call.
+///
+/// q is M × d, p is N × d, in f32, f16 or bf16; gradients come back as f32, multiplied by `upstream`.
+///
+/// # Errors
+/// [`Error::Unsupported`](crate::Error::Unsupported) for f64, [`Error::NonFinite`](crate::Error::NonFinite) and
+/// [`Error::ZeroNorm`](crate::Error::ZeroNorm) by row, [`Error::NoNegative`](crate::Error::NoNegative),
+/// [`Error::WorkspaceTooSmall`](crate::Error::WorkspaceTooSmall), [`Error::OutOfMemory`](crate::Error::OutOfMemory), and
+/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for an upstream gradient that is not finite.
+pub fn loss_and_gradients(
+    loss: &Loss,
+    batch: &Batch<'_>,
+    options: &Options,
+    upstream: f64,
+) -> Result<LossAndGradients> {
+    let (mut query, mut passage) = gradient_vectors(batch.rows(), batch)?;
+    let buffers = buffers(&mut query, &mut passage, batch)?;
+    let (evaluation, temperature) = loss_and_gradients_into(loss, batch, options, upstream, buffers)?;
+    Ok(LossAndGradients { evaluation, gradients: Gradients { query, passage, temperature } })
+}
+
+/// [`loss_and_gradients`] into buffers of the caller, of any type and row stride; a tower without a buffer is not computed.
+///
+/// # Errors
+/// As [`loss_and_gradients`], and [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a buffer of another shape.
+/// Buffers are written only when nothing can fail any more.
+pub fn loss_and_gradients_into(
+    loss: &Loss,
+    batch: &Batch<'_>,
+    options: &Options,
+    upstream: f64,
+    buffers: GradientBuffers<'_>,
+) -> Result<(Evaluation, TemperatureGradient)> {
+    check_upstream(upstream)?;
+    buffers.expect_shapes(batch.rows(), batch)?;
+    let state = State::new(loss, batch, options, 0..batch.rows())?;
+    let plan = Plan::of(&state, batch)?;
+    let mut store = match plan.stored {
+        true => Some(sums::allocate(plan.slots * plan.tile_len(), "tiles of logits")?),
+        false => None,
+    };
+    let partials = sums::partials(&state, batch, &plan, store.as_deref_mut())?;
+    let combined = state.combine(&partials)?;
+    let temperature = backward(&state, batch, &plan, &combined, store, upstream, buffers)?;
+    Ok((combined.evaluation, temperature))
+}
+
+/// Loss and metrics now, gradients later.
+///
+/// # Errors
+/// As [`loss_and_gradients`].
+pub fn forward(loss: &Loss, batch: &Batch<'_>, options: &Options) -> Result<Forward> {
+    let state = State::new(loss, batch, options, 0..batch.rows())?;
+    let plan = Plan::of(&state, batch)?;
+    let combined = state.combine(&sums::partials(&state, batch, &plan, None)?)?;
+    Ok(Forward { state, combined })
+}
+
+/// What a forward call keeps for its backward call: O(M + N) numbers, no embedding.
+#[derive(Debug, Clone)]
+pub struct Forward {
+    state: State,
+    combined: Combined,
+}
+
+impl Forward {
+    /// Loss, row losses and metrics.
+    pub fn evaluation(&self) -> &Evaluation {
+        &self.combined.evaluation
+    }
+
+    /// Gradients for the embeddings of the forward call, unchanged since, times `upstream`.
+    ///
+    /// # Errors
+    /// [`Error::StateMismatch`](crate::Error::StateMismatch) for a batch of another shape or type; otherwise as
+    /// [`loss_and_gradients`].
+    pub fn backward(&self, batch: &Batch<'_>, upstream: f64) -> Result<Gradients> {
+        let (mut query, mut passage) = gradient_vectors(batch.rows(), batch)?;
+        let temperature = self.backward_into(batch, upstream, buffers(&mut query, &mut passage, batch)?)?;
+        Ok(Gradients { query, passage, temperature })
+    }
+
+    /// [`Forward::backward`] into buffers of the caller.
+    ///
+    /// # Errors
+    /// As [`Forward::backward`] and [`loss_and_gradients_into`].
+    pub fn backward_into(
+        &self,
+        batch: &Batch<'_>,
+        upstream: f64,
+        buffers: GradientBuffers<'_>,
+    ) -> Result<TemperatureGradient> {
+        check_upstream(upstream)?;
+        self.state.expect_batch(batch)?;
+        buffers.expect_shapes(batch.rows(), batch)?;
+        let plan = Plan::of(&self.state, batch)?;
+        backward(&self.state, batch, &plan, &self.combined, None, upstream, buffers)
+    }
+}
+
+/// One shard of a larger batch: a range of its rows against all queries and all passages.
+///
+/// Shards that cover every row once give, together, what one device gives: merge their [`Partials`], evaluate, and add up
+/// their passage and temperature gradients. Each holds the whole batch, since every row meets every column.
+#[derive(Debug, Clone)]
+pub struct Shard<'a> {
+    state: State,
+    batch: Batch<'a>,
+    plan: Plan,
+}
+
+impl<'a> Shard<'a> {
+    /// The shard of `rows` of `batch`; `batch` is the whole one.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a range that is empty or beyond the batch; otherwise as
+    /// [`loss_and_gradients`].
+    pub fn new(loss: &Loss, batch: &Batch<'a>, options: &Options, rows: Range<usize>) -> Result<Self> {
+        let state = State::new(loss, batch, options, rows)?;
+        let plan = Plan::of(&state, batch)?;
+        Ok(Self { state, batch: *batch, plan })
+    }
+
+    /// The shard's share of every row's sums, O(M) numbers.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    pub fn partials(&self) -> Result<Partials> {
+        sums::partials(&self.state, &self.batch, &self.plan, None)
+    }
+
+    /// Loss, row losses and metrics of the whole batch, from the merged partials of all shards.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if they do not cover every row, and
+    /// [`Error::NoNegative`](crate::Error::NoNegative).
+    pub fn evaluate(&self, merged: &Partials) -> Result<Evaluation> {
+        Ok(self.state.combine(merged)?.evaluation)
+    }
+
+    /// Gradients: `query` for the shard's rows (rows.len() × d, complete), `passage` for all passages (N × d) and the
+    /// temperature, both to be added up over the shards.
+    ///
+    /// # Errors
+    /// As [`Shard::evaluate`] and [`loss_and_gradients`].
+    pub fn gradients(&self, merged: &Partials, upstream: f64) -> Result<Gradients> {
+        check_upstream(upstream)?;
+        let combined = self.state.combine(merged)?;
+        let rows = self.state.rows.len();
+        let (mut query, mut passage) = gradient_vectors(rows, &self.batch)?;
+        let buffers = GradientBuffers {
+            query: Some(EmbeddingsMut::new(&mut query, rows, self.batch.dim())?),
+            passage: Some(EmbeddingsMut::new(&mut passage, self.batch.passages(), self.batch.dim())?),
+        };
+        let temperature = backward(&self.state, &self.batch, &self.plan, &combined, None, upstream, buffers)?;
+        Ok(Gradients { query, passage, temperature })
+    }
+}
+
+fn backward(
+    state: &State,
+    batch: &Batch<'_>,
+    plan: &Plan,
+    combined: &Combined,
+    store: Option<Vec<f32>>,
+    upstream: f64,
+    buffers: GradientBuffers<'_>,
+) -> Result<TemperatureGradient> {
+    let wanted = [buffers.query.is_some(), buffers.passage.is_some()];
+    let sums = gradient::gradients(state, batch, plan, combined, store, wanted)?;
+    let temperature = TemperatureGradient::from_beta(upstream * sums.beta, state.options.beta());
+    project::project(state, batch, combined, &sums, upstream, buffers);
+    Ok(temperature)
+}
+
+fn gradient_vectors(rows: usize, batch: &Batch<'_>) -> Result<(Vec<f32>, Vec<f32>)> {
+    let vector = |rows: usize| sums::allocate(rows * batch.dim(), "the gradients");
+    Ok((vector(rows)?, vector(batch.passages())?))
+}
+
+fn buffers<'a>(query: &'a mut [f32], passage: &'a mut [f32], batch: &Batch<'_>) -> Result<GradientBuffers<'a>> {
+    Ok(GradientBuffers {
+        query: Some(EmbeddingsMut::new(query, batch.rows(), batch.dim())?),
+        passage: Some(EmbeddingsMut::new(passage, batch.passages(), batch.dim())?),
+    })
+}

@@ -1,0 +1,116 @@
+//! Last step: the diagonal term, the projection onto the tangent of each embedding, the factor β, and the output type.
+//!
+//! With u the sum over negatives from the gradient pass, already divided by ‖x‖: ∂L/∂x = β (I − x̂x̂ᵀ)(u + Σ D_i ŷ/‖x‖),
+//! where ŷ is the other side of each positive pair that x belongs to.
+
+use super::gradient::{Accumulator, GradientSums};
+use super::state::{Space, State};
+use super::tower::Norms;
+use crate::batch::{Batch, Embeddings, EmbeddingsMut, for_each_dtype};
+use crate::combine::Combined;
+use crate::dtype::Element;
+use crate::output::GradientBuffers;
+use rayon::prelude::*;
+
+/// Writes the gradients; nothing can fail any more.
+pub(super) fn project(
+    state: &State,
+    batch: &Batch<'_>,
+    combined: &Combined,
+    sums: &GradientSums,
+    upstream: f64,
+    buffers: GradientBuffers<'_>,
+) {
+    let factor = upstream * state.options.beta();
+    if let (Some(out), Some(sums)) = (buffers.query, &sums.query) {
+        let (own, other) = (&state.query_norms, &state.passage_norms);
+        write(out, |row, gradient| {
+            let i = state.rows.start + row;
+            add_sum(gradient, sums, i, own.shift.as_ref().map_or(0, |s| s[i]));
+            let n = batch.positive(i);
+            add_scaled(gradient, batch.passage(), n, combined.diagonal[i] * other.inverse[n] * own.inverse[i]);
+            tangent(gradient, batch.query(), i, own, factor);
+        });
+    }
+    if let (Some(out), Some(sums)) = (buffers.passage, &sums.passage) {
+        let (own, other) = (&state.passage_norms, &state.query_norms);
+        let occurrences = Occurrences::new(state);
+        write(out, |n, gradient| {
+            for &index in occurrences.of(n) {
+                let index = index as usize;
+                add_sum(gradient, sums, index, own.shift.as_ref().map_or(0, |s| s[n]));
+                let i = state.anchor_row(Space::Passage, index);
+                if state.rows.contains(&i) {
+                    add_scaled(gradient, batch.query(), i, combined.diagonal[i] * other.inverse[i] * own.inverse[n]);
+                }
+            }
+            tangent(gradient, batch.passage(), n, own, factor);
+        });
+    }
+}
+
+/// The indices behind which each passage stands: one, and one more for every further row that shares it.
+struct Occurrences {
+    start: Vec<u32>,
+    index: Vec<u32>,
+}
+
+impl Occurrences {
+    fn new(state: &State) -> Self {
+        let order = &state.order;
+        let mut start = vec![0_u32; order.passages + 1];
+        (0..order.len()).for_each(|k| start[order.passage(k) + 1] += 1);
+        (0..order.passages).for_each(|n| start[n + 1] += start[n]);
+        let mut next = start.clone();
+        let mut index = vec![0; order.len()];
+        for k in 0..order.len() {
+            let at = &mut next[order.passage(k)];
+            index[*at as usize] = k as u32;
+            *at += 1;
+        }
+        Self { start, index }
+    }
+
+    fn of(&self, passage: usize) -> &[u32] {
+        &self.index[self.start[passage] as usize..self.start[passage + 1] as usize]
+    }
+}
+
+/// Calls `f(row, zeros)` for every row and stores what it leaves there, rounded once.
+fn write(mut out: EmbeddingsMut<'_>, f: impl Fn(usize, &mut [f64]) + Sync) {
+    let (rows, dim, stride) = (out.rows(), out.dim(), out.row_stride());
+    for_each_dtype!(DataMut, out.data_mut(), data => {
+        data.par_chunks_mut(stride).take(rows).enumerate().for_each_init(|| vec![0.0; dim], |gradient, (row, out)| {
+            gradient.fill(0.0);
+            f(row, gradient);
+            out[..dim].iter_mut().zip(gradient.iter()).for_each(|(o, g)| *o = Element::from_f64(*g));
+        });
+    });
+}
+
+fn add_sum(gradient: &mut [f64], sums: &Accumulator, index: usize, shift: i32) {
+    // Panels were read as x·2^−shift, so their norms were too.
+    let scale = f64::from(-shift).exp2();
+    for (start, values) in sums.row(index) {
+        gradient[start..start + values.len()].iter_mut().zip(values).for_each(|(g, v)| *g += scale * f64::from(*v));
+    }
+}
+
+fn add_scaled(gradient: &mut [f64], x: Embeddings<'_>, row: usize, scale: f64) {
+    let range = row * x.row_stride()..row * x.row_stride() + x.dim();
+    for_each_dtype!(Data, x.data(), d => gradient.iter_mut().zip(&d[range]).for_each(|(g, v)| *g += scale * v.to_f64()));
+}
+
+fn tangent(gradient: &mut [f64], x: Embeddings<'_>, row: usize, norms: &Norms, factor: f64) {
+    let inverse = norms.inverse[row];
+    if inverse == 0.0 {
+        return gradient.fill(0.0); // a row without a direction, under `ZeroNorm::ZeroGradient`
+    }
+    let range = row * x.row_stride()..row * x.row_stride() + x.dim();
+    for_each_dtype!(Data, x.data(), d => {
+        let x = &d[range];
+        let along: f64 = gradient.iter().zip(x).map(|(g, v)| g * v.to_f64()).sum();
+        let along = along * inverse * inverse;
+        gradient.iter_mut().zip(x).for_each(|(g, v)| *g = factor * (*g - along * v.to_f64()));
+    });
+}

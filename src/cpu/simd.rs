@@ -1,0 +1,156 @@
+//! Sixteen f32 lanes as arrays. The compiler turns the loops into whatever vectors the target has; the arithmetic, and so
+//! every bit, is the same on all of them (except without fused multiply-add, which only x86 before 2013 lacks).
+
+use std::array::from_fn;
+
+/// Lanes of a chunk: one AVX-512 register, two AVX registers, four NEON registers.
+pub(super) const LANES: usize = 16;
+pub(super) type F = [f32; LANES];
+pub(super) type U = [u32; LANES];
+
+/// All bits set where true.
+#[inline(always)]
+pub(super) fn mask(f: impl Fn(usize) -> bool) -> U {
+    from_fn(|l| u32::from(f(l)).wrapping_neg())
+}
+
+/// `x` where the mask is set, else `other`.
+#[inline(always)]
+pub(super) fn select(mask: &U, x: &F, other: f32) -> F {
+    from_fn(|l| f32::from_bits((x[l].to_bits() & mask[l]) | (other.to_bits() & !mask[l])))
+}
+
+#[inline(always)]
+pub(super) fn load(x: &[f32], at: usize) -> F {
+    from_fn(|l| x[at..at + LANES][l])
+}
+
+#[inline(always)]
+pub(super) fn load_keys(x: &[u32], at: usize) -> U {
+    from_fn(|l| x[at..at + LANES][l])
+}
+
+#[inline(always)]
+fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+    if FMA { a.mul_add(b, c) } else { a * b + c }
+}
+
+/// β·log₂e as two floats whose sum is exact to 2⁻⁴⁸: 1/τ itself must not be rounded, because a logit near 100 multiplies
+/// that error.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Beta {
+    high: f32,
+    low: f32,
+}
+
+impl Beta {
+    pub(super) fn new(beta: f64) -> Self {
+        let exact = beta * std::f64::consts::LOG2_E;
+        let high = exact as f32;
+        Self { high, low: (exact - f64::from(high)) as f32 }
+    }
+
+    /// The integer nearest to β·log₂e·cosine: an offset that f32 holds exactly.
+    pub(super) fn exponent(self, cosine: f32) -> f32 {
+        (self.high * cosine).round()
+    }
+}
+
+/// 2^(s·β·log₂e − k), relative error below 3e-7; 0 below 2⁻¹²⁷. With an integer k the subtraction is exact under fused
+/// multiply-add, so that the only error besides the polynomial's is the rounding of s itself.
+#[inline(always)]
+pub(super) fn exp2_scaled<const FMA: bool>(s: &F, beta: Beta, k: &F) -> F {
+    from_fn(|l| {
+        let x = mul_add::<FMA>(s[l], beta.low, mul_add::<FMA>(s[l], beta.high, -k[l]));
+        exp2::<FMA>(x)
+    })
+}
+
+/// 2^x: nearest integer by a magic constant, degree-6 minimax polynomial on [−½, ½] (relative error 1.9e-9 before rounding),
+/// exponent by integer arithmetic.
+#[inline(always)]
+fn exp2<const FMA: bool>(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5·2²³: adding it leaves the nearest integer in the low mantissa bits
+    let x = x.clamp(-127.0, 127.0);
+    let shifted = x + ROUND;
+    let f = x - (shifted - ROUND);
+    let mut p = 1.534_581_2e-4;
+    for c in [1.339_993_1e-3, 9.618_489e-3, 5.550_328_8e-2, 2.402_264_7e-1, 6.931_472e-1, 1.0] {
+        p = mul_add::<FMA>(p, f, c);
+    }
+    p * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23)
+}
+
+/// Sum in f64, in lane order.
+#[inline(always)]
+pub(super) fn sum(x: &F) -> f64 {
+    x.iter().map(|&v| f64::from(v)).sum()
+}
+
+/// Defines `$name(args)` which runs `$body::<FMA>(args)` compiled for the best instruction set of this processor.
+macro_rules! dispatch {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident<$(const $flag:ident),*>($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty = $body:ident) => {
+        $(#[$doc])*
+        $vis fn $name<$(const $flag: bool),*>($($arg: $ty),*) -> $ret {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[cfg(feature = "avx512")]
+                {
+                    #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,fma")]
+                    fn avx512<$(const $flag: bool),*>($($arg: $ty),*) -> $ret { $body::<true, $($flag),*>($($arg),*) }
+                    if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl")
+                        && is_x86_feature_detected!("avx512dq") && is_x86_feature_detected!("avx512bw")
+                        && is_x86_feature_detected!("fma")
+                    {
+                        // SAFETY: the processor has just been asked for every feature the function enables.
+                        return unsafe { avx512::<$($flag),*>($($arg),*) };
+                    }
+                }
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2<$(const $flag: bool),*>($($arg: $ty),*) -> $ret { $body::<true, $($flag),*>($($arg),*) }
+                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                    // SAFETY: the processor has just been asked for every feature the function enables.
+                    return unsafe { avx2::<$($flag),*>($($arg),*) };
+                }
+                $body::<false, $($flag),*>($($arg),*)
+            }
+            // Every aarch64 has fused multiply-add; elsewhere a fused one in software would be far slower than two roundings.
+            #[cfg(not(target_arch = "x86_64"))]
+            $body::<{ cfg!(target_arch = "aarch64") }, $($flag),*>($($arg),*)
+        }
+    };
+}
+pub(super) use dispatch;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp2_is_accurate_and_flushes() {
+        let mut worst = 0.0_f64;
+        for i in -126_000..=126_000 {
+            let x = i as f32 / 1000.0;
+            for got in [exp2::<true>(x), exp2::<false>(x)] {
+                let want = f64::from(x).exp2();
+                worst = worst.max((f64::from(got) - want).abs() / want);
+            }
+        }
+        assert!(worst < 2e-7, "{worst:e}");
+        assert_eq!([exp2::<true>(-128.0), exp2::<true>(f32::NEG_INFINITY), exp2::<true>(-1e30)], [0.0; 3]);
+        assert_eq!(exp2::<true>(0.0), 1.0);
+    }
+
+    #[test]
+    fn large_logits_keep_their_digits() {
+        // τ = 0.001: s·β·log₂e is near 1440, where one f32 ulp is 1.2e-4.
+        let beta = Beta::new(1000.0);
+        for i in 0..1000 {
+            let s = 0.9 + i as f32 * 1e-4;
+            let k = beta.exponent(s);
+            let got = exp2_scaled::<true>(&[s; LANES], beta, &[k; LANES])[0];
+            let want = (f64::from(s) * 1000.0 * std::f64::consts::LOG2_E - f64::from(k)).exp2();
+            assert!((f64::from(got) / want - 1.0).abs() < 4e-7, "{s}: {got} {want}");
+        }
+    }
+}

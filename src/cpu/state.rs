@@ -1,0 +1,227 @@
+//! Everything about a call that is O(M + N): norms, masks, thresholds, and the order of the passages.
+//!
+//! **Order.** Passages are visited as [anchors | others | extras]: first the positives of the rows, in the order of the
+//! lowest row that owns each; then all other passages; then one repetition of a passage for every further row that shares
+//! it. So every index has at most one anchor row, the anchors are one range, and with π(i) = i the order is the identity.
+
+use super::epilogue::{Anchors, Candidates, Side};
+use super::simd::{Beta, LANES};
+use super::tower::{Norms, Panels, dot};
+use crate::batch::{Batch, Tower};
+use crate::combine::{self, Combined, Rows};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::loss::Loss;
+use crate::mask::{COSINE_TIE, Keys, threshold};
+use crate::options::Options;
+use crate::partials::Partials;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Which of the two towers' index spaces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Space {
+    Query,
+    Passage,
+}
+
+/// The order of the passages.
+#[derive(Debug, Clone)]
+pub(super) struct Order {
+    /// Passage behind each index; `None` for the identity.
+    pub passage: Option<Vec<u32>>,
+    /// Row of the anchor behind each index; rows of `others` are meaningless and never read.
+    pub anchor_row: Vec<u32>,
+    /// Number of anchors A: indices 0..A.
+    pub anchors: usize,
+    /// N: others are A..N, extras N..len.
+    pub passages: usize,
+}
+
+impl Order {
+    fn new(batch: &Batch<'_>) -> Self {
+        let (m, n) = (batch.rows(), batch.passages());
+        let mut owned = vec![false; n];
+        let (mut primary, mut extra) = (Vec::new(), Vec::new());
+        for i in 0..m {
+            let first = !std::mem::replace(&mut owned[batch.positive(i)], true);
+            if first { &mut primary } else { &mut extra }.push(i as u32);
+        }
+        let anchors = primary.len();
+        let passage_of = |rows: &[u32]| rows.iter().map(|&i| batch.positive(i as usize) as u32).collect::<Vec<_>>();
+        let mut passage = passage_of(&primary);
+        passage.extend((0..n as u32).filter(|&p| !owned[p as usize]));
+        passage.extend(passage_of(&extra));
+        let mut anchor_row = primary;
+        anchor_row.resize(n, u32::MAX);
+        anchor_row.extend(extra);
+        let identity = passage.iter().enumerate().all(|(k, &p)| k == p as usize);
+        Self { passage: (!identity).then_some(passage), anchor_row, anchors, passages: n }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.anchor_row.len()
+    }
+
+    pub(super) fn passage(&self, index: usize) -> usize {
+        self.passage.as_ref().map_or(index, |p| p[index] as usize)
+    }
+
+    /// Indices whose anchor rows lie in `rows`, among the primary anchors. Rows ascend there, so this is a range.
+    pub(super) fn anchors_of(&self, rows: &Range<usize>) -> Range<usize> {
+        let below = |bound: usize| self.anchor_row[..self.anchors].partition_point(|&r| (r as usize) < bound);
+        below(rows.start)..below(rows.end)
+    }
+
+    /// Likewise among the extras.
+    pub(super) fn extras_of(&self, rows: &Range<usize>) -> Range<usize> {
+        let below = |bound: usize| self.anchor_row[self.passages..].partition_point(|&r| (r as usize) < bound);
+        self.passages + below(rows.start)..self.passages + below(rows.end)
+    }
+}
+
+/// The state of a call for the rows of one shard.
+#[derive(Debug, Clone)]
+pub(super) struct State {
+    pub loss: Loss,
+    pub options: Options,
+    /// Rows of the shard; all of them for one device.
+    pub rows: Range<usize>,
+    pub query_norms: Norms,
+    pub passage_norms: Norms,
+    pub order: Order,
+    pub query_side: Side,
+    pub passage_side: Side,
+    /// Whether pairs off the diagonal of a matrix of tiles can be masked at all.
+    pub masked: bool,
+    pub beta: Beta,
+    /// s⁺ᵢ of every row.
+    pub positive: Vec<f64>,
+    weight: Vec<f64>,
+    shape: (usize, usize, usize, DType),
+    description: String,
+}
+
+impl State {
+    pub(super) fn new(loss: &Loss, batch: &Batch<'_>, options: &Options, rows: Range<usize>) -> Result<Self> {
+        if batch.dtype() == DType::F64 {
+            return Err(Error::dtype("cpu", DType::F64, "f32, f16 and bf16; the reference takes f64"));
+        }
+        if rows.start >= rows.end || rows.end > batch.rows() {
+            let allowed = format!("a non-empty range within 0..{}", batch.rows());
+            return Err(Error::invalid("rows", format!("{rows:?}"), allowed));
+        }
+        let query_norms = Norms::new(Tower::Query, batch.query(), options.zero_norm())?;
+        let passage_norms = Norms::new(Tower::Passage, batch.passage(), options.zero_norm())?;
+        let order = Order::new(batch);
+        let mut positive = vec![0.0; batch.rows()];
+        positive.par_iter_mut().enumerate().for_each(|(i, s)| {
+            let n = batch.positive(i);
+            *s = dot(batch.query(), i, batch.passage(), n) * query_norms.inverse[i] * passage_norms.inverse[n];
+        });
+
+        let keys = Keys::new(batch);
+        let anchors = |rows: &[u32]| Anchors::new(rows, &keys.rows, &positive, options.margin());
+        let all_rows: Vec<u32> = (0..batch.rows() as u32).collect();
+        let query_side = Side {
+            inverse: padded((0..batch.rows()).map(|i| query_norms.panel_inverse(i)), 0.0),
+            anchors: anchors(&all_rows),
+            candidates: Candidates::new(keys.rows.iter().copied(), None),
+        };
+        let index = || (0..order.len()).map(|k| order.passage(k));
+        let owners = batch.exclusive_owners();
+        let passage_side = Side {
+            inverse: padded(index().map(|n| passage_norms.panel_inverse(n)), 0.0),
+            anchors: anchors(&order.anchor_row),
+            candidates: Candidates::new(
+                index().map(|n| keys.passages[n]),
+                owners.map(|o| index().map(|n| o[n]).collect()),
+            ),
+        };
+        let trivial = batch.query_ids().is_none() && batch.passage_ids().is_none() && order.len() == order.passages;
+        Ok(Self {
+            loss: loss.clone(),
+            options: *options,
+            rows,
+            masked: !trivial || options.margin().is_some() || owners.is_some(),
+            beta: Beta::new(options.beta()),
+            query_norms,
+            passage_norms,
+            order,
+            query_side,
+            passage_side,
+            positive,
+            weight: batch.normalized_weights(),
+            shape: (batch.rows(), batch.passages(), batch.dim(), batch.dtype()),
+            description: batch.describe(),
+        })
+    }
+
+    /// An error unless `batch` has the shape and type the state was made from.
+    pub(super) fn expect_batch(&self, batch: &Batch<'_>) -> Result<()> {
+        if self.shape != (batch.rows(), batch.passages(), batch.dim(), batch.dtype()) {
+            return Err(Error::StateMismatch { saved: self.description.clone(), given: batch.describe() });
+        }
+        Ok(())
+    }
+
+    pub(super) fn dim(&self) -> usize {
+        self.shape.2
+    }
+
+    /// The embeddings behind a space of indices.
+    pub(super) fn panels<'a>(&'a self, space: Space, batch: &Batch<'a>) -> Panels<'a> {
+        match space {
+            Space::Query => Panels { x: batch.query(), norms: &self.query_norms, order: None },
+            Space::Passage => {
+                Panels { x: batch.passage(), norms: &self.passage_norms, order: self.order.passage.as_deref() }
+            }
+        }
+    }
+
+    pub(super) fn side(&self, space: Space) -> &Side {
+        match space {
+            Space::Query => &self.query_side,
+            Space::Passage => &self.passage_side,
+        }
+    }
+
+    /// Row whose anchor the index is.
+    pub(super) fn anchor_row(&self, space: Space, index: usize) -> usize {
+        match space {
+            Space::Query => index,
+            Space::Passage => self.order.anchor_row[index] as usize,
+        }
+    }
+
+    pub(super) fn combine(&self, partials: &Partials) -> Result<Combined> {
+        if partials.rows != self.shape.0 {
+            let given = format!("partials of {} rows", partials.rows);
+            return Err(Error::StateMismatch { saved: self.description.clone(), given });
+        }
+        let beta = self.options.beta();
+        let positive_logit: Vec<f64> = self.positive.iter().map(|s| beta * s).collect();
+        combine::combine(&self.loss, &Rows { positive_logit: &positive_logit, weight: &self.weight }, partials)
+    }
+}
+
+/// A side array with [`LANES`] more entries, so that the last chunk may read past the end.
+pub(super) fn padded<T: Copy>(values: impl Iterator<Item = T>, padding: T) -> Vec<T> {
+    values.chain([padding; LANES]).collect()
+}
+
+impl Anchors {
+    fn new(rows: &[u32], keys: &[crate::mask::Key], positive: &[f64], margin: Option<f64>) -> Self {
+        // An index that anchors no row gets neutral values; regions never read them as anchors.
+        let get = |r: u32| (r as usize) < positive.len();
+        let key = |r: u32, f: fn(&crate::mask::Key) -> u32| if get(r) { f(&keys[r as usize]) } else { 0 };
+        let cosine = |r: u32| if get(r) { positive[r as usize] } else { 1.0 };
+        Self {
+            query_key: padded(rows.iter().map(|&r| key(r, |k| k.query)), 0),
+            passage_key: padded(rows.iter().map(|&r| key(r, |k| k.passage)), 0),
+            row: padded(rows.iter().copied(), 0),
+            threshold: padded(rows.iter().map(|&r| threshold(cosine(r), margin) as f32), 0.0),
+            above: padded(rows.iter().map(|&r| (cosine(r) + COSINE_TIE) as f32), 0.0),
+        }
+    }
+}

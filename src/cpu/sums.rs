@@ -1,0 +1,181 @@
+//! First pass: tiles of cosines → sums of exponentials and ranks of every row.
+
+use super::epilogue::{Tile, TileSums, sum_tile};
+use super::matmul::multiply;
+use super::plan::{Plan, TileId};
+use super::state::State;
+use crate::batch::Batch;
+use crate::error::{Error, Result};
+use crate::loss::Block;
+use crate::partials::Partials;
+use rayon::prelude::*;
+use std::sync::{Mutex, PoisonError};
+
+/// Buffers one worker needs at a time.
+#[derive(Default)]
+pub(super) struct Scratch {
+    tile: Vec<f32>,
+    panels: [Vec<f32>; 2],
+}
+
+/// Scratch of whoever is working; as many as have ever worked at once.
+#[derive(Default)]
+pub(super) struct Pool(Mutex<Vec<Scratch>>);
+
+impl Pool {
+    /// Runs `f` with a scratch of its own.
+    pub(super) fn with<R>(&self, f: impl FnOnce(&mut Scratch) -> R) -> R {
+        let mut scratch = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        let result = f(&mut scratch);
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
+        result
+    }
+}
+
+impl Scratch {
+    /// Both panel buffers.
+    pub(super) fn panels(&mut self) -> &mut [Vec<f32>; 2] {
+        &mut self.panels
+    }
+
+    /// The first of them.
+    pub(super) fn panel(&mut self) -> &mut Vec<f32> {
+        &mut self.panels[0]
+    }
+}
+
+/// `len` zeros, or an error instead of an abort.
+pub(super) fn allocate(len: usize, purpose: &'static str) -> Result<Vec<f32>> {
+    let mut buffer = Vec::new();
+    let bytes = len.saturating_mul(size_of::<f32>());
+    buffer.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { bytes, purpose })?;
+    buffer.resize(len, 0.0);
+    Ok(buffer)
+}
+
+/// x ← X_rows · Y_colsᵀ, products of raw embeddings.
+pub(super) fn products(
+    state: &State,
+    batch: &Batch<'_>,
+    plan: &Plan,
+    id: TileId,
+    x: &mut [f32],
+    panels: &mut [Vec<f32>; 2],
+) {
+    let [row_space, col_space] = plan.region(id).spaces;
+    let [rows, cols] = plan.ranges(id);
+    let (left, right) = (state.panels(row_space, batch), state.panels(col_space, batch));
+    let dim = state.dim();
+    let step = if left.is_direct() && right.is_direct() { dim } else { plan.width };
+    let [left_buffer, right_buffer] = panels;
+    for start in (0..dim).step_by(step) {
+        let chunk = start..dim.min(start + step);
+        let a = left.panel(rows.clone(), chunk.clone(), left_buffer);
+        let b = right.panel(cols.clone(), chunk, right_buffer);
+        multiply(x, plan.tile, start > 0, a, b.transposed());
+    }
+}
+
+/// The epilogue's view of a tile, and whether any of its pairs can be masked.
+pub(super) fn view<'a>(state: &'a State, plan: &Plan, id: TileId) -> (Tile<'a>, bool) {
+    let [row_space, col_space] = plan.region(id).spaces;
+    let [rows, cols] = plan.ranges(id);
+    // Default keys mask a pair only where both indices are the same: the order of the passages sees to it.
+    let masked = state.masked || (rows.start < cols.end && cols.start < rows.end);
+    let tile = Tile {
+        rows: rows.len(),
+        cols: cols.len(),
+        stride: plan.tile,
+        row_start: rows.start,
+        col_start: cols.start,
+        row_side: state.side(row_space),
+        col_side: state.side(col_space),
+        beta: state.beta,
+    };
+    (tile, masked)
+}
+
+fn visit(
+    state: &State,
+    batch: &Batch<'_>,
+    plan: &Plan,
+    id: TileId,
+    x: &mut [f32],
+    panels: &mut [Vec<f32>; 2],
+) -> TileSums {
+    products(state, batch, plan, id, x, panels);
+    let (tile, masked) = view(state, plan, id);
+    let cols = plan.region(id).sum_cols && !plan.on_diagonal(id);
+    match (masked, cols) {
+        (true, true) => sum_tile::<true, true>(x, &tile),
+        (true, false) => sum_tile::<true, false>(x, &tile),
+        (false, true) => sum_tile::<false, true>(x, &tile),
+        (false, false) => sum_tile::<false, false>(x, &tile),
+    }
+}
+
+/// All sums of the shard. `store`, if given, has room for every tile and receives their cosines.
+pub(super) fn partials(
+    state: &State,
+    batch: &Batch<'_>,
+    plan: &Plan,
+    mut store: Option<&mut [f32]>,
+) -> Result<Partials> {
+    let mut out = Partials::new(batch.rows(), |b| state.loss.uses(b), state.rows.clone());
+    let pool = Pool::default();
+    let len = plan.tile_len();
+    let per_wave = plan.sum_wave();
+    for (w, wave) in plan.tiles.chunks(per_wave).enumerate() {
+        let min_len = plan.min_len(wave.len());
+        let sums: Vec<TileSums> = match &mut store {
+            Some(store) => store[w * per_wave * len..]
+                .par_chunks_mut(len)
+                .zip(wave)
+                .with_min_len(min_len)
+                .map(|(x, &id)| pool.with(|s| visit(state, batch, plan, id, x, &mut s.panels)))
+                .collect(),
+            None => wave
+                .par_iter()
+                .with_min_len(min_len)
+                .map(|&id| {
+                    pool.with(|s| {
+                        s.tile.resize(len, 0.0);
+                        visit(state, batch, plan, id, &mut s.tile, &mut s.panels)
+                    })
+                })
+                .collect(),
+        };
+        // One thread merges, in the order of the tiles: O(edge) work for each against O(edge²·d) above.
+        for (&id, sums) in wave.iter().zip(&sums) {
+            merge(&mut out, state, plan, id, sums);
+        }
+    }
+    Ok(out)
+}
+
+fn merge(out: &mut Partials, state: &State, plan: &Plan, id: TileId, tile: &TileSums) {
+    let region = plan.region(id);
+    let edges = [(&tile.rows, &tile.rows_above), (&tile.cols, &tile.cols_above)];
+    for (edge, (sums, above)) in edges.into_iter().enumerate() {
+        if !region.anchors[edge] {
+            continue;
+        }
+        let (space, block, range) = (region.spaces[edge], region.blocks[edge], &plan.ranges(id)[edge]);
+        // Ranks belong to the two directions of retrieval, not to same-tower blocks.
+        let mut ranks = match block {
+            Block::QP => Some(&mut out.above[0]),
+            Block::PQ => Some(&mut out.above[1]),
+            Block::QQ | Block::PP => None,
+        };
+        let into = &mut out.sums[block.index()];
+        for ((index, sum), above) in range.clone().zip(sums).zip(above) {
+            let row = state.anchor_row(space, index);
+            if let Some(into) = into.get_mut(row) {
+                into.merge(*sum);
+            }
+            if let Some(ranks) = &mut ranks {
+                ranks[row] += above;
+            }
+        }
+    }
+}

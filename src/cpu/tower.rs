@@ -1,0 +1,135 @@
+//! Raw embeddings as the passes read them: norms first, then f32 panels, without a copy where none is needed.
+
+use super::matmul::MatRef;
+use crate::batch::{Data, Embeddings, Tower, for_each_dtype};
+use crate::dtype::Element;
+use crate::error::{Error, Result};
+use crate::options::ZeroNorm;
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Norms outside 2^±RANGE make an f32 product of two raw embeddings lose bits or overflow; such a tower is read scaled.
+const RANGE: i32 = 30;
+
+/// What is known of one tower's rows: O(rows), independent of the borrow of the embeddings.
+#[derive(Debug, Clone)]
+pub(super) struct Norms {
+    /// 1/‖x‖ of each row; 0 for a row of norm zero under [`ZeroNorm::ZeroGradient`].
+    pub inverse: Vec<f64>,
+    /// Exponent e of each row, read as x·2^−e; `None` where every row is read as it is.
+    pub shift: Option<Vec<i32>>,
+}
+
+impl Norms {
+    /// Squares are summed in f64, which neither overflows nor underflows for any f32.
+    pub(super) fn new(tower: Tower, x: Embeddings<'_>, policy: ZeroNorm) -> Result<Self> {
+        let mut inverse = vec![0.0; x.rows()];
+        inverse.par_iter_mut().enumerate().for_each(|(row, inverse)| *inverse = sum_of_squares(x, row));
+        let mut wild = false;
+        for (row, value) in inverse.iter_mut().enumerate() {
+            if !value.is_finite() {
+                // Squares of finite f32 numbers stay finite in f64, so the row itself holds NaN or an infinity.
+                let bad = x.row_to_f64(row).into_iter().enumerate().find(|(_, v)| !v.is_finite());
+                let (column, value) = bad.unwrap_or((0, *value));
+                return Err(Error::NonFinite { tower, row, column, value });
+            }
+            if *value == 0.0 {
+                match policy {
+                    ZeroNorm::Error => return Err(Error::ZeroNorm { tower, row }),
+                    ZeroNorm::ZeroGradient => continue,
+                }
+            }
+            let norm = value.sqrt();
+            wild |= norm.log2().abs() > f64::from(RANGE);
+            *value = 1.0 / norm;
+        }
+        let shift =
+            wild.then(|| inverse.iter().map(|i| if *i == 0.0 { 0 } else { -i.log2().round() as i32 }).collect());
+        Ok(Self { inverse, shift })
+    }
+
+    /// 1/‖x·2^−e‖ of row `row`: what scales a product of panels to a cosine.
+    pub(super) fn panel_inverse(&self, row: usize) -> f32 {
+        (self.inverse[row] * self.shift.as_ref().map_or(1.0, |s| f64::from(s[row]).exp2())) as f32
+    }
+}
+
+fn sum_of_squares(x: Embeddings<'_>, row: usize) -> f64 {
+    let range = row * x.row_stride()..row * x.row_stride() + x.dim();
+    for_each_dtype!(Data, x.data(), d => lanes(&d[range], |v| { let v = v.to_f64(); v * v }))
+}
+
+/// x_row · y_row in f64.
+pub(super) fn dot(x: Embeddings<'_>, x_row: usize, y: Embeddings<'_>, y_row: usize) -> f64 {
+    let range = |m: &Embeddings<'_>, row: usize| row * m.row_stride()..row * m.row_stride() + m.dim();
+    match (x.data(), y.data()) {
+        (Data::F32(a), Data::F32(b)) => {
+            let (a, b) = (&a[range(&x, x_row)], &b[range(&y, y_row)]);
+            let mut sums = [0.0; 8];
+            let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
+            let tail =
+                a8.remainder().iter().zip(b8.remainder()).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+            for (a, b) in a8.zip(b8) {
+                (0..8).for_each(|l| sums[l] += f64::from(a[l]) * f64::from(b[l]));
+            }
+            sums.iter().sum::<f64>() + tail
+        }
+        _ => x.row_to_f64(x_row).iter().zip(y.row_to_f64(y_row)).map(|(a, b)| a * b).sum(),
+    }
+}
+
+/// Sum of f over the elements with eight running sums, so that it vectorises.
+fn lanes<T: Element>(x: &[T], f: impl Fn(T) -> f64) -> f64 {
+    let mut sums = [0.0; 8];
+    let chunks = x.chunks_exact(8);
+    let tail: f64 = chunks.remainder().iter().map(|v| f(*v)).sum();
+    for chunk in chunks {
+        (0..8).for_each(|l| sums[l] += f(chunk[l]));
+    }
+    sums.iter().sum::<f64>() + tail
+}
+
+/// One tower in the index space of the tiles.
+#[derive(Clone, Copy)]
+pub(super) struct Panels<'a> {
+    pub x: Embeddings<'a>,
+    pub norms: &'a Norms,
+    /// Row of `x` behind each index; `None` for the identity.
+    pub order: Option<&'a [u32]>,
+}
+
+impl<'a> Panels<'a> {
+    /// Whether panels are views of the caller's memory.
+    pub(super) fn is_direct(&self) -> bool {
+        matches!(self.x.data(), Data::F32(_)) && self.norms.shift.is_none() && self.order.is_none()
+    }
+
+    /// Rows `rows` (indices of the space) and columns `cols` as f32: a view where possible, else widened into `scratch`.
+    pub(super) fn panel<'s>(&self, rows: Range<usize>, cols: Range<usize>, scratch: &'s mut Vec<f32>) -> MatRef<'s>
+    where
+        'a: 's,
+    {
+        let stride = self.x.row_stride();
+        if let (Data::F32(data), true) = (self.x.data(), self.is_direct()) {
+            return MatRef::new(&data[rows.start * stride + cols.start..], rows.len(), cols.len(), stride);
+        }
+        scratch.resize(rows.len() * cols.len(), 0.0);
+        for (out, index) in scratch.chunks_exact_mut(cols.len()).zip(rows.clone()) {
+            let row = self.order.map_or(index, |o| o[index] as usize);
+            let at = row * stride + cols.start..row * stride + cols.end;
+            match self.x.data() {
+                Data::F64(x) => out.iter_mut().zip(&x[at]).for_each(|(o, v)| *o = *v as f32),
+                Data::F32(x) => out.copy_from_slice(&x[at]),
+                Data::F16(x) => x[at].convert_to_f32_slice(out),
+                Data::BF16(x) => out.iter_mut().zip(&x[at]).for_each(|(o, v)| *o = v.to_f32()),
+            }
+            if let Some(shift) = &self.norms.shift {
+                // In f64: 2^−e alone can exceed f32 for a subnormal row.
+                let scale = f64::from(-shift[row]).exp2();
+                out.iter_mut().for_each(|v| *v = (f64::from(*v) * scale) as f32);
+            }
+        }
+        MatRef::new(scratch, rows.len(), cols.len(), cols.len())
+    }
+}
