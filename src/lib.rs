@@ -10,6 +10,7 @@
 //!        loss, row losses, P@1, MRR, ∂L/∂q, ∂L/∂p, ∂L/∂τ        never a B × B matrix beyond the workspace bound
 //! ```
 
+pub mod backend;
 pub mod batch;
 pub mod dtype;
 pub mod error;
@@ -17,6 +18,7 @@ pub mod loss;
 pub mod mask;
 pub mod options;
 pub mod output;
+pub mod reference;
 
 pub use batch::{Batch, Data, DataMut, Embeddings, EmbeddingsMut, Scope, Tower};
 pub use dtype::{DType, Element};
