@@ -10,6 +10,7 @@
 //!        loss, row losses, P@1, MRR, ∂L/∂q, ∂L/∂p, ∂L/∂τ        never a B × B matrix beyond the workspace bound
 //! ```
 
+pub mod backend;
 pub mod batch;
 mod combine;
 pub mod cpu;
@@ -20,6 +21,7 @@ pub mod mask;
 pub mod options;
 pub mod output;
 pub mod partials;
+pub mod reference;
 
 pub use batch::{Batch, Data, DataMut, Embeddings, EmbeddingsMut, Scope, Tower};
 pub use cpu::loss_and_gradients;

@@ -1,0 +1,186 @@
+//! Comparison of what a backend gave with what the definition says. A check passes if `difference <= allowed`, so NaN fails.
+
+use super::case::Expected;
+use super::problem::{Outputs, Problem};
+use super::tolerance::{GOLDEN, Tolerance};
+use samtone::{DType, Evaluation};
+use std::fmt;
+
+/// One output, compared.
+#[derive(Debug, Clone)]
+pub struct Check {
+    pub output: &'static str,
+    /// Distance of the two, in the measure of this output.
+    pub difference: f64,
+    /// The largest distance that passes.
+    pub allowed: f64,
+    /// Size of the wanted output in the same measure.
+    pub size: f64,
+    /// The entry that is furthest off: index, got, want.
+    pub worst: (usize, f64, f64),
+}
+
+impl Check {
+    pub fn passed(&self) -> bool {
+        self.difference <= self.allowed
+    }
+
+    /// The difference relative to the size of the output.
+    pub fn relative(&self) -> f64 {
+        ratio(self.difference, self.size)
+    }
+
+    /// The allowed difference relative to the size of the output.
+    pub fn tolerance(&self) -> f64 {
+        ratio(self.allowed, self.size)
+    }
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (index, got, want) = self.worst;
+        write!(
+            f,
+            "{} is off by {:.2e} relative, allowed {:.2e}; worst at index {index}: got {got:e}, want {want:e}",
+            self.output,
+            self.relative(),
+            self.tolerance()
+        )
+    }
+}
+
+fn ratio(x: f64, size: f64) -> f64 {
+    if x == 0.0 { 0.0 } else { x / size }
+}
+
+/// Index, got and want of the entry with the largest |got − want|·factor; a NaN outranks every number.
+fn worst(got: &[f64], want: &[f64], factor: impl Fn(usize) -> f64) -> (usize, f64, f64) {
+    let mut found = (0, 0.0);
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        let distance = (g - w).abs() * factor(i);
+        if distance > found.1 || distance.is_nan() {
+            found = (i, distance);
+            if distance.is_nan() {
+                break;
+            }
+        }
+    }
+    (found.0, got.get(found.0).copied().unwrap_or(f64::NAN), want.get(found.0).copied().unwrap_or(f64::NAN))
+}
+
+/// Largest difference, relative to the largest entry of `want`. Lengths that differ never pass.
+pub fn entrywise(output: &'static str, got: &[f64], want: &[f64], tolerance: f64) -> Check {
+    let size = want.iter().fold(0.0_f64, |max, w| max.max(w.abs()));
+    let worst = worst(got, want, |_| 1.0);
+    let difference = if got.len() == want.len() { (worst.1 - worst.2).abs() } else { f64::NAN };
+    Check { output, difference, allowed: tolerance * size, size, worst }
+}
+
+/// Reference against a file: every output to [`GOLDEN`], relative to its largest entry.
+pub fn against_golden(got: &Outputs, want: &Expected) -> Vec<Check> {
+    vec![
+        entrywise("loss", &[got.evaluation.loss], &[want.loss], GOLDEN),
+        entrywise("row_losses", &got.evaluation.row_losses, &want.row_losses, GOLDEN),
+        entrywise("grad_q", &got.grad_query, &want.grad_query, GOLDEN),
+        entrywise("grad_p", &got.grad_passage, &want.grad_passage, GOLDEN),
+        entrywise("grad_temperature", &[got.temperature.tau], &[want.grad_tau], GOLDEN),
+    ]
+}
+
+/// A backend on embeddings of type `dtype` against the f64 definition on the same embeddings (those of `problem`), by the
+/// tolerance table.
+///
+/// To its relative tolerance each output adds what rounded cosines cost however good the arithmetic: a cosine off by ε moves
+/// a logit by βε and the loss by βε·Σ|∂L/∂(βs)|; gradients that cancel (equal rows, all cosines alike) keep that much noise
+/// around 0. Σ|∂L/∂(βs)| of a row is twice its probability to err, at most twice its loss, so the slack vanishes with the
+/// loss and trained towers are held to the same digits.
+pub fn against_reference(got: &Outputs, want: &Outputs, problem: &Problem, dtype: DType, upstream: f64) -> Vec<Check> {
+    let tolerance = Tolerance::of(dtype);
+    let beta = problem.options.beta();
+    let logit = 2.0 * beta * tolerance.cosine;
+    let weights = problem.normalized_weights();
+    let movable: Vec<f64> = want.evaluation.row_losses.iter().map(|&l| movable_share(problem, l)).collect();
+    let mean: f64 = weights.iter().zip(&movable).map(|(w, s)| w * s).sum();
+    let spread = weights.iter().zip(&movable).map(|(w, s)| (w * s).powi(2)).sum::<f64>().sqrt();
+
+    let mut checks = vec![scalar(
+        "loss",
+        got.evaluation.loss,
+        want.evaluation.loss,
+        tolerance.loss * want.evaluation.loss.abs() + logit * mean,
+    )];
+    checks.push(row_losses(&got.evaluation, &want.evaluation, &movable, tolerance.loss, logit));
+
+    let relative = tolerance.gradient * (0.01 * beta).max(1.0);
+    let noise = upstream.abs() * beta * logit.min(2.0 * tolerance.cosine * beta) / beta * spread;
+    for (output, got, want, x) in [
+        ("grad_q", &got.grad_query, &want.grad_query, &problem.query),
+        ("grad_p", &got.grad_passage, &want.grad_passage, &problem.passage),
+    ] {
+        checks.push(frobenius(output, got, want, x, problem.dim, relative, 2.0 * noise));
+    }
+
+    // ∂L/∂β is a sum of G·s that cancels like the gradient itself; τ and log β only rescale it.
+    let grad_beta = upstream.abs() * 4.0 * tolerance.cosine * mean;
+    let (got_t, want_t) = (got.temperature, want.temperature);
+    let (tau, log_beta) = (want_t.tau.abs(), want_t.log_beta.abs());
+    checks.push(scalar("grad_temperature", got_t.tau, want_t.tau, relative * tau + beta * beta * grad_beta));
+    checks.push(scalar("grad_log_beta", got_t.log_beta, want_t.log_beta, relative * log_beta + beta * grad_beta));
+
+    let metrics = |e: &Evaluation| [e.query_to_passage, e.passage_to_query].map(|m| [m.precision_at_1, m.mrr]).concat();
+    let (got_m, want_m) = (metrics(&got.evaluation), metrics(&want.evaluation));
+    checks.push(Check { allowed: tolerance.metric, size: 1.0, ..entrywise("metrics", &got_m, &want_m, 0.0) });
+    checks
+}
+
+/// An upper bound of Σ_g c_g (1 − probability of the positive) of a row, from its loss.
+fn movable_share(problem: &Problem, row_loss: f64) -> f64 {
+    let groups = problem.loss.groups();
+    let all: f64 = groups.iter().map(|g| g.coefficient()).sum();
+    let bounded_by_loss = groups.iter().all(|g| g.positive_copies() > 0);
+    if bounded_by_loss { all.min(row_loss) } else { all }
+}
+
+fn scalar(output: &'static str, got: f64, want: f64, allowed: f64) -> Check {
+    Check { output, difference: (got - want).abs(), allowed, size: want.abs(), worst: (0, got, want) }
+}
+
+/// The row that uses most of what it is allowed.
+fn row_losses(got: &Evaluation, want: &Evaluation, movable: &[f64], relative: f64, logit: f64) -> Check {
+    let allowed = |i: usize| relative * want.row_losses[i].abs() + 4.0 * logit * movable[i];
+    let pick = worst(&got.row_losses, &want.row_losses, |i| 1.0 / allowed(i).max(f64::MIN_POSITIVE));
+    let difference = if got.row_losses.len() == want.row_losses.len() { (pick.1 - pick.2).abs() } else { f64::NAN };
+    let (allowed, size) = if want.row_losses.is_empty() { (0.0, 0.0) } else { (allowed(pick.0), pick.2.abs()) };
+    Check { output: "row_losses", difference, allowed, size, worst: pick }
+}
+
+/// Frobenius norms of ‖xᵢ‖·gᵢ: a gradient grows as its embedding shrinks, and unscaled the tiniest row alone would count.
+fn frobenius(
+    output: &'static str,
+    got: &[f64],
+    want: &[f64],
+    x: &[f64],
+    dim: usize,
+    relative: f64,
+    noise: f64,
+) -> Check {
+    let norm = |row: &[f64]| {
+        let largest = row.iter().fold(0.0_f64, |max, v| max.max(v.abs()));
+        if largest == 0.0 { 1.0 } else { largest * row.iter().map(|v| (v / largest).powi(2)).sum::<f64>().sqrt() }
+    };
+    let norms: Vec<f64> = x.chunks(dim).map(norm).collect();
+    let length = |entries: &mut dyn Iterator<Item = f64>| {
+        entries.enumerate().map(|(k, v)| (v * norms[k / dim]).powi(2)).sum::<f64>().sqrt()
+    };
+    let size = length(&mut want.iter().copied());
+    let difference =
+        if got.len() == want.len() { length(&mut got.iter().zip(want).map(|(g, w)| g - w)) } else { f64::NAN };
+    let worst = worst(got, want, |k| norms[k / dim]);
+    Check { output, difference, allowed: relative * size + noise, size, worst }
+}
+
+/// An error that lists every failed check.
+pub fn verdict(checks: &[Check]) -> Result<(), String> {
+    let failed: Vec<_> = checks.iter().filter(|c| !c.passed()).map(Check::to_string).collect();
+    if failed.is_empty() { Ok(()) } else { Err(failed.join("\n")) }
+}

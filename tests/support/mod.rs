@@ -1,0 +1,8 @@
+//! What the tests and the `evaluate` example share: golden files, problems, seeded data, comparison, tolerances.
+#![allow(dead_code)] // every binary that includes this uses another part of it
+
+pub mod case;
+pub mod compare;
+pub mod data;
+pub mod problem;
+pub mod tolerance;

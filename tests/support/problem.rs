@@ -1,0 +1,143 @@
+//! A loss, a batch that owns its data, and options: what a backend is asked to compute.
+
+use samtone::backend::Backend;
+use samtone::half::{bf16, f16};
+use samtone::{
+    Batch, DType, Embeddings, EmbeddingsMut, Evaluation, GradientBuffers, Loss, Options, Result, Scope,
+    TemperatureGradient,
+};
+
+/// Inputs of a call, embeddings in f64, row-major.
+#[derive(Debug, Clone)]
+pub struct Problem {
+    pub name: String,
+    pub loss: Loss,
+    pub rows: usize,
+    pub passages: usize,
+    pub dim: usize,
+    pub query: Vec<f64>,
+    pub passage: Vec<f64>,
+    pub positives: Option<Vec<u32>>,
+    pub weights: Option<Vec<f32>>,
+    pub query_ids: Option<Vec<i64>>,
+    pub passage_ids: Option<Vec<i64>>,
+    pub owners: Option<(Vec<i32>, Scope)>,
+    pub options: Options,
+}
+
+/// Results of a call, widened to f64.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outputs {
+    pub evaluation: Evaluation,
+    pub grad_query: Vec<f64>,
+    pub grad_passage: Vec<f64>,
+    pub temperature: TemperatureGradient,
+}
+
+/// Owned elements of any type.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Buffer {
+    F64(Vec<f64>),
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    BF16(Vec<bf16>),
+}
+
+impl Buffer {
+    /// `x` rounded to `dtype`.
+    pub fn new(dtype: DType, x: &[f64]) -> Self {
+        match dtype {
+            DType::F64 => Self::F64(x.to_vec()),
+            DType::F32 => Self::F32(x.iter().map(|&v| v as f32).collect()),
+            DType::F16 => Self::F16(x.iter().map(|&v| f16::from_f64(v)).collect()),
+            DType::BF16 => Self::BF16(x.iter().map(|&v| bf16::from_f64(v)).collect()),
+        }
+    }
+
+    pub fn to_f64(&self) -> Vec<f64> {
+        match self {
+            Self::F64(x) => x.clone(),
+            Self::F32(x) => x.iter().map(|&v| v.into()).collect(),
+            Self::F16(x) => x.iter().map(|&v| v.into()).collect(),
+            Self::BF16(x) => x.iter().map(|&v| v.into()).collect(),
+        }
+    }
+
+    pub fn embeddings(&self, rows: usize, dim: usize) -> Result<Embeddings<'_>> {
+        match self {
+            Self::F64(x) => Embeddings::new(x, rows, dim),
+            Self::F32(x) => Embeddings::new(x, rows, dim),
+            Self::F16(x) => Embeddings::new(x, rows, dim),
+            Self::BF16(x) => Embeddings::new(x, rows, dim),
+        }
+    }
+
+    pub fn embeddings_mut(&mut self, rows: usize, dim: usize) -> Result<EmbeddingsMut<'_>> {
+        match self {
+            Self::F64(x) => EmbeddingsMut::new(x, rows, dim),
+            Self::F32(x) => EmbeddingsMut::new(x, rows, dim),
+            Self::F16(x) => EmbeddingsMut::new(x, rows, dim),
+            Self::BF16(x) => EmbeddingsMut::new(x, rows, dim),
+        }
+    }
+}
+
+impl Problem {
+    /// The batch over embeddings of this problem's shape, with its ids, weights, positives and owners.
+    pub fn batch<'a>(&'a self, query: &'a Buffer, passage: &'a Buffer) -> Result<Batch<'a>> {
+        let mut batch =
+            Batch::new(query.embeddings(self.rows, self.dim)?, passage.embeddings(self.passages, self.dim)?)?;
+        if let Some(positives) = &self.positives {
+            batch = batch.with_positives(positives)?;
+        }
+        if let Some(weights) = &self.weights {
+            batch = batch.with_weights(weights)?;
+        }
+        if let Some(ids) = &self.query_ids {
+            batch = batch.with_query_ids(ids)?;
+        }
+        if let Some(ids) = &self.passage_ids {
+            batch = batch.with_passage_ids(ids)?;
+        }
+        if let Some((owners, scope)) = &self.owners {
+            batch = batch.with_hard_negative_owners(owners, *scope)?;
+        }
+        Ok(batch)
+    }
+
+    /// An error unless the parts fit together.
+    pub fn check(&self) -> Result<()> {
+        let (query, passage) = (Buffer::new(DType::F64, &self.query), Buffer::new(DType::F64, &self.passage));
+        self.batch(&query, &passage).map(|_| ())
+    }
+
+    /// The same problem with embeddings that `dtype` holds exactly.
+    pub fn rounded(&self, dtype: DType) -> Self {
+        let round = |x: &[f64]| Buffer::new(dtype, x).to_f64();
+        Self { query: round(&self.query), passage: round(&self.passage), ..self.clone() }
+    }
+
+    /// w̃ = w / Σw.
+    pub fn normalized_weights(&self) -> Vec<f64> {
+        let weights = self.weights.clone().unwrap_or_else(|| vec![1.0; self.rows]);
+        let total: f64 = weights.iter().map(|&w| f64::from(w)).sum();
+        weights.iter().map(|&w| f64::from(w) / total).collect()
+    }
+
+    /// Runs `backend` on embeddings of type `dtype`. Gradients are taken in f64 for f64 embeddings, else in f32, and start
+    /// as NaN, so whatever the backend leaves out fails every comparison.
+    pub fn run(&self, backend: &dyn Backend, dtype: DType, upstream: f64) -> Result<Outputs> {
+        let (query, passage) = (Buffer::new(dtype, &self.query), Buffer::new(dtype, &self.passage));
+        let batch = self.batch(&query, &passage)?;
+        let of_gradient = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+        let mut grad_query = Buffer::new(of_gradient, &vec![f64::NAN; self.query.len()]);
+        let mut grad_passage = Buffer::new(of_gradient, &vec![f64::NAN; self.passage.len()]);
+        let buffers = GradientBuffers {
+            query: Some(grad_query.embeddings_mut(self.rows, self.dim)?),
+            passage: Some(grad_passage.embeddings_mut(self.passages, self.dim)?),
+        };
+        let (evaluation, temperature) =
+            backend.loss_and_gradients_into(&self.loss, &batch, &self.options, upstream, buffers)?;
+        Ok(Outputs { evaluation, grad_query: grad_query.to_f64(), grad_passage: grad_passage.to_f64(), temperature })
+    }
+}
