@@ -31,6 +31,9 @@ pub(crate) struct Combined {
     pub log_coefficients: [Vec<f64>; 4],
     /// D_i, the derivative of the loss with respect to β s⁺ᵢ.
     pub diagonal: Vec<f64>,
+    /// The largest log of a row's share of the gradient in one block, max log(a^b_i Σ_j exp(β s^b_ij)), in nats; −∞ if there
+    /// is no negative at all. On well-trained towers it lies far below f32's range, so backends divide it out.
+    pub log_magnitude: f64,
 }
 
 /// log Σ exp; −∞ for no terms.
@@ -78,12 +81,15 @@ pub(crate) fn combine(loss: &Loss, rows: &Rows<'_>, partials: &Partials) -> Resu
             }
         }
     }
+    let shares = log_coefficients.iter().zip(&partials.sums).flat_map(|(a, sums)| a.iter().zip(sums));
+    let log_magnitude = shares.map(|(a, sum)| a + sum.ln()).fold(f64::NEG_INFINITY, f64::max);
     let loss = row_losses.iter().zip(rows.weight).map(|(l, w)| l * w).sum();
     let [query_to_passage, passage_to_query] = [0, 1].map(|k| metrics(&partials.above[k], rows.weight));
     Ok(Combined {
         evaluation: Evaluation { loss, row_losses, query_to_passage, passage_to_query },
         log_coefficients,
         diagonal,
+        log_magnitude,
     })
 }
 

@@ -4,11 +4,10 @@
 //! A tile element pairs index r of one space with index c of another. Seen along the row it is a candidate c of anchor r;
 //! seen down the column a candidate r of anchor c. The two have their own masks, sums and coefficients, and share the cosine.
 
-use super::simd::{Beta, F, LANES, U, dispatch, exp2_scaled, load, load_keys, mask, select, sum};
+use super::simd::{Beta, F, LANES, U, bits, dispatch, exp2_scaled, lanes, load, load_keys, select, sum};
 use super::state::padded;
 use crate::mask::Key;
 use crate::partials::ExpSum;
-use std::array::from_fn;
 
 /// Indices as anchors: the rows that ask which candidates are their negatives.
 #[derive(Debug, Clone)]
@@ -18,6 +17,8 @@ pub(super) struct Anchors {
     pub row: Vec<u32>,
     /// Highest cosine kept: +∞ without a margin.
     pub threshold: Vec<f32>,
+    /// s⁺.
+    pub positive: Vec<f32>,
     /// A kept negative above this outranks the positive.
     pub above: Vec<f32>,
 }
@@ -89,12 +90,12 @@ pub(super) struct Coefficients {
 }
 
 impl Coefficients {
-    /// From natural logarithms; −∞ contributes nothing.
-    pub(super) fn new(logs: impl Iterator<Item = f64>) -> Self {
+    /// From natural logarithms, divided by 2^shift; −∞ contributes nothing.
+    pub(super) fn new(logs: impl Iterator<Item = f64>, shift: f64) -> Self {
         const NEVER: f32 = 1e9; // flushes any exponential to 0
         let (exponent, factor) = logs
             .map(|log| {
-                let log2 = log * std::f64::consts::LOG2_E;
+                let log2 = log * std::f64::consts::LOG2_E - shift;
                 if log2 == f64::NEG_INFINITY {
                     (NEVER, 0.0)
                 } else {
@@ -126,13 +127,13 @@ impl Lookup<'_, '_> {
         let (q, p) = (load_keys(&candidates.query_key, self.c), load_keys(&candidates.passage_key, self.c));
         let owner = load_keys(&candidates.owner, self.c);
         let (aq, ap, row, threshold) = (a.query_key[self.r], a.passage_key[self.r], a.row[self.r], a.threshold[self.r]);
-        mask(|l| {
+        lanes!(l => bits(
             (q[l] != aq)
                 & (p[l] != ap)
                 & ((owner[l] == Candidates::EVERYONE) | (owner[l] == row))
                 & (s[l] <= threshold)
                 & (l < self.live)
-        })
+        ))
     }
 
     /// Candidate r of anchors c.
@@ -145,13 +146,13 @@ impl Lookup<'_, '_> {
         let (q, p) = (load_keys(&a.query_key, self.c), load_keys(&a.passage_key, self.c));
         let (row, threshold) = (load_keys(&a.row, self.c), load(&a.threshold, self.c));
         let (cq, cp, owner) = (candidate.query_key[self.r], candidate.passage_key[self.r], candidate.owner[self.r]);
-        mask(|l| {
+        lanes!(l => bits(
             (q[l] != cq)
                 & (p[l] != cp)
                 & ((owner == Candidates::EVERYONE) | (row[l] == owner))
                 & (s[l] <= threshold[l])
                 & (l < self.live)
-        })
+        ))
     }
 }
 
@@ -159,7 +160,25 @@ impl Lookup<'_, '_> {
 /// lanes out of every sum, but 0 times an infinity would still be NaN.
 #[inline(always)]
 fn live_lanes(x: F, live: usize, checked: bool) -> F {
-    if checked { from_fn(|l| if l < live { x[l] } else { 0.0 }) } else { x }
+    if checked { lanes!(l => if l < live { x[l] } else { 0.0 }) } else { x }
+}
+
+/// Runs the block for every sixteen columns of a tile, with `checked` false and known to the compiler for all but a ragged
+/// last chunk of `live` columns. A macro for the same reason as [`lanes`].
+macro_rules! for_each_chunk {
+    ($tile:expr, |$c:ident, $live:ident, $checked:ident| $body:block) => {
+        let whole = $tile.cols - $tile.cols % LANES;
+        let mut column = 0;
+        while column < whole {
+            let ($c, $live, $checked) = (column, LANES, false);
+            $body
+            column += LANES;
+        }
+        if whole < $tile.cols {
+            let ($c, $live, $checked) = (whole, $tile.cols - whole, true);
+            $body
+        }
+    };
 }
 
 /// Rows after which column sums move from f32 to f64.
@@ -190,30 +209,29 @@ fn sum_tile_body<const FMA: bool, const MASKED: bool, const COLS: bool>(x: &mut 
         let bar = tile.row_side.anchors.above[index];
         let mut max = [f32::NEG_INFINITY; LANES];
         let mut above = [0_u32; LANES];
-        let mut chunk = |c: usize, live: usize, checked: bool| {
+        for_each_chunk!(tile, |c, live, checked| {
             let at = Lookup { tile, r: index, c: tile.col_start + c, live };
             let inverse = load(&tile.col_side.inverse, at.c);
             let raw = live_lanes(load(line, c), live, checked);
-            let s: F = from_fn(|l| raw[l] * scale * inverse[l]);
+            let s: F = lanes!(l => raw[l] * scale * inverse[l]);
             line[c..c + LANES].copy_from_slice(&s);
             let keep = if checked { at.along_row::<true>(&s) } else { at.along_row::<MASKED>(&s) };
             let kept = select(&keep, &s, f32::NEG_INFINITY);
-            max = from_fn(|l| if kept[l] > max[l] { kept[l] } else { max[l] });
-            above = from_fn(|l| above[l] + u32::from(kept[l] > bar));
+            max = lanes!(l => if kept[l] > max[l] { kept[l] } else { max[l] });
+            above = lanes!(l => above[l] + u32::from(kept[l] > bar));
             if COLS {
                 let bars = load(&tile.col_side.anchors.above, at.c);
                 let keep = if checked { at.down_column::<true>(&s) } else { at.down_column::<MASKED>(&s) };
                 let kept = select(&keep, &s, f32::NEG_INFINITY);
                 let (m, a) = (&mut col_max[c..c + LANES], &mut col_above[c..c + LANES]);
-                (0..LANES).for_each(|l| m[l] = if kept[l] > m[l] { kept[l] } else { m[l] });
-                (0..LANES).for_each(|l| a[l] += u32::from(kept[l] > bars[l]));
+                for l in 0..LANES {
+                    m[l] = if kept[l] > m[l] { kept[l] } else { m[l] };
+                }
+                for l in 0..LANES {
+                    a[l] += u32::from(kept[l] > bars[l]);
+                }
             }
-        };
-        let whole = tile.cols - tile.cols % LANES;
-        (0..whole).step_by(LANES).for_each(|c| chunk(c, LANES, false));
-        if whole < tile.cols {
-            chunk(whole, tile.cols - whole, true);
-        }
+        });
         row_max.push(max.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v)));
         out.rows_above.push(above.iter().sum());
     }
@@ -226,24 +244,21 @@ fn sum_tile_body<const FMA: bool, const MASKED: bool, const COLS: bool>(x: &mut 
         let index = tile.row_start + r;
         let k = exponent(&row_max[r]);
         let mut total = [0.0_f32; LANES];
-        let mut chunk = |c: usize, live: usize, checked: bool| {
+        for_each_chunk!(tile, |c, live, checked| {
             let at = Lookup { tile, r: index, c: tile.col_start + c, live };
             let s = live_lanes(load(line, c), live, checked);
             let keep = if checked { at.along_row::<true>(&s) } else { at.along_row::<MASKED>(&s) };
             let e = select(&keep, &exp2_scaled::<FMA>(&s, tile.beta, &[k; LANES]), 0.0);
-            total = from_fn(|l| total[l] + e[l]);
+            total = lanes!(l => total[l] + e[l]);
             if COLS {
                 let keep = if checked { at.down_column::<true>(&s) } else { at.down_column::<MASKED>(&s) };
                 let e = select(&keep, &exp2_scaled::<FMA>(&s, tile.beta, &load(&col_exponent, c)), 0.0);
                 let sums = &mut col_sum[c..c + LANES];
-                (0..LANES).for_each(|l| sums[l] += e[l]);
+                for l in 0..LANES {
+                    sums[l] += e[l];
+                }
             }
-        };
-        let whole = tile.cols - tile.cols % LANES;
-        (0..whole).step_by(LANES).for_each(|c| chunk(c, LANES, false));
-        if whole < tile.cols {
-            chunk(whole, tile.cols - whole, true);
-        }
+        });
         out.rows.push(ExpSum::new(sum(&total), k as i32));
         if COLS && (r % FLUSH == FLUSH - 1 || r + 1 == tile.rows) {
             for (total, sum) in col_total.iter_mut().zip(&mut col_sum) {
@@ -263,12 +278,12 @@ fn sum_tile_body<const FMA: bool, const MASKED: bool, const COLS: bool>(x: &mut 
 pub(super) struct Edges<'a> {
     pub rows: Option<&'a Coefficients>,
     pub cols: Option<&'a Coefficients>,
-    /// Whether the column's part counts towards Σ G·s here, rather than where its own row is visited.
+    /// Whether the column's part counts towards ∂L/∂β here, rather than where its own row is visited.
     pub count_cols: bool,
 }
 
-/// Replaces a tile by Ĝ = G/(‖x_r‖‖y_c‖), where G = exp(β s)·([kept for r] a_r + [kept for c] b_c), and returns Σ G·s.
-/// `raw`: the tile still holds products rather than cosines.
+/// Replaces a tile by Ĝ = G/(‖x_r‖‖y_c‖), where G = exp(β s)·([kept for r] a_r + [kept for c] b_c), and returns
+/// Σ G·(s − s⁺), each part with the positive of its own anchor. `raw`: the tile still holds products rather than cosines.
 pub(super) fn gradient_tile(x: &mut [f32], tile: &Tile<'_>, edges: &Edges<'_>, masked: bool, raw: bool) -> f64 {
     if raw {
         scale_tile(x, tile);
@@ -319,36 +334,31 @@ fn gradient_body<const FMA: bool, const MASKED: bool, const ROWS: bool, const CO
         let index = tile.row_start + r;
         let scale = tile.row_side.inverse[index];
         let (row_exponent, row_factor) = ([a.exponent[index]; LANES], a.factor[index]);
+        let row_positive = tile.row_side.anchors.positive[index];
         let mut product = [0.0_f32; LANES];
-        let mut chunk = |c: usize, live: usize, checked: bool| {
+        for_each_chunk!(tile, |c, live, checked| {
             let at = Lookup { tile, r: index, c: tile.col_start + c, live };
             let s = live_lanes(load(line, c), live, checked);
             let inverse = load(&tile.col_side.inverse, at.c);
             let mut g = [0.0_f32; LANES];
-            let mut count = [0.0_f32; LANES];
             if ROWS {
                 let keep = if checked { at.along_row::<true>(&s) } else { at.along_row::<MASKED>(&s) };
                 let e = select(&keep, &exp2_scaled::<FMA>(&s, tile.beta, &row_exponent), 0.0);
-                g = from_fn(|l| e[l] * row_factor);
-                count = g;
+                g = lanes!(l => e[l] * row_factor);
+                product = lanes!(l => product[l] + g[l] * (s[l] - row_positive));
             }
             if COLS {
                 let keep = if checked { at.down_column::<true>(&s) } else { at.down_column::<MASKED>(&s) };
                 let e = select(&keep, &exp2_scaled::<FMA>(&s, tile.beta, &load(&b.exponent, at.c)), 0.0);
                 let factor = load(&b.factor, at.c);
-                let e: F = from_fn(|l| e[l] * factor[l]);
-                g = from_fn(|l| g[l] + e[l]);
-                count = from_fn(|l| count[l] + counted * e[l]);
+                let e: F = lanes!(l => e[l] * factor[l]);
+                g = lanes!(l => g[l] + e[l]);
+                let positive = load(&tile.col_side.anchors.positive, at.c);
+                product = lanes!(l => product[l] + counted * e[l] * (s[l] - positive[l]));
             }
-            product = from_fn(|l| product[l] + count[l] * s[l]);
-            let out: F = from_fn(|l| g[l] * scale * inverse[l]);
+            let out: F = lanes!(l => g[l] * scale * inverse[l]);
             line[c..c + LANES].copy_from_slice(&out);
-        };
-        let whole = tile.cols - tile.cols % LANES;
-        (0..whole).step_by(LANES).for_each(|c| chunk(c, LANES, false));
-        if whole < tile.cols {
-            chunk(whole, tile.cols - whole, true);
-        }
+        });
         total += sum(&product);
     }
     total

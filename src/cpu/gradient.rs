@@ -80,8 +80,11 @@ struct Term {
 pub(super) struct GradientSums {
     pub query: Option<Accumulator>,
     pub passage: Option<Accumulator>,
-    /// ∂L/∂β of the shard's share.
+    /// Σ G·(s − s⁺) over the shard's tiles. Since Σ_j G_ij = −D_i for every row, this is ∂L/∂β of its share, without the
+    /// cancellation between the negatives and the positive when all cosines are close.
     pub beta: f64,
+    /// What all of the above must be multiplied by: a power of two.
+    pub scale: f64,
 }
 
 /// `store`: the cosines of every tile from the first pass, if they were kept. `wanted`: which towers need gradients.
@@ -93,7 +96,10 @@ pub(super) fn gradients(
     store: Option<Vec<f32>>,
     wanted: [bool; 2],
 ) -> Result<GradientSums> {
-    let coefficients = Block::ALL.map(|b| coefficients(state, combined, b));
+    // The largest share becomes about 1. A power of two, so that no bit changes but the exponent.
+    let shift = (combined.log_magnitude * std::f64::consts::LOG2_E).round();
+    let shift = if shift.is_finite() { shift } else { 0.0 };
+    let coefficients = Block::ALL.map(|b| coefficients(state, combined, b, shift));
     let (dim, width) = (state.dim(), plan.width);
     let accumulator = |wanted: bool, range| wanted.then(|| Accumulator::new(range, dim, width)).transpose();
     let mut query = accumulator(wanted[0], state.rows.clone())?;
@@ -117,7 +123,7 @@ pub(super) fn gradients(
         }
     };
     let pool = Pool::default();
-    let mut beta: f64 = state.rows.clone().map(|i| combined.diagonal[i] * state.positive[i]).sum();
+    let mut beta = 0.0;
     for wave in work.chunks(wave_len) {
         let slot = |position: usize, tile: usize| if raw { position } else { tile };
         let mut slices: Vec<Option<&mut [f32]>> = slots.chunks_mut(len).map(Some).collect();
@@ -155,19 +161,20 @@ pub(super) fn gradients(
             pool.with(|scratch| collect(state, batch, plan, slots, terms, output, scratch.panel()));
         });
     }
-    Ok(GradientSums { query, passage, beta })
+    Ok(GradientSums { query, passage, beta, scale: shift.exp2() })
 }
 
-/// Coefficients of a block along the space of its anchors.
-fn coefficients(state: &State, combined: &Combined, block: Block) -> Option<Coefficients> {
+/// Coefficients of a block along the space of its anchors, divided by 2^shift.
+fn coefficients(state: &State, combined: &Combined, block: Block, shift: f64) -> Option<Coefficients> {
     let logs = &combined.log_coefficients[block.index()];
     if logs.is_empty() {
         return None;
     }
     Some(match block {
-        Block::QP | Block::QQ => Coefficients::new(logs.iter().copied()),
+        Block::QP | Block::QQ => Coefficients::new(logs.iter().copied(), shift),
         Block::PQ | Block::PP => Coefficients::new(
             state.order.anchor_row.iter().map(|&row| logs.get(row as usize).copied().unwrap_or(f64::NEG_INFINITY)),
+            shift,
         ),
     })
 }

@@ -203,7 +203,7 @@ fn backward(
 ) -> Result<TemperatureGradient> {
     let wanted = [buffers.query.is_some(), buffers.passage.is_some()];
     let sums = gradient::gradients(state, batch, plan, combined, store, wanted)?;
-    let temperature = TemperatureGradient::from_beta(upstream * sums.beta, state.options.beta());
+    let temperature = TemperatureGradient::from_beta(upstream * sums.beta * sums.scale, state.options.beta());
     project::project(state, batch, combined, &sums, upstream, buffers);
     Ok(temperature)
 }

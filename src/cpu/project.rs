@@ -22,11 +22,12 @@ pub(super) fn project(
     buffers: GradientBuffers<'_>,
 ) {
     let factor = upstream * state.options.beta();
+    let scale = sums.scale;
     if let (Some(out), Some(sums)) = (buffers.query, &sums.query) {
         let (own, other) = (&state.query_norms, &state.passage_norms);
         write(out, |row, gradient| {
             let i = state.rows.start + row;
-            add_sum(gradient, sums, i, own.shift.as_ref().map_or(0, |s| s[i]));
+            add_sum(gradient, sums, i, scale, own.shift.as_ref().map_or(0, |s| s[i]));
             let n = batch.positive(i);
             add_scaled(gradient, batch.passage(), n, combined.diagonal[i] * other.inverse[n] * own.inverse[i]);
             tangent(gradient, batch.query(), i, own, factor);
@@ -38,7 +39,7 @@ pub(super) fn project(
         write(out, |n, gradient| {
             for &index in occurrences.of(n) {
                 let index = index as usize;
-                add_sum(gradient, sums, index, own.shift.as_ref().map_or(0, |s| s[n]));
+                add_sum(gradient, sums, index, scale, own.shift.as_ref().map_or(0, |s| s[n]));
                 let i = state.anchor_row(Space::Passage, index);
                 if state.rows.contains(&i) {
                     add_scaled(gradient, batch.query(), i, combined.diagonal[i] * other.inverse[i] * own.inverse[n]);
@@ -88,9 +89,9 @@ fn write(mut out: EmbeddingsMut<'_>, f: impl Fn(usize, &mut [f64]) + Sync) {
     });
 }
 
-fn add_sum(gradient: &mut [f64], sums: &Accumulator, index: usize, shift: i32) {
+fn add_sum(gradient: &mut [f64], sums: &Accumulator, index: usize, scale: f64, shift: i32) {
     // Panels were read as x·2^−shift, so their norms were too.
-    let scale = f64::from(-shift).exp2();
+    let scale = scale * f64::from(-shift).exp2();
     for (start, values) in sums.row(index) {
         gradient[start..start + values.len()].iter_mut().zip(values).for_each(|(g, v)| *g += scale * f64::from(*v));
     }

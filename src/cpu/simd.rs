@@ -1,33 +1,48 @@
 //! Sixteen f32 lanes as arrays. The compiler turns the loops into whatever vectors the target has; the arithmetic, and so
 //! every bit, is the same on all of them (except without fused multiply-add, which only x86 before 2013 lacks).
 
-use std::array::from_fn;
-
 /// Lanes of a chunk: one AVX-512 register, two AVX registers, four NEON registers.
 pub(super) const LANES: usize = 16;
 pub(super) type F = [f32; LANES];
 pub(super) type U = [u32; LANES];
 
+/// An array with the value of an expression for each lane. A macro, because a closure that is not inlined would be compiled
+/// without the instruction set of its caller.
+macro_rules! lanes {
+    ($l:ident => $value:expr) => {{
+        let mut out = [Default::default(); $crate::cpu::simd::LANES];
+        let mut $l = 0;
+        while $l < $crate::cpu::simd::LANES {
+            out[$l] = $value;
+            $l += 1;
+        }
+        out
+    }};
+}
+pub(super) use lanes;
+
 /// All bits set where true.
 #[inline(always)]
-pub(super) fn mask(f: impl Fn(usize) -> bool) -> U {
-    from_fn(|l| u32::from(f(l)).wrapping_neg())
+pub(super) fn bits(condition: bool) -> u32 {
+    u32::from(condition).wrapping_neg()
 }
 
 /// `x` where the mask is set, else `other`.
 #[inline(always)]
 pub(super) fn select(mask: &U, x: &F, other: f32) -> F {
-    from_fn(|l| f32::from_bits((x[l].to_bits() & mask[l]) | (other.to_bits() & !mask[l])))
+    lanes!(l => f32::from_bits((x[l].to_bits() & mask[l]) | (other.to_bits() & !mask[l])))
 }
 
 #[inline(always)]
 pub(super) fn load(x: &[f32], at: usize) -> F {
-    from_fn(|l| x[at..at + LANES][l])
+    let x = &x[at..at + LANES];
+    lanes!(l => x[l])
 }
 
 #[inline(always)]
 pub(super) fn load_keys(x: &[u32], at: usize) -> U {
-    from_fn(|l| x[at..at + LANES][l])
+    let x = &x[at..at + LANES];
+    lanes!(l => x[l])
 }
 
 #[inline(always)]
@@ -60,10 +75,7 @@ impl Beta {
 /// multiply-add, so that the only error besides the polynomial's is the rounding of s itself.
 #[inline(always)]
 pub(super) fn exp2_scaled<const FMA: bool>(s: &F, beta: Beta, k: &F) -> F {
-    from_fn(|l| {
-        let x = mul_add::<FMA>(s[l], beta.low, mul_add::<FMA>(s[l], beta.high, -k[l]));
-        exp2::<FMA>(x)
-    })
+    lanes!(l => exp2::<FMA>(mul_add::<FMA>(s[l], beta.low, mul_add::<FMA>(s[l], beta.high, -k[l]))))
 }
 
 /// 2^x: nearest integer by a magic constant, degree-6 minimax polynomial on [−½, ½] (relative error 1.9e-9 before rounding),
@@ -75,9 +87,12 @@ fn exp2<const FMA: bool>(x: f32) -> f32 {
     let shifted = x + ROUND;
     let f = x - (shifted - ROUND);
     let mut p = 1.534_581_2e-4;
-    for c in [1.339_993_1e-3, 9.618_489e-3, 5.550_328_8e-2, 2.402_264_7e-1, 6.931_472e-1, 1.0] {
-        p = mul_add::<FMA>(p, f, c);
-    }
+    p = mul_add::<FMA>(p, f, 1.339_993_1e-3);
+    p = mul_add::<FMA>(p, f, 9.618_489e-3);
+    p = mul_add::<FMA>(p, f, 5.550_328_8e-2);
+    p = mul_add::<FMA>(p, f, 2.402_264_7e-1);
+    p = mul_add::<FMA>(p, f, 6.931_472e-1);
+    p = mul_add::<FMA>(p, f, 1.0);
     p * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23)
 }
 

@@ -221,6 +221,7 @@ impl Anchors {
             passage_key: padded(rows.iter().map(|&r| key(r, |k| k.passage)), 0),
             row: padded(rows.iter().copied(), 0),
             threshold: padded(rows.iter().map(|&r| threshold(cosine(r), margin) as f32), 0.0),
+            positive: padded(rows.iter().map(|&r| cosine(r) as f32), 0.0),
             above: padded(rows.iter().map(|&r| (cosine(r) + COSINE_TIE) as f32), 0.0),
         }
     }
