@@ -8,7 +8,8 @@ use super::epilogue::{Coefficients, Edges, gradient_tile};
 use super::matmul::{MatRef, multiply};
 use super::plan::{Plan, TileId};
 use super::state::{Space, State};
-use super::sums::{Pool, allocate, products, view};
+use super::sums::{products, view};
+use super::workspace::{Workspace, reserve};
 use crate::batch::Batch;
 use crate::combine::Combined;
 use crate::error::Result;
@@ -27,8 +28,15 @@ pub(super) struct Accumulator {
 }
 
 impl Accumulator {
-    fn new(range: Range<usize>, dim: usize, width: usize) -> Result<Self> {
-        Ok(Self { data: allocate(range.len() * dim, "the sums of the gradients")?, range, dim, width })
+    /// Zeros, in memory that is given back by [`Accumulator::into_memory`].
+    fn new(mut data: Vec<f32>, range: Range<usize>, dim: usize, width: usize) -> Result<Self> {
+        reserve(&mut data, range.len() * dim, "the sums of the gradients")?;
+        data.fill(0.0);
+        Ok(Self { data, range, dim, width })
+    }
+
+    pub(super) fn into_memory(self) -> Vec<f32> {
+        self.data
     }
 
     fn columns(&self) -> impl Iterator<Item = Range<usize>> + use<> {
@@ -87,45 +95,45 @@ pub(super) struct GradientSums {
     pub scale: f64,
 }
 
-/// `store`: the cosines of every tile from the first pass, if they were kept. `wanted`: which towers need gradients.
+/// `stored`: the workspace holds the cosines of every tile from the first pass. `wanted`: which towers need gradients.
 pub(super) fn gradients(
     state: &State,
     batch: &Batch<'_>,
     plan: &Plan,
     combined: &Combined,
-    store: Option<Vec<f32>>,
+    stored: bool,
     wanted: [bool; 2],
+    workspace: &mut Workspace,
 ) -> Result<GradientSums> {
     // The largest share becomes about 1. A power of two, so that no bit changes but the exponent.
     let shift = (combined.log_magnitude * std::f64::consts::LOG2_E).round();
     let shift = if shift.is_finite() { shift } else { 0.0 };
     let coefficients = Block::ALL.map(|b| coefficients(state, combined, b, shift));
     let (dim, width) = (state.dim(), plan.width);
-    let accumulator = |wanted: bool, range| wanted.then(|| Accumulator::new(range, dim, width)).transpose();
-    let mut query = accumulator(wanted[0], state.rows.clone())?;
-    let mut passage = accumulator(wanted[1], 0..state.order.len())?;
+    let [query_memory, passage_memory] = &mut workspace.sums;
+    let accumulator = |wanted: bool, memory: &mut Vec<f32>, range| {
+        wanted.then(|| Accumulator::new(std::mem::take(memory), range, dim, width)).transpose()
+    };
+    let mut query = accumulator(wanted[0], query_memory, state.rows.clone())?;
+    let mut passage = accumulator(wanted[1], passage_memory, 0..state.order.len())?;
 
     let edges = |id: TileId| {
         let region = plan.region(id);
         let of = |k: usize| if region.anchors[k] { coefficients[region.blocks[k].index()].as_ref() } else { None };
         Edges { rows: of(0), cols: of(1), count_cols: region.sum_cols && !plan.on_diagonal(id) }
     };
-    let raw = store.is_none();
-    // Slot k of the store holds tile k; without a store slots are reused and tiles without any coefficient are left out.
+    // Stored, slot k holds tile k; else slots are reused, and tiles without any coefficient are left out.
     let mut work: Vec<(usize, TileId)> = plan.tiles.iter().copied().enumerate().collect();
     work.retain(|(_, id)| edges(*id).rows.is_some() || edges(*id).cols.is_some());
     let len = plan.tile_len();
-    let (mut slots, wave_len) = match store {
-        Some(store) => (store, work.len().max(1)),
-        None => {
-            let slots = plan.slots.min(work.len()).max(1);
-            (allocate(slots * len, "tiles of logits")?, slots)
-        }
-    };
-    let pool = Pool::default();
+    let wave_len = if stored { work.len() } else { plan.slots.min(work.len()) }.max(1);
+    if !stored {
+        reserve(&mut workspace.tiles, wave_len * len, "tiles of logits")?;
+    }
+    let (slots, pool) = (&mut workspace.tiles, &workspace.pool);
     let mut beta = 0.0;
     for wave in work.chunks(wave_len) {
-        let slot = |position: usize, tile: usize| if raw { position } else { tile };
+        let slot = |position: usize, tile: usize| if stored { tile } else { position };
         let mut slices: Vec<Option<&mut [f32]>> = slots.chunks_mut(len).map(Some).collect();
         let jobs: Vec<_> = (wave.iter().enumerate())
             .filter_map(|(position, &(tile, id))| slices[slot(position, tile)].take().map(|x| (x, id)))
@@ -133,11 +141,11 @@ pub(super) fn gradients(
         let min_len = plan.min_len(jobs.len());
         let dots: Vec<f64> = (jobs.into_par_iter().with_min_len(min_len))
             .map(|(x, id)| {
-                if raw {
-                    pool.with(|s| products(state, batch, plan, id, x, s.panels()));
+                if !stored {
+                    pool.with(|s| products(state, batch, plan, id, x, &mut s.panels));
                 }
                 let (tile, masked) = view(state, plan, id);
-                gradient_tile(x, &tile, &edges(id), masked, raw)
+                gradient_tile(x, &tile, &edges(id), masked, !stored)
             })
             .collect();
         beta += dots.iter().sum::<f64>();
@@ -155,10 +163,10 @@ pub(super) fn gradients(
             .filter(|output| !terms[output.space as usize][output.block].is_empty());
         let outputs: Vec<_> = outputs.collect();
         let min_len = plan.min_len(outputs.len());
-        let slots = &slots;
+        let slots = &*slots;
         outputs.into_par_iter().with_min_len(min_len).for_each(|output| {
             let terms = &terms[output.space as usize][output.block];
-            pool.with(|scratch| collect(state, batch, plan, slots, terms, output, scratch.panel()));
+            pool.with(|scratch| collect(state, batch, plan, slots, terms, output, &mut scratch.panels[0]));
         });
     }
     Ok(GradientSums { query, passage, beta, scale: shift.exp2() })

@@ -20,8 +20,10 @@ mod simd;
 mod state;
 mod sums;
 mod tower;
+mod workspace;
 
 pub use plan::Plan;
+pub use workspace::Workspace;
 
 use crate::batch::{Batch, EmbeddingsMut};
 use crate::combine::Combined;
@@ -66,18 +68,35 @@ pub fn loss_and_gradients_into(
     upstream: f64,
     buffers: GradientBuffers<'_>,
 ) -> Result<(Evaluation, TemperatureGradient)> {
-    check_upstream(upstream)?;
-    buffers.expect_shapes(batch.rows(), batch)?;
-    let state = State::new(loss, batch, options, 0..batch.rows())?;
-    let plan = Plan::of(&state, batch)?;
-    let mut store = match plan.stored {
-        true => Some(sums::allocate(plan.slots * plan.tile_len(), "tiles of logits")?),
-        false => None,
-    };
-    let partials = sums::partials(&state, batch, &plan, store.as_deref_mut())?;
-    let combined = state.combine(&partials)?;
-    let temperature = backward(&state, batch, &plan, &combined, store, upstream, buffers)?;
-    Ok((combined.evaluation, temperature))
+    Workspace::new().loss_and_gradients_into(loss, batch, options, upstream, buffers)
+}
+
+impl Workspace {
+    /// [`loss_and_gradients_into`](self::loss_and_gradients_into) with the memory of earlier calls.
+    ///
+    /// # Errors
+    /// As the function; the workspace stays usable.
+    pub fn loss_and_gradients_into(
+        &mut self,
+        loss: &Loss,
+        batch: &Batch<'_>,
+        options: &Options,
+        upstream: f64,
+        buffers: GradientBuffers<'_>,
+    ) -> Result<(Evaluation, TemperatureGradient)> {
+        check_upstream(upstream)?;
+        buffers.expect_shapes(batch.rows(), batch)?;
+        let state = State::new(loss, batch, options, 0..batch.rows())?;
+        let plan = Plan::of(&state, batch)?;
+        let stored = plan.stored;
+        if stored {
+            workspace::reserve(&mut self.tiles, plan.slots * plan.tile_len(), "tiles of logits")?;
+        }
+        let store = stored.then_some(self.tiles.as_mut_slice());
+        let combined = state.combine(&sums::partials(&state, batch, &plan, store, &self.pool)?)?;
+        let temperature = backward(&state, batch, &plan, &combined, stored, upstream, buffers, self)?;
+        Ok((combined.evaluation, temperature))
+    }
 }
 
 /// Loss and metrics now, gradients later.
@@ -87,7 +106,7 @@ pub fn loss_and_gradients_into(
 pub fn forward(loss: &Loss, batch: &Batch<'_>, options: &Options) -> Result<Forward> {
     let state = State::new(loss, batch, options, 0..batch.rows())?;
     let plan = Plan::of(&state, batch)?;
-    let combined = state.combine(&sums::partials(&state, batch, &plan, None)?)?;
+    let combined = state.combine(&sums::partials(&state, batch, &plan, None, &Workspace::new().pool)?)?;
     Ok(Forward { state, combined })
 }
 
@@ -129,7 +148,7 @@ impl Forward {
         self.state.expect_batch(batch)?;
         buffers.expect_shapes(batch.rows(), batch)?;
         let plan = Plan::of(&self.state, batch)?;
-        backward(&self.state, batch, &plan, &self.combined, None, upstream, buffers)
+        backward(&self.state, batch, &plan, &self.combined, false, upstream, buffers, &mut Workspace::new())
     }
 }
 
@@ -161,7 +180,7 @@ impl<'a> Shard<'a> {
     /// # Errors
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
     pub fn partials(&self) -> Result<Partials> {
-        sums::partials(&self.state, &self.batch, &self.plan, None)
+        sums::partials(&self.state, &self.batch, &self.plan, None, &Workspace::new().pool)
     }
 
     /// Loss, row losses and metrics of the whole batch, from the merged partials of all shards.
@@ -187,7 +206,8 @@ impl<'a> Shard<'a> {
             query: Some(EmbeddingsMut::new(&mut query, rows, self.batch.dim())?),
             passage: Some(EmbeddingsMut::new(&mut passage, self.batch.passages(), self.batch.dim())?),
         };
-        let temperature = backward(&self.state, &self.batch, &self.plan, &combined, None, upstream, buffers)?;
+        let temperature =
+            backward(&self.state, &self.batch, &self.plan, &combined, false, upstream, buffers, &mut Workspace::new())?;
         Ok(Gradients { query, passage, temperature })
     }
 }
@@ -197,19 +217,24 @@ fn backward(
     batch: &Batch<'_>,
     plan: &Plan,
     combined: &Combined,
-    store: Option<Vec<f32>>,
+    stored: bool,
     upstream: f64,
     buffers: GradientBuffers<'_>,
+    workspace: &mut Workspace,
 ) -> Result<TemperatureGradient> {
     let wanted = [buffers.query.is_some(), buffers.passage.is_some()];
-    let sums = gradient::gradients(state, batch, plan, combined, store, wanted)?;
+    let sums = gradient::gradients(state, batch, plan, combined, stored, wanted, workspace)?;
     let temperature = TemperatureGradient::from_beta(upstream * sums.beta * sums.scale, state.options.beta());
     project::project(state, batch, combined, &sums, upstream, buffers);
+    workspace.recycle(sums);
     Ok(temperature)
 }
 
 fn gradient_vectors(rows: usize, batch: &Batch<'_>) -> Result<(Vec<f32>, Vec<f32>)> {
-    let vector = |rows: usize| sums::allocate(rows * batch.dim(), "the gradients");
+    let vector = |rows: usize| {
+        let mut vector = Vec::new();
+        workspace::reserve(&mut vector, rows * batch.dim(), "the gradients").map(|()| vector)
+    };
     Ok((vector(rows)?, vector(batch.passages())?))
 }
 

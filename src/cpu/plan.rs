@@ -17,6 +17,8 @@ const MAX_TILE: usize = 512;
 const MIN_TILE: usize = 16;
 /// Widest panel of the embedding dimension in the gradient products.
 const MAX_WIDTH: usize = 512;
+/// Panels a worker holds at a time: both edges of a tile.
+const PANELS: usize = 2;
 /// Tiles are visited in squares of this many tiles, so that panels and gradients are reused while they are near.
 const SQUARE: usize = 8;
 /// Tiles a worker should find in a wave, so that the last ones do not leave the others idle.
@@ -88,7 +90,8 @@ pub struct Plan {
     pub(super) workers: usize,
     /// Tile buffers of the gradient pass.
     pub(super) slots: usize,
-    pub(super) panel_bytes: usize,
+    /// Elements of one panel of f32 rows; 0 where the caller's memory is read in place.
+    panel: usize,
     /// Width of the panels of the embedding dimension, and their number.
     pub(super) width: usize,
     dim: usize,
@@ -113,7 +116,8 @@ impl Plan {
         let mut tile = m.div_ceil(4).next_multiple_of(MIN_TILE).clamp(64, MAX_TILE);
         let bound = state.options.workspace_bytes();
         let direct = [Space::Query, Space::Passage].iter().all(|&s| Panels::is_direct(&state.panels(s, batch)));
-        let panel_bytes = |tile: usize| if direct { 0 } else { 2 * tile * width * size_of::<f32>() };
+        let panel = |tile: usize| if direct { 0 } else { tile * width };
+        let panel_bytes = |tile: usize| PANELS * panel(tile) * size_of::<f32>();
         let needed = |tile: usize| 2 * tile * tile * size_of::<f32>() + panel_bytes(tile);
         // The edge depends on the inputs alone: another number of threads must not move a tile's border.
         while tile > MIN_TILE && needed(tile) + needed(tile) / 2 > bound {
@@ -147,7 +151,7 @@ impl Plan {
             stored,
             workers,
             slots,
-            panel_bytes: panel_bytes(tile),
+            panel: panel(tile),
             width,
             dim: d,
             loss: state.loss.name().into(),
@@ -161,7 +165,11 @@ impl Plan {
 
     /// Bytes of tiles and panels: at most the bound in the options.
     pub fn workspace_bytes(&self) -> usize {
-        self.slots * self.tile_len() * size_of::<f32>() + self.workers * self.panel_bytes
+        self.slots * self.tile_len() * size_of::<f32>() + self.workers * PANELS * self.panel * size_of::<f32>()
+    }
+
+    pub(super) fn panel_len(&self) -> usize {
+        self.panel
     }
 
     pub(super) fn tile_len(&self) -> usize {

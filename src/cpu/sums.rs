@@ -4,54 +4,12 @@ use super::epilogue::{Tile, TileSums, sum_tile};
 use super::matmul::multiply;
 use super::plan::{Plan, TileId};
 use super::state::State;
+use super::workspace::{Pool, Scratch};
 use crate::batch::Batch;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::loss::Block;
 use crate::partials::Partials;
 use rayon::prelude::*;
-use std::sync::{Mutex, PoisonError};
-
-/// Buffers one worker needs at a time.
-#[derive(Default)]
-pub(super) struct Scratch {
-    tile: Vec<f32>,
-    panels: [Vec<f32>; 2],
-}
-
-/// Scratch of whoever is working; as many as have ever worked at once.
-#[derive(Default)]
-pub(super) struct Pool(Mutex<Vec<Scratch>>);
-
-impl Pool {
-    /// Runs `f` with a scratch of its own.
-    pub(super) fn with<R>(&self, f: impl FnOnce(&mut Scratch) -> R) -> R {
-        let mut scratch = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
-        let result = f(&mut scratch);
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(scratch);
-        result
-    }
-}
-
-impl Scratch {
-    /// Both panel buffers.
-    pub(super) fn panels(&mut self) -> &mut [Vec<f32>; 2] {
-        &mut self.panels
-    }
-
-    /// The first of them.
-    pub(super) fn panel(&mut self) -> &mut Vec<f32> {
-        &mut self.panels[0]
-    }
-}
-
-/// `len` zeros, or an error instead of an abort.
-pub(super) fn allocate(len: usize, purpose: &'static str) -> Result<Vec<f32>> {
-    let mut buffer = Vec::new();
-    let bytes = len.saturating_mul(size_of::<f32>());
-    buffer.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { bytes, purpose })?;
-    buffer.resize(len, 0.0);
-    Ok(buffer)
-}
 
 /// x ← X_rows · Y_colsᵀ, products of raw embeddings.
 pub(super) fn products(
@@ -120,10 +78,11 @@ pub(super) fn partials(
     batch: &Batch<'_>,
     plan: &Plan,
     mut store: Option<&mut [f32]>,
+    pool: &Pool,
 ) -> Result<Partials> {
     let mut out = Partials::new(batch.rows(), |b| state.loss.uses(b), state.rows.clone());
-    let pool = Pool::default();
     let len = plan.tile_len();
+    pool.prepare(plan.workers, if store.is_some() { 0 } else { len }, plan.panel_len())?;
     let per_wave = plan.sum_wave();
     for (w, wave) in plan.tiles.chunks(per_wave).enumerate() {
         let min_len = plan.min_len(wave.len());
@@ -139,8 +98,8 @@ pub(super) fn partials(
                 .with_min_len(min_len)
                 .map(|&id| {
                     pool.with(|s| {
-                        s.tile.resize(len, 0.0);
-                        visit(state, batch, plan, id, &mut s.tile, &mut s.panels)
+                        let Scratch { tile, panels } = s;
+                        visit(state, batch, plan, id, tile, panels)
                     })
                 })
                 .collect(),
