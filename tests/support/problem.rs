@@ -34,6 +34,14 @@ pub struct Outputs {
     pub temperature: TemperatureGradient,
 }
 
+impl Outputs {
+    /// P@1 and MRR of query → passage and of passage → query.
+    pub fn metrics(&self) -> [f64; 4] {
+        let (there, back) = (self.evaluation.query_to_passage, self.evaluation.passage_to_query);
+        [there.precision_at_1, there.mrr, back.precision_at_1, back.mrr]
+    }
+}
+
 /// Owned elements of any type.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Buffer {
@@ -115,6 +123,12 @@ impl Problem {
     pub fn rounded(&self, dtype: DType) -> Self {
         let round = |x: &[f64]| Buffer::new(dtype, x).to_f64();
         Self { query: round(&self.query), passage: round(&self.passage), ..self.clone() }
+    }
+
+    /// Whether `dtype` holds the embeddings exactly.
+    pub fn is_exact_in(&self, dtype: DType) -> bool {
+        let same = |x: &[f64]| Buffer::new(dtype, x).to_f64() == x;
+        same(&self.query) && same(&self.passage)
     }
 
     /// w̃ = w / Σw.
