@@ -113,10 +113,10 @@ impl File {
     fn into_case(self) -> Result<Case, String> {
         let (m, n, d) = (self.rows, self.passages, self.dim);
         let loss = self.loss_of_groups()?;
-        let options = Options::new(self.temperature).and_then(|o| match self.margin {
-            Some(margin) => o.with_margin(margin),
-            None => Ok(o),
-        });
+        let mut options = Options::new(self.temperature).map_err(|e| format!("field `temperature`: {e}"))?;
+        if let Some(margin) = self.margin {
+            options = options.with_margin(margin).map_err(|e| format!("field `margin`: {e}"))?;
+        }
         if self.row_losses.len() != m {
             return Err(format!("field `row_losses`: {} numbers; allowed: {m}, as `rows` says", self.row_losses.len()));
         }
@@ -147,7 +147,7 @@ impl File {
                 };
                 (owners, scope)
             }),
-            options: options.map_err(|e| e.to_string())?,
+            options,
         };
         problem.check().map_err(|e| e.to_string())?;
         Ok(Case { problem, expected })
