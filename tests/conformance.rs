@@ -15,8 +15,8 @@ use support::compare::{against_definition, verdict};
 use support::data::{Kind, Source, duplicate_ids, problem};
 use support::problem::Problem;
 
-/// What a case asks, for embeddings of a type: its values may depend on the range of the type.
-type Make = Arc<dyn Fn(DType) -> Result<Problem, String> + Send + Sync>;
+/// What a case asks, for embeddings of a type (its values may depend on the range of the type) and a seed to add.
+type Make = Arc<dyn Fn(DType, u64) -> Result<Problem, String> + Send + Sync>;
 
 struct Case {
     name: String,
@@ -97,8 +97,14 @@ fn presence(backend: &dyn Backend, required: &[&str]) -> Presence {
 type Judgement = Result<(Problem, Result<Expected, Error>), String>;
 
 /// The problem with rounded embeddings, and what the definition says about it, be that an error.
+///
+/// A cosine on the edge of a margin or a tie may be rounded to either side, and both are right. Such a problem has no single
+/// answer, on some machine at least, so it is passed over for the next seed.
 fn judgement(make: &Make, dtype: DType, upstream: f64) -> Judgement {
-    let problem = make(dtype)?.rounded(dtype);
+    let slack = if dtype == DType::F64 { 0.0 } else { 4e-7 };
+    let candidates = (0..100).map(|attempt| make(dtype, attempt * 1_000_003).map(|p| p.rounded(dtype)));
+    let mut decided = candidates.filter(|p| p.as_ref().map_or(true, |p| p.is_decided(slack)));
+    let problem = decided.next().ok_or("every seed puts a cosine on the edge of a margin or a tie")??;
     let reference = backend::by_name("reference").map_err(|e| e.to_string())?;
     let want = problem.run(reference, DType::F64, upstream).map(Expected::from);
     Ok((problem, want))
@@ -154,13 +160,13 @@ fn cases() -> Result<Vec<Case>, String> {
         cases.push(Case { name, upstream, make });
     };
     for case in golden()? {
-        add(format!("golden {}", case.problem.name), Arc::new(move |_| Ok(case.problem.clone())));
+        add(format!("golden {}", case.problem.name), Arc::new(move |_, _| Ok(case.problem.clone())));
     }
     let plain = |loss: &Loss, kind: Kind, shape, temperature, seed| -> (String, Make) {
         let name = format!("{} {} {shape:?} τ={temperature}", loss.name(), kind.name());
         let loss = loss.clone();
-        let make = move |dtype| {
-            problem(loss.clone(), kind, shape, temperature, seed, decades(dtype)).map_err(|e| e.to_string())
+        let make = move |dtype, more| {
+            problem(loss.clone(), kind, shape, temperature, seed + more, decades(dtype)).map_err(|e| e.to_string())
         };
         (name, Arc::new(make))
     };
@@ -188,10 +194,11 @@ fn cases() -> Result<Vec<Case>, String> {
         add(name, make);
     }
     // Several tiles of every matrix, stored and recomputed.
-    for workspace in [None, Some(64 << 10)] {
-        let (name, make) = plain(&Loss::samtone_both(), Kind::Trained, (300, 421, 24), 0.02, 3000);
-        let bounded: Make = Arc::new(move |dtype| {
-            let mut problem = make(dtype)?;
+    let edges = [(300, 421, 24), (511, 513, 9), (257, 1025, 33)];
+    for (shape, workspace) in edges.into_iter().flat_map(|shape| [(shape, None), (shape, Some(64 << 10))]) {
+        let (name, make) = plain(&Loss::samtone_both(), Kind::Trained, shape, 0.02, 3000);
+        let bounded: Make = Arc::new(move |dtype, more| {
+            let mut problem = make(dtype, more)?;
             if let Some(bytes) = workspace {
                 problem.options = problem.options.with_workspace_bytes(bytes);
             }
@@ -203,7 +210,7 @@ fn cases() -> Result<Vec<Case>, String> {
         for (k, loss) in losses.iter().enumerate() {
             let kind = if option.contains("duplicates") { Kind::Duplicates } else { Kind::ALL[k % Kind::ALL.len()] };
             let (name, make) = plain(loss, kind, (13, 29, 16), 0.05, 4000 + k as u64);
-            add(format!("{name} with {option}"), Arc::new(move |dtype| with_option(option, make(dtype)?)));
+            add(format!("{name} with {option}"), Arc::new(move |dtype, more| with_option(option, make(dtype, more)?)));
         }
     }
     Ok(cases)
@@ -344,7 +351,7 @@ fn absent_backends() -> Result<(), Failed> {
 
 fn wrong_backend() -> Result<(), Failed> {
     let problem = problem(Loss::samtone_both(), Kind::Random, (9, 11, 8), 0.05, 1, 0.0).map_err(|e| e.to_string())?;
-    let make: Make = Arc::new(move |_| Ok(problem.clone()));
+    let make: Make = Arc::new(move |_, _| Ok(problem.clone()));
     let (problem, want) = judgement(&make, DType::F32, 1.0)?;
     conforms(&StandIn { present: true, wrong: None }, &problem, &want, DType::F32, 1.0)?;
     for output in ["loss", "row_losses", "grad_q", "grad_p", "grad_temperature", "grad_log_beta", "metrics"] {
