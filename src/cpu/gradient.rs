@@ -148,7 +148,7 @@ pub(super) fn gradients(
                 gradient_tile(x, &tile, &edges(id), masked, !stored)
             })
             .collect();
-        beta += dots.iter().sum::<f64>();
+        beta = dots.iter().fold(beta, |sum, dot| sum + dot); // in the order of the list, wherever a wave ends
 
         let terms = terms(plan, wave.iter().enumerate().map(|(position, &(tile, id))| (slot(position, tile), id)));
         let outputs = [(Space::Query, &mut query), (Space::Passage, &mut passage)]

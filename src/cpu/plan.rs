@@ -135,14 +135,11 @@ impl Plan {
         let tile_bytes = tile * tile * size_of::<f32>();
         let threads = rayon::current_num_threads();
         let room = bound - tile_bytes;
-        let workers = match panel_bytes(tile) + tile_bytes {
-            per_worker if room < per_worker => 1,
-            per_worker => threads.min(room / per_worker),
-        };
-        let left = bound - workers * panel_bytes(tile);
-        let slots = (left / tile_bytes).max(1);
-        let stored = tiles.len() <= slots;
-        let slots = if stored { tiles.len() } else { slots };
+        let per_worker = panel_bytes(tile) + tile_bytes;
+        let workers = threads.min(room / per_worker).max(1);
+        let stored = tiles.len() <= (bound - workers * panel_bytes(tile)) / tile_bytes;
+        // Recomputed, the workers of the first pass keep a tile each beside those of the second.
+        let slots = if stored { tiles.len() } else { (bound - workers * per_worker) / tile_bytes };
         Ok(Self {
             tile,
             grids,
@@ -165,7 +162,8 @@ impl Plan {
 
     /// Bytes of tiles and panels: at most the bound in the options.
     pub fn workspace_bytes(&self) -> usize {
-        self.slots * self.tile_len() * size_of::<f32>() + self.workers * PANELS * self.panel * size_of::<f32>()
+        let of_first_pass = if self.stored { 0 } else { self.tile_len() };
+        (self.slots * self.tile_len() + self.workers * (PANELS * self.panel + of_first_pass)) * size_of::<f32>()
     }
 
     pub(super) fn panel_len(&self) -> usize {

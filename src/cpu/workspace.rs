@@ -60,8 +60,7 @@ impl Pool {
     /// Makes room for `workers` at once, each with a tile and two panels of these lengths, or gives an error.
     pub(super) fn prepare(&self, workers: usize, tile: usize, panel: usize) -> Result<()> {
         let mut pool = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let missing = workers.saturating_sub(pool.len());
-        pool.extend((0..missing).map(|_| Scratch::default()));
+        pool.resize_with(workers, Scratch::default); // more may be left of a call with more threads and smaller tiles
         for scratch in pool.iter_mut() {
             reserve(&mut scratch.tile, tile, "tiles of logits")?;
             for buffer in &mut scratch.panels {
