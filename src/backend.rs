@@ -16,6 +16,11 @@ pub trait Backend: Sync {
     /// Element types of embeddings it takes. Others give [`Error::Unsupported`].
     fn dtypes(&self) -> &'static [DType];
 
+    /// Whether this machine can run it: an [`Error::Unsupported`] that says what is missing (a device, a driver), if not.
+    fn available(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Loss, metrics and gradients; the latter times `upstream`, into the caller's `buffers`. See
     /// [`reference::loss_and_gradients_into`] for formulas and errors.
     fn loss_and_gradients_into(

@@ -205,7 +205,8 @@ fn softmax(exponents: &mut [f64], copies: u8) -> Option<f64> {
         return None;
     }
     let negatives: f64 = exponents.iter().map(|x| (x - max).exp()).sum();
-    let total = negatives + copies * (-max).exp();
+    let positive = if copies > 0.0 { copies * (-max).exp() } else { 0.0 }; // exp alone overflows when no positive bounds max
+    let total = negatives + positive;
     exponents.iter_mut().for_each(|x| *x = (*x - max).exp() / total);
     // With the positive on top the sum is often far below 1, and log1p keeps its digits.
     Some(if max == 0.0 && copies > 0.0 { copies.ln() + (negatives / copies).ln_1p() } else { max + total.ln() })

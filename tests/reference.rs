@@ -185,6 +185,19 @@ fn two_orthogonal_pairs_are_a_logistic_loss() -> Outcome {
 }
 
 #[test]
+fn a_decoupled_loss_may_be_far_below_zero() -> Outcome {
+    let mut apart = problem(Loss::decoupled(), Kind::Random, (2, 2, 1), 1e-3, 1, 0.0)?;
+    (apart.query, apart.passage) = (vec![1.0, -2.0], vec![3.0, -4.0]);
+    let got = solve(&apart, 1.0)?; // s⁺ = 1 and a single negative at −1: ℓ − β s⁺ = −2β
+    verdict(&[
+        entrywise("row_losses", &got.evaluation.row_losses, &[-2000.0, -2000.0], 1e-14),
+        entrywise("grad_log_beta", &[got.temperature.log_beta], &[-2000.0], 1e-14),
+    ])?;
+    assert!(got.grad_query.iter().chain(&got.grad_passage).all(|g| *g == 0.0), "a line has no other direction");
+    Ok(())
+}
+
+#[test]
 fn a_row_without_negatives_costs_the_copies_of_its_positive() -> Outcome {
     for loss in presets() {
         let single = problem(loss.clone(), Kind::Random, (1, 1, 3), 0.01, 5, 0.0)?;

@@ -1,7 +1,11 @@
 """Golden vectors for the contrastive loss family, from a formulation that shares nothing with any kernel:
-dense float64 logits and automatic differentiation (JAX). The text of the definition is docs/loss.md.
+dense float64 logits and automatic differentiation (JAX). docs/loss.md is the definition, docs/golden-format.md
+the format.
 
-    python generate.py OUT_DIR [SEED]        needs: jax, numpy
+    python tests/golden/generate.py FOLDER [SEED]
+
+writes one JSON file per case into FOLDER, which must exist. Needs the packages jax and numpy; the default seed
+gives the files beside this script, up to the last bit of the machine's arithmetic.
 """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np

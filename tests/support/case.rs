@@ -1,7 +1,7 @@
 //! Reader of the golden format, docs/golden-format.md. Whatever is wrong with a file becomes a sentence that names the
 //! file and the field.
 
-use super::problem::Problem;
+use super::problem::{Outputs, Problem};
 use samtone::{Block, Group, Loss, Options, Scope};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ pub struct Case {
     pub expected: Expected,
 }
 
-/// The outputs in a golden file; matrices row-major.
+/// The outputs that a call should give, from a golden file or from the reference; matrices row-major.
 #[derive(Debug, Clone)]
 pub struct Expected {
     pub loss: f64,
@@ -21,6 +21,21 @@ pub struct Expected {
     pub grad_query: Vec<f64>,
     pub grad_passage: Vec<f64>,
     pub grad_tau: f64,
+    /// P@1 and MRR of query → passage and of passage → query; a file has none.
+    pub metrics: Option<[f64; 4]>,
+}
+
+impl From<Outputs> for Expected {
+    fn from(x: Outputs) -> Self {
+        Self {
+            metrics: Some(x.metrics()),
+            loss: x.evaluation.loss,
+            row_losses: x.evaluation.row_losses,
+            grad_query: x.grad_query,
+            grad_passage: x.grad_passage,
+            grad_tau: x.temperature.tau,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -98,10 +113,10 @@ impl File {
     fn into_case(self) -> Result<Case, String> {
         let (m, n, d) = (self.rows, self.passages, self.dim);
         let loss = self.loss_of_groups()?;
-        let options = Options::new(self.temperature).and_then(|o| match self.margin {
-            Some(margin) => o.with_margin(margin),
-            None => Ok(o),
-        });
+        let mut options = Options::new(self.temperature).map_err(|e| format!("field `temperature`: {e}"))?;
+        if let Some(margin) = self.margin {
+            options = options.with_margin(margin).map_err(|e| format!("field `margin`: {e}"))?;
+        }
         if self.row_losses.len() != m {
             return Err(format!("field `row_losses`: {} numbers; allowed: {m}, as `rows` says", self.row_losses.len()));
         }
@@ -111,6 +126,7 @@ impl File {
             grad_query: matrix("grad_q", &self.grad_q, ("rows", m), d)?,
             grad_passage: matrix("grad_p", &self.grad_p, ("passages", n), d)?,
             grad_tau: self.grad_temperature,
+            metrics: None,
         };
         let problem = Problem {
             name: self.name,
@@ -131,7 +147,7 @@ impl File {
                 };
                 (owners, scope)
             }),
-            options: options.map_err(|e| e.to_string())?,
+            options,
         };
         problem.check().map_err(|e| e.to_string())?;
         Ok(Case { problem, expected })

@@ -3,7 +3,7 @@
 use super::case::Expected;
 use super::problem::{Outputs, Problem};
 use super::tolerance::{GOLDEN, Tolerance};
-use samtone::{DType, Evaluation};
+use samtone::DType;
 use std::fmt;
 
 /// One output, compared.
@@ -87,58 +87,54 @@ pub fn against_golden(got: &Outputs, want: &Expected) -> Vec<Check> {
     ]
 }
 
-/// A backend on embeddings of type `dtype` against the f64 definition on the same embeddings (those of `problem`), by the
-/// tolerance table.
+/// A backend on the embeddings of `problem`, which `dtype` holds exactly, against the definition, by the tolerance table.
 ///
 /// To its relative tolerance each output adds what rounded cosines cost however good the arithmetic: a cosine off by ε moves
-/// a logit by βε and the loss by βε·Σ|∂L/∂(βs)|; gradients that cancel (equal rows, all cosines alike) keep that much noise
-/// around 0. Σ|∂L/∂(βs)| of a row is twice its probability to err, at most twice its loss, so the slack vanishes with the
-/// loss and trained towers are held to the same digits.
-pub fn against_reference(got: &Outputs, want: &Outputs, problem: &Problem, dtype: DType, upstream: f64) -> Vec<Check> {
+/// a logit by βε and the loss by βε·Σ|∂L/∂(βs)|, and gradients that cancel (equal rows, all cosines alike) keep as much noise
+/// around 0. Σ|∂L/∂(βs)| of a row is twice what its positive lacks of probability 1, which vanishes with the loss: trained
+/// towers are held to the same digits.
+pub fn against_definition(
+    got: &Outputs,
+    want: &Expected,
+    problem: &Problem,
+    dtype: DType,
+    upstream: f64,
+) -> Vec<Check> {
     let tolerance = Tolerance::of(dtype);
     let beta = problem.options.beta();
     let logit = 2.0 * beta * tolerance.cosine;
     let weights = problem.normalized_weights();
-    let movable: Vec<f64> = want.evaluation.row_losses.iter().map(|&l| movable_share(problem, l)).collect();
-    let mean: f64 = weights.iter().zip(&movable).map(|(w, s)| w * s).sum();
-    let spread = weights.iter().zip(&movable).map(|(w, s)| (w * s).powi(2)).sum::<f64>().sqrt();
-
-    let mut checks = vec![scalar(
-        "loss",
-        got.evaluation.loss,
-        want.evaluation.loss,
-        tolerance.loss * want.evaluation.loss.abs() + logit * mean,
-    )];
-    checks.push(row_losses(&got.evaluation, &want.evaluation, &movable, tolerance.loss, logit));
-
+    let missing: Vec<f64> = want.row_losses.iter().map(|&l| missing_probability(problem, l)).collect();
+    let mean: f64 = weights.iter().zip(&missing).map(|(w, s)| w * s).sum();
+    let spread = weights.iter().zip(&missing).map(|(w, s)| (w * s).powi(2)).sum::<f64>().sqrt();
     let relative = tolerance.gradient * (0.01 * beta).max(1.0);
-    let noise = upstream.abs() * beta * logit.min(2.0 * tolerance.cosine * beta) / beta * spread;
-    for (output, got, want, x) in [
-        ("grad_q", &got.grad_query, &want.grad_query, &problem.query),
-        ("grad_p", &got.grad_passage, &want.grad_passage, &problem.passage),
-    ] {
-        checks.push(frobenius(output, got, want, x, problem.dim, relative, 2.0 * noise));
-    }
-
+    let noise = upstream.abs() * (2.0 * logit * spread + beta * tolerance.probability);
     // ∂L/∂β is a sum of G·s that cancels like the gradient itself; τ and log β only rescale it.
-    let grad_beta = upstream.abs() * 4.0 * tolerance.cosine * mean;
-    let (got_t, want_t) = (got.temperature, want.temperature);
-    let (tau, log_beta) = (want_t.tau.abs(), want_t.log_beta.abs());
-    checks.push(scalar("grad_temperature", got_t.tau, want_t.tau, relative * tau + beta * beta * grad_beta));
-    checks.push(scalar("grad_log_beta", got_t.log_beta, want_t.log_beta, relative * log_beta + beta * grad_beta));
+    let beta_noise = upstream.abs() * 4.0 * tolerance.cosine * mean;
+    let (tau, log_beta) = (want.grad_tau, -want.grad_tau / beta);
 
-    let metrics = |e: &Evaluation| [e.query_to_passage, e.passage_to_query].map(|m| [m.precision_at_1, m.mrr]).concat();
-    let (got_m, want_m) = (metrics(&got.evaluation), metrics(&want.evaluation));
-    checks.push(Check { allowed: tolerance.metric, size: 1.0, ..entrywise("metrics", &got_m, &want_m, 0.0) });
+    let mut checks = vec![
+        scalar("loss", got.evaluation.loss, want.loss, tolerance.loss * want.loss.abs() + logit * mean),
+        row_losses(&got.evaluation.row_losses, &want.row_losses, &missing, tolerance.loss, logit),
+        frobenius("grad_q", &got.grad_query, &want.grad_query, &problem.query, problem.dim, relative, noise),
+        frobenius("grad_p", &got.grad_passage, &want.grad_passage, &problem.passage, problem.dim, relative, noise),
+        scalar("grad_temperature", got.temperature.tau, tau, relative * tau.abs() + beta * beta * beta_noise),
+        scalar("grad_log_beta", got.temperature.log_beta, log_beta, relative * log_beta.abs() + beta * beta_noise),
+    ];
+    if let Some(metrics) = want.metrics {
+        let check = entrywise("metrics", &got.metrics(), &metrics, 0.0);
+        checks.push(Check { allowed: tolerance.metric, size: 1.0, ..check });
+    }
     checks
 }
 
-/// An upper bound of Σ_g c_g (1 − probability of the positive) of a row, from its loss.
-fn movable_share(problem: &Problem, row_loss: f64) -> f64 {
-    let groups = problem.loss.groups();
-    let all: f64 = groups.iter().map(|g| g.coefficient()).sum();
-    let bounded_by_loss = groups.iter().all(|g| g.positive_copies() > 0);
-    if bounded_by_loss { all.min(row_loss) } else { all }
+/// An upper bound of Σ_g c_g (1 − probability of the positive) of a row: with D the sum of the negatives relative to the
+/// positive, D/(e + D) ≤ log(1 + D/e), which is the loss of the group less the log e that it has without negatives.
+fn missing_probability(problem: &Problem, row_loss: f64) -> f64 {
+    let groups = || problem.loss.groups().iter().filter(|g| g.coefficient() > 0.0);
+    let all: f64 = groups().map(|g| g.coefficient()).sum();
+    let least: f64 = groups().map(|g| g.coefficient() * f64::from(g.positive_copies()).ln()).sum();
+    if least.is_finite() { all.min((row_loss - least).max(0.0)) } else { all }
 }
 
 fn scalar(output: &'static str, got: f64, want: f64, allowed: f64) -> Check {
@@ -146,12 +142,12 @@ fn scalar(output: &'static str, got: f64, want: f64, allowed: f64) -> Check {
 }
 
 /// The row that uses most of what it is allowed.
-fn row_losses(got: &Evaluation, want: &Evaluation, movable: &[f64], relative: f64, logit: f64) -> Check {
-    let allowed = |i: usize| relative * want.row_losses[i].abs() + 4.0 * logit * movable[i];
-    let pick = worst(&got.row_losses, &want.row_losses, |i| 1.0 / allowed(i).max(f64::MIN_POSITIVE));
-    let difference = if got.row_losses.len() == want.row_losses.len() { (pick.1 - pick.2).abs() } else { f64::NAN };
-    let (allowed, size) = if want.row_losses.is_empty() { (0.0, 0.0) } else { (allowed(pick.0), pick.2.abs()) };
-    Check { output: "row_losses", difference, allowed, size, worst: pick }
+fn row_losses(got: &[f64], want: &[f64], missing: &[f64], relative: f64, logit: f64) -> Check {
+    let allowed: Vec<f64> = want.iter().zip(missing).map(|(w, s)| relative * w.abs() + 2.0 * logit * s).collect();
+    let worst = worst(got, want, |i| 1.0 / allowed[i].max(f64::MIN_POSITIVE));
+    let difference = if got.len() == want.len() { (worst.1 - worst.2).abs() } else { f64::NAN };
+    let allowed = allowed.get(worst.0).copied().unwrap_or(f64::NAN);
+    Check { output: "row_losses", difference, allowed, size: worst.2.abs(), worst }
 }
 
 /// Frobenius norms of ‖xᵢ‖·gᵢ: a gradient grows as its embedding shrinks, and unscaled the tiniest row alone would count.

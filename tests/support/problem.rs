@@ -2,6 +2,7 @@
 
 use samtone::backend::Backend;
 use samtone::half::{bf16, f16};
+use samtone::mask::COSINE_TIE;
 use samtone::{
     Batch, DType, Embeddings, EmbeddingsMut, Evaluation, GradientBuffers, Loss, Options, Result, Scope,
     TemperatureGradient,
@@ -32,6 +33,14 @@ pub struct Outputs {
     pub grad_query: Vec<f64>,
     pub grad_passage: Vec<f64>,
     pub temperature: TemperatureGradient,
+}
+
+impl Outputs {
+    /// P@1 and MRR of query → passage and of passage → query.
+    pub fn metrics(&self) -> [f64; 4] {
+        let (there, back) = (self.evaluation.query_to_passage, self.evaluation.passage_to_query);
+        [there.precision_at_1, there.mrr, back.precision_at_1, back.mrr]
+    }
 }
 
 /// Owned elements of any type.
@@ -115,6 +124,39 @@ impl Problem {
     pub fn rounded(&self, dtype: DType) -> Self {
         let round = |x: &[f64]| Buffer::new(dtype, x).to_f64();
         Self { query: round(&self.query), passage: round(&self.passage), ..self.clone() }
+    }
+
+    /// Whether `dtype` holds the embeddings exactly.
+    pub fn is_exact_in(&self, dtype: DType) -> bool {
+        let same = |x: &[f64]| Buffer::new(dtype, x).to_f64() == x;
+        same(&self.query) && same(&self.passage)
+    }
+
+    /// Whether no cosine is within `slack` of where a rank or the margin changes its mind.
+    pub fn is_decided(&self, slack: f64) -> bool {
+        let unit = |x: &[f64]| -> Vec<Vec<f64>> {
+            let direction = |row: &[f64]| {
+                let scale = row.iter().fold(f64::MIN_POSITIVE, |max, v| max.max(v.abs()));
+                let norm = row.iter().map(|v| (v / scale).powi(2)).sum::<f64>().sqrt();
+                row.iter().map(|v| v / scale / norm).collect()
+            };
+            x.chunks(self.dim).map(direction).collect()
+        };
+        let (query, passage) = (unit(&self.query), unit(&self.passage));
+        let cosine = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(a, b)| a * b).sum::<f64>();
+        (0..self.rows).all(|i| {
+            let own = &passage[self.positives.as_ref().map_or(i, |p| p[i] as usize)];
+            let positive = cosine(&query[i], own);
+            let far = |s: f64, edge: f64| (s - edge - COSINE_TIE).abs() >= slack;
+            let clear = |anchor: &[f64], candidates: &[Vec<f64>], ranked: bool| {
+                candidates.iter().map(|c| cosine(anchor, c)).all(|s| {
+                    (!ranked || far(s, positive)) && self.options.margin().is_none_or(|m| far(s, positive + m))
+                })
+            };
+            let towers =
+                self.options.margin().is_none() || (clear(&query[i], &query, false) && clear(own, &passage, false));
+            towers && clear(&query[i], &passage, true) && clear(own, &query, true)
+        })
     }
 
     /// w̃ = w / Σw.

@@ -11,6 +11,8 @@ pub struct Tolerance {
     pub gradient: f64,
     /// Of a cosine, absolute: logits inherit it times β, and sums that cancel keep it.
     pub cosine: f64,
+    /// A probability this small may count as 0.
+    pub probability: f64,
     /// Of P@1 and MRR, absolute: a rank is a whole number, so only the sum over rows rounds.
     pub metric: f64,
 }
@@ -19,10 +21,10 @@ impl Tolerance {
     /// The row of the table for embeddings of type `dtype`.
     pub const fn of(dtype: DType) -> Self {
         match dtype {
-            DType::F64 => Self { loss: 1e-9, gradient: 1e-9, cosine: 1e-14, metric: 1e-12 },
-            DType::F32 => Self { loss: 1e-6, gradient: 3e-5, cosine: 6e-8, metric: 1e-9 },
-            DType::F16 => Self { loss: 1e-5, gradient: 2e-4, cosine: 6e-8, metric: 1e-9 },
-            DType::BF16 => Self { loss: 1e-5, gradient: 1e-3, cosine: 6e-8, metric: 1e-9 },
+            DType::F64 => Self { loss: 1e-9, gradient: 1e-9, cosine: 1e-14, probability: 0.0, metric: 1e-12 },
+            DType::F32 => Self { loss: 1e-6, gradient: 3e-5, cosine: 6e-8, probability: 1e-30, metric: 1e-9 },
+            DType::F16 => Self { loss: 1e-5, gradient: 2e-4, cosine: 6e-8, probability: 1e-30, metric: 1e-9 },
+            DType::BF16 => Self { loss: 1e-5, gradient: 1e-3, cosine: 6e-8, probability: 1e-30, metric: 1e-9 },
         }
     }
 }

@@ -1,0 +1,365 @@
+//! One table: every backend × every type it takes × every case, against the definition in f64 on the same embeddings.
+//!
+//! A backend enters by its line in `samtone::backend::all`. One that cannot run on this machine is reported as ignored;
+//! the environment variable `SAMTONE_REQUIRE`, names separated by commas, turns that into a failure.
+
+mod support;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use samtone::backend::{self, Backend};
+use samtone::{Block, DType, Error, Group, Loss, Scope};
+use std::process::ExitCode;
+use std::sync::{Arc, OnceLock};
+use support::case::{Expected, golden};
+use support::compare::{against_definition, verdict};
+use support::data::{Kind, Source, duplicate_ids, problem};
+use support::problem::Problem;
+
+/// What a case asks, for embeddings of a type (its values may depend on the range of the type) and a seed to add.
+type Make = Arc<dyn Fn(DType, u64) -> Result<Problem, String> + Send + Sync>;
+
+struct Case {
+    name: String,
+    upstream: f64,
+    make: Make,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
+    let required: Vec<_> = required.split(',').map(str::trim).filter(|name| !name.is_empty()).collect();
+    match trials(backend::all(), &required) {
+        Ok(trials) => libtest_mimic::run(&arguments, trials).exit_code(),
+        Err(e) => {
+            eprintln!("{e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn trials(backends: &[&'static dyn Backend], required: &[&str]) -> Result<Vec<Trial>, String> {
+    let mut trials = vec![
+        Trial::test("absent backends are ignored unless required", absent_backends),
+        Trial::test("a wrong backend fails every output", wrong_backend),
+    ];
+    for name in required.iter().filter(|name| !backends.iter().any(|b| b.name() == **name)) {
+        let message = format!("SAMTONE_REQUIRE names `{name}`, which is not in this build");
+        trials.push(Trial::test(format!("{name} is in this build"), move || Err(message.into())));
+    }
+    for case in cases()? {
+        for dtype in DType::ALL {
+            // One judgement serves all backends, and is computed by the first that asks.
+            let judge = Arc::new(OnceLock::new());
+            for &backend in backends.iter().filter(|b| b.dtypes().contains(&dtype)) {
+                let (make, judge, upstream) = (case.make.clone(), judge.clone(), case.upstream);
+                let name = format!("{} {dtype}: {}", backend.name(), case.name);
+                trials.push(trial(name, backend, required, move || {
+                    let (problem, want) = judge.get_or_init(|| judgement(&make, dtype, upstream)).as_ref()?;
+                    conforms(backend, problem, want, dtype, upstream)
+                }));
+            }
+        }
+    }
+    Ok(trials)
+}
+
+/// A trial that runs where `backend` can, is ignored where it cannot, and fails if it then is required.
+fn trial(
+    name: String,
+    backend: &dyn Backend,
+    required: &[&str],
+    run: impl FnOnce() -> Result<(), Failed> + Send + 'static,
+) -> Trial {
+    match presence(backend, required) {
+        Presence::Runs => Trial::test(name, run),
+        Presence::Ignored => Trial::test(name, run).with_ignored_flag(true),
+        Presence::Missed(message) => Trial::test(name, move || Err(message.into())),
+    }
+}
+
+#[derive(Debug, PartialEq)]
+enum Presence {
+    Runs,
+    Ignored,
+    Missed(String),
+}
+
+fn presence(backend: &dyn Backend, required: &[&str]) -> Presence {
+    match backend.available() {
+        Ok(()) => Presence::Runs,
+        Err(reason) if required.contains(&backend.name()) => {
+            Presence::Missed(format!("SAMTONE_REQUIRE names `{}`: {reason}", backend.name()))
+        }
+        Err(_) => Presence::Ignored,
+    }
+}
+
+type Judgement = Result<(Problem, Result<Expected, Error>), String>;
+
+/// The problem with rounded embeddings, and what the definition says about it, be that an error.
+///
+/// A cosine on the edge of a margin or a tie may be rounded to either side, and both are right. Such a problem has no single
+/// answer, on some machine at least, so it is passed over for the next seed.
+fn judgement(make: &Make, dtype: DType, upstream: f64) -> Judgement {
+    let slack = if dtype == DType::F64 { 0.0 } else { 4e-7 };
+    let candidates = (0..100).map(|attempt| make(dtype, attempt * 1_000_003).map(|p| p.rounded(dtype)));
+    let mut decided = candidates.filter(|p| p.as_ref().map_or(true, |p| p.is_decided(slack)));
+    let problem = decided.next().ok_or("every seed puts a cosine on the edge of a margin or a tie")??;
+    let reference = backend::by_name("reference").map_err(|e| e.to_string())?;
+    let want = problem.run(reference, DType::F64, upstream).map(Expected::from);
+    Ok((problem, want))
+}
+
+fn conforms(
+    backend: &dyn Backend,
+    problem: &Problem,
+    want: &Result<Expected, Error>,
+    dtype: DType,
+    upstream: f64,
+) -> Result<(), Failed> {
+    match (problem.run(backend, dtype, upstream), want) {
+        (Ok(got), Ok(want)) => Ok(verdict(&against_definition(&got, want, problem, dtype, upstream))?),
+        (Err(got), Err(want)) if got == *want => Ok(()),
+        (Ok(_), Err(want)) => Err(format!("no error, but the definition says: {want}").into()),
+        (Err(got), Ok(_)) => Err(format!("an error where the definition has a value: {got}").into()),
+        (Err(got), Err(want)) => Err(format!("got the error: {got}\nbut the definition says: {want}").into()),
+    }
+}
+
+/// Powers of ten that norms may spread over, either way, so that f32 gradients stay in range (in f16, the embeddings).
+fn decades(dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 | DType::F32 | DType::BF16 => 15.0,
+        DType::F16 => 3.0,
+    }
+}
+
+/// M × N × d: the smallest, primes, multiples of 16 and their neighbours (lanes, tiles), wide and narrow.
+const SHAPES: &[(usize, usize, usize)] = &[
+    (1, 1, 1),
+    (1, 2, 3),
+    (2, 2, 2),
+    (3, 3, 7),
+    (3, 7, 1),
+    (5, 13, 8),
+    (15, 17, 16),
+    (16, 16, 33),
+    (17, 47, 64),
+    (31, 33, 96),
+    (63, 64, 127),
+    (65, 129, 65),
+    (97, 101, 31),
+];
+const TEMPERATURES: &[f64] = &[0.01, 0.05, 0.001, 0.2, 1.0, 0.02, 10.0];
+const UPSTREAM: &[f64] = &[1.0, -0.5, 64.0, 0.0, 3e-3];
+
+fn cases() -> Result<Vec<Case>, String> {
+    let mut cases = Vec::new();
+    let mut add = |name: String, make: Make| {
+        let upstream = UPSTREAM[cases.len() % UPSTREAM.len()];
+        cases.push(Case { name, upstream, make });
+    };
+    for case in golden()? {
+        add(format!("golden {}", case.problem.name), Arc::new(move |_, _| Ok(case.problem.clone())));
+    }
+    let plain = |loss: &Loss, kind: Kind, shape, temperature, seed| -> (String, Make) {
+        let name = format!("{} {} {shape:?} τ={temperature}", loss.name(), kind.name());
+        let loss = loss.clone();
+        let make = move |dtype, more| {
+            problem(loss.clone(), kind, shape, temperature, seed + more, decades(dtype)).map_err(|e| e.to_string())
+        };
+        (name, Arc::new(make))
+    };
+
+    // Every preset on every kind of data; lengths of the cycles have no common divisor, so each meets each in time.
+    let mut seed = 0;
+    let losses = losses()?;
+    for kind in Kind::ALL {
+        for loss in &losses {
+            let shape = SHAPES[seed % SHAPES.len()];
+            let (name, make) = plain(loss, kind, shape, TEMPERATURES[seed % TEMPERATURES.len()], seed as u64);
+            add(name, make);
+            seed += 1;
+        }
+    }
+    // Where single precision is hardest, and every shape with every block.
+    for kind in Kind::ALL {
+        for loss in [Loss::samtone_query(), Loss::samtone_both()] {
+            let (name, make) = plain(&loss, kind, (65, 97, 64), 0.01, 1000 + seed as u64);
+            add(name, make);
+        }
+    }
+    for &shape in SHAPES.iter().chain(&[(2, 3, 768), (4, 5, 1000), (3, 3, 4096), (2, 2, 8192), (128, 255, 513)]) {
+        let (name, make) = plain(&Loss::samtone_both(), Kind::Random, shape, 0.03, 2000 + shape.2 as u64);
+        add(name, make);
+    }
+    // Several tiles of every matrix, stored and recomputed.
+    let edges = [(300, 421, 24), (511, 513, 9), (257, 1025, 33)];
+    for (shape, workspace) in edges.into_iter().flat_map(|shape| [(shape, None), (shape, Some(64 << 10))]) {
+        let (name, make) = plain(&Loss::samtone_both(), Kind::Trained, shape, 0.02, 3000);
+        let bounded: Make = Arc::new(move |dtype, more| {
+            let mut problem = make(dtype, more)?;
+            if let Some(bytes) = workspace {
+                problem.options = problem.options.with_workspace_bytes(bytes);
+            }
+            with_option("everything", problem)
+        });
+        add(format!("{name} with everything, workspace {workspace:?}"), bounded);
+    }
+    for option in OPTIONS {
+        for (k, loss) in losses.iter().enumerate() {
+            let kind = if option.contains("duplicates") { Kind::Duplicates } else { Kind::ALL[k % Kind::ALL.len()] };
+            let (name, make) = plain(loss, kind, (13, 29, 16), 0.05, 4000 + k as u64);
+            add(format!("{name} with {option}"), Arc::new(move |dtype, more| with_option(option, make(dtype, more)?)));
+        }
+    }
+    Ok(cases)
+}
+
+/// Every preset, and what no preset has: a tower against itself alone, and no or two copies of the positive beside others.
+fn losses() -> Result<Vec<Loss>, String> {
+    let custom = || -> samtone::Result<Vec<Loss>> {
+        Ok(vec![
+            Loss::custom("queries_only", vec![Group::new(2.0, &[Block::QQ], 1)?])?,
+            Loss::custom(
+                "mixed_copies",
+                vec![
+                    Group::new(0.7, &[Block::PQ, Block::QQ], 0)?,
+                    Group::new(0.4, &[Block::PP, Block::QP], 2)?,
+                    Group::new(0.0, &[Block::QP], 0)?,
+                ],
+            )?,
+        ])
+    };
+    let presets = Loss::PRESETS.iter().map(|(name, _)| Loss::by_name(name)).collect::<Result<Vec<_>, _>>();
+    Ok([presets.map_err(|e| e.to_string())?, custom().map_err(|e| e.to_string())?].concat())
+}
+
+const OPTIONS: &[&str] = &[
+    "permuted positives",
+    "shared positives",
+    "weights",
+    "ids",
+    "ids of duplicates",
+    "margin 0 on duplicates",
+    "margin",
+    "negative margin",
+    "owners, all",
+    "owners, own",
+    "everything",
+    "every negative masked",
+];
+
+fn with_option(option: &str, mut problem: Problem) -> Result<Problem, String> {
+    let (m, n) = (problem.rows, problem.passages);
+    let mut source = Source::new(m as u64 * 7919 + n as u64);
+    let mut below = |end: usize, count: usize| (0..count).map(|_| source.below(end)).collect::<Vec<_>>();
+    let margin = |problem: &Problem, m| problem.options.with_margin(m).map_err(|e| e.to_string());
+    let weights = || (0..m).map(|i| [1.0, 0.0, 2.5, 0.125, 1e-3][i % 5]).collect();
+    let owners = || (0..n).map(|j| if j < m || j % 4 == 0 { -1 } else { (j % m) as i32 }).collect();
+    match option {
+        "permuted positives" => problem.positives = Some((0..m).map(|i| ((i * 5 + 3) % m + n - m) as u32).collect()),
+        "shared positives" => problem.positives = Some(below(n.div_ceil(2), m).iter().map(|&j| j as u32).collect()),
+        "weights" => problem.weights = Some(weights()),
+        "ids" => {
+            problem.query_ids = Some(below(m, m).iter().map(|&id| id as i64 - 2).collect());
+            problem.passage_ids = Some(below(n, n).iter().map(|&id| i64::MAX - id as i64).collect());
+        }
+        "ids of duplicates" => {
+            problem.query_ids = Some(duplicate_ids(m));
+            problem.passage_ids = Some(duplicate_ids(n));
+        }
+        "margin 0 on duplicates" => problem.options = margin(&problem, 0.0)?,
+        "margin" => problem.options = margin(&problem, 0.1)?,
+        "negative margin" => problem.options = margin(&problem, -0.05)?,
+        "owners, all" => problem.owners = Some((owners(), Scope::All)),
+        "owners, own" => problem.owners = Some((owners(), Scope::Own)),
+        "everything" => {
+            problem.positives = Some(below(n, m).iter().map(|&j| j as u32).collect());
+            problem.weights = Some(weights());
+            problem.query_ids = Some(below(m, m).iter().map(|&id| id as i64).collect());
+            problem.passage_ids = Some(below(n, n).iter().map(|&id| id as i64).collect());
+            problem.owners = Some((owners(), Scope::Own));
+            problem.options = margin(&problem, 0.2)?;
+        }
+        "every negative masked" => {
+            problem.positives = Some(vec![0; m]);
+            problem.passage_ids = Some(vec![1; n]);
+        }
+        _ => return Err(format!("no option `{option}`")),
+    }
+    Ok(problem)
+}
+
+/// A stand-in for hardware that is not there, and for a backend that gets one thing wrong.
+struct StandIn {
+    present: bool,
+    wrong: Option<&'static str>,
+}
+
+impl Backend for StandIn {
+    fn name(&self) -> &'static str {
+        "stand-in"
+    }
+
+    fn dtypes(&self) -> &'static [DType] {
+        &[DType::F32]
+    }
+
+    fn available(&self) -> samtone::Result<()> {
+        let (what, allowed) = ("a machine without the device".into(), "one with it".into());
+        if self.present { Ok(()) } else { Err(Error::Unsupported { backend: "stand-in", what, allowed }) }
+    }
+
+    fn loss_and_gradients_into(
+        &self,
+        loss: &Loss,
+        batch: &samtone::Batch<'_>,
+        options: &samtone::Options,
+        upstream: f64,
+        mut buffers: samtone::GradientBuffers<'_>,
+    ) -> samtone::Result<(samtone::Evaluation, samtone::TemperatureGradient)> {
+        match self.wrong {
+            Some("grad_q") => buffers.query = None, // leaves the NaN that the caller put there
+            Some("grad_p") => buffers.passage = None,
+            _ => {}
+        }
+        let reference = backend::by_name("reference")?;
+        let (mut evaluation, mut temperature) =
+            reference.loss_and_gradients_into(loss, batch, options, upstream, buffers)?;
+        match self.wrong {
+            Some("loss") => evaluation.loss *= 1.0 + 1e-4,
+            Some("row_losses") => evaluation.row_losses[1] *= 1.0 + 1e-4,
+            Some("grad_temperature") => temperature.tau *= 1.001,
+            Some("grad_log_beta") => temperature.log_beta *= 1.001,
+            Some("metrics") => evaluation.passage_to_query.mrr += 1e-3,
+            _ => {}
+        }
+        Ok((evaluation, temperature))
+    }
+}
+
+fn absent_backends() -> Result<(), Failed> {
+    let absent = StandIn { present: false, wrong: None };
+    let present = StandIn { present: true, wrong: None };
+    let got = [presence(&present, &["stand-in"]), presence(&absent, &["cpu"]), presence(&absent, &["cpu", "stand-in"])];
+    match got {
+        [Presence::Runs, Presence::Ignored, Presence::Missed(why)] if why.contains("without the device") => Ok(()),
+        other => Err(format!("{other:?}").into()),
+    }
+}
+
+fn wrong_backend() -> Result<(), Failed> {
+    let problem = problem(Loss::samtone_both(), Kind::Random, (9, 11, 8), 0.05, 1, 0.0).map_err(|e| e.to_string())?;
+    let make: Make = Arc::new(move |_, _| Ok(problem.clone()));
+    let (problem, want) = judgement(&make, DType::F32, 1.0)?;
+    conforms(&StandIn { present: true, wrong: None }, &problem, &want, DType::F32, 1.0)?;
+    for output in ["loss", "row_losses", "grad_q", "grad_p", "grad_temperature", "grad_log_beta", "metrics"] {
+        let backend = StandIn { present: true, wrong: Some(output) };
+        match conforms(&backend, &problem, &want, DType::F32, 1.0) {
+            Err(e) if e.message().is_some_and(|m| m.starts_with(output)) => {}
+            other => return Err(format!("a wrong {output} gave {other:?}").into()),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,105 @@
+//! The reader of golden files: whatever is wrong, a sentence names the file and the field.
+
+mod support;
+
+use serde_json::{Value, json};
+use std::path::Path;
+use support::case::{Case, files};
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+fn golden(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+fn example() -> Result<Value, Box<dyn std::error::Error>> {
+    Ok(serde_json::from_str(&std::fs::read_to_string(golden("samtone_both_weighted_shared_positive.json"))?)?)
+}
+
+fn error_of(text: &str) -> String {
+    Case::parse(text).err().unwrap_or_else(|| "no error".into())
+}
+
+#[test]
+fn each_fault_names_its_field() -> Outcome {
+    let faults: &[(&str, Value, &str)] = &[
+        ("/q/2/1", json!("0.5"), "field `q[2][1]`: invalid type: string"),
+        ("/q/2/1", json!(null), "field `q[2][1]`: invalid type: null"),
+        ("/p/8", json!([1.0]), "field `p[8]`: 1 numbers; allowed: 7, as `dim` says"),
+        ("/rows", json!(5), "field `row_losses`: 6 numbers; allowed: 5"),
+        ("/rows", json!(-5), "field `rows`: invalid value"),
+        ("/passages", json!(8), "field `grad_p`: 9 rows; allowed: 8, as `passages` says"),
+        ("/dim", json!(6), "field `grad_q[0]`: 7 numbers; allowed: 6, as `dim` says"),
+        ("/groups/1/blocks/0", json!("qd"), "field `groups[1].blocks[0]`: unknown variant `qd`"),
+        ("/groups/1/positive_copies", json!(3), "field `groups[1]`: argument `positive_copies` is 3"),
+        ("/groups/0/coefficient", json!(-1), "field `groups[0]`: argument `coefficient` is -1"),
+        ("/groups/0/coefficient", json!(2), "but the preset of that name is"),
+        ("/groups", json!([]), "field `groups`: argument `groups` is []"),
+        ("/temperature", json!(0), "field `temperature`: argument `temperature` is 0"),
+        ("/positives/1", json!(9), "argument `positives` is 9 at row 1; allowed: 0 to 8"),
+        ("/positives", json!([0]), "argument `positives` is a slice of 1 elements"),
+        ("/weights/2", json!(0.1), "field `weights[2]`: 0.1 is not an f32 number; allowed: weights rounded to f32"),
+        ("/weights/2", json!(-2), "argument `weights` is -2 at row 2"),
+        ("/query_ids", json!([1, 2]), "argument `query_ids` is a slice of 2 elements; allowed: 6"),
+        ("/hard_negative_owner", json!([7, 0, 0, 0, 0, 0, 0, 0, 0]), "argument `owners` is 7 at passage 0"),
+        ("/hard_negative_scope", json!("mine"), "field `hard_negative_scope`: unknown variant `mine`"),
+    ];
+    for (pointer, value, want) in faults {
+        let mut file = example()?;
+        *file.pointer_mut(pointer).ok_or(*pointer)? = value.clone();
+        let error = error_of(&file.to_string());
+        assert!(error.contains(want), "{pointer} = {value}: {error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn missing_unknown_and_extra_text_is_refused() -> Outcome {
+    let mut file = example()?;
+    let fields = file.as_object_mut().ok_or("not an object")?;
+    let loss = fields.remove("loss").ok_or("no loss")?;
+    assert!(error_of(&Value::from(fields.clone()).to_string()).contains("missing field `loss`"));
+    fields.insert("loss".into(), loss);
+    fields.insert("tau".into(), json!(0.1));
+    assert!(error_of(&Value::from(fields.clone()).to_string()).contains("unknown field `tau`"));
+    let text = example()?.to_string();
+    assert!(error_of(&format!("{text} 1")).contains("after the last field"));
+    Ok(())
+}
+
+#[test]
+fn optional_fields_may_be_left_out() -> Outcome {
+    let text = std::fs::read_to_string(golden("gte_plain.json"))?;
+    let mut file: Value = serde_json::from_str(&text)?;
+    let fields = file.as_object_mut().ok_or("not an object")?;
+    for name in
+        ["positives", "weights", "query_ids", "passage_ids", "hard_negative_owner", "hard_negative_scope", "margin"]
+    {
+        fields.remove(name).ok_or(name)?;
+    }
+    let case = Case::parse(&file.to_string())?;
+    assert_eq!(case.problem.positives, None);
+    assert_eq!(case.expected.row_losses, Case::parse(&text)?.expected.row_losses);
+    Ok(())
+}
+
+#[test]
+fn a_truncated_file_is_refused_at_every_length() -> Outcome {
+    let text = std::fs::read_to_string(golden("samtone_query_single_row.json"))?;
+    let text = text.trim_end();
+    for end in 0..text.len() {
+        assert!(Case::parse(&text[..end]).is_err(), "the first {end} bytes were accepted");
+    }
+    let error = error_of(&text[..text.find("\"p\"").ok_or("no p")? - 10]);
+    assert!(error.starts_with("field `q") && error.contains("EOF"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn unreadable_paths_are_named() {
+    let absent = golden("absent.json");
+    let error = Case::read(&absent).err().unwrap_or_default();
+    assert!(error.starts_with(&absent.display().to_string()), "{error}");
+    let empty = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    assert!(files(&empty).err().unwrap_or_default().contains("no .json file"));
+}
