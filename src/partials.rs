@@ -64,29 +64,27 @@ pub struct Partials {
     pub(crate) covered: Vec<Range<usize>>,
     /// M.
     pub(crate) rows: usize,
+    /// The inputs it was made from, in words; partials with different ones say nothing together.
+    origin: String,
 }
 
 impl Partials {
-    pub(crate) fn new(rows: usize, uses: impl Fn(Block) -> bool, covered: Range<usize>) -> Self {
+    pub(crate) fn new(rows: usize, uses: impl Fn(Block) -> bool, covered: Range<usize>, origin: String) -> Self {
         Self {
             sums: Block::ALL.map(|b| if uses(b) { vec![ExpSum::EMPTY; rows] } else { Vec::new() }),
             above: [vec![0; rows], vec![0; rows]],
             covered: vec![covered],
             rows,
+            origin,
         }
     }
 
     /// Adds the partials of a shard of other rows of the same batch.
     ///
     /// # Errors
-    /// `other` belongs to a batch or loss of another shape, or covers a row that is already covered. `self` is unchanged then.
+    /// `other` was made from a batch of another shape or type, from another loss, temperature or margin, or covers a row that is already covered. `self` is unchanged then.
     pub fn merge(&mut self, other: &Self) -> Result<()> {
-        let same = self.rows == other.rows && self.sums.iter().zip(&other.sums).all(|(a, b)| a.len() == b.len());
-        if !same {
-            let describe =
-                |p: &Self| format!("{} rows with blocks {:?}", p.rows, p.sums.each_ref().map(|s| !s.is_empty()));
-            return Err(Error::StateMismatch { saved: describe(self), given: describe(other) });
-        }
+        other.expect_origin(&self.origin)?;
         for a in &self.covered {
             if let Some(b) = other.covered.iter().find(|b| a.start < b.end && b.start < a.end) {
                 return Err(Error::invalid(
@@ -110,6 +108,14 @@ impl Partials {
     pub fn log_sum_exp(&self, block: Block) -> Option<Vec<f64>> {
         let sums = &self.sums[block.index()];
         (!sums.is_empty()).then(|| sums.iter().map(|s| s.ln()).collect())
+    }
+
+    /// An error unless made from the inputs that `origin` describes.
+    pub(crate) fn expect_origin(&self, origin: &str) -> Result<()> {
+        if self.origin != origin {
+            return Err(Error::StateMismatch { saved: self.origin.clone(), given: origin.into() });
+        }
+        Ok(())
     }
 
     /// An error unless every one of the M rows is covered.
@@ -141,12 +147,12 @@ mod tests {
 
     #[test]
     fn a_row_is_merged_once() {
-        let mut a = Partials::new(4, |_| true, 0..2);
-        let error = a.clone().merge(&Partials::new(4, |_| true, 1..4)).unwrap_err();
+        let mut a = Partials::new(4, |_| true, 0..2, "a".into());
+        let error = a.clone().merge(&Partials::new(4, |_| true, 1..4, "a".into())).unwrap_err();
         assert!(error.to_string().contains("1..4"), "{error}");
         assert!(a.expect_complete().is_err());
-        a.merge(&Partials::new(4, |_| true, 2..4)).unwrap();
+        a.merge(&Partials::new(4, |_| true, 2..4, "a".into())).unwrap();
         assert!(a.expect_complete().is_ok());
-        assert!(a.merge(&Partials::new(5, |_| true, 0..5)).is_err());
+        assert!(a.merge(&Partials::new(5, |_| true, 0..5, "b".into())).is_err());
     }
 }

@@ -162,7 +162,23 @@ impl State {
         if self.shape != (batch.rows(), batch.passages(), batch.dim(), batch.dtype()) {
             return Err(Error::StateMismatch { saved: self.description.clone(), given: batch.describe() });
         }
+        // The order of the passages follows the positives; with others the two halves of the gradient would not fit.
+        let order = &self.order;
+        let mut anchors = (0..order.anchors).chain(order.passages..order.len());
+        if let Some(k) = anchors.find(|&k| batch.positive(order.anchor_row[k] as usize) != order.passage(k)) {
+            let row = order.anchor_row[k] as usize;
+            let describe = |n: usize| format!("a batch where row {row} has passage {n} as its positive");
+            let (saved, given) = (describe(order.passage(k)), describe(batch.positive(row)));
+            return Err(Error::StateMismatch { saved, given });
+        }
         Ok(())
+    }
+
+    /// What partials must have in common to be merged and used here.
+    pub(super) fn origin(&self) -> String {
+        let (temperature, margin) = (self.options.temperature(), self.options.margin());
+        let margin = margin.map_or_else(|| "no margin".into(), |m| format!("margin {m}"));
+        format!("{}, {}, temperature {temperature}, {margin}", self.description, self.loss)
     }
 
     pub(super) fn dim(&self) -> usize {
@@ -195,10 +211,7 @@ impl State {
     }
 
     pub(super) fn combine(&self, partials: &Partials) -> Result<Combined> {
-        if partials.rows != self.shape.0 {
-            let given = format!("partials of {} rows", partials.rows);
-            return Err(Error::StateMismatch { saved: self.description.clone(), given });
-        }
+        partials.expect_origin(&self.origin())?;
         let beta = self.options.beta();
         let positive_logit: Vec<f64> = self.positive.iter().map(|s| beta * s).collect();
         combine::combine(&self.loss, &Rows { positive_logit: &positive_logit, weight: &self.weight }, partials)

@@ -80,7 +80,7 @@ pub(super) fn partials(
     mut store: Option<&mut [f32]>,
     pool: &Pool,
 ) -> Result<Partials> {
-    let mut out = Partials::new(batch.rows(), |b| state.loss.uses(b), state.rows.clone());
+    let mut out = Partials::new(batch.rows(), |b| state.loss.uses(b), state.rows.clone(), state.origin());
     let len = plan.tile_len();
     pool.prepare(plan.workers, if store.is_some() { 0 } else { len }, plan.panel_len())?;
     let per_wave = plan.sum_wave();

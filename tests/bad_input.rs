@@ -1,0 +1,602 @@
+//! Bad input: the error says which argument, what its value is and what is allowed; outputs stay as they were; the crate
+//! works afterwards.
+
+mod support;
+
+use samtone::backend::{self, Backend};
+use samtone::cpu::{self, Plan, Shard};
+use samtone::half::{bf16, f16};
+use samtone::{
+    Batch, Block, DType, Embeddings, EmbeddingsMut, Error, GradientBuffers, Group, Loss, Options, Scope, Tower,
+    ZeroNorm,
+};
+use support::compare::{against_definition, verdict};
+use support::data::{Kind, problem};
+
+type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+const M: usize = 4;
+const N: usize = 6;
+const D: usize = 3;
+/// What outputs hold before a call that must not touch them.
+const PATTERN: f32 = -1234.5;
+
+/// Embeddings without anything wrong.
+fn towers() -> (Vec<f32>, Vec<f32>) {
+    let wave = |len: usize, phase: f32| (0..len).map(|k| (k as f32 * 1.7 + phase).sin()).collect();
+    (wave(M * D, 0.3), wave(N * D, 1.1))
+}
+
+fn batch<'a>(q: &'a [f32], p: &'a [f32]) -> samtone::Result<Batch<'a>> {
+    Batch::new(Embeddings::new(q, M, D)?, Embeddings::new(p, N, D)?)
+}
+
+/// The sentence names the argument, its value and the domain.
+#[track_caller]
+fn expect_invalid<T>(result: samtone::Result<T>, argument: &str, value: &str, allowed: &str) {
+    let Some(error) = result.err() else { panic!("{argument} = {value} was accepted") };
+    match &error {
+        Error::InvalidArgument { argument: a, value: v, allowed: l } => {
+            assert_eq!(*a, argument, "{error}");
+            assert!(v.contains(value), "no value {value:?} in: {error}");
+            assert!(l.contains(allowed), "no domain {allowed:?} in: {error}");
+        }
+        other => panic!("{argument} = {value} gave another error: {other}"),
+    }
+    let sentence = error.to_string();
+    assert!([argument, value, allowed].iter().all(|part| sentence.contains(part)), "{sentence}");
+    still_works();
+}
+
+/// A correct call after the bad one gives correct numbers.
+#[track_caller]
+fn still_works() {
+    let good = problem(Loss::samtone_query(), Kind::Random, (5, 7, 3), 0.05, 1, 0.0).unwrap();
+    let [got, want] =
+        ["cpu", "reference"].map(|name| good.run(backend::by_name(name).unwrap(), DType::F32, 1.0).unwrap());
+    verdict(&against_definition(&got, &want.into(), &good.rounded(DType::F32), DType::F32, 1.0)).unwrap();
+}
+
+/// The error of a whole call; panics unless there is one and both outputs are untouched.
+#[track_caller]
+fn refused(backend: &dyn Backend, loss: &Loss, batch: &Batch<'_>, options: &Options, upstream: f64) -> Error {
+    let mut dq = vec![PATTERN; batch.rows() * batch.dim()];
+    let mut dp = vec![PATTERN; batch.passages() * batch.dim()];
+    let buffers = GradientBuffers {
+        query: Some(EmbeddingsMut::new(&mut dq, batch.rows(), batch.dim()).unwrap()),
+        passage: Some(EmbeddingsMut::new(&mut dp, batch.passages(), batch.dim()).unwrap()),
+    };
+    let result = backend.loss_and_gradients_into(loss, batch, options, upstream, buffers);
+    let Some(error) = result.err() else { panic!("{} accepted it", backend.name()) };
+    assert!(dq.iter().chain(&dp).all(|v| *v == PATTERN), "{} wrote before it refused: {error}", backend.name());
+    still_works();
+    error
+}
+
+/// The errors of every way to start a call.
+#[track_caller]
+fn refused_everywhere(loss: &Loss, batch: &Batch<'_>, options: &Options) -> Vec<Error> {
+    let mut errors: Vec<_> = backend::all().iter().map(|b| refused(*b, loss, batch, options, 1.0)).collect();
+    errors.extend(cpu::forward(loss, batch, options).err());
+    errors.extend(samtone::loss_and_gradients(loss, batch, options, 1.0).err());
+    assert_eq!(errors.len(), backend::all().len() + 2, "forward or loss_and_gradients accepted it");
+    errors
+}
+
+#[test]
+fn shapes_of_embeddings() -> Outcome {
+    let x = [1.0_f32; 12];
+    expect_invalid(Embeddings::new(&x[..0], 0, 3), "rows", "0", "1 to");
+    expect_invalid(Embeddings::new(&x[..0], 3, 0), "dim", "0", "1 to");
+    expect_invalid(Embeddings::new(&x[..11], 4, 3), "data", "11", "exactly 12");
+    expect_invalid(Embeddings::new(&[1.0_f32; 13][..], 4, 3), "data", "13", "exactly 12");
+    expect_invalid(Embeddings::with_row_stride(&x[..], 4, 3, 2), "row_stride", "2", "at least dim = 3");
+    expect_invalid(Embeddings::with_row_stride(&x[..], 4, 3, 0), "row_stride", "0", "at least dim = 3");
+    expect_invalid(Embeddings::with_row_stride(&x[..], 4, 3, 4), "data", "12", "at least 15");
+    assert!(Embeddings::with_row_stride(&x[..], 3, 3, 4).is_ok(), "the last row needs no padding");
+
+    let mut y = [1.0_f32; 12];
+    expect_invalid(EmbeddingsMut::new(&mut y[..0], 0, 3), "rows", "0", "1 to");
+    expect_invalid(EmbeddingsMut::new(&mut y[..0], 3, 0), "dim", "0", "1 to");
+    expect_invalid(EmbeddingsMut::new(&mut y[..11], 4, 3), "data", "11", "exactly 12");
+    expect_invalid(EmbeddingsMut::with_row_stride(&mut y[..], 4, 3, 2), "row_stride", "2", "at least dim = 3");
+    expect_invalid(EmbeddingsMut::with_row_stride(&mut y[..], 4, 3, 4), "data", "12", "at least 15");
+    assert_eq!(y, [1.0; 12]);
+
+    let (h, b, f) = ([f16::ONE; 5], [bf16::ONE; 5], [1.0_f64; 5]);
+    expect_invalid(Embeddings::new(&h[..], 2, 3), "data", "5", "exactly 6");
+    expect_invalid(Embeddings::new(&b[..], 2, 3), "data", "5", "exactly 6");
+    expect_invalid(Embeddings::new(&f[..], 2, 3), "data", "5", "exactly 6");
+    Ok(())
+}
+
+#[test]
+fn sizes_that_overflow() {
+    let x = [1.0_f32; 12];
+    let too_many = i32::MAX as usize + 1;
+    let limit = i32::MAX.to_string();
+    expect_invalid(Embeddings::new(&x[..], too_many, 3), "rows", &too_many.to_string(), &limit);
+    expect_invalid(Embeddings::new(&x[..], usize::MAX, 3), "rows", &usize::MAX.to_string(), &limit);
+    expect_invalid(Embeddings::new(&x[..], 1, too_many), "dim", &too_many.to_string(), &limit);
+    expect_invalid(Embeddings::new(&x[..], 1, usize::MAX), "dim", &usize::MAX.to_string(), &limit);
+    let bound = (isize::MAX as usize / 8).to_string();
+    for stride in [usize::MAX, usize::MAX / 2 + 1, isize::MAX as usize / 16 + 1] {
+        let rows = if stride == usize::MAX { 2 } else { 3 };
+        let matrix = Embeddings::with_row_stride(&x[..], rows, 3, stride);
+        expect_invalid(matrix, "row_stride", &stride.to_string(), &bound);
+    }
+    // Each factor is legal; the product is beyond any slice.
+    let side = i32::MAX as usize;
+    expect_invalid(Embeddings::new(&x[..], side, side), "row_stride", &side.to_string(), &bound);
+    // One row never steps, so its stride cannot overflow.
+    assert!(Embeddings::with_row_stride(&x[..], 1, 3, usize::MAX).is_ok());
+}
+
+#[test]
+fn towers_that_do_not_fit_together() -> Outcome {
+    let (q, p) = towers();
+    let query = Embeddings::new(&q, M, D)?;
+    expect_invalid(Batch::new(query, Embeddings::new(&p, 9, 2)?), "passage", "dimension 2", "3");
+    expect_invalid(Batch::new(Embeddings::new(&p, N, D)?, query), "passage", "4 rows", "6");
+    let half: Vec<f16> = p.iter().map(|&v| f16::from_f32(v)).collect();
+    expect_invalid(Batch::new(query, Embeddings::new(&half, N, D)?), "passage", "f16", "f32");
+    Ok(())
+}
+
+#[test]
+fn positives_ids_and_owners() -> Outcome {
+    let (q, p) = towers();
+    let batch = batch(&q, &p)?;
+    expect_invalid(batch.with_positives(&[0, 1, 2]), "positives", "3 elements", "4, one for each query");
+    expect_invalid(batch.with_positives(&[0, 1, 2, 3, 4]), "positives", "5 elements", "4, one for each query");
+    expect_invalid(batch.with_positives(&[0, 1, 6, 3]), "positives", "6 at row 2", "0 to 5");
+    expect_invalid(batch.with_positives(&[0, 1, 2, u32::MAX]), "positives", "4294967295 at row 3", "0 to 5");
+    assert!(batch.with_positives(&[5, 5, 5, 5]).is_ok());
+
+    expect_invalid(batch.with_query_ids(&[1; 3]), "query_ids", "3 elements", "4, one for each query");
+    expect_invalid(batch.with_query_ids(&[1; 6]), "query_ids", "6 elements", "4, one for each query");
+    expect_invalid(batch.with_passage_ids(&[1; 4]), "passage_ids", "4 elements", "6, one for each passage");
+    expect_invalid(batch.with_passage_ids(&[]), "passage_ids", "0 elements", "6, one for each passage");
+    assert!(batch.with_query_ids(&[i64::MIN, i64::MAX, 0, -1]).is_ok());
+
+    let owners = |owners: &'static [i32]| batch.with_hard_negative_owners(owners, Scope::Own);
+    expect_invalid(owners(&[-1; 4]), "owners", "4 elements", "6, one for each passage");
+    expect_invalid(owners(&[-1, -1, -1, -1, 4, 0]), "owners", "4 at passage 4", "a row, 0 to 3");
+    expect_invalid(owners(&[-1, -1, -1, -1, 0, -2]), "owners", "-2 at passage 5", "-1 (everyone's)");
+    expect_invalid(owners(&[i32::MIN, 0, 0, 0, 0, 0]), "owners", "-2147483648 at passage 0", "0 to 3");
+    let unused = batch.with_hard_negative_owners(&[9, -1, -1, -1, -1, -1], Scope::All);
+    expect_invalid(unused, "owners", "9 at passage 0", "0 to 3");
+    Ok(())
+}
+
+#[test]
+fn weights() -> Outcome {
+    let (q, p) = towers();
+    let batch = batch(&q, &p)?;
+    expect_invalid(batch.with_weights(&[1.0; 5]), "weights", "5 elements", "4, one for each query");
+    expect_invalid(batch.with_weights(&[1.0, -0.5, 1.0, 1.0]), "weights", "-0.5 at row 1", "at least 0");
+    expect_invalid(batch.with_weights(&[1.0, 1.0, f32::NAN, 1.0]), "weights", "NaN at row 2", "finite");
+    expect_invalid(batch.with_weights(&[1.0, 1.0, 1.0, f32::INFINITY]), "weights", "inf at row 3", "finite");
+    expect_invalid(batch.with_weights(&[0.0; 4]), "weights", "0 in every row", "above 0");
+    expect_invalid(batch.with_weights(&[0.0, -0.0, 0.0, 0.0]), "weights", "0 in every row", "above 0");
+    // The smallest sum above 0 is a sum above 0.
+    let tiny = [0.0, f32::from_bits(1), 0.0, 0.0];
+    let result =
+        samtone::loss_and_gradients(&Loss::samtone_both(), &batch.with_weights(&tiny)?, &Options::new(0.05)?, 1.0)?;
+    let same = samtone::loss_and_gradients(
+        &Loss::samtone_both(),
+        &batch.with_weights(&[0.0, 7.0, 0.0, 0.0])?,
+        &Options::new(0.05)?,
+        1.0,
+    )?;
+    assert_eq!(result, same);
+    Ok(())
+}
+
+#[test]
+fn temperature_and_margin() -> Outcome {
+    for tau in [0.0, -0.0, -0.01, f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e-300, 0.99e-6, 1.01e6] {
+        expect_invalid(Options::new(tau), "temperature", &tau.to_string(), "1e-6 to 1e6");
+    }
+    assert!(Options::new(Options::MIN_TEMPERATURE).is_ok() && Options::new(Options::MAX_TEMPERATURE).is_ok());
+    let options = Options::new(0.01)?;
+    for margin in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        expect_invalid(options.with_margin(margin), "margin", &margin.to_string(), "a finite number");
+    }
+    assert!(options.with_margin(-2.5).is_ok() && options.with_margin(f64::MAX).is_ok());
+    Ok(())
+}
+
+#[test]
+fn losses() -> Outcome {
+    use Block::{PQ, QP};
+    for coefficient in [-1.0, f64::NAN, f64::INFINITY] {
+        let group = Group::new(coefficient, &[QP], 1);
+        expect_invalid(group, "coefficient", &coefficient.to_string(), "a finite number of at least 0");
+    }
+    expect_invalid(Group::new(1.0, &[], 1), "blocks", "[]", "one to four different blocks");
+    expect_invalid(Group::new(1.0, &[QP, PQ, QP], 1), "blocks", "[QP, PQ, QP]", "one to four different blocks");
+    expect_invalid(Group::new(1.0, &[QP], 3), "positive_copies", "3", "0, 1 or 2");
+    expect_invalid(Loss::custom("none", Vec::new()), "groups", "[]", "at least one with a coefficient above 0");
+    let idle = vec![Group::new(0.0, &[QP], 1)?];
+    expect_invalid(Loss::custom("idle", idle), "groups", "0.0", "at least one with a coefficient above 0");
+    for alpha in [-0.1, 1.1, f64::NAN, f64::INFINITY] {
+        expect_invalid(Loss::pair(alpha), "alpha", &alpha.to_string(), "a number from 0 to 1");
+    }
+    assert!(Loss::pair(0.0).is_ok() && Loss::pair(1.0).is_ok());
+    for (known, _) in Loss::PRESETS {
+        expect_invalid(Loss::by_name("samtone"), "name", "\"samtone\"", known);
+    }
+    Ok(())
+}
+
+#[test]
+fn unknown_backend() {
+    for known in backend::all() {
+        expect_invalid(backend::by_name("tpu").map(|b| b.name()), "backend", "\"tpu\"", known.name());
+    }
+}
+
+#[test]
+fn embeddings_that_are_not_finite() -> Outcome {
+    let options = Options::new(0.05)?;
+    let last = |rows: usize| (rows - 1, D - 1);
+    for (tower, rows) in [(Tower::Query, M), (Tower::Passage, N)] {
+        for (row, column) in [(0, 0), (1, 2), (rows - 1, 0), last(rows)] {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let (mut q, mut p) = towers();
+                let x = if tower == Tower::Query { &mut q } else { &mut p };
+                x[row * D + column] = bad;
+                let batch = batch(&q, &p)?;
+                // Also where the zero-gradient policy is lenient about other rows.
+                for options in [options, options.with_zero_norm(ZeroNorm::ZeroGradient)] {
+                    let mut errors = refused_everywhere(&Loss::samtone_both(), &batch, &options);
+                    errors.extend(Plan::new(&Loss::info_nce(), &batch, &options).err());
+                    errors.extend(Shard::new(&Loss::info_nce(), &batch, &options, 0..1).err());
+                    assert_eq!(errors.len(), backend::all().len() + 4);
+                    for error in errors {
+                        let Error::NonFinite { tower: t, row: r, column: c, value } = &error else { panic!("{error}") };
+                        assert_eq!((*t, *r, *c), (tower, row, column), "{error}");
+                        assert_eq!(value.to_string(), bad.to_string(), "{error}");
+                        let sentence = format!("the {tower} embedding in row {row} contains {bad} at column {column};");
+                        assert!(error.to_string().starts_with(&sentence), "{error}");
+                    }
+                }
+            }
+        }
+    }
+
+    // The first offender in row order is named, in 16-bit types too.
+    let (q, p) = towers();
+    let (mut q, mut p) = (
+        q.iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>(),
+        p.iter().map(|&v| f16::from_f32(v)).collect::<Vec<_>>(),
+    );
+    q[2 * D + 1] = f16::NAN;
+    q[2 * D + 2] = f16::INFINITY;
+    q[3 * D] = f16::NAN;
+    p[0] = f16::NAN;
+    let batch = Batch::new(Embeddings::new(&q, M, D)?, Embeddings::new(&p, N, D)?)?;
+    for error in refused_everywhere(&Loss::clip(), &batch, &options) {
+        assert!(matches!(error, Error::NonFinite { tower: Tower::Query, row: 2, column: 1, .. }), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn embeddings_of_norm_zero() -> Outcome {
+    let options = Options::new(0.05)?;
+    for (tower, rows) in [(Tower::Query, M), (Tower::Passage, N)] {
+        for row in [0, 1, rows - 1] {
+            for zero in [0.0_f32, -0.0] {
+                let (mut q, mut p) = towers();
+                let x = if tower == Tower::Query { &mut q } else { &mut p };
+                x[row * D..(row + 1) * D].fill(zero);
+                let batch = batch(&q, &p)?;
+                for error in refused_everywhere(&Loss::info_nce(), &batch, &options) {
+                    assert_eq!(error, Error::ZeroNorm { tower, row });
+                    let sentence = error.to_string();
+                    let parts = [tower.to_string(), format!("row {row}"), "zero".into(), "ZeroGradient".into()];
+                    assert!(parts.iter().all(|part| sentence.contains(part)), "{sentence}");
+                }
+                let lenient = options.with_zero_norm(ZeroNorm::ZeroGradient);
+                assert!(samtone::loss_and_gradients(&Loss::info_nce(), &batch, &lenient, 1.0).is_ok());
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn f64_is_for_the_reference() -> Outcome {
+    let (q, p) = towers();
+    let [q, p] = [q, p].map(|x| x.iter().map(|&v| f64::from(v)).collect::<Vec<_>>());
+    let batch = Batch::new(Embeddings::new(&q, M, D)?, Embeddings::new(&p, N, D)?)?;
+    let (loss, options) = (Loss::samtone_query(), Options::new(0.05)?);
+    let errors = [
+        Some(refused(backend::by_name("cpu")?, &loss, &batch, &options, 1.0)),
+        cpu::forward(&loss, &batch, &options).err(),
+        samtone::loss_and_gradients(&loss, &batch, &options, 1.0).err(),
+        Plan::new(&loss, &batch, &options).err(),
+        Shard::new(&loss, &batch, &options, 0..M).err(),
+    ];
+    for error in errors {
+        let error = error.ok_or("f64 was accepted")?;
+        assert!(matches!(&error, Error::Unsupported { backend: "cpu", .. }), "{error}");
+        let sentence = error.to_string();
+        assert!(["cpu", "f64", "f32, f16 and bf16"].iter().all(|part| sentence.contains(part)), "{sentence}");
+    }
+    for backend in backend::all() {
+        assert_eq!(backend.dtypes().contains(&DType::F64), backend.name() == "reference");
+    }
+    assert!(samtone::reference::loss_and_gradients(&loss, &batch, &options, 1.0).is_ok());
+    Ok(())
+}
+
+#[test]
+fn upstream_gradients() -> Outcome {
+    let (q, p) = towers();
+    let (loss, batch, options) = (Loss::samtone_query(), batch(&q, &p)?, Options::new(0.05)?);
+    let forward = cpu::forward(&loss, &batch, &options)?;
+    let shard = Shard::new(&loss, &batch, &options, 0..M)?;
+    for upstream in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        let value = upstream.to_string();
+        for backend in backend::all() {
+            let error = refused(*backend, &loss, &batch, &options, upstream);
+            expect_invalid(Err::<(), _>(error), "upstream", &value, "a finite number");
+        }
+        expect_invalid(samtone::loss_and_gradients(&loss, &batch, &options, upstream), "upstream", &value, "a finite");
+        expect_invalid(forward.backward(&batch, upstream), "upstream", &value, "a finite number");
+        expect_invalid(shard.gradients(&shard.partials()?, upstream), "upstream", &value, "a finite number");
+        let mut dq = [PATTERN; M * D];
+        let buffers = GradientBuffers { query: Some(EmbeddingsMut::new(&mut dq[..], M, D)?), passage: None };
+        expect_invalid(forward.backward_into(&batch, upstream, buffers), "upstream", &value, "a finite number");
+        assert_eq!(dq, [PATTERN; M * D]);
+    }
+    Ok(())
+}
+
+#[test]
+fn gradient_buffers_of_another_shape() -> Outcome {
+    let (q, p) = towers();
+    let (loss, batch, options) = (Loss::samtone_query(), batch(&q, &p)?, Options::new(0.05)?);
+    let forward = cpu::forward(&loss, &batch, &options)?;
+    type Call<'a> = Box<dyn Fn(GradientBuffers<'_>) -> Option<Error> + 'a>;
+    let mut calls: Vec<Call<'_>> = vec![Box::new(|buffers| forward.backward_into(&batch, 1.0, buffers).err())];
+    for backend in backend::all() {
+        calls.push(Box::new(|buffers| backend.loss_and_gradients_into(&loss, &batch, &options, 1.0, buffers).err()));
+    }
+    for (rows, dim) in [(M + 1, D), (M - 1, D), (M, D + 1), (M, D - 1), (D, M), (1, M * D)] {
+        for call in &calls {
+            let (mut dq, mut dp) = (vec![PATTERN; rows * dim], vec![PATTERN; N * D]);
+            let query = Some(EmbeddingsMut::new(&mut dq, rows, dim)?);
+            let error = call(GradientBuffers { query, passage: Some(EmbeddingsMut::new(&mut dp, N, D)?) });
+            let given = format!("{rows} x {dim}");
+            expect_invalid(error.map_or(Ok(()), Err), "gradients.query", &given, "4 x 3");
+            assert!(dq.iter().chain(&dp).all(|v| *v == PATTERN), "the good buffer or the bad one was written");
+        }
+    }
+    for (rows, dim) in [(N - 1, D), (M, D), (N, D + 1), (D, N)] {
+        for call in &calls {
+            let (mut dq, mut dp) = (vec![PATTERN; M * D], vec![PATTERN; rows * dim]);
+            let passage = Some(EmbeddingsMut::new(&mut dp, rows, dim)?);
+            let error = call(GradientBuffers { query: Some(EmbeddingsMut::new(&mut dq, M, D)?), passage });
+            let given = format!("{rows} x {dim}");
+            expect_invalid(error.map_or(Ok(()), Err), "gradients.passage", &given, "6 x 3");
+            assert!(dq.iter().chain(&dp).all(|v| *v == PATTERN), "the good buffer or the bad one was written");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn workspaces_that_are_too_small() -> Outcome {
+    let (q, p) = towers();
+    let half = |x: &[f32]| x.iter().map(|&v| bf16::from_f32(v)).collect::<Vec<_>>();
+    let (q16, p16) = (half(&q), half(&p));
+    let loss = Loss::samtone_both();
+    let narrow = Batch::new(Embeddings::new(&q16, M, D)?, Embeddings::new(&p16, N, D)?)?;
+    for batch in [batch(&q, &p)?, narrow] {
+        let mut least = None;
+        for bytes in [0, 1, 1000, usize::MAX] {
+            let options = Options::new(0.05)?.with_workspace_bytes(bytes);
+            if bytes == usize::MAX {
+                assert!(samtone::loss_and_gradients(&loss, &batch, &options, 1.0).is_ok());
+                continue;
+            }
+            let errors = [
+                Some(refused(backend::by_name("cpu")?, &loss, &batch, &options, 1.0)),
+                cpu::forward(&loss, &batch, &options).err(),
+                Plan::new(&loss, &batch, &options).err(),
+                Shard::new(&loss, &batch, &options, 1..3).err(),
+            ];
+            for error in errors {
+                let error = error.ok_or("accepted")?;
+                let Error::WorkspaceTooSmall { given, needed, rows, passages, dim } = error else { panic!("{error}") };
+                assert_eq!((given, rows, passages, dim), (bytes, M, N, D));
+                let sentence = error.to_string();
+                let parts = ["workspace_bytes".into(), format!("is {bytes},"), format!("{needed} or more")];
+                assert!(parts.iter().all(|part| sentence.contains(part)), "{sentence}");
+                least = Some(needed);
+            }
+        }
+        // The sentence tells the truth, to the byte.
+        let least = least.ok_or("no bound was refused")?;
+        let options = |bytes: usize| Options::new(0.05).map(|o| o.with_workspace_bytes(bytes));
+        assert!(samtone::loss_and_gradients(&loss, &batch, &options(least)?, 1.0).is_ok());
+        assert!(samtone::loss_and_gradients(&loss, &batch, &options(least - 1)?, 1.0).is_err());
+    }
+    Ok(())
+}
+
+#[test]
+fn a_state_used_with_another_batch() -> Outcome {
+    let (q, p) = towers();
+    let (loss, batch, options) = (Loss::samtone_query(), batch(&q, &p)?, Options::new(0.05)?);
+    let forward = cpu::forward(&loss, &batch, &options)?;
+    let half: Vec<bf16> = q.iter().chain(&p).map(|&v| bf16::from_f32(v)).collect();
+    let others = [
+        Batch::new(Embeddings::new(&q[..9], 3, D)?, Embeddings::new(&p, N, D)?)?,
+        Batch::new(Embeddings::new(&q, M, D)?, Embeddings::new(&p[..12], 4, D)?)?,
+        Batch::new(Embeddings::new(&q[..8], M, 2)?, Embeddings::new(&p[..12], N, 2)?)?,
+        Batch::new(Embeddings::new(&half[..12], M, D)?, Embeddings::new(&half[12..], N, D)?)?,
+    ];
+    for other in &others {
+        let error = forward.backward(other, 1.0).err().ok_or("another batch was accepted")?;
+        let describe = |b: &Batch<'_>| {
+            format!("{} queries x {} passages of dimension {}, {}", b.rows(), b.passages(), b.dim(), b.dtype())
+        };
+        assert_eq!(error, Error::StateMismatch { saved: describe(&batch), given: describe(other) });
+        let sentence = error.to_string();
+        assert!(sentence.contains(&describe(&batch)) && sentence.contains(&describe(other)), "{sentence}");
+
+        let (mut dq, mut dp) = (vec![PATTERN; M * D], vec![PATTERN; N * D]);
+        let buffers = GradientBuffers {
+            query: Some(EmbeddingsMut::new(&mut dq, M, D)?),
+            passage: Some(EmbeddingsMut::new(&mut dp, N, D)?),
+        };
+        assert!(matches!(forward.backward_into(other, 1.0, buffers), Err(Error::StateMismatch { .. })));
+        assert!(dq.iter().chain(&dp).all(|v| *v == PATTERN));
+    }
+    // The right batch still works.
+    let fused = samtone::loss_and_gradients(&loss, &batch, &options, 1.0)?;
+    assert_eq!(forward.backward(&batch, 1.0)?, fused.gradients);
+    Ok(())
+}
+
+#[test]
+fn a_state_used_with_other_positives() -> Outcome {
+    let (q, p) = towers();
+    let batch = batch(&q, &p)?;
+    let forward = cpu::forward(&Loss::samtone_query(), &batch.with_positives(&[1, 0, 2, 3])?, &Options::new(0.05)?)?;
+    let error = forward.backward(&batch, 1.0).err().ok_or("other positives were accepted")?;
+    assert!(matches!(error, Error::StateMismatch { .. }), "{error}");
+    let sentence = error.to_string();
+    assert!(sentence.contains("row 0 has passage 1") && sentence.contains("row 0 has passage 0"), "{sentence}");
+    Ok(())
+}
+
+#[test]
+#[allow(clippy::reversed_empty_ranges)] // among the bad input
+fn shard_ranges() -> Outcome {
+    let (q, p) = towers();
+    let (loss, batch, options) = (Loss::samtone_query(), batch(&q, &p)?, Options::new(0.05)?);
+    for rows in [0..0, 2..2, 3..2, 0..5, 4..5, 4..4, 0..usize::MAX, usize::MAX..0] {
+        let shard = Shard::new(&loss, &batch, &options, rows.clone());
+        expect_invalid(shard.map(|_| ()), "rows", &format!("{rows:?}"), "a non-empty range within 0..4");
+    }
+    Ok(())
+}
+
+#[test]
+fn partials_that_do_not_fit_together() -> Outcome {
+    let (q, p) = towers();
+    let (loss, batch, options) = (Loss::samtone_query(), batch(&q, &p)?, Options::new(0.05)?);
+    let shard = |rows| Shard::new(&loss, &batch, &options, rows);
+    let (first, second) = (shard(0..2)?, shard(2..4)?);
+
+    // A gap.
+    let gap = first.partials()?;
+    for result in [first.evaluate(&gap).map(|_| ()), second.gradients(&gap, 1.0).map(|_| ())] {
+        expect_invalid(result, "partials", "[0..2]", "cover all rows, 0..4");
+    }
+    // An overlap, and the same shard twice; what was merged before stays as it was.
+    let mut merged = first.partials()?;
+    for rows in [1..4, 0..2, 0..4, 1..2] {
+        let before = merged.clone();
+        let result = merged.merge(&shard(rows.clone())?.partials()?);
+        expect_invalid(result, "other", &format!("{rows:?}"), "outside 0..2");
+        assert_eq!(merged, before);
+    }
+    merged.merge(&second.partials()?)?;
+    assert_eq!(first.evaluate(&merged)?, second.evaluate(&merged)?);
+
+    // Another batch, loss, temperature or margin: to merge, to evaluate, to differentiate.
+    let foreign = |loss: &Loss, batch: &Batch<'_>, options: &Options| {
+        Shard::new(loss, batch, options, 0..batch.rows()).and_then(|s| s.partials())
+    };
+    let fewer_queries = Batch::new(Embeddings::new(&q[..9], 3, D)?, Embeddings::new(&p, N, D)?)?;
+    let fewer_passages = Batch::new(Embeddings::new(&q, M, D)?, Embeddings::new(&p[..15], 5, D)?)?;
+    let cases = [
+        ("3 queries", foreign(&loss, &fewer_queries, &options)?),
+        ("5 passages", foreign(&loss, &fewer_passages, &options)?),
+        ("temperature 0.06", foreign(&loss, &batch, &Options::new(0.06)?)?),
+        ("margin 0.1", foreign(&loss, &batch, &options.with_margin(0.1)?)?),
+        ("info_nce", foreign(&Loss::info_nce(), &batch, &options)?),
+        ("samtone_both", foreign(&Loss::samtone_both(), &batch, &options)?),
+        ("qwen3", foreign(&Loss::qwen3(), &batch, &options)?),
+    ];
+    for (what, foreign) in &cases {
+        let mut merging = gap.clone();
+        let errors = [merging.merge(foreign).err(), first.evaluate(foreign).err(), first.gradients(foreign, 1.0).err()];
+        assert_eq!(merging, gap, "a refused merge left something");
+        for error in errors {
+            let error = error.ok_or(format!("partials of {what} were accepted"))?;
+            assert!(matches!(error, Error::StateMismatch { .. }), "{error}");
+            let sentence = error.to_string();
+            let own = "4 queries x 6 passages of dimension 3, f32, samtone_query";
+            assert!(sentence.contains(own) && sentence.contains(what), "{sentence}");
+        }
+    }
+    still_works();
+    Ok(())
+}
+
+#[test]
+fn a_row_without_a_negative() -> Outcome {
+    let (q, p) = towers();
+    let options = Options::new(0.05)?;
+    // Row 2 carries the passage id of every passage but its own text's; all other rows keep a negative.
+    let owners = [-1, -1, -1, -1, 0, 1];
+    let ids = [7, 7, 7, 8, 9, 10];
+    let positives = [0, 1, 2, 3];
+    let batch = batch(&q, &p)?.with_positives(&positives)?.with_passage_ids(&ids)?;
+    let batch = batch.with_hard_negative_owners(&owners, Scope::Own)?.with_query_ids(&[1, 2, 3, 3])?;
+    for error in refused_everywhere(&Loss::decoupled(), &batch, &options) {
+        assert_eq!(error, Error::NoNegative { loss: "decoupled".into(), group: 0, row: 2 });
+        let sentence = error.to_string();
+        let parts = ["row 2", "group 0", "`decoupled`", "positive_copies"];
+        assert!(parts.iter().all(|part| sentence.contains(part)), "{sentence}");
+    }
+    // The group is named too.
+    let groups = vec![Group::new(1.0, &[Block::PQ], 1)?, Group::new(1.0, &[Block::QP], 0)?];
+    for error in refused_everywhere(&Loss::custom("mine", groups)?, &batch, &options) {
+        assert_eq!(error, Error::NoNegative { loss: "mine".into(), group: 1, row: 2 });
+    }
+    let shard = Shard::new(&Loss::decoupled(), &batch, &options, 0..4)?;
+    assert!(matches!(shard.evaluate(&shard.partials()?), Err(Error::NoNegative { row: 2, .. })));
+
+    // With a copy of the positive its loss and gradient are 0.
+    let result = samtone::loss_and_gradients(&Loss::info_nce(), &batch, &options, 1.0)?;
+    assert_eq!(result.evaluation.row_losses[2], 0.0);
+    assert_eq!(result.gradients.query[2 * D..3 * D], [0.0; D]);
+
+    // Without weight the row is accepted, and contributes nothing.
+    let weighted = batch.with_weights(&[1.0, 2.0, 0.0, 1.0])?;
+    for backend in backend::all() {
+        let (mut dq, mut dp) = (vec![f32::NAN; M * D], vec![f32::NAN; N * D]);
+        let buffers = GradientBuffers {
+            query: Some(EmbeddingsMut::new(&mut dq, M, D)?),
+            passage: Some(EmbeddingsMut::new(&mut dp, N, D)?),
+        };
+        let (evaluation, temperature) =
+            backend.loss_and_gradients_into(&Loss::decoupled(), &weighted, &options, 1.0, buffers)?;
+        assert_eq!(evaluation.row_losses[2], 0.0);
+        assert_eq!(dq[2 * D..3 * D], [0.0; D]);
+        assert!(evaluation.loss.is_finite() && temperature.tau.is_finite());
+        assert!(dq.iter().chain(&dp).all(|v| v.is_finite()) && dq.iter().any(|v| *v != 0.0));
+    }
+    Ok(())
+}
+
+#[test]
+fn the_reference_without_memory() -> Outcome {
+    // 2^22 rows: dense cosines of 128 TiB, more than an address space.
+    let rows = 1 << 22;
+    let x = vec![1.0_f32; rows];
+    let batch = Batch::new(Embeddings::new(&x, rows, 1)?, Embeddings::new(&x, rows, 1)?)?;
+    let error = refused(backend::by_name("reference")?, &Loss::info_nce(), &batch, &Options::new(1.0)?, 1.0);
+    assert!(matches!(error, Error::OutOfMemory { bytes, .. } if bytes == rows * rows * 8), "{error}");
+    assert!(error.to_string().contains("140737488355328 bytes for the dense matrices"), "{error}");
+    Ok(())
+}
