@@ -241,6 +241,19 @@ fn an_empty_softmax_is_forgiven_to_rows_of_weight_0() -> Outcome {
 }
 
 #[test]
+fn the_lowest_row_owns_a_shared_passage() -> Outcome {
+    // Rows 0 and 1 share passage 0, the only possible negative of row 2.
+    let mut shared = problem(Loss::info_nce(), Kind::Random, (3, 3, 4), 0.1, 8, 0.0)?;
+    shared.positives = Some(vec![0, 0, 1]);
+    shared.passage_ids = Some(vec![1, 2, 2]);
+    shared.query_ids = Some(vec![5, 6, 6]);
+    assert_ne!(solve(&shared, 1.0)?.evaluation.row_losses[2], 0.0, "row 1 shares the query of row 2, but owns nothing");
+    shared.query_ids = Some(vec![6, 5, 6]);
+    assert_eq!(solve(&shared, 1.0)?.evaluation.row_losses[2], 0.0, "passage 0 answers the query of row 2");
+    Ok(())
+}
+
+#[test]
 fn ranks_count_what_is_above_the_positive() -> Outcome {
     let mut ranked = problem(Loss::info_nce(), Kind::Random, (2, 4, 2), 0.1, 1, 0.0)?;
     let at = |degrees: f64| [degrees.to_radians().cos(), degrees.to_radians().sin()];
