@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Start with [`loss_and_gradients`]; [`cpu`] has the split, sharded and memory-reusing forms. The definition is in docs/loss.md
-//! of the repository, and [`reference`] is its executable form.
+//! of the repository, and [`mod@reference`] is its executable form.
 
 #![warn(missing_docs, clippy::undocumented_unsafe_blocks, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
