@@ -80,7 +80,7 @@ pub fn loss_and_gradients_into(
 }
 
 impl Workspace {
-    /// [`loss_and_gradients_into`](self::loss_and_gradients_into) with the memory of earlier calls.
+    /// The function [`loss_and_gradients_into`] with the memory of earlier calls.
     ///
     /// # Errors
     /// As the function; the workspace stays usable.
