@@ -33,7 +33,7 @@ pub trait Backend: Sync {
     ) -> Result<(Evaluation, TemperatureGradient)>;
 }
 
-/// The definition in f64, see [`reference`].
+/// The definition in f64, see [`mod@reference`].
 struct Reference;
 
 impl Backend for Reference {

@@ -6,7 +6,7 @@ use std::fmt;
 /// Element type of an embedding or gradient matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DType {
-    /// IEEE binary64. Only the [`reference`](crate::reference) takes it.
+    /// IEEE binary64. Only the [`reference`](mod@crate::reference) takes it.
     F64,
     /// IEEE binary32.
     F32,

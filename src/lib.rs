@@ -9,6 +9,12 @@
 //!                           │
 //!        loss, row losses, P@1, MRR, ∂L/∂q, ∂L/∂p, ∂L/∂τ        never a B × B matrix beyond the workspace bound
 //! ```
+//!
+//! Start with [`loss_and_gradients`]; [`cpu`] has the split, sharded and memory-reusing forms. The definition is in docs/loss.md
+//! of the repository, and [`mod@reference`] is its executable form.
+
+#![warn(missing_docs, clippy::undocumented_unsafe_blocks, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod backend;
 pub mod batch;
@@ -34,3 +40,8 @@ pub use partials::{ExpSum, Partials};
 
 /// The crates whose types appear in this one's signatures.
 pub use half;
+
+/// The README's example compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

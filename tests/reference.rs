@@ -185,15 +185,19 @@ fn two_orthogonal_pairs_are_a_logistic_loss() -> Outcome {
 }
 
 #[test]
-fn a_decoupled_loss_may_be_far_below_zero() -> Outcome {
-    let mut apart = problem(Loss::decoupled(), Kind::Random, (2, 2, 1), 1e-3, 1, 0.0)?;
-    (apart.query, apart.passage) = (vec![1.0, -2.0], vec![3.0, -4.0]);
-    let got = solve(&apart, 1.0)?; // s⁺ = 1 and a single negative at −1: ℓ − β s⁺ = −2β
-    verdict(&[
-        entrywise("row_losses", &got.evaluation.row_losses, &[-2000.0, -2000.0], 1e-14),
-        entrywise("grad_log_beta", &[got.temperature.log_beta], &[-2000.0], 1e-14),
-    ])?;
-    assert!(got.grad_query.iter().chain(&got.grad_passage).all(|g| *g == 0.0), "a line has no other direction");
+fn losses_of_thousands_of_nats_are_exact() -> Outcome {
+    // On a line the cosines are ±1 and nothing can turn. Positives above their only negative, then below.
+    for (loss, passage, want) in [(Loss::decoupled(), [3.0, -4.0], -2000.0), (Loss::info_nce(), [-3.0, 4.0], 2000.0)] {
+        let mut line = problem(loss, Kind::Random, (2, 2, 1), 1e-3, 1, 0.0)?;
+        (line.query, line.passage) = (vec![1.0, -2.0], passage.to_vec());
+        let got = solve(&line, 1.0)?;
+        verdict(&[
+            entrywise("row_losses", &got.evaluation.row_losses, &[want; 2], 1e-14),
+            entrywise("grad_log_beta", &[got.temperature.log_beta], &[want], 1e-14),
+        ])
+        .map_err(|e| format!("{}: {e}", line.name))?;
+        assert!(got.grad_query.iter().chain(&got.grad_passage).all(|g| *g == 0.0), "{}", line.name);
+    }
     Ok(())
 }
 
@@ -237,6 +241,19 @@ fn an_empty_softmax_is_forgiven_to_rows_of_weight_0() -> Outcome {
 }
 
 #[test]
+fn the_lowest_row_owns_a_shared_passage() -> Outcome {
+    // Rows 0 and 1 share passage 0, the only possible negative of row 2.
+    let mut shared = problem(Loss::info_nce(), Kind::Random, (3, 3, 4), 0.1, 8, 0.0)?;
+    shared.positives = Some(vec![0, 0, 1]);
+    shared.passage_ids = Some(vec![1, 2, 2]);
+    shared.query_ids = Some(vec![5, 6, 6]);
+    assert_ne!(solve(&shared, 1.0)?.evaluation.row_losses[2], 0.0, "row 1 shares the query of row 2, but owns nothing");
+    shared.query_ids = Some(vec![6, 5, 6]);
+    assert_eq!(solve(&shared, 1.0)?.evaluation.row_losses[2], 0.0, "passage 0 answers the query of row 2");
+    Ok(())
+}
+
+#[test]
 fn ranks_count_what_is_above_the_positive() -> Outcome {
     let mut ranked = problem(Loss::info_nce(), Kind::Random, (2, 4, 2), 0.1, 1, 0.0)?;
     let at = |degrees: f64| [degrees.to_radians().cos(), degrees.to_radians().sin()];
@@ -249,6 +266,11 @@ fn ranks_count_what_is_above_the_positive() -> Outcome {
     assert_eq!(metrics.passage_to_query.precision_at_1, 1.0);
     ranked.passage_ids = Some(vec![5, 6, 5, 7]);
     assert_eq!(solve(&ranked, 1.0)?.evaluation.query_to_passage.mrr, 1.0, "a masked passage has no rank");
+    // cos 30° changes by 8.7e-3 per degree: 2.6e-7 is a tie, 2.6e-6 is not.
+    ranked.passage[6..].copy_from_slice(&at(-30.0 + 3e-5));
+    assert_eq!(solve(&ranked, 1.0)?.evaluation.query_to_passage.mrr, 1.0);
+    ranked.passage[6..].copy_from_slice(&at(-30.0 + 3e-4));
+    assert_eq!(solve(&ranked, 1.0)?.evaluation.query_to_passage.mrr, 0.75 / 2.0 + 0.25);
     Ok(())
 }
 

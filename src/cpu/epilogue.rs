@@ -185,7 +185,7 @@ macro_rules! for_each_chunk {
 const FLUSH: usize = 64;
 
 dispatch! {
-    /// [1] scales the products in `x` to cosines, in place; [2] masks, finds maxima and ranks; [3] sums exponentials.
+    /// Scales the products in `x` to cosines, in place; masks; finds maxima and ranks; sums exponentials.
     ///
     /// `MASKED`: pairs may be masked. `COLS`: columns anchor rows too.
     pub(super) fn sum_tile<const MASKED, const COLS>(x: &mut [f32], tile: &Tile<'_>) -> TileSums = sum_tile_body
@@ -362,4 +362,87 @@ fn gradient_body<const FMA: bool, const MASKED: bool, const ROWS: bool, const CO
         total += sum(&product);
     }
     total
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A space of `n` indices with colliding keys, owners and thresholds.
+    fn side(n: usize, seed: u32) -> Side {
+        let draw = |k: usize, salt: u32, below: u32| (k as u32 * 2_654_435_761 + salt * seed).rotate_left(11) % below;
+        let real = |k, salt| draw(k, salt, 1000) as f32 / 1000.0;
+        let keys = |salt, below| padded((0..n).map(|k| draw(k, salt, below)), 0);
+        let owner = (0..n).map(|k| if draw(k, 5, 3) == 0 { k as u32 } else { Candidates::EVERYONE });
+        Side {
+            inverse: padded((0..n).map(|k| 0.1 + real(k, 1)), 0.0),
+            anchors: Anchors {
+                query_key: keys(2, 9),
+                passage_key: keys(3, 9),
+                row: padded(0..n as u32, 0),
+                threshold: padded((0..n).map(|k| real(k, 4)), 0.0),
+                positive: padded((0..n).map(|k| real(k, 6)), 0.0),
+                above: padded((0..n).map(|k| real(k, 6)), 0.0),
+            },
+            candidates: Candidates { query_key: keys(7, 9), passage_key: keys(8, 9), owner: padded(owner, 0) },
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let (rows, cols, stride) = (37, 45, 48);
+        let (row_side, col_side) = (side(rows + 3, 77), side(cols + 5, 1234));
+        let (row_start, col_start, beta) = (3, 5, Beta::new(20.0));
+        let tile = Tile { rows, cols, stride, row_start, col_start, row_side: &row_side, col_side: &col_side, beta };
+        let raw: Vec<f32> = (0..rows * stride).map(|k| ((k * 37 % 211) as f32 - 100.0) / 90.0).collect();
+
+        let (mut dispatched, mut portable) = (raw.clone(), raw.clone());
+        let got = sum_tile::<true, true>(&mut dispatched, &tile);
+        let want = sum_tile_body::<true, true, true>(&mut portable, &tile);
+        assert_eq!(dispatched, portable);
+        assert_eq!((&got.rows, &got.cols), (&want.rows, &want.cols));
+        assert_eq!((&got.rows_above, &got.cols_above), (&want.rows_above, &want.cols_above));
+        assert!(got.rows.iter().any(|s| s.ln() > 0.0) && got.cols_above.iter().any(|&a| a > 0));
+
+        // Without fused multiply-add only the last digits may move.
+        let mut unfused = raw;
+        let near = sum_tile_body::<false, true, true>(&mut unfused, &tile);
+        for (a, b) in near.rows.iter().zip(&got.rows) {
+            assert!(a == b || (a.ln() - b.ln()).abs() < 1e-5, "{a:?} {b:?}");
+        }
+
+        let coefficients = Coefficients::new((0..60).map(|k| f64::from(k % 7) - 3.0), 0.0);
+        let a = gradient::<true, true, true>(&mut dispatched, &tile, &coefficients, &coefficients, true);
+        let b = gradient_body::<true, true, true, true>(&mut portable, &tile, &coefficients, &coefficients, true);
+        assert_eq!(dispatched, portable);
+        assert_eq!(a, b);
+        assert!(a != 0.0);
+    }
+
+    #[test]
+    fn what_an_earlier_tile_left_beyond_the_edge_is_harmless() {
+        let (row_side, col_side) = (side(4, 5), side(20, 6));
+        let beta = Beta::new(10.0);
+        let tile = Tile {
+            rows: 4,
+            cols: 5,
+            stride: 16,
+            row_start: 0,
+            col_start: 0,
+            row_side: &row_side,
+            col_side: &col_side,
+            beta,
+        };
+        let coefficients = Coefficients::new((0..20).map(|_| 0.0), 0.0);
+        let run = |rest: f32| {
+            let mut x: Vec<f32> = (0..64).map(|k| if k % 16 < 5 { 0.5 } else { rest }).collect();
+            let sums = sum_tile::<false, true>(&mut x, &tile);
+            let edges = Edges { rows: Some(&coefficients), cols: Some(&coefficients), count_cols: true };
+            (sums.rows, sums.cols, gradient_tile(&mut x, &tile, &edges, false, false))
+        };
+        let clean = run(0.0);
+        for rest in [f32::INFINITY, f32::NAN, 1e30] {
+            assert_eq!(run(rest), clean);
+        }
+    }
 }

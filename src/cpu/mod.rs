@@ -35,6 +35,14 @@ use crate::partials::Partials;
 use state::State;
 use std::ops::Range;
 
+/// What every pass works on.
+#[derive(Clone, Copy)]
+struct Call<'a> {
+    state: &'a State,
+    batch: &'a Batch<'a>,
+    plan: &'a Plan,
+}
+
 /// Loss, metrics and gradients in one call.
 ///
 /// q is M × d, p is N × d, in f32, f16 or bf16; gradients come back as f32, multiplied by `upstream`.
@@ -72,7 +80,7 @@ pub fn loss_and_gradients_into(
 }
 
 impl Workspace {
-    /// [`loss_and_gradients_into`](self::loss_and_gradients_into) with the memory of earlier calls.
+    /// The function [`loss_and_gradients_into`] with the memory of earlier calls.
     ///
     /// # Errors
     /// As the function; the workspace stays usable.
@@ -88,14 +96,32 @@ impl Workspace {
         buffers.expect_shapes(batch.rows(), batch)?;
         let state = State::new(loss, batch, options, 0..batch.rows())?;
         let plan = Plan::of(&state, batch)?;
+        let call = Call { state: &state, batch, plan: &plan };
         let stored = plan.stored;
         if stored {
             workspace::reserve(&mut self.tiles, plan.slots * plan.tile_len(), "tiles of logits")?;
         }
         let store = stored.then_some(self.tiles.as_mut_slice());
-        let combined = state.combine(&sums::partials(&state, batch, &plan, store, &self.pool)?)?;
-        let temperature = backward(&state, batch, &plan, &combined, stored, upstream, buffers, self)?;
+        let combined = state.combine(&sums::partials(call, store, &self.pool)?)?;
+        let temperature = self.backward(call, &combined, stored, upstream, buffers)?;
         Ok((combined.evaluation, temperature))
+    }
+
+    fn backward(
+        &mut self,
+        call: Call<'_>,
+        combined: &Combined,
+        stored: bool,
+        upstream: f64,
+        buffers: GradientBuffers<'_>,
+    ) -> Result<TemperatureGradient> {
+        let wanted = [buffers.query.is_some(), buffers.passage.is_some()];
+        let sums = gradient::gradients(call, combined, stored, wanted, self)?;
+        let beta = call.state.options.beta();
+        let temperature = TemperatureGradient::from_beta(upstream * sums.beta * sums.scale, beta);
+        project::project(call, combined, &sums, upstream, buffers);
+        self.recycle(sums);
+        Ok(temperature)
     }
 }
 
@@ -106,7 +132,8 @@ impl Workspace {
 pub fn forward(loss: &Loss, batch: &Batch<'_>, options: &Options) -> Result<Forward> {
     let state = State::new(loss, batch, options, 0..batch.rows())?;
     let plan = Plan::of(&state, batch)?;
-    let combined = state.combine(&sums::partials(&state, batch, &plan, None, &Workspace::new().pool)?)?;
+    let call = Call { state: &state, batch, plan: &plan };
+    let combined = state.combine(&sums::partials(call, None, &Workspace::new().pool)?)?;
     Ok(Forward { state, combined })
 }
 
@@ -148,7 +175,8 @@ impl Forward {
         self.state.expect_batch(batch)?;
         buffers.expect_shapes(batch.rows(), batch)?;
         let plan = Plan::of(&self.state, batch)?;
-        backward(&self.state, batch, &plan, &self.combined, false, upstream, buffers, &mut Workspace::new())
+        let call = Call { state: &self.state, batch, plan: &plan };
+        Workspace::new().backward(call, &self.combined, false, upstream, buffers)
     }
 }
 
@@ -175,12 +203,16 @@ impl<'a> Shard<'a> {
         Ok(Self { state, batch: *batch, plan })
     }
 
+    fn call(&self) -> Call<'_> {
+        Call { state: &self.state, batch: &self.batch, plan: &self.plan }
+    }
+
     /// The shard's share of every row's sums, O(M) numbers.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
     pub fn partials(&self) -> Result<Partials> {
-        sums::partials(&self.state, &self.batch, &self.plan, None, &Workspace::new().pool)
+        sums::partials(self.call(), None, &Workspace::new().pool)
     }
 
     /// Loss, row losses and metrics of the whole batch, from the merged partials of all shards.
@@ -206,28 +238,9 @@ impl<'a> Shard<'a> {
             query: Some(EmbeddingsMut::new(&mut query, rows, self.batch.dim())?),
             passage: Some(EmbeddingsMut::new(&mut passage, self.batch.passages(), self.batch.dim())?),
         };
-        let temperature =
-            backward(&self.state, &self.batch, &self.plan, &combined, false, upstream, buffers, &mut Workspace::new())?;
+        let temperature = Workspace::new().backward(self.call(), &combined, false, upstream, buffers)?;
         Ok(Gradients { query, passage, temperature })
     }
-}
-
-fn backward(
-    state: &State,
-    batch: &Batch<'_>,
-    plan: &Plan,
-    combined: &Combined,
-    stored: bool,
-    upstream: f64,
-    buffers: GradientBuffers<'_>,
-    workspace: &mut Workspace,
-) -> Result<TemperatureGradient> {
-    let wanted = [buffers.query.is_some(), buffers.passage.is_some()];
-    let sums = gradient::gradients(state, batch, plan, combined, stored, wanted, workspace)?;
-    let temperature = TemperatureGradient::from_beta(upstream * sums.beta * sums.scale, state.options.beta());
-    project::project(state, batch, combined, &sums, upstream, buffers);
-    workspace.recycle(sums);
-    Ok(temperature)
 }
 
 fn gradient_vectors(rows: usize, batch: &Batch<'_>) -> Result<(Vec<f32>, Vec<f32>)> {

@@ -3,10 +3,11 @@
 //! With u the sum over negatives from the gradient pass, already divided by ‖x‖: ∂L/∂x = β (I − x̂x̂ᵀ)(u + Σ D_i ŷ/‖x‖),
 //! where ŷ is the other side of each positive pair that x belongs to.
 
+use super::Call;
 use super::gradient::{Accumulator, GradientSums};
 use super::state::{Space, State};
 use super::tower::Norms;
-use crate::batch::{Batch, Embeddings, EmbeddingsMut, for_each_dtype};
+use crate::batch::{Embeddings, EmbeddingsMut, for_each_dtype};
 use crate::combine::Combined;
 use crate::dtype::Element;
 use crate::output::GradientBuffers;
@@ -14,13 +15,13 @@ use rayon::prelude::*;
 
 /// Writes the gradients; nothing can fail any more.
 pub(super) fn project(
-    state: &State,
-    batch: &Batch<'_>,
+    call: Call<'_>,
     combined: &Combined,
     sums: &GradientSums,
     upstream: f64,
     buffers: GradientBuffers<'_>,
 ) {
+    let Call { state, batch, .. } = call;
     let factor = upstream * state.options.beta();
     let scale = sums.scale;
     if let (Some(out), Some(sums)) = (buffers.query, &sums.query) {

@@ -112,7 +112,7 @@ macro_rules! dispatch {
                 #[cfg(feature = "avx512")]
                 {
                     #[target_feature(enable = "avx512f,avx512vl,avx512dq,avx512bw,fma")]
-                    fn avx512<$(const $flag: bool),*>($($arg: $ty),*) -> $ret { $body::<true, $($flag),*>($($arg),*) }
+                    unsafe fn avx512<$(const $flag: bool),*>($($arg: $ty),*) -> $ret { $body::<true, $($flag),*>($($arg),*) }
                     if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl")
                         && is_x86_feature_detected!("avx512dq") && is_x86_feature_detected!("avx512bw")
                         && is_x86_feature_detected!("fma")
@@ -122,7 +122,7 @@ macro_rules! dispatch {
                     }
                 }
                 #[target_feature(enable = "avx2,fma")]
-                fn avx2<$(const $flag: bool),*>($($arg: $ty),*) -> $ret { $body::<true, $($flag),*>($($arg),*) }
+                unsafe fn avx2<$(const $flag: bool),*>($($arg: $ty),*) -> $ret { $body::<true, $($flag),*>($($arg),*) }
                 if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                     // SAFETY: the processor has just been asked for every feature the function enables.
                     return unsafe { avx2::<$($flag),*>($($arg),*) };

@@ -1,25 +1,18 @@
 //! First pass: tiles of cosines → sums of exponentials and ranks of every row.
 
+use super::Call;
 use super::epilogue::{Tile, TileSums, sum_tile};
 use super::matmul::multiply;
-use super::plan::{Plan, TileId};
-use super::state::State;
+use super::plan::TileId;
 use super::workspace::{Pool, Scratch};
-use crate::batch::Batch;
 use crate::error::Result;
 use crate::loss::Block;
 use crate::partials::Partials;
 use rayon::prelude::*;
 
 /// x ← X_rows · Y_colsᵀ, products of raw embeddings.
-pub(super) fn products(
-    state: &State,
-    batch: &Batch<'_>,
-    plan: &Plan,
-    id: TileId,
-    x: &mut [f32],
-    panels: &mut [Vec<f32>; 2],
-) {
+pub(super) fn products(call: Call<'_>, id: TileId, x: &mut [f32], panels: &mut [Vec<f32>; 2]) {
+    let Call { state, batch, plan } = call;
     let [row_space, col_space] = plan.region(id).spaces;
     let [rows, cols] = plan.ranges(id);
     let (left, right) = (state.panels(row_space, batch), state.panels(col_space, batch));
@@ -35,7 +28,8 @@ pub(super) fn products(
 }
 
 /// The epilogue's view of a tile, and whether any of its pairs can be masked.
-pub(super) fn view<'a>(state: &'a State, plan: &Plan, id: TileId) -> (Tile<'a>, bool) {
+pub(super) fn view(call: Call<'_>, id: TileId) -> (Tile<'_>, bool) {
+    let Call { state, plan, .. } = call;
     let [row_space, col_space] = plan.region(id).spaces;
     let [rows, cols] = plan.ranges(id);
     // Default keys mask a pair only where both indices are the same: the order of the passages sees to it.
@@ -53,16 +47,10 @@ pub(super) fn view<'a>(state: &'a State, plan: &Plan, id: TileId) -> (Tile<'a>, 
     (tile, masked)
 }
 
-fn visit(
-    state: &State,
-    batch: &Batch<'_>,
-    plan: &Plan,
-    id: TileId,
-    x: &mut [f32],
-    panels: &mut [Vec<f32>; 2],
-) -> TileSums {
-    products(state, batch, plan, id, x, panels);
-    let (tile, masked) = view(state, plan, id);
+fn visit(call: Call<'_>, id: TileId, x: &mut [f32], panels: &mut [Vec<f32>; 2]) -> TileSums {
+    products(call, id, x, panels);
+    let (tile, masked) = view(call, id);
+    let plan = call.plan;
     let cols = plan.region(id).sum_cols && !plan.on_diagonal(id);
     match (masked, cols) {
         (true, true) => sum_tile::<true, true>(x, &tile),
@@ -73,13 +61,8 @@ fn visit(
 }
 
 /// All sums of the shard. `store`, if given, has room for every tile and receives their cosines.
-pub(super) fn partials(
-    state: &State,
-    batch: &Batch<'_>,
-    plan: &Plan,
-    mut store: Option<&mut [f32]>,
-    pool: &Pool,
-) -> Result<Partials> {
+pub(super) fn partials(call: Call<'_>, mut store: Option<&mut [f32]>, pool: &Pool) -> Result<Partials> {
+    let Call { state, batch, plan } = call;
     let mut out = Partials::new(batch.rows(), |b| state.loss.uses(b), state.rows.clone(), state.origin());
     let len = plan.tile_len();
     pool.prepare(plan.workers, if store.is_some() { 0 } else { len }, plan.panel_len())?;
@@ -91,7 +74,7 @@ pub(super) fn partials(
                 .par_chunks_mut(len)
                 .zip(wave)
                 .with_min_len(min_len)
-                .map(|(x, &id)| pool.with(|s| visit(state, batch, plan, id, x, &mut s.panels)))
+                .map(|(x, &id)| pool.with(|s| visit(call, id, x, &mut s.panels)))
                 .collect(),
             None => wave
                 .par_iter()
@@ -99,20 +82,21 @@ pub(super) fn partials(
                 .map(|&id| {
                     pool.with(|s| {
                         let Scratch { tile, panels } = s;
-                        visit(state, batch, plan, id, tile, panels)
+                        visit(call, id, tile, panels)
                     })
                 })
                 .collect(),
         };
         // One thread merges, in the order of the tiles: O(edge) work for each against O(edge²·d) above.
         for (&id, sums) in wave.iter().zip(&sums) {
-            merge(&mut out, state, plan, id, sums);
+            merge(&mut out, call, id, sums);
         }
     }
     Ok(out)
 }
 
-fn merge(out: &mut Partials, state: &State, plan: &Plan, id: TileId, tile: &TileSums) {
+fn merge(out: &mut Partials, call: Call<'_>, id: TileId, tile: &TileSums) {
+    let Call { state, plan, .. } = call;
     let region = plan.region(id);
     let edges = [(&tile.rows, &tile.rows_above), (&tile.cols, &tile.cols_above)];
     for (edge, (sums, above)) in edges.into_iter().enumerate() {
