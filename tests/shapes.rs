@@ -86,7 +86,7 @@ fn edges_of_every_tile() -> Outcome {
     for (b, bound) in bounds.into_iter().enumerate() {
         for base in [64, 320] {
             let make = |rows: usize, passages: usize, seed: u64| {
-                let loss = if (rows + passages) % 2 == 0 { Loss::samtone_both() } else { Loss::gte() };
+                let loss = if (rows + passages).is_multiple_of(2) { Loss::samtone_both() } else { Loss::gte() };
                 let mut p = problem(loss, Kind::Random, (rows, passages, dim), 0.05, seed, 0.0)?;
                 p.options = p.options.with_workspace_bytes(bound);
                 Ok(p)
