@@ -47,13 +47,13 @@ pub struct Args {
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=8192))]
     pub dim: u32,
     /// Columns of the embedding tables.
-    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=8192))]
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=8192))]
     pub width: u32,
     /// Rows of an embedding table, as a power of two.
-    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(8..=24))]
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(8..=24))]
     pub table_bits: u32,
     /// Words of a text that are read.
-    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, default_value_t = 48, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_words: u32,
     /// Steps of a run [default: 100; with --quick 60].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
@@ -64,9 +64,10 @@ pub struct Args {
     /// First seed; also draws the sample of the data.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
-    /// Learning rate of the tables (Adagrad), falling linearly to 0.
-    #[arg(long, default_value_t = 0.3, value_parser = rate)]
-    pub table_rate: f32,
+    /// Learning rate of the tables (Adagrad), falling linearly to 0 [default: 0.3 for sde, 0.03 for ade-spl, the best of the
+    /// bidirectional loss on the default data].
+    #[arg(long, value_parser = rate)]
+    pub table_rate: Option<f32>,
     /// Learning rate of the projection (Adam), falling linearly to 0.
     #[arg(long, default_value_t = 0.003, value_parser = rate)]
     pub projection_rate: f32,
@@ -140,7 +141,12 @@ impl Args {
         }
         fn unique<T: PartialEq + Clone>(list: &mut Vec<T>) {
             let mut seen: Vec<T> = Vec::new();
-            list.retain(|x| !seen.contains(x) && { seen.push(x.clone()); true });
+            list.retain(|x| {
+                !seen.contains(x) && {
+                    seen.push(x.clone());
+                    true
+                }
+            });
         }
         unique(&mut self.architectures);
         unique(&mut self.losses);
@@ -155,6 +161,14 @@ impl Args {
     /// The seeds.
     pub fn seed_list(&self) -> Vec<u64> {
         (0..u64::from(self.seeds.unwrap_or(0))).map(|k| self.seed.wrapping_add(k)).collect()
+    }
+
+    /// Learning rate of the tables.
+    pub fn table_rate(&self, architecture: Architecture) -> f32 {
+        self.table_rate.unwrap_or(match architecture {
+            Architecture::Sde => 0.3,
+            Architecture::AdeSpl => 0.03,
+        })
     }
 
     /// Rows of an embedding table.

@@ -222,7 +222,8 @@ fn strip_markdown(text: &str) -> String {
 
 /// At most `bytes` bytes of `text`, cut between characters.
 fn truncate(text: &str, bytes: usize) -> &str {
-    &text[..text.floor_char_boundary(bytes)]
+    let end = (0..=bytes.min(text.len())).rev().find(|&at| text.is_char_boundary(at));
+    &text[..end.unwrap_or(0)]
 }
 
 #[cfg(test)]
@@ -285,7 +286,12 @@ fn plain() {}
 
     #[test]
     fn broken_source_ends_quietly() {
-        for source in ["/// Opens and never closes.\nfn f() { \"", "/// Has an attribute only.\n#[inline", "/// One two three.\nfn f('", "/// Ü ü ü.\nfn ü() { '\\"] {
+        for source in [
+            "/// Opens and never closes.\nfn f() { \"",
+            "/// Has an attribute only.\n#[inline",
+            "/// One two three.\nfn f('",
+            "/// Ü ü ü.\nfn ü() { '\\",
+        ] {
             assert!(pairs(source).is_empty(), "{source:?}");
         }
     }
@@ -296,6 +302,9 @@ fn plain() {}
         assert_eq!(first_sentence(&[" Uses v1.2 of it and vs. that"]).unwrap(), "Uses v1.2 of it and vs. that");
         assert_eq!(first_sentence(&[" # Heading of three words"]), None);
         assert_eq!(first_sentence(&[" ```rust of three words"]), None);
-        assert_eq!(first_sentence(&[" `Code` starts this [link][target] *well*."]).unwrap(), "Code starts this link well.");
+        assert_eq!(
+            first_sentence(&[" `Code` starts this [link][target] *well*."]).unwrap(),
+            "Code starts this link well."
+        );
     }
 }

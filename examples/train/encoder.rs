@@ -127,8 +127,9 @@ impl Towers {
     /// ∂L/∂h from ∂L/∂x, and adds ∂L/∂P to `projection_gradient`.
     pub fn backward(&self, encoded: &Encoded, gradient: &[f32], projection_gradient: &mut [f32]) -> Vec<f32> {
         let mut pooled_gradient = vec![0.0; encoded.pooled.len()];
-        let blocks =
-            pooled_gradient.par_chunks_mut(TEXTS_PER_TASK * self.width).zip(gradient.par_chunks(TEXTS_PER_TASK * self.dim));
+        let blocks = pooled_gradient
+            .par_chunks_mut(TEXTS_PER_TASK * self.width)
+            .zip(gradient.par_chunks(TEXTS_PER_TASK * self.dim));
         blocks.for_each(|(pooled, gradient)| {
             multiply(pooled, Matrix::new(gradient, self.dim), Matrix::new(&self.projection, self.dim).t(), false);
         });
@@ -278,7 +279,8 @@ mod tests {
                 let mut moved = [towers.clone(), towers.clone()];
                 nudge(&mut moved[0], step);
                 nudge(&mut moved[1], -step);
-                let numeric = (objective(&moved[0], [&q, &p]) - objective(&moved[1], [&q, &p])) / (2.0 * f64::from(step));
+                let numeric =
+                    (objective(&moved[0], [&q, &p]) - objective(&moved[1], [&q, &p])) / (2.0 * f64::from(step));
                 assert!((numeric - f64::from(analytic)).abs() <= 2e-5, "{architecture:?}: {numeric} {analytic}");
                 checked += usize::from(analytic != 0.0);
             };

@@ -73,7 +73,8 @@ impl Featuriser {
             let starts: Vec<usize> = padded.char_indices().map(|(at, _)| at).chain([padded.len()]).collect();
             // A word that is one n-gram with its brackets is already there.
             if starts.len() > self.ngram + 1 {
-                buckets.extend(starts.windows(self.ngram + 1).map(|w| self.bucket(NGRAM, &padded[w[0]..w[self.ngram]])));
+                buckets
+                    .extend(starts.windows(self.ngram + 1).map(|w| self.bucket(NGRAM, &padded[w[0]..w[self.ngram]])));
             }
         }
         if buckets.is_empty() {
@@ -111,6 +112,11 @@ impl InverseFrequency {
         }
         let total: usize = texts.iter().map(|c| c.offsets.len() - 1).sum();
         Self(seen.into_iter().map(|n| ((1 + total) as f32 / (1 + n) as f32).ln() + 1.0).collect())
+    }
+
+    /// One for each bucket.
+    pub fn weights(&self) -> &[f32] {
+        &self.0
     }
 
     /// (1 + ln count) · idf, scaled to sum 1.
@@ -181,7 +187,8 @@ mod tests {
         for text in 0..3 {
             assert!((features.row(text).iter().map(|(_, w)| w).sum::<f32>() - 1.0).abs() < 1e-5);
         }
-        let weight = |piece: &str| features.row(0).iter().find(|(b, _)| *b == FEATURISER.bucket(WORD, piece)).unwrap().1;
+        let weight =
+            |piece: &str| features.row(0).iter().find(|(b, _)| *b == FEATURISER.bucket(WORD, piece)).unwrap().1;
         assert!(weight("cat") > weight("the"));
     }
 }

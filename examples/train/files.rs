@@ -187,7 +187,9 @@ fn read_qrels(path: &Path, queries: &Texts, corpus: &Texts) -> Result<Vec<(usize
 }
 
 fn for_each_json<T: DeserializeOwned>(path: &Path, mut each: impl FnMut(T) -> Result<()>) -> Result<()> {
-    for_each_line(path, |_, line| each(serde_json::from_str(line).context("expected {\"_id\": \"…\", \"text\": \"…\"}")?))
+    for_each_line(path, |_, line| {
+        each(serde_json::from_str(line).context("expected {\"_id\": \"…\", \"text\": \"…\"}")?)
+    })
 }
 
 /// Calls `each` with the number (from 1) and content of each line that is not blank; its error gets file and line.
@@ -229,7 +231,10 @@ mod tests {
     fn tsv_and_jsonl_agree() {
         let folder = folder(&[
             ("a.tsv", "query\tpassage\nwhat\tthat\r\n\nwho\tme\tg\n"),
-            ("a.jsonl", "{\"query\":\"what\",\"passage\":\"that\"}\n{\"query\":\"who\",\"passage\":\"me\",\"group\":\"g\"}\n"),
+            (
+                "a.jsonl",
+                "{\"query\":\"what\",\"passage\":\"that\"}\n{\"query\":\"who\",\"passage\":\"me\",\"group\":\"g\"}\n",
+            ),
         ]);
         let tsv = read_pairs(&folder.path().join("a.tsv")).unwrap();
         assert_eq!(tsv, read_pairs(&folder.path().join("a.jsonl")).unwrap());

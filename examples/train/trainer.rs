@@ -11,6 +11,7 @@ use crate::retrieval::{Retrieval, Scores, retrieve};
 use anyhow::{Context, Result};
 use samtone::{Batch, Embeddings, EmbeddingsMut, GradientBuffers, Loss, Options, Tower, cpu};
 use serde::Serialize;
+use std::collections::HashMap;
 use std::time::Instant;
 
 /// Length of the character n-grams.
@@ -24,6 +25,7 @@ pub struct Prepared {
     ids: [Vec<i64>; 2],
     test_queries: Features,
     test_candidates: Features,
+    inverse_frequency: InverseFrequency,
     /// Held-out texts and relevance.
     pub test: TestSet,
     /// How often training queries repeat.
@@ -55,7 +57,30 @@ impl Prepared {
             test_queries: idf.weigh(featuriser.counts(data.test.queries.iter().map(String::as_str))),
             test_candidates: idf.weigh(featuriser.counts(data.test.candidates.iter().map(String::as_str))),
             test: data.test,
+            inverse_frequency: idf,
         }
+    }
+
+    /// Weight of each bucket.
+    pub fn inverse_frequency(&self) -> &[f32] {
+        self.inverse_frequency.weights()
+    }
+
+    /// What a reader of saved towers must know to use them.
+    pub fn metadata(&self, variant: &Variant, seed: u64, args: &Args) -> HashMap<String, String> {
+        let entries = [
+            ("architecture", variant.architecture.slug().to_string()),
+            ("loss", variant.loss.clone()),
+            ("duplicates_masked", (variant.mask == Mask::On).to_string()),
+            ("seed", seed.to_string()),
+            ("steps", args.steps.unwrap_or(0).to_string()),
+            ("hash", "xxh3_64, seed 1 for words, 2 for n-grams of <word>; bucket = hash mod buckets".into()),
+            ("buckets", args.buckets().to_string()),
+            ("max_words", args.max_words.to_string()),
+            ("ngram", NGRAM.to_string()),
+            ("weights", "(1 + ln count) * inverse_frequency, scaled to sum 1".into()),
+        ];
+        entries.into_iter().map(|(k, v)| (k.to_string(), v)).collect()
     }
 
     /// Training pairs.
@@ -88,13 +113,6 @@ pub struct Timing {
     pub evaluate: f64,
 }
 
-impl Timing {
-    /// Share of the time of training steps spent in the loss.
-    pub fn loss_share(&self) -> f64 {
-        self.loss / (self.encode + self.loss + self.update)
-    }
-}
-
 /// A step of training, measured on its batch.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Step {
@@ -108,8 +126,6 @@ pub struct Step {
 pub struct Outcome {
     /// What was run.
     pub variant: Variant,
-    /// Seed of parameters and batches.
-    pub seed: u64,
     /// One for each step.
     pub steps: Vec<Step>,
     /// (step, scores) on held-out queries; the last is the result.
@@ -122,8 +138,6 @@ pub struct Outcome {
     pub ratios: Vec<f64>,
     /// ‖mean q̂ − mean p̂‖.
     pub tower_gap: f64,
-    /// The trained towers.
-    pub towers: Towers,
 }
 
 impl Outcome {
@@ -159,14 +173,14 @@ fn evaluate(towers: &Towers, data: &Prepared) -> Retrieval {
     retrieve(&data.test, queries, candidates, towers.dim)
 }
 
-/// Trains one variant. `progress` is called after each step.
+/// Trains one variant; returns its measurements and towers. `progress` is called after each step.
 pub fn train(
-    variant: Variant,
+    variant: &Variant,
     seed: u64,
     data: &Prepared,
     args: &Args,
     progress: impl Fn(usize, &Step),
-) -> Result<Outcome> {
+) -> Result<(Outcome, Towers)> {
     let loss = Loss::by_name(&variant.loss)?;
     let options = Options::new(args.temperature)?;
     let total_steps = args.steps.unwrap_or(0) as usize;
@@ -179,7 +193,7 @@ pub fn train(
     curve.push((0, last.scores));
     for step in 0..total_steps {
         let decay = 1.0 - step as f32 / total_steps as f32;
-        let rates = (args.table_rate * decay, args.projection_rate * decay);
+        let rates = (args.table_rate(variant.architecture) * decay, args.projection_rate * decay);
         let batch = order.next();
         let measured = trainer
             .step(&loss, &options, variant.mask, data, batch, rates, &mut timing)
@@ -199,17 +213,16 @@ pub fn train(
     normalise_rows(&mut queries, towers.dim);
     normalise_rows(&mut candidates, towers.dim);
     let positives = positives_of(&data.test, &candidates, towers.dim);
-    Ok(Outcome {
-        variant,
-        seed,
+    let outcome = Outcome {
+        variant: variant.clone(),
         steps,
         curve,
         timing,
         top_cosines: last.top_cosines,
         ratios: same_tower_ratios(&queries, &positives, towers.dim, seed),
         tower_gap: tower_gap(&queries, &positives, towers.dim),
-        towers,
-    })
+    };
+    Ok((outcome, towers))
 }
 
 /// Towers and the state of their optimisers.
@@ -245,8 +258,10 @@ impl Trainer {
 
         let (rows, dim) = (batch.len(), self.towers.dim);
         let ids = data.ids.each_ref().map(|ids| batch.iter().map(|i| ids[*i as usize]).collect::<Vec<_>>());
-        let mut inputs =
-            Batch::new(Embeddings::new(&query.embeddings, rows, dim)?, Embeddings::new(&passage.embeddings, rows, dim)?)?;
+        let mut inputs = Batch::new(
+            Embeddings::new(&query.embeddings, rows, dim)?,
+            Embeddings::new(&passage.embeddings, rows, dim)?,
+        )?;
         if mask == Mask::On {
             inputs = inputs.with_query_ids(&ids[0])?.with_passage_ids(&ids[1])?;
         }

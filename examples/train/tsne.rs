@@ -59,9 +59,8 @@ fn affinities(points: &[f32], dim: usize, perplexity: f64) -> Vec<f64> {
     let row = |i: usize| &points[i * dim..][..dim];
     let mut joint = vec![0.0; count * count];
     for i in 0..count {
-        let distances: Vec<f64> = (0..count)
-            .map(|j| row(i).iter().zip(row(j)).map(|(x, y)| f64::from(x - y).powi(2)).sum())
-            .collect();
+        let distances: Vec<f64> =
+            (0..count).map(|j| row(i).iter().zip(row(j)).map(|(x, y)| f64::from(x - y).powi(2)).sum()).collect();
         // The nearest other point sets the zero of the exponent, so that far outliers do not underflow.
         let nearest = (0..count).filter(|j| *j != i).map(|j| distances[j]).fold(f64::INFINITY, f64::min);
         let conditional = |beta: f64| -> (Vec<f64>, f64) {
@@ -109,7 +108,8 @@ mod tests {
         let place = embed(&clouds(), 8, 10.0, 1);
         let distance = |i: usize, j: usize| (place[i][0] - place[j][0]).hypot(place[i][1] - place[j][1]);
         for i in 0..60 {
-            let nearest = (0..60).filter(|j| *j != i).min_by(|a, b| distance(i, *a).total_cmp(&distance(i, *b))).unwrap();
+            let nearest =
+                (0..60).filter(|j| *j != i).min_by(|a, b| distance(i, *a).total_cmp(&distance(i, *b))).unwrap();
             assert_eq!(i < 30, nearest < 30, "{i} lies next to {nearest}");
         }
         assert_eq!(place, embed(&clouds(), 8, 10.0, 1));
