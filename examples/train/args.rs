@@ -53,9 +53,9 @@ pub struct Args {
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(8..=24))]
     pub table_bits: u32,
     /// Words of a text that are read.
-    #[arg(long, default_value_t = 48, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_words: u32,
-    /// Steps of a run [default: 100; with --quick 60].
+    /// Steps of a run [default: 150; with --quick 40].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub steps: Option<u32>,
     /// Seeds, each with its own parameters and order of batches [default: 3; with --quick 1].
@@ -64,10 +64,9 @@ pub struct Args {
     /// First seed; also draws the sample of the data.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
-    /// Learning rate of the tables (Adagrad), falling linearly to 0 [default: 0.3 for sde, 0.03 for ade-spl, the best of the
-    /// bidirectional loss on the default data].
-    #[arg(long, value_parser = rate)]
-    pub table_rate: Option<f32>,
+    /// Learning rate of the tables (Adagrad), falling linearly to 0.
+    #[arg(long, default_value_t = 0.1, value_parser = rate)]
+    pub table_rate: f32,
     /// Learning rate of the projection (Adam), falling linearly to 0.
     #[arg(long, default_value_t = 0.003, value_parser = rate)]
     pub projection_rate: f32,
@@ -151,7 +150,7 @@ impl Args {
         unique(&mut self.architectures);
         unique(&mut self.losses);
         unique(&mut self.masks);
-        let (steps, seeds, max_test) = if self.quick { (60, 1, 1000) } else { (100, 3, 2000) };
+        let (steps, seeds, max_test) = if self.quick { (40, 1, 1000) } else { (150, 3, 2000) };
         self.steps.get_or_insert(steps);
         self.seeds.get_or_insert(seeds);
         self.max_test.get_or_insert(max_test);
@@ -161,14 +160,6 @@ impl Args {
     /// The seeds.
     pub fn seed_list(&self) -> Vec<u64> {
         (0..u64::from(self.seeds.unwrap_or(0))).map(|k| self.seed.wrapping_add(k)).collect()
-    }
-
-    /// Learning rate of the tables.
-    pub fn table_rate(&self, architecture: Architecture) -> f32 {
-        self.table_rate.unwrap_or(match architecture {
-            Architecture::Sde => 0.3,
-            Architecture::AdeSpl => 0.03,
-        })
     }
 
     /// Rows of an embedding table.

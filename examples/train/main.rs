@@ -102,9 +102,11 @@ fn main() -> Result<()> {
     if !report.comparisons.is_empty() {
         println!("\nExpectations, and what came out:");
     }
-    for c in &report.comparisons {
-        let (label, text) = (c.architecture.label(), c.difference_text());
-        println!("  {}\n    {label}: {} {text}: {}", c.expectation, c.metric, c.verdict.label());
+    for same in report.comparisons.chunk_by(|a, b| a.expectation == b.expectation) {
+        println!("  {}", same[0].expectation);
+        for c in same {
+            println!("    {:<8} {} {}: {}", c.architecture.label(), c.metric, c.difference_text(), c.verdict.label());
+        }
     }
     println!("\n{:.1} s in all; report: {}", start.elapsed().as_secs_f64(), path.display());
     Ok(())

@@ -193,7 +193,7 @@ pub fn train(
     curve.push((0, last.scores));
     for step in 0..total_steps {
         let decay = 1.0 - step as f32 / total_steps as f32;
-        let rates = (args.table_rate(variant.architecture) * decay, args.projection_rate * decay);
+        let rates = (args.table_rate * decay, args.projection_rate * decay);
         let batch = order.next();
         let measured = trainer
             .step(&loss, &options, variant.mask, data, batch, rates, &mut timing)

@@ -273,13 +273,13 @@ fn histograms(report: &Report<'_>) -> String {
         if report.config.masks.len() > 1 { ", duplicates not masked" } else { "" },
         legend(report, false)
     );
-    type Picture = (&'static str, &'static str, Option<f64>, fn(&VariantSummary) -> &Histogram);
+    type Picture = (&'static str, &'static str, &'static str, Option<f64>, fn(&VariantSummary) -> &Histogram);
     let pictures: [Picture; 2] = [
-        ("cosine with the first candidate", "cosine", None, |v| &v.top_cosine),
-        ("same-tower ratio", "sim(q, q′) / sim(q, p′)", Some(1.0), |v| &v.ratio),
+        ("cosine with the first candidate", "cosine", "share of queries", None, |v| &v.top_cosine),
+        ("same-tower ratio", "sim(q, q′) / sim(q, p′)", "share of pairs", Some(1.0), |v| &v.ratio),
     ];
     for &architecture in &report.config.architectures {
-        for (what, x_label, mark, histogram) in pictures {
+        for (what, x_label, y_label, mark, histogram) in pictures {
             let title = format!("{}: {what}", architecture.label());
             let chosen = |v: &VariantSummary| v.variant.mask == mask;
             let captions = report.results.iter().filter(|v| v.variant.architecture == architecture && chosen(v));
@@ -287,8 +287,8 @@ fn histograms(report: &Report<'_>) -> String {
                 .map(|v| {
                     let h = histogram(v);
                     let outside = match h.outside_share() {
-                        0.0 => String::new(),
-                        share => format!(" ({:.0}% outside)", 100.0 * share),
+                        share if share < 0.005 => String::new(),
+                        share => format!(" ({:.0}% beyond the axis)", 100.0 * share),
                     };
                     format!("{} {:.2}{outside}", loss_label(&v.variant.loss), h.median)
                 })
@@ -296,7 +296,7 @@ fn histograms(report: &Report<'_>) -> String {
             let chart = LineChart {
                 title: &title,
                 x_label,
-                y_label: "share of queries",
+                y_label,
                 scale: Scale::Linear,
                 from_zero: true,
                 percent: true,
