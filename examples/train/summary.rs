@@ -129,9 +129,13 @@ pub fn pictured(args: &Args) -> Vec<(String, Mask)> {
 pub struct Table {
     /// What it shows.
     pub title: String,
-    /// Heads of the columns.
-    pub head: Vec<String>,
-    /// Cells; the first of each row is its label.
+    /// Heads of the columns that say what a row is.
+    pub labels: Vec<String>,
+    /// Heads of the groups of columns that follow, each with all metrics.
+    pub architectures: Vec<&'static str>,
+    /// Heads of the columns in each group.
+    pub metrics: Vec<&'static str>,
+    /// Cells, labels first.
     pub rows: Vec<Vec<Cell>>,
 }
 
@@ -151,10 +155,6 @@ type Row<'a> = (Vec<String>, Vec<Option<&'a VariantSummary>>);
 /// Columns: labels, then P@1, MRR, NDCG@10 for each architecture.
 fn table(title: &str, labels: &[&str], architectures: &[Architecture], rows: Vec<Row<'_>>) -> Table {
     let metrics: [Metric; 3] = [("P@1", |v| &v.p_at_1), ("MRR", |v| &v.mrr), ("NDCG@10", |v| &v.ndcg_at_10)];
-    let mut head: Vec<String> = labels.iter().map(|l| l.to_string()).collect();
-    for architecture in architectures {
-        head.extend(metrics.iter().map(|(name, _)| format!("{} {name}", architecture.label())));
-    }
     let stats = |columns: &[Option<&VariantSummary>]| -> Vec<Option<Stat>> {
         columns.iter().flat_map(|v| metrics.iter().map(|(_, f)| v.map(|v| f(v).clone()))).collect()
     };
@@ -170,7 +170,14 @@ fn table(title: &str, labels: &[&str], architectures: &[Architecture], rows: Vec
         });
         labels.chain(numbers).collect()
     });
-    Table { title: title.into(), head, rows: cells.collect() }
+    let rows = cells.collect();
+    Table {
+        title: title.into(),
+        labels: labels.iter().map(|l| l.to_string()).collect(),
+        architectures: architectures.iter().map(|a| a.label()).collect(),
+        metrics: metrics.iter().map(|(name, _)| *name).collect(),
+        rows,
+    }
 }
 
 /// The paper's Tables 1 and 3 for these results.
@@ -251,7 +258,7 @@ impl Verdict {
         match self {
             Self::Agrees => "agrees",
             Self::Contradicts => "contradicts",
-            Self::Undecided => "undecided: the seeds differ in sign",
+            Self::Undecided => "undecided",
             Self::OneSeed => "one seed, no verdict",
         }
     }

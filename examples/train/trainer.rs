@@ -230,13 +230,14 @@ struct Trainer {
     towers: Towers,
     tables: Vec<RowAdagrad>,
     projection: Adam,
+    workspace: cpu::Workspace,
 }
 
 impl Trainer {
     fn new(towers: Towers) -> Self {
         let tables = towers.tables.iter().map(|t| RowAdagrad::new(t.len() / towers.width)).collect();
         let projection = Adam::new(towers.projection.len());
-        Self { towers, tables, projection }
+        Self { towers, tables, projection, workspace: cpu::Workspace::new() }
     }
 
     #[expect(clippy::too_many_arguments, reason = "one call site; each is a different thing")]
@@ -270,7 +271,7 @@ impl Trainer {
             query: Some(EmbeddingsMut::new(&mut query_gradient, rows, dim)?),
             passage: Some(EmbeddingsMut::new(&mut passage_gradient, rows, dim)?),
         };
-        let (evaluation, _) = cpu::loss_and_gradients_into(loss, &inputs, options, 1.0, buffers)?;
+        let (evaluation, _) = self.workspace.loss_and_gradients_into(loss, &inputs, options, 1.0, buffers)?;
         let computed = Instant::now();
 
         let mut projection_gradient = vec![0.0; self.towers.projection.len()];

@@ -97,26 +97,19 @@ pub fn write(folder: &Path, report: &Report<'_>) -> Result<PathBuf> {
 /// A table for the console, the best of each column marked with `*`.
 pub fn console_table(table: &Table) -> String {
     let text = |cell: &crate::summary::Cell| format!("{}{}", cell.text, if cell.best { "*" } else { " " });
-    let columns = table.head.len();
-    let widths: Vec<usize> = (0..columns)
-        .map(|c| {
-            table.rows.iter().map(|r| text(&r[c]).chars().count()).chain([table.head[c].chars().count() + 1]).max()
-        })
-        .map(|w| w.unwrap_or(0))
-        .collect();
-    // Labels are words and stand left, numbers right.
-    let pad = |c: usize, text: &str| {
-        let fill = " ".repeat(widths[c].saturating_sub(text.chars().count()));
-        let is_label =
-            !table.head[c].ends_with("P@1") && !table.head[c].ends_with("MRR") && !table.head[c].ends_with("@10");
-        if is_label { format!("{text}{fill}") } else { format!("{fill}{text}") }
-    };
-    let line = |cells: Vec<String>| {
-        cells.iter().enumerate().map(|(c, t)| pad(c, t)).collect::<Vec<_>>().join("  ").trim_end().to_string()
-    };
-    let mut out = format!("{}\n{}\n", table.title, line(table.head.iter().map(|h| format!("{h} ")).collect()));
-    for row in &table.rows {
-        out += &line(row.iter().map(text).collect());
+    let numbers = table.architectures.iter().flat_map(|a| table.metrics.iter().map(move |m| format!("{a} {m} ")));
+    let head: Vec<String> = table.labels.iter().cloned().chain(numbers).collect();
+    let lines: Vec<Vec<String>> =
+        std::iter::once(head).chain(table.rows.iter().map(|row| row.iter().map(text).collect())).collect();
+    let width = |c: usize| lines.iter().map(|line| line[c].chars().count()).max().unwrap_or(0);
+    let mut out = format!("{}\n", table.title);
+    for line in &lines {
+        let cells = line.iter().enumerate().map(|(c, text)| {
+            let fill = " ".repeat(width(c) - text.chars().count());
+            // Labels are words and stand left, numbers right.
+            if c < table.labels.len() { format!("{text}{fill}") } else { format!("{fill}{text}") }
+        });
+        out += cells.collect::<Vec<_>>().join("  ").trim_end();
         out.push('\n');
     }
     out

@@ -78,17 +78,28 @@ fn results(report: &Report<'_>) -> String {
 }
 
 fn table(table: &Table) -> String {
-    let labels = table.rows.first().map_or(0, |row| row.len() - row.len() / 3 * 3).max(1);
-    let class = |c: usize| if c < labels { " class=\"label\"" } else { "" };
-    let mut out = format!("<div class=\"scroll\"><table><caption>{}</caption><thead><tr>", escape(&table.title));
-    for (c, head) in table.head.iter().enumerate() {
-        let _ = write!(out, "<th{}>{}</th>", class(c), escape(head));
+    let labels = table.labels.len();
+    let mut out =
+        format!("<div class=\"scroll\"><table><caption>{}</caption><thead><tr class=\"groups\">", escape(&table.title));
+    for label in &table.labels {
+        let _ = write!(out, "<th class=\"label\" rowspan=\"2\">{}</th>", escape(label));
+    }
+    for architecture in &table.architectures {
+        let _ = write!(out, "<th class=\"group\" colspan=\"{}\">{architecture}</th>", table.metrics.len());
+    }
+    out += "</tr><tr>";
+    for metric in table.architectures.iter().flat_map(|_| &table.metrics) {
+        let _ = write!(out, "<th>{metric}</th>");
     }
     out += "</tr></thead><tbody>";
     for row in &table.rows {
         out += "<tr>";
         for (c, cell) in row.iter().enumerate() {
-            let class = if cell.best { " class=\"best\"" } else { class(c) };
+            let class = match cell.best {
+                true => " class=\"best\"",
+                false if c < labels => " class=\"label\"",
+                false => "",
+            };
             let _ = write!(out, "<td{class}>{}</td>", escape(&cell.text));
         }
         out += "</tr>";
@@ -106,8 +117,8 @@ fn expectations(report: &Report<'_>) -> String {
         "One seed allows no verdict; the differences below may be noise.".to_string()
     } else {
         format!(
-            "Of {} comparisons {} agree, {} contradict, and in {} the seeds differ in sign. A verdict needs the same sign in \
-             every seed; seeds share parameters and batches between losses, so differences are taken seed by seed.",
+            "Of {} comparisons {} agree, {} contradict, and {} are undecided because the seeds differ in sign. With one seed, \
+             all losses start from the same parameters and see the same batches, so differences are taken seed by seed.",
             report.comparisons.len(),
             count(Verdict::Agrees),
             count(Verdict::Contradicts),
@@ -115,29 +126,34 @@ fn expectations(report: &Report<'_>) -> String {
         )
     };
     let mut out = format!(
-        "<h2>What the paper expects, and what came out</h2><p>{summary} The paper saw harm from same-tower negatives on both \
-         towers where 17% of the passages are unique, and none where 98% are; here {:.0}% are.</p>\
+        "<h2>What the paper expects, and what came out</h2><p>{summary} Repeated passages are the paper's reason for harm from \
+         same-tower negatives on both towers: 17% of TriviaQA's training documents are unique, 98% of MS MARCO's, and here \
+         {:.0}% of the passages.</p>\
          <div class=\"scroll\"><table><thead><tr><th class=\"label\">Expectation</th><th class=\"label\">Encoder</th>\
          <th>Metric</th><th>Difference</th><th class=\"label\">Verdict</th></tr></thead><tbody>",
         100.0 * data.passages.unique_share
     );
-    for c in &report.comparisons {
-        let class = match c.verdict {
-            Verdict::Agrees => "agrees",
-            Verdict::Contradicts => "contradicts",
-            Verdict::Undecided => "undecided",
-            Verdict::OneSeed => "one_seed",
-        };
-        let _ = write!(
-            out,
-            "<tr><td class=\"text\">{}</td><td class=\"label\">{}</td><td>{}</td><td>{}</td>\
-             <td class=\"label verdict {class}\">{}</td></tr>",
-            escape(&c.expectation),
-            c.architecture.label(),
-            c.metric,
-            c.difference_text(),
-            c.verdict.label()
-        );
+    for same in report.comparisons.chunk_by(|a, b| a.expectation == b.expectation) {
+        for (k, c) in same.iter().enumerate() {
+            let class = match c.verdict {
+                Verdict::Agrees => "agrees",
+                Verdict::Contradicts => "contradicts",
+                Verdict::Undecided => "undecided",
+                Verdict::OneSeed => "one_seed",
+            };
+            out += "<tr>";
+            if k == 0 {
+                let _ = write!(out, "<td class=\"text\" rowspan=\"{}\">{}</td>", same.len(), escape(&c.expectation));
+            }
+            let _ = write!(
+                out,
+                "<td class=\"label\">{}</td><td>{}</td><td>{}</td><td class=\"label verdict {class}\">{}</td></tr>",
+                c.architecture.label(),
+                c.metric,
+                c.difference_text(),
+                c.verdict.label()
+            );
+        }
     }
     out + "</tbody></table></div>"
 }
