@@ -55,7 +55,7 @@ pub struct Args {
     /// Words of a text that are read.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_words: u32,
-    /// Steps of a run [default: 150; with --quick 40].
+    /// Steps of a run [default: 100; with --quick 40].
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub steps: Option<u32>,
     /// Seeds, each with its own parameters and order of batches [default: 3; with --quick 1].
@@ -150,7 +150,7 @@ impl Args {
         unique(&mut self.architectures);
         unique(&mut self.losses);
         unique(&mut self.masks);
-        let (steps, seeds, max_test) = if self.quick { (40, 1, 1000) } else { (150, 3, 2000) };
+        let (steps, seeds, max_test) = if self.quick { (40, 1, 1000) } else { (100, 3, 2000) };
         self.steps.get_or_insert(steps);
         self.seeds.get_or_insert(seeds);
         self.max_test.get_or_insert(max_test);
