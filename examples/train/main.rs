@@ -37,6 +37,7 @@ use encoder::{Architecture, Towers};
 use progress::Progress;
 use rayon::prelude::*;
 use report::{DataSummary, Map, Report, Seconds};
+use std::process::ExitCode;
 use std::time::Instant;
 use summary::{VariantSummary, loss_label};
 use trainer::{Prepared, TestEmbeddings, Variant};
@@ -45,12 +46,22 @@ use trainer::{Prepared, TestEmbeddings, Variant};
 const MAP_PAIRS: usize = 250;
 const PERPLEXITY: f64 = 30.0;
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One sentence; anyhow's own way would add a backtrace wherever RUST_BACKTRACE is set.
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
     let start = Instant::now();
     let args = Args::parse().resolve()?;
-    std::fs::create_dir_all(&args.out).with_context(|| format!("cannot create the folder {}", args.out.display()))?;
-
     let dataset = read(&args)?;
+    std::fs::create_dir_all(&args.out).with_context(|| format!("cannot create the folder {}", args.out.display()))?;
     let source = dataset.source.clone();
     let leaks_dropped = dataset.leaks_dropped;
     let data = Prepared::new(dataset, &args);

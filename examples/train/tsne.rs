@@ -112,6 +112,12 @@ mod tests {
                 (0..60).filter(|j| *j != i).min_by(|a, b| distance(i, *a).total_cmp(&distance(i, *b))).unwrap();
             assert_eq!(i < 30, nearest < 30, "{i} lies next to {nearest}");
         }
+        let span = (0..60).map(|i| distance(0, i)).fold(0.0, f64::max);
+        let closest = (0..60)
+            .flat_map(|i| (0..i).map(move |j| (i, j)))
+            .map(|(i, j)| distance(i, j))
+            .fold(f64::INFINITY, f64::min);
+        assert!(span < 1e3 && closest > span / 1e3, "no collapse, no explosion: {closest} {span}");
         assert_eq!(place, embed(&clouds(), 8, 10.0, 1));
         assert!(place.iter().flatten().all(|x| x.is_finite()));
     }
