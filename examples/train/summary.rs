@@ -198,7 +198,7 @@ pub fn tables(args: &Args, results: &[VariantSummary]) -> Vec<Table> {
         }
     }
     let mut rows = Vec::new();
-    for (towers, loss) in [("none", "bidirectional"), ("query", "samtone_query"), ("both", "samtone_both")] {
+    for (towers, loss) in [("neither", "bidirectional"), ("queries", "samtone_query"), ("both", "samtone_both")] {
         for (mask, word) in [(Mask::Off, "no"), (Mask::On, "yes")] {
             if args.losses.iter().any(|l| l == loss) && args.masks.contains(&mask) {
                 rows.push((vec![towers.to_string(), word.to_string()], columns(loss, mask)));
@@ -207,7 +207,7 @@ pub fn tables(args: &Args, results: &[VariantSummary]) -> Vec<Table> {
     }
     if rows.len() > 1 {
         let title = "Same-tower negatives and duplicates (as Table 3 of the paper), in %";
-        tables.push(table(title, &["Same-tower negatives", "Duplicates masked"], &args.architectures, rows));
+        tables.push(table(title, &["Same-tower negatives on", "Masked"], &args.architectures, rows));
     }
     tables
 }

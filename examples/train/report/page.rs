@@ -147,10 +147,10 @@ fn expectations(report: &Report<'_>) -> String {
             }
             let _ = write!(
                 out,
-                "<td class=\"label\">{}</td><td>{}</td><td>{}</td><td class=\"label verdict {class}\">{}</td></tr>",
+                "<td class=\"word\">{}</td><td>{}</td><td>{}</td><td class=\"label verdict {class}\">{}</td></tr>",
                 c.architecture.label(),
                 c.metric,
-                c.difference_text(),
+                c.difference_text().replace('-', "−"),
                 c.verdict.label()
             );
         }
