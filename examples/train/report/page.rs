@@ -117,7 +117,7 @@ fn expectations(report: &Report<'_>) -> String {
         "One seed allows no verdict; the differences below may be noise.".to_string()
     } else {
         format!(
-            "Of {} comparisons {} agree, {} contradict, and {} are undecided because the seeds differ in sign. With one seed, \
+            "Of {} comparisons {} agree, {} contradict, and {} are undecided because the seeds differ in sign. For a given seed \
              all losses start from the same parameters and see the same batches, so differences are taken seed by seed.",
             report.comparisons.len(),
             count(Verdict::Agrees),
