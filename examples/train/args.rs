@@ -1,0 +1,169 @@
+//! The command line.
+
+use crate::encoder::Architecture;
+use anyhow::{Result, bail, ensure};
+use clap::{Parser, ValueEnum};
+use samtone::{Loss, Options};
+use serde::Serialize;
+use std::path::PathBuf;
+
+/// Trains dual encoders on real text and compares contrastive losses, with and without masking of duplicates.
+///
+/// Without arguments: the first sentence of each doc comment in the Rust sources that cargo keeps on this machine is a query,
+/// its function the passage. Ends with a table and a report folder.
+#[derive(Debug, Parser, Serialize)]
+#[command(version)]
+pub struct Args {
+    /// End within about 15 seconds: one seed, one architecture, few steps.
+    #[arg(long)]
+    pub quick: bool,
+    /// Pairs to train on: TSV (query, passage, optional group) or JSON lines ({"query", "passage", optional "group"}).
+    /// Pairs of one group stay on one side of the split.
+    #[arg(long, value_name = "FILE", conflicts_with = "beir")]
+    pub pairs: Option<PathBuf>,
+    /// A BEIR dataset: corpus.jsonl, queries.jsonl, qrels/*.tsv.
+    #[arg(long, value_name = "FOLDER")]
+    pub beir: Option<PathBuf>,
+    /// Folder of the report; created if need be.
+    #[arg(long, value_name = "FOLDER", default_value = "report")]
+    pub out: PathBuf,
+    /// Losses to compare: any preset of the crate.
+    #[arg(long, value_delimiter = ',', value_parser = loss_name,
+          default_value = "info_nce,bidirectional,pair,samtone_query,samtone_both")]
+    pub losses: Vec<String>,
+    /// Architectures to train [default: both; with --quick ade-spl].
+    #[arg(long, value_delimiter = ',')]
+    pub architectures: Vec<Architecture>,
+    /// Whether the loss is told which texts are duplicates, by ids.
+    #[arg(long, value_delimiter = ',', default_value = "off,on")]
+    pub masks: Vec<Mask>,
+    /// Softmax temperature τ.
+    #[arg(long, default_value_t = 0.01, value_parser = temperature)]
+    pub temperature: f64,
+    /// Pairs in a batch.
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(2..=65_536))]
+    pub batch: u32,
+    /// Length of an embedding.
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=8192))]
+    pub dim: u32,
+    /// Columns of the embedding tables.
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=8192))]
+    pub width: u32,
+    /// Rows of an embedding table, as a power of two.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(8..=24))]
+    pub table_bits: u32,
+    /// Words of a text that are read.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_words: u32,
+    /// Steps of a run [default: 100; with --quick 40].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub steps: Option<u32>,
+    /// Seeds, each with its own parameters and order of batches [default: 3; with --quick 1].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub seeds: Option<u32>,
+    /// First seed; also draws the sample of the data.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Learning rate of the tables (Adagrad), falling linearly to 0.
+    #[arg(long, default_value_t = 0.1, value_parser = rate)]
+    pub table_rate: f32,
+    /// Learning rate of the projection (Adam), falling linearly to 0.
+    #[arg(long, default_value_t = 0.003, value_parser = rate)]
+    pub projection_rate: f32,
+    /// Share of the pairs to hold out.
+    #[arg(long, default_value_t = 0.2)]
+    pub test_fraction: f64,
+    /// Most held-out queries [default: 2000; with --quick 1000].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(50..))]
+    pub max_test: Option<u32>,
+    /// Most candidates, for --beir.
+    #[arg(long, default_value_t = 20_000)]
+    pub max_candidates: u32,
+    /// Most pairs.
+    #[arg(long, default_value_t = 40_000)]
+    pub max_pairs: u32,
+    /// Most pairs of one crate, for the default data.
+    #[arg(long, default_value_t = 1500)]
+    pub max_per_crate: u32,
+    /// Which towers and embeddings to save as safetensors, of the first seed.
+    #[arg(long, default_value = "pictured")]
+    pub save: Save,
+}
+
+/// Duplicate masking.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Mask {
+    /// Every other text of the batch is a negative.
+    Off,
+    /// Texts with equal ids are not.
+    On,
+}
+
+/// What is saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Save {
+    /// Nothing.
+    None,
+    /// The runs that the t-SNE pictures show.
+    Pictured,
+    /// Every loss, mask and architecture.
+    All,
+}
+
+fn loss_name(name: &str) -> Result<String, samtone::Error> {
+    Loss::by_name(name).map(|loss| loss.name().to_string())
+}
+
+fn temperature(text: &str) -> Result<f64> {
+    let value: f64 = text.parse()?;
+    Options::new(value)?;
+    Ok(value)
+}
+
+fn rate(text: &str) -> Result<f32> {
+    let value: f32 = text.parse()?;
+    ensure!(value.is_finite() && value > 0.0, "a learning rate is a finite number above 0");
+    Ok(value)
+}
+
+impl Args {
+    /// Fills in what depends on --quick, and rejects what clap cannot.
+    pub fn resolve(mut self) -> Result<Self> {
+        if !(0.01..=0.9).contains(&self.test_fraction) {
+            bail!("--test-fraction is {}; allowed: 0.01 to 0.9", self.test_fraction);
+        }
+        if self.architectures.is_empty() {
+            self.architectures =
+                if self.quick { vec![Architecture::AdeSpl] } else { vec![Architecture::Sde, Architecture::AdeSpl] };
+        }
+        fn unique<T: PartialEq + Clone>(list: &mut Vec<T>) {
+            let mut seen: Vec<T> = Vec::new();
+            list.retain(|x| {
+                !seen.contains(x) && {
+                    seen.push(x.clone());
+                    true
+                }
+            });
+        }
+        unique(&mut self.architectures);
+        unique(&mut self.losses);
+        unique(&mut self.masks);
+        let (steps, seeds, max_test) = if self.quick { (40, 1, 1000) } else { (100, 3, 2000) };
+        self.steps.get_or_insert(steps);
+        self.seeds.get_or_insert(seeds);
+        self.max_test.get_or_insert(max_test);
+        Ok(self)
+    }
+
+    /// The seeds.
+    pub fn seed_list(&self) -> Vec<u64> {
+        (0..u64::from(self.seeds.unwrap_or(0))).map(|k| self.seed.wrapping_add(k)).collect()
+    }
+
+    /// Rows of an embedding table.
+    pub fn buckets(&self) -> usize {
+        1 << self.table_bits
+    }
+}

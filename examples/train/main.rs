@@ -1,0 +1,230 @@
+//! Trains dual encoders on real text and compares contrastive losses of this crate.
+//!
+//! ```text
+//! cargo run --release --example train               about two minutes on two cores, no download
+//! cargo run --release --example train -- --quick    15 seconds
+//! cargo run --release --example train -- --help     your own pairs, other losses, sizes
+//! ```
+//!
+//! ```text
+//! rust_source, doc_pairs, files ─→ data (split, ids) ─→ features ─→ trainer ─→ summary ─→ report
+//!                                                                  encoder, optimizer, retrieval, geometry, tsne
+//! ```
+
+mod args;
+mod data;
+mod doc_pairs;
+mod encoder;
+mod features;
+mod files;
+mod geometry;
+mod matrix;
+mod optimizer;
+mod progress;
+mod report;
+mod retrieval;
+mod rust_source;
+mod save;
+mod summary;
+mod trainer;
+mod tsne;
+
+use anyhow::{Context, Result};
+use args::{Args, Mask, Save};
+use clap::Parser;
+use data::{Dataset, Split};
+use encoder::{Architecture, Towers};
+use progress::Progress;
+use rayon::prelude::*;
+use report::{DataSummary, Map, Report, Seconds};
+use std::process::ExitCode;
+use std::time::Instant;
+use summary::{VariantSummary, loss_label};
+use trainer::{Prepared, TestEmbeddings, Variant};
+
+/// Pairs in a t-SNE picture.
+const MAP_PAIRS: usize = 250;
+const PERPLEXITY: f64 = 30.0;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One sentence; anyhow's own way would add a backtrace wherever RUST_BACKTRACE is set.
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let start = Instant::now();
+    let args = Args::parse().resolve()?;
+    let dataset = read(&args)?;
+    std::fs::create_dir_all(&args.out).with_context(|| format!("cannot create the folder {}", args.out.display()))?;
+    let source = dataset.source.clone();
+    let leaks_dropped = dataset.leaks_dropped;
+    let data = Prepared::new(dataset, &args);
+    let summary = DataSummary {
+        source,
+        train_pairs: data.train_pairs(),
+        test_queries: data.test.queries.len(),
+        test_candidates: data.test.candidates.len(),
+        leaks_dropped,
+        queries: data.queries,
+        passages: data.passages,
+        mean_buckets: data.mean_buckets,
+    };
+    let mut seconds = Seconds { data: start.elapsed().as_secs_f64(), ..Seconds::default() };
+    println!(
+        "{}: {} training pairs, {} held-out queries against {} candidates",
+        summary.source, summary.train_pairs, summary.test_queries, summary.test_candidates
+    );
+    println!(
+        "texts that occur once: {:.1}% of the training queries, {:.1}% of the passages",
+        100.0 * summary.queries.unique_share,
+        100.0 * summary.passages.unique_share
+    );
+
+    let training = Instant::now();
+    let mut pending = Vec::new();
+    let results = run_all(&args, &data, &mut pending)?;
+    seconds.training = training.elapsed().as_secs_f64();
+
+    let drawing = Instant::now();
+    let maps = pending.into_par_iter().map(|map| map.draw(&args)).collect();
+    seconds.pictures = drawing.elapsed().as_secs_f64();
+    seconds.total = start.elapsed().as_secs_f64();
+    let report = Report {
+        version: env!("CARGO_PKG_VERSION"),
+        config: &args,
+        threads: rayon::current_num_threads(),
+        data: summary,
+        tables: summary::tables(&args, &results),
+        comparisons: summary::comparisons(&args, &results),
+        results,
+        maps,
+        seconds,
+    };
+    let path = report::write(&args.out, &report)?;
+    for table in &report.tables {
+        println!("\n{}", report::console_table(table).trim_end());
+    }
+    if !report.comparisons.is_empty() {
+        println!("\nExpectations, and what came out:");
+    }
+    for same in report.comparisons.chunk_by(|a, b| a.expectation == b.expectation) {
+        println!("  {}", same[0].expectation);
+        for c in same {
+            println!("    {:<8} {} {}: {}", c.architecture.label(), c.metric, c.difference_text(), c.verdict.label());
+        }
+    }
+    println!("\n{:.1} s in all; report: {}", start.elapsed().as_secs_f64(), path.display());
+    Ok(())
+}
+
+fn read(args: &Args) -> Result<Dataset> {
+    let split = Split {
+        test_fraction: args.test_fraction,
+        max_test: args.max_test.unwrap_or(0) as usize,
+        min_train: args.batch as usize,
+        seed: args.seed,
+    };
+    let max_pairs = args.max_pairs as usize;
+    if let Some(folder) = &args.beir {
+        return files::read_beir(folder, &split, args.max_candidates as usize);
+    }
+    if let Some(path) = &args.pairs {
+        let mut pairs = files::read_pairs(path)?;
+        let keep = data::sample_indices(pairs.len(), max_pairs, args.seed);
+        if keep.len() < pairs.len() {
+            pairs = keep.into_iter().map(|i| pairs[i].clone()).collect();
+        }
+        return data::split_by_group(pairs, path.display().to_string(), &split);
+    }
+    let collected = rust_source::collect(max_pairs, args.max_per_crate as usize, args.seed)?;
+    data::split_by_group(collected.pairs, collected.source, &split)
+}
+
+/// A picture to be drawn when training is over.
+struct PendingMap {
+    architecture: Architecture,
+    title: String,
+    tower_gap: f64,
+    points: Vec<f32>,
+}
+
+impl PendingMap {
+    fn new(title: String, towers: &Towers, embeddings: &TestEmbeddings, data: &Prepared, args: &Args) -> Self {
+        let dim = towers.dim;
+        let mut queries = embeddings.queries.clone();
+        let mut positives = geometry::positives_of(&data.test, &embeddings.candidates, dim);
+        matrix::normalise_rows(&mut queries, dim);
+        matrix::normalise_rows(&mut positives, dim);
+        let tower_gap = geometry::tower_gap(&queries, &positives, dim);
+        let rows = data::sample_indices(data.test.queries.len(), MAP_PAIRS, args.seed);
+        let pick = |x: &[f32]| rows.iter().flat_map(|i| x[i * dim..][..dim].to_vec()).collect::<Vec<f32>>();
+        let points = [pick(&queries), pick(&positives)].concat();
+        Self { architecture: towers.architecture(), title, tower_gap, points }
+    }
+
+    fn draw(self, args: &Args) -> Map {
+        let mut queries = tsne::embed(&self.points, args.dim as usize, PERPLEXITY, args.seed);
+        let passages = queries.split_off(queries.len() / 2);
+        Map { architecture: self.architecture, title: self.title, tower_gap: self.tower_gap, queries, passages }
+    }
+}
+
+fn run_all(args: &Args, data: &Prepared, pending: &mut Vec<PendingMap>) -> Result<Vec<VariantSummary>> {
+    let seeds = args.seed_list();
+    let pictured = summary::pictured(args);
+    let runs = args.architectures.len() * args.losses.len() * args.masks.len() * seeds.len();
+    let progress = Progress::new(runs as u64 * u64::from(args.steps.unwrap_or(0)));
+    let mut results = Vec::new();
+    for &architecture in &args.architectures {
+        if !pictured.is_empty() {
+            let towers = trainer::initial_towers(architecture, args, args.seed);
+            let embeddings = trainer::embed_test(&towers, data);
+            pending.push(PendingMap::new("before training".into(), &towers, &embeddings, data, args));
+        }
+        for loss in &args.losses {
+            for &mask in &args.masks {
+                let variant = Variant { architecture, loss: loss.clone(), mask };
+                let masked = if mask == Mask::On { ", duplicates masked" } else { "" };
+                let title = format!("{}{masked}", loss_label(loss));
+                let mut outcomes = Vec::new();
+                for &seed in &seeds {
+                    let outcome = trainer::train(&variant, seed, data, args, |step, measured| {
+                        progress.step();
+                        progress.message(format!(
+                            "{} {title}, seed {seed}: step {step}, loss {:.3}, in-batch MRR {:.3}",
+                            architecture.label(),
+                            measured.loss,
+                            measured.in_batch_mrr
+                        ));
+                    })?;
+                    let (outcome, towers) = outcome;
+                    let is_pictured = pictured.contains(&(loss.clone(), mask));
+                    let is_saved = args.save == Save::All || args.save == Save::Pictured && is_pictured;
+                    if seed == args.seed && (is_pictured || is_saved) {
+                        let embeddings = trainer::embed_test(&towers, data);
+                        if is_saved {
+                            let metadata = data.metadata(&variant, seed, args);
+                            save::save_towers(&args.out, &variant, &towers, data.inverse_frequency(), metadata)?;
+                            save::save_embeddings(&args.out, &variant, &embeddings, &data.test, towers.dim)?;
+                        }
+                        if is_pictured {
+                            pending.push(PendingMap::new(format!("after {title}"), &towers, &embeddings, data, args));
+                        }
+                    }
+                    outcomes.push(outcome);
+                }
+                let summary = VariantSummary::new(&outcomes);
+                progress.line(&format!("{:<8} {title:<42} MRR {}", architecture.label(), summary.mrr.percent()));
+                results.push(summary);
+            }
+        }
+    }
+    progress.finish();
+    Ok(results)
+}

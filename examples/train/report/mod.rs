@@ -1,0 +1,116 @@
+//! The report: one HTML page that needs nothing else, results.json beside it, and the tables on the console.
+
+mod chart;
+mod page;
+
+use crate::args::Args;
+use crate::data::Uniqueness;
+use crate::encoder::Architecture;
+use crate::summary::{Comparison, Table, VariantSummary};
+use anyhow::{Context, Result};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+/// What the pages tell about the data.
+#[derive(Debug, Serialize)]
+pub struct DataSummary {
+    /// Where it comes from.
+    pub source: String,
+    /// Training pairs.
+    pub train_pairs: usize,
+    /// Held-out queries.
+    pub test_queries: usize,
+    /// What they search among.
+    pub test_candidates: usize,
+    /// Held-out pairs dropped because training has them too.
+    pub leaks_dropped: usize,
+    /// Training queries.
+    pub queries: Uniqueness,
+    /// Training passages.
+    pub passages: Uniqueness,
+    /// Mean hash buckets of a training query and passage.
+    pub mean_buckets: [f64; 2],
+}
+
+/// Seconds by phase.
+#[derive(Debug, Default, Serialize)]
+pub struct Seconds {
+    /// Reading, splitting, hashing.
+    pub data: f64,
+    /// All runs with their evaluations.
+    pub training: f64,
+    /// t-SNE.
+    pub pictures: f64,
+    /// Everything up to writing the report.
+    pub total: f64,
+}
+
+/// A t-SNE picture of held-out queries and their positives.
+#[derive(Debug, Serialize)]
+pub struct Map {
+    /// What the towers share.
+    pub architecture: Architecture,
+    /// When, and trained by what.
+    pub title: String,
+    /// ‖mean q̂ − mean p̂‖ in the embedding space.
+    pub tower_gap: f64,
+    /// Places of the queries.
+    pub queries: Vec<[f64; 2]>,
+    /// Places of the passages.
+    pub passages: Vec<[f64; 2]>,
+}
+
+/// Everything that is reported, and the whole of results.json.
+#[derive(Debug, Serialize)]
+pub struct Report<'a> {
+    /// Version of this crate.
+    pub version: &'static str,
+    /// The command line with its defaults.
+    pub config: &'a Args,
+    /// Threads that computed.
+    pub threads: usize,
+    /// The data.
+    pub data: DataSummary,
+    /// Means over seeds.
+    pub results: Vec<VariantSummary>,
+    /// Tables 1 and 3.
+    pub tables: Vec<Table>,
+    /// Expectations next to what came out.
+    pub comparisons: Vec<Comparison>,
+    /// t-SNE.
+    pub maps: Vec<Map>,
+    /// Times.
+    pub seconds: Seconds,
+}
+
+/// Writes report.html and results.json; returns the path of the page.
+pub fn write(folder: &Path, report: &Report<'_>) -> Result<PathBuf> {
+    let put = |name: &str, content: &str| -> Result<PathBuf> {
+        let path = folder.join(name);
+        std::fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(path)
+    };
+    put("results.json", &serde_json::to_string_pretty(report)?)?;
+    put("report.html", &page::html(report))
+}
+
+/// A table for the console, the best of each column marked with `*`.
+pub fn console_table(table: &Table) -> String {
+    let text = |cell: &crate::summary::Cell| format!("{}{}", cell.text, if cell.best { "*" } else { " " });
+    let numbers = table.architectures.iter().flat_map(|a| table.metrics.iter().map(move |m| format!("{a} {m} ")));
+    let head: Vec<String> = table.labels.iter().cloned().chain(numbers).collect();
+    let lines: Vec<Vec<String>> =
+        std::iter::once(head).chain(table.rows.iter().map(|row| row.iter().map(text).collect())).collect();
+    let width = |c: usize| lines.iter().map(|line| line[c].chars().count()).max().unwrap_or(0);
+    let mut out = format!("{}\n", table.title);
+    for line in &lines {
+        let cells = line.iter().enumerate().map(|(c, text)| {
+            let fill = " ".repeat(width(c) - text.chars().count());
+            // Labels are words and stand left, numbers right.
+            if c < table.labels.len() { format!("{text}{fill}") } else { format!("{fill}{text}") }
+        });
+        out += cells.collect::<Vec<_>>().join("  ").trim_end();
+        out.push('\n');
+    }
+    out
+}
