@@ -1,10 +1,13 @@
 //! Other ways to run the same call: in shards, forward and backward apart, into other buffers, with another workspace.
 
 use super::setup::{SLACK, Setup, Tested, close, config, failed, setup, shuffled, solve_as};
+use super::support::case::Expected;
+use super::support::compare::{against_definition, verdict};
 use super::support::data::{Kind, Source, problem};
 use super::support::problem::{Buffer, Outputs, Problem};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
+use samtone::backend;
 use samtone::cpu::{self, Plan, Shard};
 use samtone::{
     Batch, DType, Data, Element, Embeddings, EmbeddingsMut, Error, GradientBuffers, Loss, Options, Partials,
@@ -60,6 +63,32 @@ fn sharded(problem: &Problem, k: usize, source: &mut Source) -> Result<Option<Ou
 proptest! {
     #![proptest_config(config(96))]
 
+    /// Whatever a batch carries, in whatever combination: the CPU gives the numbers of the definition, in one piece and in
+    /// shards.
+    #[test]
+    fn any_batch_agrees_with_the_definition(setup in setup(), dtype in 1..4_usize, k in 1..5_usize) {
+        let dtype = DType::ALL[dtype];
+        let setup = Setup { rows: setup.rows.max(k), ..setup };
+        let problem = setup.problem_in(dtype)?;
+        prop_assume!(problem.is_decided(SLACK));
+        let reference = backend::by_name("reference").map_err(failed)?;
+        let want = match problem.run(reference, DType::F64, 1.0) {
+            Ok(want) => Expected::from(want),
+            Err(error) => {
+                prop_assert!(matches!(error, Error::NoNegative { .. }), "{error}");
+                prop_assert!(solve_as(&problem, dtype, DType::F64, 1.0)?.is_none(), "only the reference says: {error}");
+                return Ok(());
+            }
+        };
+        let whole = solve_as(&problem, dtype, DType::F64, 1.0)?;
+        let parts = sharded(&problem, k, &mut Source::new(setup.seed + 7))?;
+        for got in [whole, parts] {
+            let Some(got) = got else { return Err(failed("only the CPU finds a row without negatives")) };
+            let checks = against_definition(&got, &want, &problem, dtype, 1.0);
+            verdict(&checks).map_err(|e| failed(format!("{}: {e}", problem.name)))?;
+        }
+    }
+
     /// Any cut into 1, 2, 3 or 7 shards gives what one device gives: the same bits for one, the table's digits for more.
     #[test]
     fn shards_add_up_to_one_device(setup in setup(), k in prop::sample::select(vec![1_usize, 2, 3, 7])) {
@@ -109,7 +138,7 @@ proptest! {
     #[test]
     fn buffers_of_every_type_and_stride(setup in setup(), pad in 1..20_usize, input in 1..4_usize) {
         let input = DType::ALL[input];
-        let problem = setup.problem()?.rounded(input);
+        let problem = setup.problem_in(input)?;
         let problem = Problem { options: problem.options.with_workspace_bytes(1 << 16), ..problem };
         let Some(want) = solve_as(&problem, input, DType::F64, 1.0)? else { return Ok(()) };
         for output in [DType::F32, DType::F16, DType::BF16] {

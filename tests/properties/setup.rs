@@ -79,10 +79,17 @@ pub fn setup() -> impl Strategy<Value = Setup> {
 
 impl Setup {
     pub fn problem(&self) -> Result<Problem, TestCaseError> {
+        self.problem_in(DType::F32)
+    }
+
+    /// With embeddings that `dtype` holds exactly.
+    pub fn problem_in(&self, dtype: DType) -> Result<Problem, TestCaseError> {
+        let decades = if dtype == DType::F16 { 2.0 } else { 12.0 };
         let loss = Loss::by_name(Loss::PRESETS[self.preset].0).map_err(failed)?;
         let (rows, passages) = (self.rows, self.rows + self.more);
-        let plain = problem(loss, Kind::ALL[self.kind], (rows, passages, self.dim), self.temperature, self.seed, 3.0);
-        let mut problem = plain.map_err(failed)?.rounded(DType::F32);
+        let plain =
+            problem(loss, Kind::ALL[self.kind], (rows, passages, self.dim), self.temperature, self.seed, decades);
+        let mut problem = plain.map_err(failed)?.rounded(dtype);
         let mut source = Source::new(self.seed + 1);
         let mut ids = |count: usize| (0..count).map(|_| source.below(count.div_ceil(2) + 1) as i64 - 2).collect();
         let Extras { positives, weights, query_ids, passage_ids, owners, margin } = self.extras;
