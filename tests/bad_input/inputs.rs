@@ -50,8 +50,14 @@ fn sizes_that_overflow() {
     // Each factor is legal; the product is beyond any slice.
     let side = i32::MAX as usize;
     expect_invalid(Embeddings::new(&x[..], side, side), "row_stride", &side.to_string(), &bound);
-    // One row never steps, so its stride cannot overflow.
-    assert!(Embeddings::with_row_stride(&x[..], 1, 3, usize::MAX).is_ok());
+    // One row never steps, but its stride still has to be one that an offset can be.
+    expect_invalid(
+        Embeddings::with_row_stride(&x[..], 1, 3, usize::MAX),
+        "row_stride",
+        &usize::MAX.to_string(),
+        &bound,
+    );
+    assert!(Embeddings::with_row_stride(&x[..], 1, 3, isize::MAX as usize / 8).is_ok());
 }
 
 #[test]
