@@ -98,8 +98,9 @@ fn check_shape(len: usize, rows: usize, dim: usize, row_stride: usize) -> Result
     }
     let needed = (rows - 1).checked_mul(row_stride).and_then(|x| x.checked_add(dim));
     match needed {
-        // Strides only ever multiply rows, so this also bounds every byte offset used later.
-        Some(needed) if needed <= isize::MAX as usize / 8 => {
+        // Strides only ever multiply rows, so this also bounds every byte offset used later; the stride of a single row, which
+        // nothing multiplies, still has to be a signed number for the matrix products.
+        Some(needed) if needed.max(row_stride) <= isize::MAX as usize / 8 => {
             // A contiguous matrix must match exactly: a longer slice there is a shape error in the caller.
             let fits = if row_stride == dim { len == needed } else { len >= needed };
             if fits {

@@ -155,3 +155,32 @@ fn any_history_of_a_workspace() -> Outcome {
     }
     Ok(())
 }
+
+/// A shard or a state may move to a pool with other threads than the one it was made in.
+#[test]
+fn any_pool_for_each_step() -> Outcome {
+    for workspace in WORKSPACES {
+        for dtype in [DType::F32, DType::BF16] {
+            let problem = everything(Loss::samtone_both(), dtype, workspace)?;
+            let (query, passage) = (Buffer::new(dtype, &problem.query), Buffer::new(dtype, &problem.passage));
+            let batch = problem.batch(&query, &passage)?;
+            let want = every_way(&problem, &batch)?;
+            for (made, used) in [(1, 8), (8, 1), (2, 5), (3, 7)] {
+                let [made, used] = [made, used].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build());
+                let (made, used) = (made?, used?);
+                let middle = problem.rows / 3;
+                let shard = |rows| made.install(|| Shard::new(&problem.loss, &batch, &problem.options, rows));
+                let (a, b) = (shard(0..middle)?, shard(middle..problem.rows)?);
+                let mut merged = made.install(|| a.partials())?;
+                merged.merge(&used.install(|| b.partials())?)?;
+                let gradients = used.install(|| b.gradients(&merged, 1.0))?;
+                let sharded = LossAndGradients { evaluation: a.evaluate(&merged)?, gradients };
+                let forward = made.install(|| cpu::forward(&problem.loss, &batch, &problem.options))?;
+                let gradients = used.install(|| forward.backward(&batch, 1.0))?;
+                let split = LossAndGradients { evaluation: forward.evaluation().clone(), gradients };
+                assert!([bits(&split), bits(&sharded)] == want[1..], "{dtype}, {workspace} bytes");
+            }
+        }
+    }
+    Ok(())
+}

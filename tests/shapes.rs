@@ -5,7 +5,7 @@ mod support;
 use samtone::backend;
 use samtone::cpu::Plan;
 use samtone::half::f16;
-use samtone::{DType, EmbeddingsMut, GradientBuffers, Loss, Options, Scope, ZeroNorm};
+use samtone::{Batch, DType, Embeddings, EmbeddingsMut, GradientBuffers, Loss, Options, Scope, ZeroNorm};
 use std::collections::BTreeSet;
 use support::compare::{against_definition, verdict};
 use support::data::{Kind, Source, duplicate_ids, problem};
@@ -262,6 +262,45 @@ fn zero_rows() -> Outcome {
                 for (r, row) in rows.enumerate().filter(|(r, _)| zero(*r)) {
                     assert!(row.iter().all(|g| *g == 0.0), "{name} {dtype}: row {r}");
                 }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A single row never steps, so any stride that is accepted is right.
+#[test]
+fn one_row_of_any_stride() -> Outcome {
+    let p = problem(Loss::samtone_both(), Kind::Random, (1, 3, 40), 0.1, 5, 0.0)?.rounded(DType::F32);
+    let want = run(&p, "cpu", DType::F32)?;
+    let [query, passage] = [&p.query, &p.passage].map(|x| x.iter().map(|&v| v as f32).collect::<Vec<_>>());
+    for stride in [40, 41, 1 << 40, isize::MAX as usize / 8] {
+        let (mut dq, mut dp) = (vec![f64::NAN; 40], vec![f64::NAN; 120]);
+        let buffers = GradientBuffers {
+            query: Some(EmbeddingsMut::with_row_stride(&mut dq, 1, 40, stride)?),
+            passage: Some(EmbeddingsMut::new(&mut dp, 3, 40)?),
+        };
+        let query = Embeddings::with_row_stride(&query, 1, 40, stride)?;
+        let batch = Batch::new(query, Embeddings::new(&passage, 3, 40)?)?;
+        let (evaluation, _) = samtone::cpu::loss_and_gradients_into(&p.loss, &batch, &p.options, 1.0, buffers)?;
+        assert!((evaluation.loss - want.evaluation.loss).abs() < 1e-6, "stride {stride}");
+        for (got, want) in dq.iter().chain(&dp).zip(want.grad_query.iter().chain(&want.grad_passage)) {
+            assert!((got - want).abs() <= 1e-5, "stride {stride}: {got} {want}");
+        }
+    }
+    Ok(())
+}
+
+/// The ends of what a temperature may be: nothing overflows on the way, though f32 cosines leave few digits at the lower end.
+#[test]
+fn extreme_temperatures() -> Outcome {
+    for kind in Kind::ALL {
+        for (name, _) in Loss::PRESETS {
+            for tau in [Options::MIN_TEMPERATURE, 1e-4, 1e3, Options::MAX_TEMPERATURE] {
+                let make = |seed| problem(Loss::by_name(name)?, kind, (20, 33, 12), tau, seed, 3.0);
+                let got = agree(&decided(DType::F32, make)?, DType::F32)?;
+                let scalars = [got.evaluation.loss, got.temperature.tau, got.temperature.log_beta];
+                assert!(all_finite(&got) && scalars.iter().all(|v| v.is_finite()), "{name} {} {tau}", kind.name());
             }
         }
     }

@@ -1,0 +1,166 @@
+//! What the constructors of the inputs refuse.
+
+use super::{D, M, N, Outcome, batch, expect_invalid, towers};
+use samtone::backend;
+use samtone::half::{bf16, f16};
+use samtone::{Batch, Block, Embeddings, EmbeddingsMut, Group, Loss, Options, Scope};
+
+#[test]
+fn shapes_of_embeddings() -> Outcome {
+    let x = [1.0_f32; 12];
+    expect_invalid(Embeddings::new(&x[..0], 0, 3), "rows", "0", "1 to");
+    expect_invalid(Embeddings::new(&x[..0], 3, 0), "dim", "0", "1 to");
+    expect_invalid(Embeddings::new(&x[..11], 4, 3), "data", "11", "exactly 12");
+    expect_invalid(Embeddings::new(&[1.0_f32; 13][..], 4, 3), "data", "13", "exactly 12");
+    expect_invalid(Embeddings::with_row_stride(&x[..], 4, 3, 2), "row_stride", "2", "at least dim = 3");
+    expect_invalid(Embeddings::with_row_stride(&x[..], 4, 3, 0), "row_stride", "0", "at least dim = 3");
+    expect_invalid(Embeddings::with_row_stride(&x[..], 4, 3, 4), "data", "12", "at least 15");
+    assert!(Embeddings::with_row_stride(&x[..], 3, 3, 4).is_ok(), "the last row needs no padding");
+
+    let mut y = [1.0_f32; 12];
+    expect_invalid(EmbeddingsMut::new(&mut y[..0], 0, 3), "rows", "0", "1 to");
+    expect_invalid(EmbeddingsMut::new(&mut y[..0], 3, 0), "dim", "0", "1 to");
+    expect_invalid(EmbeddingsMut::new(&mut y[..11], 4, 3), "data", "11", "exactly 12");
+    expect_invalid(EmbeddingsMut::with_row_stride(&mut y[..], 4, 3, 2), "row_stride", "2", "at least dim = 3");
+    expect_invalid(EmbeddingsMut::with_row_stride(&mut y[..], 4, 3, 4), "data", "12", "at least 15");
+    assert_eq!(y, [1.0; 12]);
+
+    let (h, b, f) = ([f16::ONE; 5], [bf16::ONE; 5], [1.0_f64; 5]);
+    expect_invalid(Embeddings::new(&h[..], 2, 3), "data", "5", "exactly 6");
+    expect_invalid(Embeddings::new(&b[..], 2, 3), "data", "5", "exactly 6");
+    expect_invalid(Embeddings::new(&f[..], 2, 3), "data", "5", "exactly 6");
+    Ok(())
+}
+
+#[test]
+fn sizes_that_overflow() {
+    let x = [1.0_f32; 12];
+    let too_many = i32::MAX as usize + 1;
+    let limit = i32::MAX.to_string();
+    expect_invalid(Embeddings::new(&x[..], too_many, 3), "rows", &too_many.to_string(), &limit);
+    expect_invalid(Embeddings::new(&x[..], usize::MAX, 3), "rows", &usize::MAX.to_string(), &limit);
+    expect_invalid(Embeddings::new(&x[..], 1, too_many), "dim", &too_many.to_string(), &limit);
+    expect_invalid(Embeddings::new(&x[..], 1, usize::MAX), "dim", &usize::MAX.to_string(), &limit);
+    let bound = (isize::MAX as usize / 8).to_string();
+    for stride in [usize::MAX, usize::MAX / 2 + 1, isize::MAX as usize / 16 + 1] {
+        let rows = if stride == usize::MAX { 2 } else { 3 };
+        let matrix = Embeddings::with_row_stride(&x[..], rows, 3, stride);
+        expect_invalid(matrix, "row_stride", &stride.to_string(), &bound);
+    }
+    // Each factor is legal; the product is beyond any slice.
+    let side = i32::MAX as usize;
+    expect_invalid(Embeddings::new(&x[..], side, side), "row_stride", &side.to_string(), &bound);
+    // One row never steps, but its stride still has to be one that an offset can be.
+    expect_invalid(
+        Embeddings::with_row_stride(&x[..], 1, 3, usize::MAX),
+        "row_stride",
+        &usize::MAX.to_string(),
+        &bound,
+    );
+    assert!(Embeddings::with_row_stride(&x[..], 1, 3, isize::MAX as usize / 8).is_ok());
+}
+
+#[test]
+fn towers_that_do_not_fit_together() -> Outcome {
+    let (q, p) = towers();
+    let query = Embeddings::new(&q, M, D)?;
+    expect_invalid(Batch::new(query, Embeddings::new(&p, 9, 2)?), "passage", "dimension 2", "3");
+    expect_invalid(Batch::new(Embeddings::new(&p, N, D)?, query), "passage", "4 rows", "6");
+    let half: Vec<f16> = p.iter().map(|&v| f16::from_f32(v)).collect();
+    expect_invalid(Batch::new(query, Embeddings::new(&half, N, D)?), "passage", "f16", "f32");
+    Ok(())
+}
+
+#[test]
+fn positives_ids_and_owners() -> Outcome {
+    let (q, p) = towers();
+    let batch = batch(&q, &p)?;
+    expect_invalid(batch.with_positives(&[0, 1, 2]), "positives", "3 elements", "4, one for each query");
+    expect_invalid(batch.with_positives(&[0, 1, 2, 3, 4]), "positives", "5 elements", "4, one for each query");
+    expect_invalid(batch.with_positives(&[0, 1, 6, 3]), "positives", "6 at row 2", "0 to 5");
+    expect_invalid(batch.with_positives(&[0, 1, 2, u32::MAX]), "positives", "4294967295 at row 3", "0 to 5");
+    assert!(batch.with_positives(&[5, 5, 5, 5]).is_ok());
+
+    expect_invalid(batch.with_query_ids(&[1; 3]), "query_ids", "3 elements", "4, one for each query");
+    expect_invalid(batch.with_query_ids(&[1; 6]), "query_ids", "6 elements", "4, one for each query");
+    expect_invalid(batch.with_passage_ids(&[1; 4]), "passage_ids", "4 elements", "6, one for each passage");
+    expect_invalid(batch.with_passage_ids(&[]), "passage_ids", "0 elements", "6, one for each passage");
+    assert!(batch.with_query_ids(&[i64::MIN, i64::MAX, 0, -1]).is_ok());
+
+    let owners = |owners: &'static [i32]| batch.with_hard_negative_owners(owners, Scope::Own);
+    expect_invalid(owners(&[-1; 4]), "owners", "4 elements", "6, one for each passage");
+    expect_invalid(owners(&[-1, -1, -1, -1, 4, 0]), "owners", "4 at passage 4", "a row, 0 to 3");
+    expect_invalid(owners(&[-1, -1, -1, -1, 0, -2]), "owners", "-2 at passage 5", "-1 (everyone's)");
+    expect_invalid(owners(&[i32::MIN, 0, 0, 0, 0, 0]), "owners", "-2147483648 at passage 0", "0 to 3");
+    let unused = batch.with_hard_negative_owners(&[9, -1, -1, -1, -1, -1], Scope::All);
+    expect_invalid(unused, "owners", "9 at passage 0", "0 to 3");
+    Ok(())
+}
+
+#[test]
+fn weights() -> Outcome {
+    let (q, p) = towers();
+    let batch = batch(&q, &p)?;
+    expect_invalid(batch.with_weights(&[1.0; 5]), "weights", "5 elements", "4, one for each query");
+    expect_invalid(batch.with_weights(&[1.0, -0.5, 1.0, 1.0]), "weights", "-0.5 at row 1", "at least 0");
+    expect_invalid(batch.with_weights(&[1.0, 1.0, f32::NAN, 1.0]), "weights", "NaN at row 2", "finite");
+    expect_invalid(batch.with_weights(&[1.0, 1.0, 1.0, f32::INFINITY]), "weights", "inf at row 3", "finite");
+    expect_invalid(batch.with_weights(&[0.0; 4]), "weights", "0 in every row", "above 0");
+    expect_invalid(batch.with_weights(&[0.0, -0.0, 0.0, 0.0]), "weights", "0 in every row", "above 0");
+    // The smallest sum above 0 is a sum above 0.
+    let tiny = [0.0, f32::from_bits(1), 0.0, 0.0];
+    let result =
+        samtone::loss_and_gradients(&Loss::samtone_both(), &batch.with_weights(&tiny)?, &Options::new(0.05)?, 1.0)?;
+    let same = samtone::loss_and_gradients(
+        &Loss::samtone_both(),
+        &batch.with_weights(&[0.0, 7.0, 0.0, 0.0])?,
+        &Options::new(0.05)?,
+        1.0,
+    )?;
+    assert_eq!(result, same);
+    Ok(())
+}
+
+#[test]
+fn temperature_and_margin() -> Outcome {
+    for tau in [0.0, -0.0, -0.01, f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e-300, 0.99e-6, 1.01e6] {
+        expect_invalid(Options::new(tau), "temperature", &tau.to_string(), "1e-6 to 1e6");
+    }
+    assert!(Options::new(Options::MIN_TEMPERATURE).is_ok() && Options::new(Options::MAX_TEMPERATURE).is_ok());
+    let options = Options::new(0.01)?;
+    for margin in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        expect_invalid(options.with_margin(margin), "margin", &margin.to_string(), "a finite number");
+    }
+    assert!(options.with_margin(-2.5).is_ok() && options.with_margin(f64::MAX).is_ok());
+    Ok(())
+}
+
+#[test]
+fn losses() -> Outcome {
+    use Block::{PQ, QP};
+    for coefficient in [-1.0, f64::NAN, f64::INFINITY] {
+        let group = Group::new(coefficient, &[QP], 1);
+        expect_invalid(group, "coefficient", &coefficient.to_string(), "a finite number of at least 0");
+    }
+    expect_invalid(Group::new(1.0, &[], 1), "blocks", "[]", "one to four different blocks");
+    expect_invalid(Group::new(1.0, &[QP, PQ, QP], 1), "blocks", "[QP, PQ, QP]", "one to four different blocks");
+    expect_invalid(Group::new(1.0, &[QP], 3), "positive_copies", "3", "0, 1 or 2");
+    expect_invalid(Loss::custom("none", Vec::new()), "groups", "[]", "at least one with a coefficient above 0");
+    let idle = vec![Group::new(0.0, &[QP], 1)?];
+    expect_invalid(Loss::custom("idle", idle), "groups", "0.0", "at least one with a coefficient above 0");
+    for alpha in [-0.1, 1.1, f64::NAN, f64::INFINITY] {
+        expect_invalid(Loss::pair(alpha), "alpha", &alpha.to_string(), "a number from 0 to 1");
+    }
+    assert!(Loss::pair(0.0).is_ok() && Loss::pair(1.0).is_ok());
+    for (known, _) in Loss::PRESETS {
+        expect_invalid(Loss::by_name("samtone"), "name", "\"samtone\"", known);
+    }
+    Ok(())
+}
+
+#[test]
+fn unknown_backend() {
+    for known in backend::all() {
+        expect_invalid(backend::by_name("tpu").map(|b| b.name()), "backend", "\"tpu\"", known.name());
+    }
+}

@@ -1,0 +1,211 @@
+//! Random problems in a form that shrinks, and what is done with them.
+
+use super::support::compare::{against_definition, verdict};
+use super::support::data::{Kind, Source, problem};
+use super::support::problem::{Buffer, Outputs, Problem};
+use proptest::prelude::*;
+use proptest::test_runner::{RngSeed, TestCaseError};
+use samtone::cpu;
+use samtone::{DType, Error, Evaluation, GradientBuffers, Loss, Scope};
+
+pub type Tested = Result<(), TestCaseError>;
+
+/// The same cases on every machine and in every run.
+pub fn config(cases: u32) -> ProptestConfig {
+    ProptestConfig { cases, failure_persistence: None, rng_seed: RngSeed::Fixed(0x5a), ..ProptestConfig::default() }
+}
+
+pub fn failed(error: impl std::fmt::Display) -> TestCaseError {
+    TestCaseError::fail(error.to_string())
+}
+
+/// Ranks and margins closer than this to their edge may fall on either side of it by rounding.
+pub const SLACK: f64 = 5e-7;
+
+/// Workspace that forces the smallest tile, so that few rows already make many tiles.
+pub const TIGHT: usize = 8 << 10;
+
+/// What a batch may carry beside embeddings.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Extras {
+    pub positives: bool,
+    pub weights: bool,
+    pub query_ids: bool,
+    pub passage_ids: bool,
+    pub owners: bool,
+    pub margin: bool,
+}
+
+/// A problem in a form that shrinks.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    pub preset: usize,
+    pub kind: usize,
+    pub rows: usize,
+    pub more: usize,
+    pub dim: usize,
+    pub temperature: f64,
+    pub seed: u64,
+    pub extras: Extras,
+}
+
+pub fn extras() -> impl Strategy<Value = Extras> {
+    any::<[bool; 6]>().prop_map(|[positives, weights, query_ids, passage_ids, owners, margin]| Extras {
+        positives,
+        weights,
+        query_ids,
+        passage_ids,
+        owners,
+        margin,
+    })
+}
+
+pub fn setup() -> impl Strategy<Value = Setup> {
+    let temperature = prop_oneof![Just(0.01), Just(0.05), Just(0.3), Just(2.0)];
+    let shape = (1_usize..50, 0_usize..30, 1_usize..20);
+    (0..Loss::PRESETS.len(), 0..Kind::ALL.len(), shape, temperature, any::<u16>(), extras()).prop_map(
+        |(preset, kind, (rows, more, dim), temperature, seed, extras)| Setup {
+            preset,
+            kind,
+            rows,
+            more,
+            dim,
+            temperature,
+            seed: seed.into(),
+            extras,
+        },
+    )
+}
+
+impl Setup {
+    pub fn problem(&self) -> Result<Problem, TestCaseError> {
+        self.problem_in(DType::F32)
+    }
+
+    /// With embeddings that `dtype` holds exactly.
+    pub fn problem_in(&self, dtype: DType) -> Result<Problem, TestCaseError> {
+        let decades = if dtype == DType::F16 { 2.0 } else { 12.0 };
+        let loss = Loss::by_name(Loss::PRESETS[self.preset].0).map_err(failed)?;
+        let (rows, passages) = (self.rows, self.rows + self.more);
+        let plain =
+            problem(loss, Kind::ALL[self.kind], (rows, passages, self.dim), self.temperature, self.seed, decades);
+        let mut problem = plain.map_err(failed)?.rounded(dtype);
+        let mut source = Source::new(self.seed + 1);
+        let mut ids = |count: usize| (0..count).map(|_| source.below(count.div_ceil(2) + 1) as i64 - 2).collect();
+        let Extras { positives, weights, query_ids, passage_ids, owners, margin } = self.extras;
+        problem.query_ids = query_ids.then(|| ids(rows));
+        problem.passage_ids = passage_ids.then(|| ids(passages));
+        problem.positives = positives.then(|| (0..rows).map(|_| source.below(passages) as u32).collect());
+        let weight = |k: usize| if k == 0 { 0.0 } else { k as f32 / 2.0 };
+        problem.weights = weights.then(|| {
+            let mut weights: Vec<f32> = (0..rows).map(|_| weight(source.below(5))).collect();
+            weights[rows - 1] = 1.0;
+            weights
+        });
+        problem.owners = owners.then(|| {
+            let owner = |j: usize, s: &mut Source| if j < rows { -1 } else { s.below(rows + 1) as i32 - 1 };
+            ((0..passages).map(|j| owner(j, &mut source)).collect(), Scope::Own)
+        });
+        problem.options = problem.options.with_workspace_bytes(TIGHT);
+        if margin {
+            problem.options = problem.options.with_margin(source.uniform(-0.3, 0.3)).map_err(failed)?;
+        }
+        Ok(problem)
+    }
+}
+
+/// What the CPU gives, gradients in f64 as they are before rounding. `None` where a row has no term in its softmax.
+pub fn solve(problem: &Problem, upstream: f64) -> Result<Option<Outputs>, TestCaseError> {
+    solve_as(problem, DType::F32, DType::F64, upstream)
+}
+
+pub fn solve_as(
+    problem: &Problem,
+    input: DType,
+    output: DType,
+    upstream: f64,
+) -> Result<Option<Outputs>, TestCaseError> {
+    let (query, passage) = (Buffer::new(input, &problem.query), Buffer::new(input, &problem.passage));
+    let batch = problem.batch(&query, &passage).map_err(failed)?;
+    let mut grad_query = Buffer::new(output, &vec![f64::NAN; problem.query.len()]);
+    let mut grad_passage = Buffer::new(output, &vec![f64::NAN; problem.passage.len()]);
+    let buffers = GradientBuffers {
+        query: Some(grad_query.embeddings_mut(problem.rows, problem.dim).map_err(failed)?),
+        passage: Some(grad_passage.embeddings_mut(problem.passages, problem.dim).map_err(failed)?),
+    };
+    match cpu::loss_and_gradients_into(&problem.loss, &batch, &problem.options, upstream, buffers) {
+        Ok((evaluation, temperature)) => Ok(Some(Outputs {
+            evaluation,
+            grad_query: grad_query.to_f64(),
+            grad_passage: grad_passage.to_f64(),
+            temperature,
+        })),
+        Err(Error::NoNegative { .. }) => Ok(None),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// Equal up to what two roundings of the table allow.
+pub fn close(got: &Outputs, want: &Outputs, problem: &Problem) -> Tested {
+    let mut checks = against_definition(got, &want.clone().into(), problem, DType::F32, 1.0);
+    checks.iter_mut().for_each(|c| c.allowed *= 2.0);
+    verdict(&checks).map_err(|e| failed(format!("{}: {e}", problem.name)))
+}
+
+/// Rows of a row-major matrix in another order, or some of them.
+pub fn pick<T: Clone>(x: &[T], width: usize, rows: &[usize]) -> Vec<T> {
+    rows.iter().flat_map(|&r| x[r * width..(r + 1) * width].to_vec()).collect()
+}
+
+pub fn inverse(order: &[usize]) -> Vec<usize> {
+    let mut inverse = vec![0; order.len()];
+    order.iter().enumerate().for_each(|(new, &old)| inverse[old] = new);
+    inverse
+}
+
+pub fn shuffled(count: usize, source: &mut Source) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..count).collect();
+    (1..count).for_each(|i| order.swap(i, source.below(i + 1)));
+    order
+}
+
+pub fn positives(problem: &Problem) -> Vec<usize> {
+    let identity = || (0..problem.rows).collect();
+    problem.positives.as_ref().map_or_else(identity, |p| p.iter().map(|&n| n as usize).collect())
+}
+
+/// Only some queries and passages of a problem, in the given order. Every kept row keeps its positive.
+pub fn subset(problem: &Problem, rows: &[usize], passages: &[usize]) -> Problem {
+    let at = |list: &[usize], old: usize| list.iter().position(|&k| k == old);
+    let own = positives(problem);
+    let owners = problem.owners.as_ref().map(|(owners, scope)| {
+        let renamed = passages.iter().map(|&j| match owners[j] {
+            // A hard negative whose owner is gone belongs to nobody who is left: it must be gone as well.
+            row if row >= 0 => at(rows, row as usize).map_or(-1, |k| k as i32),
+            everyone => everyone,
+        });
+        (renamed.collect(), *scope)
+    });
+    Problem {
+        rows: rows.len(),
+        passages: passages.len(),
+        query: pick(&problem.query, problem.dim, rows),
+        passage: pick(&problem.passage, problem.dim, passages),
+        positives: Some(rows.iter().map(|&i| at(passages, own[i]).unwrap_or(usize::MAX) as u32).collect()),
+        weights: problem.weights.as_ref().map(|w| pick(w, 1, rows)),
+        query_ids: problem.query_ids.as_ref().map(|ids| pick(ids, 1, rows)),
+        passage_ids: problem.passage_ids.as_ref().map(|ids| pick(ids, 1, passages)),
+        owners,
+        ..problem.clone()
+    }
+}
+
+/// `full` reduced to the given rows and passages.
+pub fn reduced(full: &Outputs, dim: usize, rows: &[usize], passages: &[usize]) -> Outputs {
+    Outputs {
+        evaluation: Evaluation { row_losses: pick(&full.evaluation.row_losses, 1, rows), ..full.evaluation.clone() },
+        grad_query: pick(&full.grad_query, dim, rows),
+        grad_passage: pick(&full.grad_passage, dim, passages),
+        temperature: full.temperature,
+    }
+}
