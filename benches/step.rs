@@ -12,7 +12,7 @@ use clap::{Parser, ValueEnum};
 use inputs::Towers;
 use products::{Products, Schedule};
 use samtone::half::{bf16, f16};
-use samtone::{Batch, Loss, LossAndGradients, Options, cpu};
+use samtone::{Batch, EmbeddingsMut, GradientBuffers, Loss, LossAndGradients, Options, cpu};
 use serde_json::{Value, json};
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
@@ -101,6 +101,9 @@ struct Session<'a> {
     /// Products and their fastest schedule; made when first asked for, so that they never weigh on the step's memory.
     products: Option<(Products<'a>, Schedule)>,
     steps: usize,
+    /// What a trainer keeps between steps: the library's memory and its own gradients.
+    workspace: cpu::Workspace,
+    gradients: [Vec<f32>; 2],
 }
 
 impl<'a> Session<'a> {
@@ -110,7 +113,9 @@ impl<'a> Session<'a> {
         if let Some(mib) = arguments.workspace_mib {
             options = options.with_workspace_bytes(mib << 20);
         }
-        Ok(Self { arguments, batch, towers, loss, options, products: None, steps: 1 })
+        let gradients = [batch.rows(), batch.passages()].map(|rows| vec![0.0; rows * batch.dim()]);
+        let workspace = cpu::Workspace::new();
+        Ok(Self { arguments, batch, towers, loss, options, products: None, steps: 1, workspace, gradients })
     }
 
     fn run(mut self) -> Result<(), AnyError> {
@@ -162,11 +167,18 @@ impl<'a> Session<'a> {
         samtone::loss_and_gradients(&self.loss, self.batch, &self.options, 1.0)
     }
 
-    /// Mean milliseconds of a step.
-    fn time_step(&self) -> Result<f64, AnyError> {
+    /// Mean milliseconds of a step into memory that the caller keeps.
+    fn time_step(&mut self) -> Result<f64, AnyError> {
+        let (rows, passages, dim) = (self.batch.rows(), self.batch.passages(), self.batch.dim());
         let started = Instant::now();
         for _ in 0..self.steps {
-            std::hint::black_box(self.step()?);
+            let [query, passage] = &mut self.gradients;
+            let buffers = GradientBuffers {
+                query: Some(EmbeddingsMut::new(query, rows, dim)?),
+                passage: Some(EmbeddingsMut::new(passage, passages, dim)?),
+            };
+            let (loss, batch, options) = (&self.loss, self.batch, &self.options);
+            std::hint::black_box(self.workspace.loss_and_gradients_into(loss, batch, options, 1.0, buffers)?);
         }
         Ok(milliseconds(started) / self.steps as f64)
     }

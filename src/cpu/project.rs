@@ -6,7 +6,7 @@
 use super::Call;
 use super::gradient::{Accumulator, GradientSums};
 use super::state::{Space, State};
-use super::tower::Norms;
+use super::tower::{Norms, lanes};
 use crate::batch::{Embeddings, EmbeddingsMut, for_each_dtype};
 use crate::combine::Combined;
 use crate::dtype::Element;
@@ -111,8 +111,7 @@ fn tangent(gradient: &mut [f64], x: Embeddings<'_>, row: usize, norms: &Norms, f
     let range = row * x.row_stride()..row * x.row_stride() + x.dim();
     for_each_dtype!(Data, x.data(), d => {
         let x = &d[range];
-        let along: f64 = gradient.iter().zip(x).map(|(g, v)| g * v.to_f64()).sum();
-        let along = along * inverse * inverse;
+        let along = lanes(gradient.iter().zip(x), |(g, v)| g * v.to_f64()) * inverse * inverse;
         gradient.iter_mut().zip(x).for_each(|(g, v)| *g = factor * (*g - along * v.to_f64()));
     });
 }

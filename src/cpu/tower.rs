@@ -57,37 +57,30 @@ impl Norms {
 
 fn sum_of_squares(x: Embeddings<'_>, row: usize) -> f64 {
     let range = row * x.row_stride()..row * x.row_stride() + x.dim();
-    for_each_dtype!(Data, x.data(), d => lanes(&d[range], |v| { let v = v.to_f64(); v * v }))
+    for_each_dtype!(Data, x.data(), d => lanes(d[range].iter(), |v| { let v = v.to_f64(); v * v }))
 }
 
 /// x_row · y_row in f64.
 pub(super) fn dot(x: Embeddings<'_>, x_row: usize, y: Embeddings<'_>, y_row: usize) -> f64 {
     let range = |m: &Embeddings<'_>, row: usize| row * m.row_stride()..row * m.row_stride() + m.dim();
+    let (x_range, y_range) = (range(&x, x_row), range(&y, y_row));
     match (x.data(), y.data()) {
         (Data::F32(a), Data::F32(b)) => {
-            let (a, b) = (&a[range(&x, x_row)], &b[range(&y, y_row)]);
-            let mut sums = [0.0; 8];
-            let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
-            let tail =
-                a8.remainder().iter().zip(b8.remainder()).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-            for (a, b) in a8.zip(b8) {
-                (0..8).for_each(|l| sums[l] += f64::from(a[l]) * f64::from(b[l]));
-            }
-            sums.iter().sum::<f64>() + tail
+            lanes(a[x_range].iter().zip(&b[y_range]), |(a, b)| f64::from(*a) * f64::from(*b))
         }
         _ => x.row_to_f64(x_row).iter().zip(y.row_to_f64(y_row)).map(|(a, b)| a * b).sum(),
     }
 }
 
-/// Sum of f over the elements with eight running sums, so that it vectorises.
-fn lanes<T: Element>(x: &[T], f: impl Fn(T) -> f64) -> f64 {
+/// Σ f over the items with eight running sums: a single one is a chain of dependent additions.
+pub(super) fn lanes<T>(mut items: impl ExactSizeIterator<Item = T>, f: impl Fn(T) -> f64) -> f64 {
     let mut sums = [0.0; 8];
-    let chunks = x.chunks_exact(8);
-    let tail: f64 = chunks.remainder().iter().map(|v| f(*v)).sum();
-    for chunk in chunks {
-        (0..8).for_each(|l| sums[l] += f(chunk[l]));
+    while items.len() >= sums.len() {
+        for sum in &mut sums {
+            *sum += items.next().map_or(0.0, &f);
+        }
     }
-    sums.iter().sum::<f64>() + tail
+    sums.iter().sum::<f64>() + items.map(f).sum::<f64>()
 }
 
 /// One tower in the index space of the tiles.
