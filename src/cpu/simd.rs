@@ -96,12 +96,6 @@ fn exp2<const FMA: bool>(x: f32) -> f32 {
     p * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23)
 }
 
-/// Sum in f64, in lane order.
-#[inline(always)]
-pub(super) fn sum(x: &F) -> f64 {
-    x.iter().map(|&v| f64::from(v)).sum()
-}
-
 /// Defines `$name(args)` which runs `$body::<FMA>(args)` compiled for the best instruction set of this processor.
 macro_rules! dispatch {
     ($(#[$doc:meta])* $vis:vis fn $name:ident<$(const $flag:ident),*>($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty = $body:ident) => {
@@ -137,6 +131,38 @@ macro_rules! dispatch {
 }
 pub(super) use dispatch;
 
+dispatch! {
+    /// Exact widening of finite bfloat16 numbers, given as bits: they are the upper half of an f32.
+    pub(super) fn widen_bf16<>(out: &mut [f32], x: &[u16]) -> () = widen_bf16_body
+}
+
+#[inline(always)]
+fn widen_bf16_body<const FMA: bool>(out: &mut [f32], x: &[u16]) {
+    out.iter_mut().zip(x).for_each(|(o, bits)| *o = f32::from_bits(u32::from(*bits) << 16));
+}
+
+dispatch! {
+    /// Exact widening of finite binary16 numbers, given as bits. Shifted into place, exponent and mantissa read as the number
+    /// times 2⁻¹¹², subnormal or not; the product undoes that without rounding.
+    pub(super) fn widen_f16<>(out: &mut [f32], x: &[u16]) -> () = widen_f16_body
+}
+
+#[inline(always)]
+fn widen_f16_body<const FMA: bool>(out: &mut [f32], x: &[u16]) {
+    const UNDO: f32 = f32::from_bits((127 + 112) << 23);
+    for (o, bits) in out.iter_mut().zip(x) {
+        let bits = u32::from(*bits);
+        let magnitude = f32::from_bits((bits & 0x7fff) << 13) * UNDO;
+        *o = f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16);
+    }
+}
+
+/// Sum in f64, in lane order.
+#[inline(always)]
+pub(super) fn sum(x: &F) -> f64 {
+    x.iter().map(|&v| f64::from(v)).sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -154,6 +180,22 @@ mod tests {
         assert!(worst < 2e-7, "{worst:e}");
         assert_eq!([exp2::<true>(-128.0), exp2::<true>(f32::NEG_INFINITY), exp2::<true>(-1e30)], [0.0; 3]);
         assert_eq!(exp2::<true>(0.0), 1.0);
+    }
+
+    #[test]
+    fn widening_is_exact_for_every_finite_number() {
+        let all: Vec<u16> = (0..=u16::MAX).collect();
+        let mut wide = vec![0.0; all.len()];
+        widen_f16(&mut wide, &all);
+        for (bits, got) in all.iter().zip(&wide) {
+            let want = half::f16::from_bits(*bits);
+            assert!(!want.is_finite() || want.to_f32().to_bits() == got.to_bits(), "{bits:#x}: {got}");
+        }
+        widen_bf16(&mut wide, &all);
+        for (bits, got) in all.iter().zip(&wide) {
+            let want = half::bf16::from_bits(*bits);
+            assert!(!want.is_finite() || want.to_f32().to_bits() == got.to_bits(), "{bits:#x}: {got}");
+        }
     }
 
     #[test]

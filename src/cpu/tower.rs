@@ -1,6 +1,7 @@
 //! Raw embeddings as the passes read them: norms first, then f32 panels, without a copy where none is needed.
 
 use super::matmul::MatRef;
+use super::simd::{widen_bf16, widen_f16};
 use crate::batch::{Data, Embeddings, Tower, for_each_dtype};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
@@ -114,8 +115,8 @@ impl<'a> Panels<'a> {
             match self.x.data() {
                 Data::F64(x) => out.iter_mut().zip(&x[at]).for_each(|(o, v)| *o = *v as f32),
                 Data::F32(x) => out.copy_from_slice(&x[at]),
-                Data::F16(x) => x[at].convert_to_f32_slice(out),
-                Data::BF16(x) => out.iter_mut().zip(&x[at]).for_each(|(o, v)| *o = v.to_f32()),
+                Data::F16(x) => widen_f16(out, x[at].reinterpret_cast()),
+                Data::BF16(x) => widen_bf16(out, x[at].reinterpret_cast()),
             }
             if let Some(shift) = &self.norms.shift {
                 // In f64: 2^−e alone can exceed f32 for a subnormal row.
