@@ -59,6 +59,9 @@ impl Options {
     }
 
     /// Bound on the memory a backend may take beyond O((M + N)·d). More lets it keep logits instead of computing them twice.
+    ///
+    /// On the CPU it bounds tiles and panels. Outside it are some megabytes that do not grow with the batch: the sums of the
+    /// tiles in flight, and the packing buffers that the matrix-product library keeps for each thread.
     pub fn with_workspace_bytes(mut self, bytes: usize) -> Self {
         self.workspace_bytes = bytes;
         self

@@ -57,9 +57,8 @@ fn decided(
 /// Tile edge of the plan.
 fn tile(problem: &Problem, dtype: DType) -> Result<usize, Box<dyn std::error::Error>> {
     let (query, passage) = (Buffer::new(dtype, &problem.query), Buffer::new(dtype, &problem.passage));
-    let plan = Plan::new(&problem.loss, &problem.batch(&query, &passage)?, &problem.options)?.to_string();
-    let edge = plan.split(" tiles of ").nth(1).and_then(|s| s.split(' ').next()).ok_or("a plan without tiles")?;
-    Ok(edge.parse()?)
+    let plan = Plan::new(&problem.loss, &problem.batch(&query, &passage)?, &problem.options)?;
+    Ok(plan.tile())
 }
 
 /// All masks at once.

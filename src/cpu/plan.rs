@@ -160,6 +160,11 @@ impl Plan {
         self.stored
     }
 
+    /// Edge of a tile, in rows and columns.
+    pub fn tile(&self) -> usize {
+        self.tile
+    }
+
     /// Bytes of tiles and panels: at most the bound in the options.
     pub fn workspace_bytes(&self) -> usize {
         let of_first_pass = if self.stored { 0 } else { self.tile_len() };

@@ -231,8 +231,7 @@ fn storing_or_recomputing_gives_the_same_bits() -> Result<(), Box<dyn std::error
                 let options = base.options.with_workspace_bytes(bytes);
                 let plan = Plan::new(&base.loss, &batch, &options)?;
                 let result = samtone::loss_and_gradients(&base.loss, &batch, &options, 1.0)?;
-                let tile = plan.to_string().split(" tiles of ").nth(1).map(|s| s[..7].to_string());
-                Ok((plan.stores_logits(), tile, result))
+                Ok((plan.stores_logits(), plan.tile(), result))
             };
             let (stored, tile, want) = run(256 << 20)?;
             assert!(stored);
