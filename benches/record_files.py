@@ -113,6 +113,13 @@ def locked_version(root, package):
     return lines[lines.index(f'name = "{package}"') + 1].split('"')[1]
 
 
+def commit_of(root):
+    """The commit, with `-dirty` if anything but a record differs from it: a run overwrites the record of its own day."""
+    commit = output_of(root, "git", "describe", "--always")
+    changed = output_of(root, "git", "status", "--porcelain", "--", ".", ":!benches/record")
+    return f"{commit}-dirty" if changed.strip() else commit
+
+
 def output_of(root, *command):
     return subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
@@ -162,7 +169,7 @@ def environment(run, root):
         f"memory: {memory('MemTotal') / 2**30:.1f} GiB",
         f"system: {platform.system()} {platform.machine()}",
         f"other processes: {'unknown' if run.other_load is None else format(run.other_load, '.1%')} of the cores",
-        f"samtone: {output_of(root, 'git', 'describe', '--always', '--dirty')}",
+        f"samtone: {commit_of(root)}",
         f"python: {platform.python_version()}",
         f"torch: {run.torch['version'] if run.torch else 'not installed'}",
         *(run.torch["build"] if run.torch else ()),
@@ -173,7 +180,7 @@ def environment(run, root):
 
 
 def summary(run, root):
-    commit = output_of(root, "git", "describe", "--always", "--dirty")
+    commit = commit_of(root)
     torch = f"PyTorch {run.torch['version']}" if run.torch else "PyTorch not installed"
     parts = [
         f"# One step of samtone_query: {processor()}, {run.threads} threads",
