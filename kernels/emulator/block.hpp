@@ -71,6 +71,12 @@ struct Thread {
     u32 warp() const { return index / WARP; }
 };
 
+// Where lanes of a warp wait for each other.
+struct Meeting {
+    const Thread* first = nullptr; // to arrive
+    u32 present = 0;
+};
+
 struct Launch {
     std::string kernel;
     Index grid;
@@ -87,6 +93,7 @@ struct Current {
     std::vector<const unsigned char*> arguments;
     std::vector<Thread*> threads;
     std::vector<Thread*> ready;
+    std::vector<Meeting> meetings; // per warp, the one that began when there was no other
     Thread* running = nullptr;
     Index block;
     u32 first_serial = 2, serial = 1; // of the launch's first block, and of this block

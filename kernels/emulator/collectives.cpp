@@ -111,7 +111,7 @@ float towards_zero(double x) {
 // Products are exact. The sum goes in two halves of eight along k: accumulator and eight products are added in f64, and the
 // result is cut to f32. Hardware aligns the same nine terms to the largest and cuts too; its last bits differ by chip.
 void multiply(Thread* const* warp) {
-    float a[16][16], b[16][8];
+    double a[16][16], b[16][8];
     for (u32 lane = 0; lane < WARP; ++lane) {
         const Product& p = operand<Product>(warp, lane);
         u32 g = lane / 4, t = lane % 4;
@@ -128,7 +128,7 @@ void multiply(Thread* const* warp) {
             float sum = p.d[r];
             for (u32 half = 0; half < 16; half += 8) {
                 double exact = sum;
-                for (u32 k = half; k < half + 8; ++k) exact += static_cast<double>(a[row][k]) * static_cast<double>(b[k][column]);
+                for (u32 k = half; k < half + 8; ++k) exact += a[row][k] * b[k][column];
                 sum = towards_zero(exact);
             }
             p.d[r] = sum;

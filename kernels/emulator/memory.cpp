@@ -11,7 +11,7 @@ namespace {
 // next conflicts with at least one of them if it conflicts with a reader of another warp at all.
 struct Cell {
     Access writer, reader, other_reader;
-    Access copy;         // an asynchronous copy that nobody has waited for
+    Access copy; // an asynchronous copy that nobody has waited for
 };
 constexpr u32 CELL_BYTES = 2;
 constexpr unsigned char POISON = 0xff; // every pattern of these is a NaN: f32, f16, bf16, f64
@@ -61,7 +61,8 @@ std::string accessed(const char* operation, u32 bytes, const char* what, const M
     return std::string(operation) + " " + bytes_at(bytes, what, memory, offset) + " (" + place(site) + ")";
 }
 
-void check_range(const Thread& thread, Place at, u32 bytes, u32 alignment, const char* operation, const char* what, Site site) {
+void check_range(const Thread& thread, Place at, u32 bytes, u32 alignment, const char* operation, const char* what,
+                 Site site) {
     if (at.offset % static_cast<i64>(alignment) != 0)
         fail(thread, accessed(operation, bytes, what, *at.memory, at.offset, site) + ": not a multiple of " +
                          std::to_string(alignment));
@@ -70,14 +71,15 @@ void check_range(const Thread& thread, Place at, u32 bytes, u32 alignment, const
                          std::to_string(at.memory->bytes.size()));
 }
 
-Place shared_place(const Thread& thread, shared_address address, u32 bytes, const char* operation, const char* what, Site site) {
+Place shared_place(const Thread& thread, shared_address address, u32 bytes, const char* operation, const char* what,
+                   Site site) {
     Place at{&shared_memory, static_cast<i64>(address) - static_cast<i64>(SHARED_BASE)};
     check_range(thread, at, bytes, bytes, operation, what, site);
     return at;
 }
 
-Place global_place(const Thread& thread, const void* address, u32 bytes, u32 alignment, const char* operation, const char* what,
-                   Site site) {
+Place global_place(const Thread& thread, const void* address, u32 bytes, u32 alignment, const char* operation,
+                   const char* what, Site site) {
     Place at = find(reinterpret_cast<u64>(address));
     if (at.memory == nullptr)
         fail(thread, std::string(operation) + " " + what + " an address of no buffer (" + place(site) + ")");
@@ -179,7 +181,8 @@ void complete(const Thread& thread, Copy& copy) {
 } // namespace
 
 SiteNumber number_of(Site site) {
-    u64 hash = (reinterpret_cast<u64>(site.file_name()) ^ static_cast<u64>(site.line()) * 0x9e3779b97f4a7c15ull) * 0xbf58476d1ce4e5b9ull;
+    u64 mixed = reinterpret_cast<u64>(site.file_name()) ^ static_cast<u64>(site.line()) * 0x9e3779b97f4a7c15ull;
+    u64 hash = mixed * 0xbf58476d1ce4e5b9ull;
     for (u32 i = static_cast<u32>(hash >> 50);; i = (i + 1) % SiteTable::SIZE) {
         if (!table.used[i]) {
             table.used[i] = true;
@@ -243,7 +246,7 @@ u32 atomic(void* address, u32 value, Atomic what, Site site) {
     unsigned char* bytes = &at.memory->bytes[static_cast<std::size_t>(at.offset)];
     std::memcpy(&before, bytes, sizeof before);
     if (now.launch.detect_races) {
-        // Atomics do not conflict with each other, so they leave no trace for the others to find; only what is not atomic does.
+        // Atomics do not conflict with each other, so they leave no trace for others to find.
         const auto first = static_cast<std::size_t>(at.offset) / CELL_BYTES;
         for (std::size_t i = first; i < first + sizeof value / CELL_BYTES; ++i) {
             const Cell& cell = at.memory->cells[i];

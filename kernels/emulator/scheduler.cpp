@@ -43,7 +43,8 @@ std::map<std::string, Kernel>& kernels() {
 // A stack with an inaccessible page below it.
 void give_stack(Thread& thread) {
     const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-    void* stack = mmap(nullptr, STACK_BYTES + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    constexpr int FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* stack = mmap(nullptr, STACK_BYTES + page, PROT_READ | PROT_WRITE, FLAGS, -1, 0);
     if (stack == MAP_FAILED || mprotect(stack, page, PROT_NONE) != 0) {
         std::fputs("no memory for the stacks of the threads\n", stderr);
         std::_Exit(1);
@@ -87,7 +88,10 @@ std::string waits(const Thread& thread) {
            (thread.state == State::collective ? " of lanes " + lanes(thread.mask) : "") + " (" + place(thread.site) + ")";
 }
 
-bool same_site(Site a, Site b) { return a.line() == b.line() && std::strcmp(a.file_name(), b.file_name()) == 0; }
+// Usually one literal, whose address says so.
+bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
+bool same_site(Site a, Site b) { return a.line() == b.line() && same_text(a.file_name(), b.file_name()); }
 
 void wait(Thread& self, State state, const char* operation, u32 mask, Site site, void* operand) {
     self.state = state;
@@ -117,6 +121,7 @@ void run_block() {
     now.lazy_copies = now.launch.seed % 2 == 0;
     now.arrived = 0;
     now.ready.clear();
+    now.meetings.assign(now.launch.threads / WARP, {});
     start_shared(now.launch.shared_bytes);
     for (Thread* thread : now.threads) {
         thread->epoch = 0;
@@ -138,7 +143,7 @@ void run_block() {
     if (!now.error.empty()) return;
     for (const Thread* thread : now.threads) {
         if (thread->state == State::exited) continue;
-        // The rules above end a launch at the first thread that cannot meet the others; this is for what they do not foresee.
+        // The rules above end a launch at the first thread that cannot meet the others; this is for what they miss.
         now.error = "kernel `" + now.launch.kernel + "` is deadlocked: " + waits(*thread);
         return;
     }
@@ -183,7 +188,8 @@ void bar_sync(Site site) {
     for (const Thread* other : now.threads) {
         if (other->state == State::exited)
             fail(self, waits(self) + ", which thread " + std::to_string(other->index) + " never reaches: it has ended");
-        bool stuck = other->state == State::collective && other->warp() == self.warp() && (other->mask >> self.lane() & 1) != 0;
+        bool stuck = other->state == State::collective && other->warp() == self.warp() &&
+                     (other->mask >> self.lane() & 1) != 0;
         bool elsewhere = other->state == State::barrier && !same_site(other->site, site);
         if (stuck || elsewhere) fail(self, "the threads of the block diverge: " + waits(self) + ", " + waits(*other));
     }
@@ -202,8 +208,12 @@ void rendezvous(const char* operation, u32 mask, Site site, void* operand, void 
     wait(self, State::collective, operation, mask, site, operand);
     if ((mask >> self.lane() & 1) == 0) fail(self, waits(self) + ", which do not include its own");
     Thread* const* warp = &now.threads[self.warp() * WARP];
-    u32 present = 0;
-    for (u32 lane = 0; lane < WARP; ++lane) {
+    // Who joins the lanes that already wait here finds what they found: later arrivals elsewhere looked at them.
+    Meeting& meeting = now.meetings[self.warp()];
+    const bool joins = meeting.present != 0 && meeting.first->mask == mask &&
+                       same_text(meeting.first->operation, operation) && same_site(meeting.first->site, site);
+    u32 present = joins ? meeting.present | 1u << self.lane() : 0;
+    for (u32 lane = 0; lane < WARP && !joins; ++lane) {
         const Thread& other = *warp[lane];
         bool named = (mask >> lane & 1) != 0;
         bool names_me = other.state == State::collective && (other.mask >> self.lane() & 1) != 0;
@@ -212,12 +222,14 @@ void rendezvous(const char* operation, u32 mask, Site site, void* operand, void 
         if (named && other.state == State::barrier)
             fail(self, "the lanes of the warp diverge: " + waits(self) + ", " + waits(other));
         if ((named && other.state == State::collective) || names_me) {
-            if (other.mask != mask || std::strcmp(other.operation, operation) != 0 || !same_site(other.site, site))
-                fail(self, "the lanes of the warp diverge: " + waits(self) + ", " + waits(other));
+            bool meets_me = other.mask == mask && same_text(other.operation, operation) && same_site(other.site, site);
+            if (!meets_me) fail(self, "the lanes of the warp diverge: " + waits(self) + ", " + waits(other));
             present |= 1u << lane;
         }
     }
+    if (joins || meeting.present == 0) meeting = {joins ? meeting.first : &self, present};
     if (present != mask) return suspend();
+    if (meeting.first->mask == mask) meeting = {};
     complete(warp);
     for (u32 lane = 0; lane < WARP; ++lane)
         if ((mask >> lane & 1) != 0) make_ready(*warp[lane]);
@@ -237,8 +249,8 @@ std::string run(const Launch& launch) {
         return about + "cannot be launched on a grid of " + std::to_string(launch.grid.x) + " x " +
                std::to_string(launch.grid.y) + " x " + std::to_string(launch.grid.z);
     if (launch.shared_bytes > 227 << 10)
-        return about + "asks for " + std::to_string(launch.shared_bytes) + " bytes of shared memory; no device has more than " +
-               std::to_string(227 << 10);
+        return about + "asks for " + std::to_string(launch.shared_bytes) +
+               " bytes of shared memory; no device has more than " + std::to_string(227 << 10);
     if (launch.arguments.size() != kernel.argument_bytes.size())
         return about + "takes " + std::to_string(kernel.argument_bytes.size()) + " arguments; got " +
                std::to_string(launch.arguments.size());
