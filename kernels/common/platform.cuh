@@ -1,0 +1,88 @@
+// platform.cuh: what a kernel file may assume of its compiler: types, and four macros.
+//
+// A kernel is compiled twice from the same text: to PTX by a CUDA compiler that has no headers at hand, and, when
+// SAMTONE_EMULATED is defined, to C++ that runs on the emulator. Only this file and instructions.cuh know the difference.
+//
+//   KERNEL(name, threads, parameters…)   an entry point for blocks of at most `threads` threads
+//   SYNC(S1, call)                       a barrier or a wait, with the label its kernel's header explains; an emulated
+//                                        launch can leave out every call of one label, to see that a test fails
+//   MUTANT(name)                         false; true in an emulated launch that asks for this defect (tests of the emulator)
+//   UNROLL                               the next loop is unrolled
+#pragma once
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i32 = int;
+using i64 = long long;
+
+static_assert(sizeof(u16) == 2 && sizeof(u32) == 4 && sizeof(u64) == 8, "PTX types have fixed sizes");
+
+// Storage of a 16-bit float. Arithmetic is done in f32.
+struct bf16 {
+    u16 bits;
+};
+struct f16 {
+    u16 bits;
+};
+
+struct alignas(8) u32x2 {
+    u32 x, y;
+};
+struct alignas(16) u32x4 {
+    u32 x, y, z, w;
+};
+struct alignas(8) f32x2 {
+    float x, y;
+};
+struct alignas(16) f32x4 {
+    float x, y, z, w;
+};
+
+// A byte address in the shared memory of the block. There are no pointers to shared memory: it is reached by instructions.
+using shared_address = u32;
+
+constexpr u32 WARP = 32;
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+#ifdef SAMTONE_EMULATED
+
+#include "../emulator/emulator.hpp"
+
+#define SAMTONE_DEVICE inline
+#define SAMTONE_PTX(...)
+#define SAMTONE_PURE_PTX(...)
+#define SAMTONE_EMULATED_AS(...) __VA_ARGS__
+// Where the instruction stands in the kernel: a last parameter that the caller never writes.
+#define SAMTONE_SITE_ONLY emulator::Site site = emulator::Site::current()
+#define SAMTONE_SITE , SAMTONE_SITE_ONLY
+
+#define KERNEL(name, threads, ...)                                                    \
+    extern "C" void name(__VA_ARGS__);                                                \
+    static const emulator::Registration name##_registration(#name, (threads), &name); \
+    extern "C" void name(__VA_ARGS__)
+#define SYNC(label, ...)                    \
+    do {                                    \
+        if (!emulator::mutant(#label)) {    \
+            __VA_ARGS__;                    \
+        }                                   \
+    } while (0)
+#define MUTANT(name) emulator::mutant(#name)
+#define UNROLL
+
+#else
+
+#define SAMTONE_DEVICE static __device__ __forceinline__
+// Instructions with effects or that involve other lanes stay in program order; pure ones may be moved and merged.
+#define SAMTONE_PTX(...) asm volatile(__VA_ARGS__)
+#define SAMTONE_PURE_PTX(...) asm(__VA_ARGS__)
+#define SAMTONE_EMULATED_AS(...)
+#define SAMTONE_SITE_ONLY
+#define SAMTONE_SITE
+
+#define KERNEL(name, threads, ...) extern "C" __global__ void __launch_bounds__(threads) name(__VA_ARGS__)
+#define SYNC(label, ...) __VA_ARGS__
+#define MUTANT(name) false
+#define UNROLL _Pragma("unroll")
+
+#endif

@@ -1,0 +1,91 @@
+// arithmetic.cpp: conversions exactly as PTX rounds them, and approximate instructions with the error they may have.
+#include "../common/platform.cuh"
+#include <cmath>
+#include <limits>
+
+namespace emulator {
+
+namespace {
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
+
+// 22 of the 23 bits after the point, so that a result is as coarse as an error of 2^-22 may be, and exact powers of two
+// stay exact, as they do in hardware.
+float coarse(float x) {
+    u32 bits = bits_of(x);
+    if (!std::isfinite(x) || (bits & 1) == 0) return x;
+    return float_of((bits & 2) != 0 ? bits + 1 : bits - 1);
+}
+} // namespace
+
+u32 bits_of(float x) {
+    u32 bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+float float_of(u32 bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+float ex2_approx(float x) { return coarse(flushed(static_cast<float>(std::exp2(static_cast<double>(flushed(x)))))); }
+
+float lg2_approx(float x) { return coarse(flushed(static_cast<float>(std::log2(static_cast<double>(flushed(x)))))); }
+
+float rcp_approx(float x) {
+    x = flushed(x);
+    return x == 0 ? std::copysign(INF, x) : flushed(static_cast<float>(1.0 / static_cast<double>(x)));
+}
+
+float sqrt_rn(float x) { return std::sqrt(x); }
+double sqrt_rn(double x) { return std::sqrt(x); }
+float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
+double fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
+
+// Not fmax and fmin, which may give a NaN for a signalling one, and either zero for two of different sign.
+float max_f32(float a, float b) {
+    if (std::isnan(a) || std::isnan(b)) return std::isnan(a) ? b : a;
+    return a > b || (a == b && std::signbit(b)) ? a : b;
+}
+float min_f32(float a, float b) {
+    if (std::isnan(a) || std::isnan(b)) return std::isnan(a) ? b : a;
+    return a < b || (a == b && std::signbit(a)) ? a : b;
+}
+
+u16 bf16_of(float x) {
+    u32 bits = bits_of(x);
+    if (std::isnan(x)) return 0x7fff;
+    return static_cast<u16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+u16 f16_of(float x) {
+    if (std::isnan(x)) return 0x7fff;
+    u32 bits = bits_of(x);
+    u32 sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude >= 0x47800000) return static_cast<u16>(sign | 0x7c00); // 65536 and above
+    if (magnitude >= 0x38800000) {                                       // normal: the exponent's bias goes from 127 to 15
+        u32 rebased = magnitude - (112u << 23);
+        return static_cast<u16>(sign | (rebased + 0xfff + (rebased >> 13 & 1)) >> 13);
+    }
+    u32 exponent = magnitude >> 23;
+    if (exponent < 102) return static_cast<u16>(sign); // below half of the smallest subnormal, 2^-25
+    u32 mantissa = (magnitude & 0x7fffff) | 0x800000, shift = 126 - exponent;
+    u32 quotient = mantissa >> shift, rest = mantissa & ((1u << shift) - 1), half = 1u << (shift - 1);
+    if (rest > half || (rest == half && (quotient & 1) != 0)) ++quotient;
+    return static_cast<u16>(sign | quotient);
+}
+
+float f32_of_f16(u16 bits) {
+    u32 sign = static_cast<u32>(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 0x3ff;
+    if (exponent == 0) {
+        float magnitude = static_cast<float>(fraction) * 0x1p-24f;
+        return sign != 0 ? -magnitude : magnitude;
+    }
+    if (exponent == 31) return float_of(sign | 0x7f800000 | fraction << 13);
+    return float_of(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+} // namespace emulator

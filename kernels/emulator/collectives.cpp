@@ -1,0 +1,170 @@
+// collectives.cpp: what the lanes of a warp do together: exchanges, ldmatrix, mma.sync.
+#include "block.hpp"
+#include <algorithm>
+#include <cmath>
+
+namespace emulator {
+
+void rendezvous(const char* operation, u32 mask, Site site, void* operand, void (*complete)(Thread* const*));
+
+namespace {
+bool takes_part(const Thread& thread, u32 mask) { return (mask >> thread.lane() & 1) != 0; }
+
+struct Exchange {
+    u32 value, parameter, result;
+};
+
+template <class T> T& operand(Thread* const* warp, u32 lane) { return *static_cast<T*>(warp[lane]->operand); }
+
+// Every lane of the mask that now.running shares gets the value of the lane that `source` names.
+template <u32 (*source)(u32 lane, u32 parameter)> void exchange(Thread* const* warp) {
+    const Thread& last = *now.running;
+    for (u32 lane = 0; lane < WARP; ++lane) {
+        if ((last.mask >> lane & 1) == 0) continue;
+        Exchange& mine = operand<Exchange>(warp, lane);
+        u32 from = source(lane, mine.parameter);
+        if (!takes_part(*warp[from], last.mask))
+            fail(*warp[lane], std::string(last.operation) + " reads lane " + std::to_string(from) +
+                                  ", which is not in its mask (" + place(last.site) + ")");
+        mine.result = operand<Exchange>(warp, from).value;
+    }
+}
+
+u32 indexed(u32, u32 source) { return source % WARP; }
+u32 butterfly(u32 lane, u32 lane_mask) { return lane ^ (lane_mask % WARP); }
+u32 down(u32 lane, u32 delta) { return lane + delta % WARP < WARP ? lane + delta % WARP : lane; }
+
+u32 exchanged(const char* operation, u32 mask, u32 value, u32 parameter, Site site, void (*complete)(Thread* const*)) {
+    Exchange exchange{value, parameter, 0};
+    rendezvous(operation, mask, site, &exchange, complete);
+    return exchange.result;
+}
+
+void ballot(Thread* const* warp) {
+    u32 mask = now.running->mask, bits = 0;
+    for (u32 lane = 0; lane < WARP; ++lane)
+        if ((mask >> lane & 1) != 0 && operand<Exchange>(warp, lane).value != 0) bits |= 1u << lane;
+    for (u32 lane = 0; lane < WARP; ++lane)
+        if ((mask >> lane & 1) != 0) operand<Exchange>(warp, lane).result = bits;
+}
+
+// What was seen by any of them is seen by all, and each starts a new clock.
+void join(Thread* const* warp) {
+    u32 mask = now.running->mask;
+    std::array<u32, WARP> seen{};
+    for (u32 lane = 0; lane < WARP; ++lane) {
+        if ((mask >> lane & 1) == 0) continue;
+        for (u32 i = 0; i < WARP; ++i) seen[i] = std::max(seen[i], warp[lane]->seen[i]);
+        seen[lane] = std::max(seen[lane], warp[lane]->clock);
+    }
+    for (u32 lane = 0; lane < WARP; ++lane) {
+        if ((mask >> lane & 1) == 0) continue;
+        warp[lane]->seen = seen;
+        ++warp[lane]->clock;
+    }
+}
+
+struct Fragments {
+    u32* r;
+    u32 matrices;
+    bool transposed;
+    shared_address row;
+};
+
+void load_matrices(Thread* const* warp) {
+    const Thread& last = *now.running;
+    const u32 matrices = operand<Fragments>(warp, 0).matrices;
+    for (u32 i = 0; i < matrices; ++i) {
+        u16 matrix[8][8];
+        for (u32 row = 0; row < 8; ++row) {
+            const Thread& reader = *warp[8 * i + row];
+            check_read_shared(reader, operand<Fragments>(warp, 8 * i + row).row, matrix[row], 16, last.operation, last.site);
+        }
+        for (u32 lane = 0; lane < WARP; ++lane) {
+            const Fragments& mine = operand<Fragments>(warp, lane);
+            u32 g = lane / 4, t = lane % 4;
+            u32 low = mine.transposed ? matrix[2 * t][g] : matrix[g][2 * t];
+            u32 high = mine.transposed ? matrix[2 * t + 1][g] : matrix[g][2 * t + 1];
+            mine.r[i] = low | high << 16;
+        }
+    }
+}
+
+struct Product {
+    float* d;
+    const u32* a;
+    const u32* b;
+    Half type;
+};
+
+float element(u32 pair, u32 upper, Half type) {
+    u16 bits = static_cast<u16>(pair >> (16 * upper));
+    return type == Half::bf16 ? float_of(static_cast<u32>(bits) << 16) : f32_of_f16(bits);
+}
+
+// Nearest float towards zero, as tensor cores drop the bits that do not fit.
+float towards_zero(double x) {
+    float f = static_cast<float>(x);
+    return std::isfinite(f) && std::fabs(static_cast<double>(f)) > std::fabs(x) ? std::nextafter(f, 0.0f) : f;
+}
+
+// Products are exact. The sum goes in two halves of eight along k: accumulator and eight products are added in f64, and the
+// result is cut to f32. Hardware aligns the same nine terms to the largest and cuts too; its last bits differ by chip.
+void multiply(Thread* const* warp) {
+    double a[16][16], b[16][8];
+    for (u32 lane = 0; lane < WARP; ++lane) {
+        const Product& p = operand<Product>(warp, lane);
+        u32 g = lane / 4, t = lane % 4;
+        for (u32 r = 0; r < 4; ++r)
+            for (u32 i = 0; i < 2; ++i) a[g + 8 * (r % 2)][2 * t + 8 * (r / 2) + i] = element(p.a[r], i, p.type);
+        for (u32 r = 0; r < 2; ++r)
+            for (u32 i = 0; i < 2; ++i) b[2 * t + 8 * r + i][g] = element(p.b[r], i, p.type);
+    }
+    for (u32 lane = 0; lane < WARP; ++lane) {
+        const Product& p = operand<Product>(warp, lane);
+        u32 g = lane / 4, t = lane % 4;
+        for (u32 r = 0; r < 4; ++r) {
+            u32 row = g + 8 * (r / 2), column = 2 * t + r % 2;
+            float sum = p.d[r];
+            for (u32 half = 0; half < 16; half += 8) {
+                double exact = sum;
+                for (u32 k = half; k < half + 8; ++k) exact += a[row][k] * b[k][column];
+                sum = towards_zero(exact);
+            }
+            p.d[r] = sum;
+        }
+    }
+}
+} // namespace
+
+void bar_warp_sync(u32 mask, Site site) { rendezvous("bar.warp.sync", mask, site, nullptr, join); }
+
+u32 shfl_sync_idx(u32 mask, u32 value, u32 source, Site site) {
+    return exchanged("shfl.sync.idx", mask, value, source, site, exchange<indexed>);
+}
+
+u32 shfl_sync_bfly(u32 mask, u32 value, u32 lane_mask, Site site) {
+    return exchanged("shfl.sync.bfly", mask, value, lane_mask, site, exchange<butterfly>);
+}
+
+u32 shfl_sync_down(u32 mask, u32 value, u32 delta, Site site) {
+    return exchanged("shfl.sync.down", mask, value, delta, site, exchange<down>);
+}
+
+u32 vote_sync_ballot(u32 mask, bool predicate, Site site) {
+    return exchanged("vote.sync.ballot", mask, predicate ? 1 : 0, 0, site, ballot);
+}
+
+void ldmatrix(u32* fragment, u32 matrices, bool transposed, shared_address row, Site site) {
+    constexpr const char* NAMES[2][3] = {{"ldmatrix.x1", "ldmatrix.x2", "ldmatrix.x4"},
+                                         {"ldmatrix.x1.trans", "ldmatrix.x2.trans", "ldmatrix.x4.trans"}};
+    Fragments fragments{fragment, matrices, transposed, row};
+    rendezvous(NAMES[transposed ? 1 : 0][matrices / 2], ALL_LANES, site, &fragments, load_matrices);
+}
+
+void mma_m16n8k16(float* d, const u32* a, const u32* b, Half type, Site site) {
+    Product product{d, a, b, type};
+    rendezvous(type == Half::bf16 ? "mma.sync.m16n8k16.bf16" : "mma.sync.m16n8k16.f16", ALL_LANES, site, &product, multiply);
+}
+
+} // namespace emulator

@@ -1,0 +1,51 @@
+//! The emulator of `kernels/emulator`, on test kernels whose results are known and whose defects are planted.
+//!
+//! Without a C++ compiler the trials are reported as ignored; `emulator` in the environment variable `SAMTONE_REQUIRE`
+//! turns that into a failure.
+
+#[path = "../support/emulator.rs"]
+mod emulator;
+mod faults;
+mod instructions;
+mod kernels;
+
+use emulator::{Compiler, Device};
+use libtest_mimic::{Arguments, Trial};
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, OnceLock};
+
+type Built = Arc<OnceLock<Result<PathBuf, String>>>;
+
+/// Executables by kernel file, each built by the first trial that asks.
+pub struct Emulators {
+    compiler: Result<Compiler, String>,
+    built: Mutex<HashMap<&'static str, Built>>,
+}
+
+impl Emulators {
+    /// A device that knows the kernels of `kernels/emulator/tests/<file>`.
+    pub fn device(&self, file: &'static str) -> Result<Device, String> {
+        let cell = self.built.lock().map_err(|e| e.to_string())?.entry(file).or_default().clone();
+        let compiler = self.compiler.as_ref()?;
+        let executable = cell.get_or_init(|| compiler.build(&format!("emulator/tests/{file}")));
+        Device::start(executable.as_ref()?)
+    }
+}
+
+type Check = Box<dyn FnOnce(&Emulators) -> Result<(), String> + Send>;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
+    let required = required.split(',').any(|name| name.trim() == "emulator");
+    let emulators = Arc::new(Emulators { compiler: Compiler::find(), built: Mutex::default() });
+    let absent = emulators.compiler.is_err();
+    let checks = [kernels::checks(), instructions::checks(), faults::checks()].into_iter().flatten();
+    let trials = checks.map(|(name, check): (String, Check)| {
+        let emulators = emulators.clone();
+        Trial::test(name, move || Ok(check(&emulators)?)).with_ignored_flag(absent && !required)
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
