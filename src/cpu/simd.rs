@@ -1,5 +1,5 @@
 //! Sixteen f32 lanes as arrays. The compiler turns the loops into whatever vectors the target has; the arithmetic, and so
-//! every bit, is the same on all of them (except without fused multiply-add, which only x86 before 2013 lacks).
+//! every bit, is the same wherever there is fused multiply-add.
 
 /// Lanes of a chunk: one AVX-512 register, two AVX registers, four NEON registers.
 pub(super) const LANES: usize = 16;
@@ -71,7 +71,7 @@ impl Beta {
     }
 }
 
-/// 2^(s·β·log₂e − k), relative error below 3e-7; 0 below 2⁻¹²⁷. With an integer k the subtraction is exact under fused
+/// 2^(s·β·log₂e − k), relative error below 4e-7; 0 below 2⁻¹²⁷. With an integer k the subtraction is exact under fused
 /// multiply-add, so that the only error besides the polynomial's is the rounding of s itself.
 #[inline(always)]
 pub(super) fn exp2_scaled<const FMA: bool>(s: &F, beta: Beta, k: &F) -> F {
