@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""Compiles kernels/*.cu to kernels/ptx/*.ptx, asks ptxas of every architecture what it makes of them, and writes
+docs/kernels.md. With --check nothing is written: it fails unless what is there is what the sources give.
+
+Needs Linux, Python 3.9 or newer with pip, and network for the first run only.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from toolchain import install, nvrtc, ptxas, sources, table
+from toolchain.sources import KERNELS, TOOLCHAIN, Refused
+
+REPOSITORY = KERNELS.parent
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail unless all is current and clean")
+    parser.add_argument("--sources", type=Path, default=KERNELS, help="folder of the .cu files and shared_memory.json")
+    parser.add_argument("--output", type=Path, help="folder of the PTX; the table is then written there too")
+    parser.add_argument("--sass", metavar="ARCHITECTURE", help="also write machine code, below target/sass")
+    arguments = parser.parse_args()
+    output = arguments.output or KERNELS / "ptx"
+    report = output / "kernels.md" if arguments.output else REPOSITORY / "docs" / "kernels.md"
+    try:
+        problems = run(arguments, output, report)
+    except Refused as refused:
+        problems = [str(refused)]
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def run(arguments, output, report):
+    kernels = sources.read_all(arguments.sources)
+    wanted, usage, problems = build(kernels)
+    listed = {(k.name, e): t for k in kernels for e, t in ptxas.entries(wanted[k.stem]).items()}
+    shared_memory = read_shared_memory(arguments.sources / "shared_memory.json", {entry for _, entry in listed})
+    for (file, entry), threads in listed.items():
+        if threads is None:
+            problems.append(f"{file}: {entry} has no __launch_bounds__")
+
+    files = {output / f"{stem}.ptx": ptx for stem, ptx in wanted.items()}
+    if kernels:
+        architectures = sorted({a for k in kernels for a in k.target["architectures"]}, key=order)
+        rows = [(*key, threads, usage[key]) for key, threads in listed.items() if usage.get(key)]
+        files[report] = table.render(rows, architectures, shared_memory)
+    stale = [path for path in [*output.glob("*.ptx"), report] if path not in files and path.exists()]
+    if arguments.check:
+        problems += differences(files, stale)
+    else:
+        for path, text in files.items():
+            write(path, text)
+        for path in stale:
+            path.unlink()
+    if arguments.sass:
+        disassemble(kernels, wanted, arguments.sass)
+    if not kernels:
+        print(f"no kernels: {shown(arguments.sources)} has no .cu files")
+    elif not problems:
+        print(f"{len(kernels)} kernel files, {len(listed)} kernels: {'all current' if arguments.check else 'compiled'}")
+    return problems
+
+
+def build(kernels):
+    """Stem → PTX; (file, entry) → architecture → usage; problems."""
+    wanted, usage, problems = {}, {}, []
+    if not kernels:
+        return wanted, usage, problems
+    install.wheel("ptxas")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = []
+        for kernel in kernels:
+            ptx = wanted[kernel.stem] = nvrtc.compile(kernel)
+            for architecture in kernel.target["architectures"]:
+                job = pool.submit(ptxas.assemble, kernel.stem, ptx, architecture)
+                jobs.append((kernel, architecture, job))
+        for kernel, architecture, job in jobs:
+            found, remarks = job.result()
+            problems += remarks
+            for entry, used in found.items():
+                usage.setdefault((kernel.name, entry), {})[architecture] = used
+    return wanted, usage, problems
+
+
+def read_shared_memory(path, entries):
+    """Entry → bytes of dynamic shared memory per block."""
+    if not path.exists():
+        return {}
+    shared_memory = json.loads(path.read_text(encoding="utf-8"))
+    if unknown := sorted(shared_memory.keys() - entries):
+        raise Refused(f"{shown(path)} has sizes for {', '.join(unknown)}, which no kernel file defines")
+    return shared_memory
+
+
+def differences(files, stale):
+    command = "python3 kernels/compile.py"
+    for path, text in files.items():
+        if not path.exists():
+            yield f"{shown(path)} is missing: run {command}"
+        elif path.read_bytes().replace(b"\r\n", b"\n") != text.encode():
+            yield f"{shown(path)} is not what the sources give: run {command}"
+    for path in stale:
+        yield f"{shown(path)} has no kernel file: run {command}"
+
+
+def write(path, text):
+    """Whole or not at all; and not if nothing changed, so that cargo has nothing to rebuild."""
+    if path.exists() and path.read_bytes() == text.encode():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=".write-", delete=False) as file:
+        file.write(text.encode())
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def disassemble(kernels, wanted, architecture):
+    folder = REPOSITORY / "target" / "sass"
+    folder.mkdir(parents=True, exist_ok=True)
+    for kernel in kernels:
+        if architecture in kernel.target["architectures"]:
+            cubin = folder / f"{kernel.stem}.{architecture}.cubin"
+            ptxas.assemble(kernel.stem, wanted[kernel.stem], architecture, cubin)
+            if cubin.exists():
+                cubin.with_suffix(".sass").write_text(ptxas.disassemble(cubin), encoding="utf-8")
+                print(f"wrote {shown(cubin.with_suffix('.sass'))}")
+
+
+def order(architecture):
+    return int("".join(c for c in architecture if c.isdigit())), architecture
+
+
+def shown(path):
+    path = path.resolve()
+    return path.relative_to(REPOSITORY).as_posix() if path.is_relative_to(REPOSITORY) else str(path)
+
+
+if __name__ == "__main__":
+    # Remarks quote the sources, which are UTF-8, to terminals that may not be.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stderr.reconfigure(errors="backslashreplace")
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""PTX to machine code, to see what it takes. Anything that ptxas says beyond what every kernel gets is a problem: a spill, a
+stack frame, a warning, a directive it ignores, a note that it serialised instructions."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolchain import install
+
+EXPECTED = re.compile(
+    r"ptxas info +: (\d+ bytes gmem|Compiling entry function|Function properties for|Used \d+ registers|Compile time =)"
+    r"|    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads$|$"
+)
+ENTRY = re.compile(r"^(?:\.visible )?\.entry (\w+)\(", re.MULTILINE)
+
+
+@dataclass
+class Usage:
+    registers: int = 0
+    static_shared: int = 0
+    stack: int = 0
+    spilled: int = 0
+
+
+def entries(ptx):
+    """Entry → most threads per block; None where the kernel does not say."""
+    starts = [(m[1], m.start()) for m in ENTRY.finditer(ptx)]
+    found = {}
+    for (name, start), (_, end) in zip(starts, [*starts[1:], (None, len(ptx))]):
+        bounds = re.search(r"^\.maxntid (\d+)(?:, (\d+), (\d+))?$", ptx[start:end], re.MULTILINE)
+        found[name] = bounds and int(bounds[1]) * int(bounds[2] or 1) * int(bounds[3] or 1)
+    return found
+
+
+def parse(output):
+    """What `ptxas -v` says: entry → usage, and the lines it should not have said."""
+    usage, remarks, function, entry = {}, [], None, None
+    for line in output.splitlines():
+        if not EXPECTED.match(line):
+            remarks.append(line.strip())
+        if found := re.search(r"Compiling entry function '(\w+)'", line):
+            entry = usage[found[1]] = Usage()
+        elif found := re.search(r"Function properties for (\S+)", line):
+            function = found[1]
+        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            if function in usage:
+                usage[function].stack = int(found[1])
+                usage[function].spilled = int(found[2]) + int(found[3])
+        elif found := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            entry.registers = int(found[1])
+            entry.static_shared = int(shared[1]) if shared else 0
+    return usage, remarks
+
+
+def assemble(name, ptx, architecture, cubin="/dev/null"):
+    """Usage of each entry, and problems as sentences."""
+    program = install.program("ptxas", "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{name}.ptx"
+        (Path(folder) / file).write_text(ptx, encoding="utf-8")
+        options = ["-v", "--warn-on-spills", "--warn-on-local-memory-usage", f"-arch={architecture}", "-o", str(cubin)]
+        run = subprocess.run([program, *options, file], cwd=folder, capture_output=True, encoding="utf-8")
+    usage, remarks = parse(run.stdout + run.stderr)
+    problems = [f"{file} for {architecture}: {remark}" for remark in remarks]
+    if run.returncode != 0 and not remarks:
+        problems.append(f"{file} for {architecture}: ptxas ends with {run.returncode}")
+    for entry in entries(ptx).keys() - usage.keys():
+        problems.append(f"{file} for {architecture}: ptxas says nothing of {entry}")
+    return usage, problems
+
+
+def disassemble(cubin):
+    program = install.program("nvdisasm", "nvdisasm")
+    return subprocess.run([program, "--print-code", cubin], capture_output=True, encoding="utf-8", check=True).stdout
