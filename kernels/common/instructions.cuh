@@ -241,6 +241,47 @@ SAMTONE_DEVICE double fma_rn(double a, double b, double c) {
     return r;
 }
 
+// exp, log, log1p, exp2 in f64, within 1 ulp: the compiler's own functions, inlined; used O(M) times only.
+SAMTONE_DEVICE double exp_f64(double x) { return exp(x); }
+SAMTONE_DEVICE double log_f64(double x) { return log(x); }
+SAMTONE_DEVICE double log1p_f64(double x) { return log1p(x); }
+SAMTONE_DEVICE double exp2_f64(double x) { return exp2(x); }
+
+// cvt.rni: to the nearest whole number, even where two are as near.
+SAMTONE_DEVICE float round_f32(float x) {
+    float r = 0;
+    SAMTONE_PURE_PTX("cvt.rni.f32.f32 %0, %1;" : "=f"(r) : "f"(x));
+    SAMTONE_EMULATED_AS(r = emulator::round_f32(x));
+    return r;
+}
+SAMTONE_DEVICE double round_f64(double x) {
+    double r = 0;
+    SAMTONE_PURE_PTX("cvt.rni.f64.f64 %0, %1;" : "=d"(r) : "d"(x));
+    SAMTONE_EMULATED_AS(r = emulator::round_f64(x));
+    return r;
+}
+
+// mov.b64: the bits of a double, and back.
+SAMTONE_DEVICE u64 bits_of(double x) {
+    u64 r = 0;
+    SAMTONE_PURE_PTX("mov.b64 %0, %1;" : "=l"(r) : "d"(x));
+    SAMTONE_EMULATED_AS(r = emulator::bits_of(x));
+    return r;
+}
+SAMTONE_DEVICE double double_of(u64 bits) {
+    double r = 0;
+    SAMTONE_PURE_PTX("mov.b64 %0, %1;" : "=d"(r) : "l"(bits));
+    SAMTONE_EMULATED_AS(r = emulator::double_of(bits));
+    return r;
+}
+// shfl.sync.bfly of a double: two exchanges.
+SAMTONE_DEVICE double shfl_sync_bfly(u32 mask, double value, u32 lane_mask SAMTONE_SITE) {
+    const u64 bits = bits_of(value);
+    const u32 low = shfl_sync_bfly(mask, static_cast<u32>(bits), lane_mask SAMTONE_EMULATED_AS(, site));
+    const u32 high = shfl_sync_bfly(mask, static_cast<u32>(bits >> 32), lane_mask SAMTONE_EMULATED_AS(, site));
+    return double_of(static_cast<u64>(high) << 32 | low);
+}
+
 // max, min: of two numbers; of a number and a NaN, the number.
 SAMTONE_DEVICE float max_f32(float a, float b) {
     float r = 0;

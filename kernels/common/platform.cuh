@@ -8,6 +8,7 @@
 //                                        launch can leave out every call of one label, to see that a test fails
 //   MUTANT(name)                         false; true in an emulated launch that asks for this defect (tests of the emulator)
 //   UNROLL                               the next loop is unrolled
+//   BY_VALUE(type)                       a struct as parameter: stays in the constant bank, also when indexed at run time
 #pragma once
 
 using u16 = unsigned short;
@@ -50,6 +51,7 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 #include "../emulator/emulator.hpp"
 
 #define SAMTONE_DEVICE inline
+#define SAMTONE_MEMBER
 #define SAMTONE_PTX(...)
 #define SAMTONE_PURE_PTX(...)
 #define SAMTONE_EMULATED_AS(...) __VA_ARGS__
@@ -69,10 +71,12 @@ constexpr u32 ALL_LANES = 0xffffffffu;
     } while (0)
 #define MUTANT(name) emulator::mutant(#name)
 #define UNROLL
+#define BY_VALUE(type) const type
 
 #else
 
 #define SAMTONE_DEVICE static __device__ __forceinline__
+#define SAMTONE_MEMBER __device__ __forceinline__
 // Instructions with effects or that involve other lanes stay in program order; pure ones may be moved and merged.
 #define SAMTONE_PTX(...) asm volatile(__VA_ARGS__)
 #define SAMTONE_PURE_PTX(...) asm(__VA_ARGS__)
@@ -80,9 +84,10 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 #define SAMTONE_SITE_ONLY
 #define SAMTONE_SITE
 
-#define KERNEL(name, threads, ...) extern "C" __global__ void __launch_bounds__(threads) name(__VA_ARGS__)
+#define KERNEL(name, threads, ...) extern "C" __global__ void __launch_bounds__(threads, 1) name(__VA_ARGS__)
 #define SYNC(label, ...) __VA_ARGS__
 #define MUTANT(name) false
 #define UNROLL _Pragma("unroll")
+#define BY_VALUE(type) const __grid_constant__ type
 
 #endif

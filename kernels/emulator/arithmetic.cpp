@@ -31,6 +31,21 @@ float float_of(u32 bits) {
     return x;
 }
 
+u64 bits_of(double x) {
+    u64 bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+double double_of(u64 bits) {
+    double x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+float round_f32(float x) { return std::nearbyint(x); }
+double round_f64(double x) { return std::nearbyint(x); }
+
 float ex2_approx(float x) { return coarse(flushed(static_cast<float>(std::exp2(static_cast<double>(flushed(x)))))); }
 
 float lg2_approx(float x) { return coarse(flushed(static_cast<float>(std::log2(static_cast<double>(flushed(x)))))); }

@@ -1,6 +1,7 @@
 // emulator.hpp: what common/instructions.cuh calls when a kernel is compiled as C++. Included by common/platform.cuh, after
 // the types. The rules that each function keeps are in kernels/README.md.
 #pragma once
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <source_location>
@@ -71,6 +72,10 @@ template <class T> void store_global(void* address, const T& value, const char* 
 // ---- arithmetic (arithmetic.cpp)
 u32 bits_of(float x);
 float float_of(u32 bits);
+u64 bits_of(double x);
+double double_of(u64 bits);
+float round_f32(float x);
+double round_f64(double x);
 float ex2_approx(float x);
 float lg2_approx(float x);
 float rcp_approx(float x);

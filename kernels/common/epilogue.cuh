@@ -1,0 +1,196 @@
+// epilogue.cuh: what the two passes do to a tile of products alike: scale to cosines, mask, reduce.
+//
+// Shared   While a tile's product runs, each of its 2·TILE threads keeps one index of its edges in registers; afterwards they lie
+//          at EDGES, 48 bytes each, rows first:
+//            0  u32x4  as a candidate: query key, passage key, owner, and 2^12/‖x‖ as bits
+//           16  u32x4  as an anchor: query key, passage key, row, highest cosine kept
+//           32  u32x4  of the pass: see its kernel
+// Sync     E1 all have read the stages of the product (P3); all edges are written before any is read
+#pragma once
+#include "product.cuh"
+
+constexpr u32 EDGE_BYTES = 48;
+
+// Which super-block of the wave a tile is in, and where in it.
+struct TilePlace {
+    u32 block, row, col;
+};
+
+// Tiles of a rectangle go in bands of eight rows of tiles, column by column, so that blocks that run together share both
+// operands in the cache; those of a triangle row by row.
+SAMTONE_DEVICE TilePlace place_of(const Wave& wave, u32 tile) {
+    u32 b = 0;
+    while (b + 1 < wave.count && tile >= wave.blocks[b + 1].first_tile) ++b;
+    const SuperBlock& block = wave.blocks[b];
+    const u32 k = tile - block.first_tile, rows = block.row.tiles, cols = block.col.tiles;
+    if (block.triangle == 0) {
+        const u32 band = k / (8 * cols), in_band = k % (8 * cols), height = rows - 8 * band < 8 ? rows - 8 * band : 8;
+        return {b, 8 * band + in_band % height, in_band / height};
+    }
+    // Row r begins at r·cols − r (r − 1) / 2: solve for r in f64, which is exact enough to be off by one at most.
+    const double side = 2.0 * cols + 1;
+    u32 r = static_cast<u32>((side - sqrt_rn(side * side - 8.0 * k)) / 2);
+    auto start = [cols](u32 row) { return row * cols - row * (row - 1) / 2; };
+    if (r > 0 && start(r) > k) --r;
+    if (start(r + 1) <= k) ++r;
+    return {b, r, r + k - start(r)};
+}
+
+// One index of an edge of the tile, held by one thread.
+struct EdgeEntry {
+    u32x4 candidate, anchor;
+    u32 row; // that it anchors
+    bool live;
+};
+
+template <u32 TILE> SAMTONE_DEVICE bool holds_row() { return threadIdx.x < TILE; }
+
+// This thread's index: thread k < TILE holds row k, thread TILE + k column k.
+template <u32 TILE>
+SAMTONE_DEVICE EdgeEntry load_edge(const SuperBlock& block, const TilePlace& at, const Towers& towers, const AnchorKeys* rows) {
+    const Edge& edge = holds_row<TILE>() ? block.row : block.col;
+    const u32 index = edge.begin + (holds_row<TILE>() ? at.row : at.col) * TILE + threadIdx.x % TILE;
+    EdgeEntry entry{{NONE, NONE, NONE, 0}, {NONE, NONE, NONE, 0}, NONE, index < edge.end};
+    if (!entry.live) return entry;
+    const Tower& tower = tower_of(towers, edge.space);
+    entry.candidate = ld_global_nc_u32x4(tower.candidates + index);
+    entry.row = entry.candidate.w;
+    entry.candidate.w = bits_of(ld_global_f32(tower.inverse + index));
+    if (edge.anchors != 0 && entry.row != NONE) {
+        const u32x4 keys = ld_global_u32x4(rows + entry.row);
+        entry.anchor = {keys.x, keys.y, entry.row, keys.z};
+    }
+    return entry;
+}
+
+template <u32 TILE> SAMTONE_DEVICE void store_edge(shared_address edges, const EdgeEntry& entry, const u32x4& of_pass) {
+    const shared_address at = edges + threadIdx.x * EDGE_BYTES;
+    st_shared_u32x4(at, entry.candidate);
+    st_shared_u32x4(at + 16, entry.anchor);
+    st_shared_u32x4(at + 32, of_pass);
+}
+
+// A thread's elements, seen as rows and columns: row slot i of 2·FRAGMENTS, column slot j of 8.
+template <u32 TILE> struct Elements {
+    static constexpr u32 ROWS = 2 * Shape<TILE>::FRAGMENTS, COLS = 8;
+    u32 row0, column0; // of this thread in the tile
+    SAMTONE_MEMBER static Elements of_this_thread() {
+        return {warp_row<TILE>() + lane_id() / 4, warp_column<TILE>() + lane_id() % 4 * 2};
+    }
+    SAMTONE_MEMBER u32 row(u32 i) const { return row0 + 8 * i; }
+    SAMTONE_MEMBER u32 column(u32 j) const { return column0 + j / 2 * 8 + j % 2; }
+};
+template <u32 TILE> SAMTONE_DEVICE float& element(Totals<TILE>& x, u32 i, u32 j) { return x[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+
+// Which of the thread's elements are kept negatives of their row's and of their column's anchor: bit 8 i + j.
+struct Kept {
+    u64 row, col;
+};
+
+// Of a tile: whether its rows, its columns anchor; how many exist; whether any pair may be masked.
+struct TileMask {
+    bool row_anchors, col_anchors, masked;
+    u32 live_rows, live_cols;
+};
+
+template <u32 TILE> SAMTONE_DEVICE TileMask mask_of(const SuperBlock& block, const TilePlace& at, const Towers& towers) {
+    const u32 row = block.row.begin + at.row * TILE, col = block.col.begin + at.col * TILE;
+    const u32 rows = block.row.end - row, cols = block.col.end - col;
+    // Default keys mask a pair only where both indices are the same: the order of the passages sees to it.
+    const bool overlap = row < col + TILE && col < row + TILE;
+    return {block.row.anchors != 0, block.col.anchors != 0, towers.masked != 0 || overlap, rows < TILE ? rows : TILE,
+            cols < TILE ? cols : TILE};
+}
+
+// [2] scale: products → cosines, in place. [3] mask: the rule of src/mask.rs.
+template <u32 TILE> SAMTONE_DEVICE Kept scale_and_mask(Totals<TILE>& x, shared_address edges, const TileMask& tile) {
+    using E = Elements<TILE>;
+    const E elements = E::of_this_thread();
+    const shared_address cols = edges + TILE * EDGE_BYTES;
+    const bool checked = tile.masked || tile.live_rows < TILE || tile.live_cols < TILE;
+    Kept kept{tile.row_anchors ? ~0ull : 0, tile.col_anchors ? ~0ull : 0};
+    UNROLL
+    for (u32 i = 0; i < E::ROWS; ++i) {
+        const u32 row = elements.row(i);
+        const u32x4 r = ld_shared_u32x4(edges + row * EDGE_BYTES);
+        const float scale = float_of(r.w) * 0x1p-24f;
+        u32x4 anchor{};
+        if (checked) anchor = ld_shared_u32x4(edges + row * EDGE_BYTES + 16);
+        UNROLL
+        for (u32 j = 0; j < E::COLS; ++j) {
+            const u32 column = elements.column(j);
+            float& s = element<TILE>(x, i, j);
+            const u32x4 c = ld_shared_u32x4(cols + column * EDGE_BYTES);
+            s = s * scale * float_of(c.w);
+            if (checked) {
+                const u32x4 other = ld_shared_u32x4(cols + column * EDGE_BYTES + 16);
+                const bool live = row < tile.live_rows && column < tile.live_cols;
+                const bool by_row = live && c.x != anchor.x && c.y != anchor.y && (c.z == NONE || c.z == anchor.z) &&
+                                    s <= float_of(anchor.w);
+                const bool by_col = live && r.x != other.x && r.y != other.y && (r.z == NONE || r.z == other.z) &&
+                                    s <= float_of(other.w);
+                if (!by_row) kept.row &= ~(1ull << (8 * i + j));
+                if (!by_col) kept.col &= ~(1ull << (8 * i + j));
+            }
+        }
+    }
+    return kept;
+}
+SAMTONE_DEVICE bool is_kept(u64 bits, u32 i, u32 j) { return (bits >> (8 * i + j) & 1) != 0; }
+
+// 2^(s·β·log2 e − k) for whole k: the product with the high part is exact up to the cancellation with k under one fused
+// multiply-add, so that 1/τ, rounded to f32, costs no digit of a logit near 100.
+SAMTONE_DEVICE float exponential(float s, const Beta& beta, float k) {
+    return ex2_approx(fma_rn(s, beta.low, fma_rn(s, beta.high, -k)));
+}
+
+// Below every cosine.
+constexpr float NO_COSINE = -4;
+
+// ---- reductions among lanes
+
+// Halves a register array over lanes that differ in the bits FIRST, 2·FIRST, … below LAST·2, adding: N values a lane become
+// N / (number of lanes); a lane keeps the part that its bits choose, first bit first. 4 + 2 + 1 exchanges for 8 values over 8
+// lanes, where one value after the other would take 24. The operands of each sum are the same in both lanes, only swapped.
+template <u32 N, u32 BIT, u32 LAST, class T> SAMTONE_DEVICE void sum_halving(T (&v)[N] SAMTONE_SITE) {
+    if constexpr (BIT <= LAST) {
+        const bool upper = (lane_id() & BIT) != 0;
+        T half[N / 2];
+        UNROLL
+        for (u32 i = 0; i < N / 2; ++i) {
+            const T mine = upper ? v[N / 2 + i] : v[i], theirs = upper ? v[i] : v[N / 2 + i];
+            half[i] = mine + shfl_sync_bfly(ALL_LANES, theirs, BIT SAMTONE_EMULATED_AS(, site));
+        }
+        sum_halving<N / 2, 2 * BIT, LAST>(half SAMTONE_EMULATED_AS(, site));
+        UNROLL
+        for (u32 i = 0; i < N / 2; ++i) v[i] = half[i];
+    }
+}
+
+// Of values that all these lanes share, the ones whose sums a lane holds afterwards. By selections, because an index known only
+// at run time would move the array to local memory.
+template <u32 N, u32 BIT, u32 LAST> SAMTONE_DEVICE void choose_halving(float (&v)[N]) {
+    if constexpr (BIT <= LAST) {
+        const bool upper = (lane_id() & BIT) != 0;
+        float half[N / 2];
+        UNROLL
+        for (u32 i = 0; i < N / 2; ++i) half[i] = upper ? v[N / 2 + i] : v[i];
+        choose_halving<N / 2, 2 * BIT, LAST>(half);
+        UNROLL
+        for (u32 i = 0; i < N / 2; ++i) v[i] = half[i];
+    }
+}
+
+// The row slots whose sums a lane holds after sum_halving<ROWS, 1, 2>: FIRST … FIRST + ROWS / 4 − 1.
+template <u32 TILE> SAMTONE_DEVICE u32 first_row_slot() {
+    constexpr u32 ROWS = Elements<TILE>::ROWS;
+    return (lane_id() & 1) * (ROWS / 2) + (lane_id() >> 1 & 1) * (ROWS / 4);
+}
+// The column slot whose sum a lane holds after sum_halving<8, 4, 16>.
+SAMTONE_DEVICE u32 column_slot() { return (lane_id() >> 2 & 1) * 4 + (lane_id() >> 3 & 1) * 2 + (lane_id() >> 4 & 1); }
+
+// The largest value among lanes that differ in the bits FIRST … LAST.
+SAMTONE_DEVICE float max_among(float x, u32 first, u32 last SAMTONE_SITE) {
+    for (u32 bit = first; bit <= last; bit *= 2) x = max_f32(x, shfl_sync_bfly(ALL_LANES, x, bit SAMTONE_EMULATED_AS(, site)));
+    return x;
+}

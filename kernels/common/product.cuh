@@ -1,0 +1,205 @@
+// product.cuh: the mainloop of every heavy kernel: one TILE x TILE tile of A·B, along k in stages of 128 bytes.
+//
+// Math     total[m][n] += Σ_k A[m][k]·B[k][n], k over `steps` stages
+// Shape    TILE 64: 4 warps of 32 x 32; TILE 128: 8 warps of 64 x 32. THREADS = 2·TILE. A thread's elements are those of
+//          mma.sync: total[i][j][r] is row 16 i + g + 8 (r / 2), column 8 j + 2 t + r % 2 of its warp's part,
+//          g = lane / 4, t = lane % 4
+// Shared   STAGES slots of 256·TILE bytes: A, then B, 128·TILE bytes each. "By rows": a row m (or n) has its 128 bytes of k in
+//          eight 16-byte chunks, chunk c at c ^ m % 8. "By depth": a row k has its TILE elements in chunks, chunk c at
+//          c ^ k % 8 within each eight. So eight rows of one chunk lie in eight different banks, as ldmatrix wants them
+// Sync     P1 this thread's copies of the stage have landed
+//          P2 so have all threads', and all have read the slot that is filled next
+//          P3 all have read the last stage: the caller may write to shared memory
+// Numerics Tensor cores cut every partial sum towards zero, which over hundreds of terms of one sign is a bias of 2^-19. So
+//          they add up FLUSH stages only, and the sums of those are added with rounding to nearest.
+//          f16x3: hi·hi + hi·lo + lo·hi, each operand being the sum of two f16 (22 bits); lo·lo is below f32's last bit
+#pragma once
+#include "problem.cuh"
+
+enum class Arithmetic { f16, f16x3, f32 };
+
+template <Arithmetic A> struct Numbers {
+    static constexpr bool TENSOR = A != Arithmetic::f32;
+    static constexpr u32 BYTES = TENSOR ? 2 : 4;                     // of an element
+    static constexpr u32 PLANES = A == Arithmetic::f16x3 ? 2 : 1;    // of a matrix
+    static constexpr u32 SEGMENTS = A == Arithmetic::f16x3 ? 3 : 1;  // products of planes
+    static constexpr u32 DEPTH = 128 / BYTES;                        // elements of k in a stage
+    static constexpr u32 FLUSH = A == Arithmetic::f16 ? 2 : 1;       // stages that a tensor core adds up
+};
+
+template <u32 TILE> struct Shape {
+    static_assert(TILE == 64 || TILE == 128, "two rows of warps, each of 16-row fragments, TILE / 32 columns of them");
+    static constexpr u32 THREADS = 2 * TILE, FRAGMENTS = TILE / 32, STAGES = 3;
+    static constexpr u32 OPERAND = 128 * TILE, STAGE = 2 * OPERAND;
+};
+template <u32 TILE> using Totals = float[Shape<TILE>::FRAGMENTS][4][4];
+
+// Where the warp's part of the tile starts.
+template <u32 TILE> SAMTONE_DEVICE u32 warp_row() { return warp_id() / (TILE / 32) * (TILE / 2); }
+template <u32 TILE> SAMTONE_DEVICE u32 warp_column() { return warp_id() % (TILE / 32) * 32; }
+
+// One operand in global memory as this thread copies it: four chunks of 16 bytes a stage, `pass` bytes apart.
+struct Source {
+    const unsigned char* origin; // its first chunk of the first stage, in the first plane
+    const unsigned char* next;   // of the stage that is copied next
+    u64 pass, stage, plane;      // bytes to its next chunk, to the next stage, to the second plane
+    u32 filled;                  // 16, or 0 where the matrix has ended: the copy gives zeros
+    u32 to, to_pass;             // offsets in the operand's shared memory
+};
+
+// Rows row, row + 1, … of a matrix, k along the row.
+template <u32 TILE> SAMTONE_DEVICE Source by_rows(const unsigned char* matrix, u64 row_bytes, u64 plane, u32 row) {
+    const u32 mine = threadIdx.x / 8, chunk = threadIdx.x % 8;
+    const unsigned char* at = matrix + (row + mine) * row_bytes + 16 * chunk;
+    return {at, at, TILE / 4 * row_bytes, 128, plane, 16, mine * 128 + (chunk ^ mine % 8) * 16, TILE / 4 * 128};
+}
+
+// Rows depth, depth + 1, … of a matrix as k; TILE elements from byte `column_bytes` on, of a row that has `row_bytes`.
+template <u32 TILE, Arithmetic A>
+SAMTONE_DEVICE Source by_depth(const unsigned char* matrix, u64 row_bytes, u64 plane, u32 depth, u32 column_bytes) {
+    constexpr u32 CHUNKS = TILE * Numbers<A>::BYTES / 16, ROWS = Shape<TILE>::THREADS / CHUNKS;
+    static_assert(ROWS % 8 == 0, "a thread's chunks are at the same place of their swizzled rows");
+    const u32 mine = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
+    const u32 column = column_bytes + 16 * chunk;
+    const bool inside = column < row_bytes;
+    const unsigned char* at = matrix + (depth + mine) * row_bytes + (inside ? column : 0);
+    const u32 swizzled = (chunk & ~7u) | ((chunk ^ mine) & 7);
+    return {at,    at, ROWS * row_bytes, Numbers<A>::DEPTH * row_bytes, plane, inside ? 16u : 0u, mine * (16 * CHUNKS) + swizzled * 16,
+            ROWS * 16 * CHUNKS};
+}
+
+SAMTONE_DEVICE void copy_stage(Source& source, shared_address operand) {
+    UNROLL
+    for (u32 i = 0; i < 4; ++i)
+        cp_async_cg_16(operand + source.to + i * source.to_pass, source.next + i * source.pass, source.filled);
+    source.next += source.stage;
+}
+
+// How an operand lies in shared memory.
+enum class Layout { rows, depth };
+
+// sums += A·B for one stage, on tensor cores.
+template <u32 TILE, Layout A_LAYOUT, Layout B_LAYOUT> SAMTONE_DEVICE void multiply_stage_f16(Totals<TILE>& sums, shared_address stage) {
+    constexpr u32 FRAGMENTS = Shape<TILE>::FRAGMENTS;
+    const u32 lane = lane_id(), row0 = warp_row<TILE>(), column0 = warp_column<TILE>();
+    const shared_address a_at = stage, b_at = stage + Shape<TILE>::OPERAND;
+    UNROLL
+    for (u32 deep = 0; deep < 64; deep += 16) {
+        u32 a[FRAGMENTS][4], b[4][2];
+        UNROLL
+        for (u32 i = 0; i < FRAGMENTS; ++i) { // matrices: rows 0..7 and 8..15 of the fragment, then the same at k + 8
+            const u32 first = row0 + 16 * i;
+            if (A_LAYOUT == Layout::rows) {
+                const u32 row = first + lane % 16, chunk = deep / 8 + lane / 16;
+                ldmatrix_x4(a[i], a_at + row * 128 + (chunk ^ lane % 8) * 16);
+            } else {
+                const u32 row = deep + lane / 16 * 8 + lane % 8, chunk = first / 8 + lane / 8 % 2;
+                ldmatrix_x4_trans(a[i], a_at + row * (2 * TILE) + ((chunk & ~7u) | ((chunk ^ lane) & 7)) * 16);
+            }
+        }
+        UNROLL
+        for (u32 pair = 0; pair < 2; ++pair) { // two fragments at a time: columns 16 pair … 16 pair + 15
+            const u32 first = column0 + 16 * pair;
+            u32 both[4];
+            if (B_LAYOUT == Layout::rows) {
+                const u32 row = first + lane % 8 + lane / 16 * 8, chunk = deep / 8 + lane / 8 % 2;
+                ldmatrix_x4(both, b_at + row * 128 + (chunk ^ lane % 8) * 16);
+            } else {
+                const u32 row = deep + lane % 16, chunk = first / 8 + lane / 16;
+                ldmatrix_x4_trans(both, b_at + row * (2 * TILE) + ((chunk & ~7u) | ((chunk ^ lane) & 7)) * 16);
+            }
+            b[2 * pair][0] = both[0];
+            b[2 * pair][1] = both[1];
+            b[2 * pair + 1][0] = both[2];
+            b[2 * pair + 1][1] = both[3];
+        }
+        UNROLL
+        for (u32 i = 0; i < FRAGMENTS; ++i) {
+            UNROLL
+            for (u32 j = 0; j < 4; ++j) mma_m16n8k16_f16(sums[i][j], a[i], b[j]);
+        }
+    }
+}
+
+// Likewise by fused multiply-add on f32, which rounds to nearest: slow, exact, for checking the others.
+template <u32 TILE, Layout A_LAYOUT, Layout B_LAYOUT> SAMTONE_DEVICE void multiply_stage_f32(Totals<TILE>& sums, shared_address stage) {
+    constexpr u32 FRAGMENTS = Shape<TILE>::FRAGMENTS;
+    const u32 g = lane_id() / 4, t = lane_id() % 4;
+    auto at = [](Layout layout, shared_address operand, u32 along, u32 k) {
+        if (layout == Layout::rows) return operand + along * 128 + (k / 4 ^ along % 8) * 16 + k % 4 * 4;
+        const u32 chunk = along / 4;
+        return operand + k * (4 * TILE) + ((chunk & ~7u) | ((chunk ^ k) & 7)) * 16 + along % 4 * 4;
+    };
+    for (u32 k = 0; k < 32; ++k) {
+        float a[FRAGMENTS][2], b[4][2];
+        UNROLL
+        for (u32 i = 0; i < FRAGMENTS; ++i) {
+            UNROLL
+            for (u32 half = 0; half < 2; ++half)
+                a[i][half] = ld_shared_f32(at(A_LAYOUT, stage, warp_row<TILE>() + 16 * i + 8 * half + g, k));
+        }
+        UNROLL
+        for (u32 j = 0; j < 4; ++j) {
+            UNROLL
+            for (u32 side = 0; side < 2; ++side)
+                b[j][side] = ld_shared_f32(at(B_LAYOUT, stage + Shape<TILE>::OPERAND, warp_column<TILE>() + 8 * j + 2 * t + side, k));
+        }
+        UNROLL
+        for (u32 i = 0; i < FRAGMENTS; ++i) {
+            UNROLL
+            for (u32 j = 0; j < 4; ++j) {
+                UNROLL
+                for (u32 r = 0; r < 4; ++r) sums[i][j][r] = fma_rn(a[i][r / 2], b[j][r % 2], sums[i][j][r]);
+            }
+        }
+    }
+}
+
+// total += A·B along `steps` ≥ 1 stages of each segment. Leaves shared memory free.
+template <u32 TILE, Arithmetic A, Layout A_LAYOUT, Layout B_LAYOUT>
+SAMTONE_DEVICE void multiply(Totals<TILE>& total, Source a, Source b, u32 steps) {
+    using S = Shape<TILE>;
+    constexpr u32 FRAGMENTS = S::FRAGMENTS;
+    const u32 all = Numbers<A>::SEGMENTS * steps;
+    u32 copied = 0, segment_left = steps, segment = 0;
+    auto copy_next = [&]() {
+        if (copied < all) {
+            const shared_address slot = shared_base() + copied % S::STAGES * S::STAGE;
+            copy_stage(a, slot);
+            copy_stage(b, slot + S::OPERAND);
+            ++copied;
+            if (Numbers<A>::SEGMENTS > 1 && --segment_left == 0) { // hi·hi, then hi·lo, then lo·hi
+                segment_left = steps;
+                ++segment;
+                a.next = a.origin + (segment == 2 ? a.plane : 0);
+                b.next = b.origin + (segment == 1 ? b.plane : 0);
+            }
+        }
+        cp_async_commit_group(); // also when there is nothing left, so that the count of groups stays the same
+    };
+    for (u32 stage = 0; stage < S::STAGES - 1; ++stage) copy_next();
+
+    float sums[FRAGMENTS][4][4] = {};
+    for (u32 step = 0; step < all; ++step) {
+        SYNC(P1, cp_async_wait_group<S::STAGES - 2>());
+        SYNC(P2, bar_sync());
+        copy_next();
+        const shared_address slot = shared_base() + step % S::STAGES * S::STAGE;
+        if constexpr (Numbers<A>::TENSOR) multiply_stage_f16<TILE, A_LAYOUT, B_LAYOUT>(sums, slot);
+        else multiply_stage_f32<TILE, A_LAYOUT, B_LAYOUT>(sums, slot);
+        if ((step + 1) % Numbers<A>::FLUSH == 0 || step + 1 == all) {
+            UNROLL
+            for (u32 i = 0; i < FRAGMENTS; ++i) {
+                UNROLL
+                for (u32 j = 0; j < 4; ++j) {
+                    UNROLL
+                    for (u32 r = 0; r < 4; ++r) {
+                        total[i][j][r] += sums[i][j][r];
+                        sums[i][j][r] = 0;
+                    }
+                }
+            }
+        }
+    }
+    SYNC(P3, bar_sync());
+}

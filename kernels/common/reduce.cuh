@@ -1,0 +1,32 @@
+// reduce.cuh: sums and maxima over a block of 256 threads, in f64 and in an order that never changes.
+//
+// Shared   from 0 on: 8 bytes for each warp
+// Sync     R1 every warp's value is written
+//          R2 all have read the result: shared memory is free
+#pragma once
+#include "problem.cuh"
+
+constexpr u32 REDUCE_THREADS = 256, REDUCE_BYTES = REDUCE_THREADS / WARP * 8;
+
+struct Sum {
+    SAMTONE_MEMBER static double of(double a, double b) { return a + b; }
+};
+struct Largest {
+    SAMTONE_MEMBER static double of(double a, double b) { return a > b ? a : b; }
+};
+
+template <class Operation> SAMTONE_DEVICE double reduce_warp(double x SAMTONE_SITE) {
+    for (u32 bit = 1; bit < WARP; bit *= 2) x = Operation::of(x, shfl_sync_bfly(ALL_LANES, x, bit SAMTONE_EMULATED_AS(, site)));
+    return x;
+}
+
+// The result, in every thread.
+template <class Operation> SAMTONE_DEVICE double reduce_block(double x SAMTONE_SITE) {
+    x = reduce_warp<Operation>(x SAMTONE_EMULATED_AS(, site));
+    if (lane_id() == 0) st_shared_f64(shared_base() + 8 * warp_id(), x);
+    SYNC(R1, bar_sync(SAMTONE_EMULATED_AS(site)));
+    double all = ld_shared_f64(shared_base());
+    for (u32 warp = 1; warp < REDUCE_THREADS / WARP; ++warp) all = Operation::of(all, ld_shared_f64(shared_base() + 8 * warp));
+    SYNC(R2, bar_sync(SAMTONE_EMULATED_AS(site)));
+    return all;
+}

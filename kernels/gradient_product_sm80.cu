@@ -1,0 +1,100 @@
+// gradient_product_sm80.cu: sums of gradients of logits times embeddings; mma.sync.
+// Math     sums[i] (+)= Σ_j ĝ_ij x_j over the super-blocks of the wave that i is an edge of; x packed rows. For an index of a column
+//          edge Σ_i ĝ_ij x_i. A super-block on the diagonal of a triangle is a whole symmetric matrix: its rows are enough
+// In/out   gradients of gradient_tile_sm80.cu, towers · sums of either space, f32, row-major with a stride
+// Tiles    one TILE x TILE tile of a sum per block, grid (blocks of rows of both spaces · tiles along d); a space's blocks of rows
+//          begin at its cuts, so that each is whole within the edges it meets
+// Threads  2·TILE; see product.cuh
+// Shared   product.cuh's stages
+// Sync     P1, P2, P3 product.cuh
+// Numerics f32 sums as in product.cuh; one writer for each sum, super-blocks in the order of the wave: same bits on every run
+// Limits   stride even, sums aligned to 8 bytes
+#include "common/product.cuh"
+
+constexpr u32 MAX_CUTS = 8;
+struct Outputs {
+    u32 count, blocks;           // of cuts; of blocks of rows: 0 for a space without gradients
+    u32 cuts[MAX_CUTS];          // where the parts of the space begin; the last is its end
+    u32 first_block[MAX_CUTS];   // the first block of each part
+    float* sums;
+    u64 stride;                  // elements
+};
+struct Product {
+    Outputs of[2];
+    u32 dim, tiles_along_dim;
+    u32 accumulate; // add to what is there
+    u32 padding;
+};
+
+template <u32 TILE, Arithmetic A>
+SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, const unsigned char* gradients, u64 plane,
+                                     const Product& product) {
+    constexpr u32 BYTES = Numbers<A>::BYTES;
+    // [1] which sums
+    u32 row_block = blockIdx.x / product.tiles_along_dim;
+    const u32 column = blockIdx.x % product.tiles_along_dim * TILE;
+    const u32 space = row_block < product.of[0].blocks ? 0 : 1;
+    if (space == 1) row_block -= product.of[0].blocks;
+    const Outputs& outputs = product.of[space];
+    u32 part = 0;
+    while (part + 2 < outputs.count && row_block >= outputs.first_block[part + 1]) ++part;
+    const u32 begin = outputs.cuts[part] + (row_block - outputs.first_block[part]) * TILE, end = outputs.cuts[part + 1];
+
+    // [2] multiply
+    float total[Shape<TILE>::FRAGMENTS][4][4] = {};
+    bool any = false;
+    for (u32 b = 0; b < wave.count; ++b) {
+        const SuperBlock& block = wave.blocks[b];
+        const unsigned char* matrix = gradients + block.gradient * BYTES;
+        const u64 row_bytes = static_cast<u64>(block.col.tiles) * TILE * BYTES;
+        for (u32 side = 0; side < 2; ++side) {
+            const Edge &edge = side == 0 ? block.row : block.col, &other = side == 0 ? block.col : block.row;
+            if (edge.gradients == 0 || edge.space != space || begin < edge.begin || begin >= edge.end) continue;
+            const Tower& tower = tower_of(towers, other.space);
+            const u32 steps = other.tiles * TILE / Numbers<A>::DEPTH;
+            const Source x = by_depth<TILE, A>(tower.packed, towers.row_bytes, tower.plane, other.begin, column * BYTES);
+            if (side == 0)
+                multiply<TILE, A, Layout::rows, Layout::depth>(total, by_rows<TILE>(matrix, row_bytes, plane, begin - edge.begin), x,
+                                                               steps);
+            else
+                multiply<TILE, A, Layout::depth, Layout::depth>(
+                    total, by_depth<TILE, A>(matrix, row_bytes, plane, 0, (begin - edge.begin) * BYTES), x, steps);
+            any = true;
+        }
+    }
+    if (product.accumulate != 0 && !any) return;
+
+    // [3] store
+    const u32 row0 = begin + warp_row<TILE>() + lane_id() / 4, column0 = column + warp_column<TILE>() + lane_id() % 4 * 2;
+    UNROLL
+    for (u32 i = 0; i < 2 * Shape<TILE>::FRAGMENTS; ++i) {
+        const u32 row = row0 + 8 * i;
+        if (row >= end) continue;
+        float* to = outputs.sums + row * outputs.stride;
+        UNROLL
+        for (u32 j = 0; j < 4; ++j) {
+            const u32 c = column0 + 8 * j;
+            f32x2 sum{total[i / 2][j][i % 2 * 2], total[i / 2][j][i % 2 * 2 + 1]};
+            if (c + 1 < product.dim) {
+                if (product.accumulate != 0) {
+                    const f32x2 before = ld_global_f32x2(to + c);
+                    sum = {before.x + sum.x, before.y + sum.y};
+                }
+                st_global_f32x2(to + c, sum);
+            } else if (c < product.dim) {
+                st_global_f32(to + c, product.accumulate != 0 ? ld_global_f32(to + c) + sum.x : sum.x);
+            }
+        }
+    }
+}
+
+#define GRADIENT_PRODUCT(name, TILE, arithmetic)                                                                             \
+    KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const unsigned char* gradients, u64 plane, \
+           BY_VALUE(Product) product) {                                                                                      \
+        gradient_product<TILE, Arithmetic::arithmetic>(wave, towers, gradients, plane, product);                             \
+    }
+GRADIENT_PRODUCT(gradient_product_f16_64, 64, f16)
+GRADIENT_PRODUCT(gradient_product_f16_128, 128, f16)
+GRADIENT_PRODUCT(gradient_product_f16x3_64, 64, f16x3)
+GRADIENT_PRODUCT(gradient_product_f16x3_128, 128, f16x3)
+GRADIENT_PRODUCT(gradient_product_f32_64, 64, f32)

@@ -1,0 +1,189 @@
+// gradient_tile_sm80.cu: gradient of the loss with respect to tiles of cosines; mma.sync.
+// Math     g_ij = exp(β s_ij)·([kept for row i] a_i + [kept for column j] b_j), with log a, log b from combine.cu, in units of
+//          2^SHIFT; ĝ_ij = g_ij·n_i·n_j with n = 2^12/‖packed row‖, so that products with packed rows need no other scale.
+//          dots: Σ g (s − s⁺), each part with the positive of its own anchor
+// In/out   towers, rows, log_coefficients [4][rows_count], positive [rows_count], results (SHIFT) · gradients: per super-block a
+//          row-major matrix of [row.tiles·TILE][col.tiles·TILE], f16, two planes of f16, or f32; dots: f64 for each tile
+// Tiles    one tile per block, grid (tiles of the wave). Off the diagonal of a triangle, also the mirror image of the tile
+// Threads  2·TILE; see product.cuh
+// Shared   product.cuh's stages; afterwards
+//            0           edges, 48 bytes each (epilogue.cuh); of the pass: exponent and factor of the coefficient, s⁺
+//            96·TILE     the tile, rows of TILE elements and 16 bytes of padding, one after the other plane
+//            then        4 bytes for each warp: its part of the dot
+// Sync     P1, P2, P3 product.cuh; E1 epilogue.cuh
+//          G1 the whole tile and all dots are written before they are read
+// Numerics As logsumexp_sm80.cu. Coefficients are factor·2^exponent with whole exponents. Where none of a warp's coefficients
+//          exceeds 2^60 times the inverse of its largest exponential, one exponential serves both; elsewhere each is taken with
+//          its own. |g| ≤ 2^14: it cannot leave f16, and what lies below 2^-24 is lost: 2^-38 of the largest row
+// Limits   as logsumexp_sm80.cu
+#include "common/epilogue.cuh"
+
+template <u32 TILE, Arithmetic A> struct Staging {
+    static constexpr u32 ROW = TILE * Numbers<A>::BYTES + 16, PLANE = TILE * ROW, START = 2 * TILE * EDGE_BYTES,
+                         DOTS = START + Numbers<A>::PLANES * PLANE;
+    static_assert(DOTS + Shape<TILE>::THREADS / WARP * 4 <= Shape<TILE>::STAGES * Shape<TILE>::STAGE, "fits the stages' memory");
+};
+
+// Two neighbouring elements of the tile.
+template <u32 TILE, Arithmetic A> SAMTONE_DEVICE void stage_pair(u32 row, u32 column, float low, float high) {
+    const shared_address at = shared_base() + Staging<TILE, A>::START + row * Staging<TILE, A>::ROW + column * Numbers<A>::BYTES;
+    if constexpr (Numbers<A>::TENSOR) {
+        const u32 pair = cvt_rn_f16x2_f32(low, high);
+        st_shared_u32(at, pair);
+        if constexpr (Numbers<A>::PLANES == 2) {
+            const float rest_low = low - cvt_f32(f16{static_cast<u16>(pair & 0xffff)});
+            const float rest_high = high - cvt_f32(f16{static_cast<u16>(pair >> 16)});
+            st_shared_u32(at + Staging<TILE, A>::PLANE, cvt_rn_f16x2_f32(rest_low, rest_high));
+        }
+    } else {
+        st_shared_f32x2(at, {low, high});
+    }
+}
+
+// Copies the staged tile to rows row0, … and columns column0, … of a matrix whose rows have `columns` elements.
+template <u32 TILE, Arithmetic A, bool MIRRORED>
+SAMTONE_DEVICE void copy_out(unsigned char* matrix, u64 plane, u32 columns, u32 row0, u32 column0) {
+    using S = Staging<TILE, A>;
+    constexpr u32 BYTES = Numbers<A>::BYTES, PER_CHUNK = 16 / BYTES, CHUNKS = TILE / PER_CHUNK;
+    for (u32 p = 0; p < Numbers<A>::PLANES; ++p) {
+        const shared_address tile = shared_base() + S::START + p * S::PLANE;
+        for (u32 k = threadIdx.x; k < TILE * CHUNKS; k += Shape<TILE>::THREADS) {
+            const u32 row = k / CHUNKS, column = k % CHUNKS * PER_CHUNK;
+            u32x4 chunk;
+            if constexpr (!MIRRORED) {
+                chunk = ld_shared_u32x4(tile + row * S::ROW + column * BYTES);
+            } else {
+                auto word = [&](u32 i) { // elements of column `row` of the tile
+                    if constexpr (BYTES == 4) return ld_shared_u32(tile + (column + i) * S::ROW + row * 4);
+                    const u32 low = ld_shared_u16(tile + (column + 2 * i) * S::ROW + row * 2);
+                    return low | static_cast<u32>(ld_shared_u16(tile + (column + 2 * i + 1) * S::ROW + row * 2)) << 16;
+                };
+                chunk = {word(0), word(1), word(2), word(3)};
+            }
+            const u64 element = static_cast<u64>(row0 + row) * columns + column0 + column;
+            st_global_u32x4(matrix + p * plane + element * BYTES, chunk);
+        }
+    }
+}
+
+template <u32 TILE, Arithmetic A>
+SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta,
+                                  const double* log_coefficients, const double* positive, const double* results, u32 row_count,
+                                  unsigned char* gradients, u64 plane, double* dots) {
+    using E = Elements<TILE>;
+    constexpr float NEVER = -1e9f; // an exponent that flushes everything to 0
+    // [1] load
+    const TilePlace at = place_of(wave, blockIdx.x);
+    const SuperBlock& block = wave.blocks[at.block];
+    const EdgeEntry edge = load_edge<TILE>(block, at, towers, rows);
+    float exponent = NEVER, factor = 0, cosine = 0;
+    if (edge.anchor.z != NONE) {
+        constexpr double LOG2_E = 1.44269504088896340735992468100;
+        const u32 of = holds_row<TILE>() ? block.row.block : block.col.block;
+        const double log = ld_global_f64(log_coefficients + static_cast<u64>(of) * row_count + edge.row);
+        const double log2 = log * LOG2_E - ld_global_f64(results + SHIFT), whole = round_f64(log2);
+        cosine = static_cast<float>(ld_global_f64(positive + edge.row));
+        if (whole > -1e6) { // −∞: nothing
+            exponent = static_cast<float>(whole);
+            factor = ex2_approx(static_cast<float>(log2 - whole));
+        }
+    }
+    const Tower &left = tower_of(towers, block.row.space), &right = tower_of(towers, block.col.space);
+    float x[Shape<TILE>::FRAGMENTS][4][4] = {};
+    multiply<TILE, A, Layout::rows, Layout::rows>(
+        x, by_rows<TILE>(left.packed, towers.row_bytes, left.plane, block.row.begin + at.row * TILE),
+        by_rows<TILE>(right.packed, towers.row_bytes, right.plane, block.col.begin + at.col * TILE),
+        towers.row_bytes / 128);
+
+    // [2] scale, [3] mask
+    store_edge<TILE>(shared_base(), edge, {bits_of(exponent), bits_of(factor), bits_of(cosine), 0});
+    SYNC(E1, bar_sync());
+    const Kept kept = scale_and_mask<TILE>(x, shared_base(), mask_of<TILE>(block, at, towers));
+
+    // [4] one exponential or two
+    const E elements = E::of_this_thread();
+    const shared_address row_edges = shared_base() + 32, col_edges = row_edges + TILE * EDGE_BYTES;
+    float largest = NO_COSINE, strongest = NEVER, col_exponent[E::COLS], col_factor[E::COLS], col_positive[E::COLS];
+    UNROLL
+    for (u32 j = 0; j < E::COLS; ++j) {
+        const u32x4 of_column = ld_shared_u32x4(col_edges + elements.column(j) * EDGE_BYTES);
+        col_exponent[j] = float_of(of_column.x);
+        col_factor[j] = float_of(of_column.y);
+        col_positive[j] = float_of(of_column.z);
+        strongest = max_f32(strongest, col_exponent[j]);
+    }
+    UNROLL
+    for (u32 i = 0; i < E::ROWS; ++i) {
+        strongest = max_f32(strongest, ld_shared_f32(row_edges + elements.row(i) * EDGE_BYTES));
+        UNROLL
+        for (u32 j = 0; j < E::COLS; ++j)
+            if (is_kept(kept.row | kept.col, i, j)) largest = max_f32(largest, element<TILE>(x, i, j));
+    }
+    largest = max_among(largest, 1, 16);
+    strongest = max_among(strongest, 1, 16);
+    const float common = largest > NO_COSINE ? round_f32(beta.high * largest) : 0;
+    const bool together = common + strongest < 60.0f;
+    if (together) {
+        UNROLL
+        for (u32 j = 0; j < E::COLS; ++j) col_factor[j] *= ex2_approx(common + col_exponent[j]);
+    }
+
+    // [5] gradients
+    const float counted = block.counted != 0 && !(block.triangle != 0 && at.row == at.col) ? 1.0f : 0.0f;
+    float dot = 0;
+    UNROLL
+    for (u32 i = 0; i < E::ROWS; ++i) {
+        const u32 row = elements.row(i);
+        const u32x4 of_row = ld_shared_u32x4(row_edges + row * EDGE_BYTES);
+        const float row_exponent = float_of(of_row.x), row_positive = float_of(of_row.z);
+        float row_factor = float_of(of_row.y);
+        if (together) row_factor *= ex2_approx(common + row_exponent);
+        const float row_scale = ld_shared_f32(shared_base() + row * EDGE_BYTES + 12);
+        UNROLL
+        for (u32 j = 0; j < E::COLS; j += 2) {
+            float out[2];
+            UNROLL
+            for (u32 side = 0; side < 2; ++side) {
+                const u32 c = j + side;
+                const float s = element<TILE>(x, i, c);
+                const float shared = together ? exponential(s, beta, common) : 0;
+                const float by_row = together ? shared : exponential(s, beta, -row_exponent);
+                const float by_col = together ? shared : exponential(s, beta, -col_exponent[c]);
+                const float g_row = is_kept(kept.row, i, c) ? by_row * row_factor : 0;
+                const float g_col = is_kept(kept.col, i, c) ? by_col * col_factor[c] : 0;
+                dot += g_row * (s - row_positive) + counted * g_col * (s - col_positive[c]);
+                const float col_scale = ld_shared_f32(shared_base() + (TILE + elements.column(c)) * EDGE_BYTES + 12);
+                out[side] = (g_row + g_col) * row_scale * col_scale;
+            }
+            stage_pair<TILE, A>(row, elements.column(j), out[0], out[1]);
+        }
+    }
+    for (u32 bit = 1; bit < WARP; bit *= 2) dot += shfl_sync_bfly(ALL_LANES, dot, bit);
+    const shared_address parts = shared_base() + Staging<TILE, A>::DOTS;
+    if (lane_id() == 0) st_shared_f32(parts + 4 * warp_id(), dot);
+    SYNC(G1, bar_sync());
+
+    // [6] store
+    if (threadIdx.x == 0) {
+        double all = 0;
+        for (u32 warp = 0; warp < Shape<TILE>::THREADS / WARP; ++warp) all += static_cast<double>(ld_shared_f32(parts + 4 * warp));
+        st_global_f64(dots + blockIdx.x, all);
+    }
+    unsigned char* matrix = gradients + block.gradient * Numbers<A>::BYTES;
+    const u32 columns = block.col.tiles * TILE;
+    copy_out<TILE, A, false>(matrix, plane, columns, at.row * TILE, at.col * TILE);
+    if (block.triangle != 0 && at.row != at.col) copy_out<TILE, A, true>(matrix, plane, columns, at.col * TILE, at.row * TILE);
+}
+
+#define GRADIENT_TILE(name, TILE, arithmetic)                                                                             \
+    KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta,   \
+           const double* log_coefficients, const double* positive, const double* results, u32 row_count,                  \
+           unsigned char* gradients, u64 plane, double* dots) {                                                           \
+        gradient_tile<TILE, Arithmetic::arithmetic>(wave, towers, rows, beta, log_coefficients, positive, results, row_count, \
+                                                    gradients, plane, dots);                                              \
+    }
+GRADIENT_TILE(gradient_tile_f16_64, 64, f16)
+GRADIENT_TILE(gradient_tile_f16_128, 128, f16)
+GRADIENT_TILE(gradient_tile_f16x3_64, 64, f16x3)
+GRADIENT_TILE(gradient_tile_f16x3_128, 128, f16x3)
+GRADIENT_TILE(gradient_tile_f32_64, 64, f32)

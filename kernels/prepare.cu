@@ -1,0 +1,133 @@
+// prepare.cu: what the heavy passes read: packed embeddings, norms, the positives' cosines, keys of the anchors.
+// Math     reset      status ← NONE
+//          pack       n = ‖x‖ (f64); packed = x·2^e with norm in [2^12, 2^13), as f16, two f16 or f32; inverse = 2^12/‖packed‖
+//          positives  s⁺ᵢ = q̂ᵢ·p̂_{π(i)} from the raw embeddings, in f64; thresholds of margin and rank
+// In/out   raw embeddings of f32, f16 or bf16 with any row stride; order: row behind each index, or null for the identity ·
+//          packed rows with zeros up to 128 bytes; norms; anchor keys
+// Tiles    grid (⌈indices / 8⌉) or (⌈rows / 8⌉)
+// Threads  256: one warp per index
+// Shared   none
+// Sync     none but exchanges within a warp
+// Numerics f64 sums over lanes in a fixed order. A power of two changes no digit; f16 loses what lies 2^-37 below a row's norm,
+//          far under the last bit of an f32 cosine, and that is so for bf16 inputs as well, which therefore need no kernels of
+//          their own. A row that is not finite or has norm zero packs as zeros and leaves its number in `status`
+// Limits   raw rows are aligned to their elements
+#include "common/raw.cuh"
+#include "common/reduce.cuh"
+
+constexpr u32 ROWS_PER_BLOCK = REDUCE_THREADS / WARP;
+enum : u32 { PACK_F16 = 0, PACK_F16X3 = 1, PACK_F32 = 2 };
+
+struct Packing {
+    Raw raw;
+    const u32* order;
+    unsigned char* packed;
+    u64 plane;
+    float* inverse;
+    double* inverse_norm;
+    u32* status; // of this tower: [0] not finite, [2] zero
+    u32 indices, padded, row_bytes, format;
+};
+
+KERNEL(reset, WARP, u32* status) {
+    if (threadIdx.x < STATUS_WORDS) st_global_u32(status + threadIdx.x, NONE);
+}
+
+KERNEL(pack, REDUCE_THREADS, BY_VALUE(Packing) p) {
+    const u32 index = blockIdx.x * ROWS_PER_BLOCK + warp_id();
+    if (index >= p.padded) return;
+    const bool exists = index < p.indices, aligned = is_aligned(p.raw);
+    u32 row = index;
+    if (exists && p.order != nullptr) row = ld_global_nc_u32(p.order + index);
+    const unsigned char* x = p.raw.data + row * p.raw.row_bytes;
+    double scale = 0;
+    if (exists) { // [1] norm
+        double squares = 0;
+        for (u32 column = 8 * lane_id(); column < p.raw.dim; column += 8 * WARP) {
+            float v[8];
+            load_eight(v, p.raw, x, column, aligned);
+            UNROLL
+            for (u32 i = 0; i < 8; ++i) squares = fma_rn(static_cast<double>(v[i]), static_cast<double>(v[i]), squares);
+        }
+        squares = reduce_warp<Sum>(squares);
+        const bool finite = squares < 1e300; // false for NaN; squares of finite f32 numbers stay far below
+        double inverse_norm = 0, inverse = 0;
+        if (finite && squares > 0) {
+            const double norm = sqrt_rn(squares);
+            const i32 exponent = static_cast<i32>(bits_of(norm) >> 52) - 1023;
+            scale = power_of_two(12 - exponent);
+            inverse_norm = 1 / norm;
+            inverse = 4096 / (norm * scale);
+        }
+        if (lane_id() == 0) {
+            if (!finite) atom_global_min_u32(p.status, row);
+            if (squares == 0) atom_global_min_u32(p.status + 2, row);
+            st_global_f32(p.inverse + index, static_cast<float>(inverse));
+            st_global_f64(p.inverse_norm + index, inverse_norm);
+        }
+    }
+    // [2] pack
+    unsigned char* out = p.packed + static_cast<u64>(index) * p.row_bytes;
+    const u32 columns = p.row_bytes / (p.format == PACK_F32 ? 4 : 2);
+    for (u32 column = 8 * lane_id(); column < columns; column += 8 * WARP) {
+        float v[8];
+        UNROLL
+        for (u32 i = 0; i < 8; ++i) v[i] = 0;
+        if (scale > 0) load_eight(v, p.raw, x, column, aligned);
+        UNROLL
+        for (u32 i = 0; i < 8; ++i) v[i] = static_cast<float>(v[i] * scale); // in f64: the power alone may exceed f32
+        if (p.format == PACK_F32) {
+            st_global_f32x4(out + 4 * column, {v[0], v[1], v[2], v[3]});
+            st_global_f32x4(out + 4 * column + 16, {v[4], v[5], v[6], v[7]});
+            continue;
+        }
+        u32 high[4], low[4];
+        UNROLL
+        for (u32 i = 0; i < 4; ++i) {
+            high[i] = cvt_rn_f16x2_f32(v[2 * i], v[2 * i + 1]);
+            low[i] = cvt_rn_f16x2_f32(v[2 * i] - low_half(high[i], TYPE_F16), v[2 * i + 1] - high_half(high[i], TYPE_F16));
+        }
+        st_global_u32x4(out + 2 * column, {high[0], high[1], high[2], high[3]});
+        if (p.format == PACK_F16X3) st_global_u32x4(out + p.plane + 2 * column, {low[0], low[1], low[2], low[3]});
+    }
+}
+
+struct Positives {
+    Raw query, passage;
+    const u32* positives;    // passage of each row's positive, or null for the identity
+    const u32* anchor_index; // index of the passage space of each row's positive, or null for the identity
+    const double *query_inverse_norm, *passage_inverse_norm; // by index
+    const u32x2* row_keys;   // query key, passage key
+    double* positive;        // s⁺
+    AnchorKeys* anchors;
+    double margin;           // +∞ for none
+    u32 rows, padding;
+};
+
+KERNEL(positives, REDUCE_THREADS, BY_VALUE(Positives) p) {
+    constexpr double COSINE_TIE = 1.0 / (1 << 20); // src/mask.rs
+    const u32 row = blockIdx.x * ROWS_PER_BLOCK + warp_id();
+    if (row >= p.rows) return;
+    u32 passage = row, index = row;
+    if (p.positives != nullptr) {
+        passage = ld_global_nc_u32(p.positives + row);
+        index = ld_global_nc_u32(p.anchor_index + row);
+    }
+    const unsigned char *q = p.query.data + row * p.query.row_bytes, *x = p.passage.data + passage * p.passage.row_bytes;
+    const bool q_aligned = is_aligned(p.query), x_aligned = is_aligned(p.passage);
+    double dot = 0;
+    for (u32 column = 8 * lane_id(); column < p.query.dim; column += 8 * WARP) {
+        float a[8], b[8];
+        load_eight(a, p.query, q, column, q_aligned);
+        load_eight(b, p.passage, x, column, x_aligned);
+        UNROLL
+        for (u32 i = 0; i < 8; ++i) dot = fma_rn(static_cast<double>(a[i]), static_cast<double>(b[i]), dot);
+    }
+    dot = reduce_warp<Sum>(dot);
+    if (lane_id() != 0) return;
+    const double cosine = dot * ld_global_f64(p.query_inverse_norm + row) * ld_global_f64(p.passage_inverse_norm + index);
+    const u32x2 keys = ld_global_nc_u32x2(p.row_keys + row);
+    const float threshold = static_cast<float>(cosine + p.margin + COSINE_TIE), above = static_cast<float>(cosine + COSINE_TIE);
+    st_global_f64(p.positive + row, cosine);
+    st_global_u32x4(p.anchors + row, {keys.x, keys.y, bits_of(threshold), bits_of(above)});
+}
