@@ -40,18 +40,21 @@ def main():
 def run(arguments, output, report):
     kernels = sources.read_all(arguments.sources)
     wanted, usage, problems = build(kernels)
-    listed = {(k.name, e): t for k in kernels for e, t in ptxas.entries(wanted[k.stem]).items()}
-    shared_memory = read_shared_memory(arguments.sources / "shared_memory.json", {entry for _, entry in listed})
+    # One file that does not compile keeps no other from being written, but a table without it would be wrong.
+    complete = len(wanted) == len(kernels)
+    listed = {(k.name, e): t for k in kernels for e, t in ptxas.entries(wanted.get(k.stem, "")).items()}
     for (file, entry), threads in listed.items():
         if threads is None:
             problems.append(f"{file}: {entry} has no __launch_bounds__")
 
     files = {output / f"{stem}.ptx": ptx for stem, ptx in wanted.items()}
-    if kernels:
+    if kernels and complete:
+        shared_memory = read_shared_memory(arguments.sources / "shared_memory.json", {entry for _, entry in listed})
         architectures = sorted({a for k in kernels for a in k.target["architectures"]}, key=order)
         rows = [(*key, threads, usage[key]) for key, threads in listed.items() if usage.get(key)]
         files[report] = table.render(rows, architectures, shared_memory)
-    stale = [path for path in [*output.glob("*.ptx"), report] if path not in files and path.exists()]
+    present = [*output.glob("*.ptx"), report]
+    stale = [path for path in present if complete and path not in files and path.exists()]
     if arguments.check:
         problems += differences(files, stale)
     else:
@@ -60,7 +63,7 @@ def run(arguments, output, report):
         for path in stale:
             path.unlink()
     if arguments.sass:
-        disassemble(kernels, wanted, arguments.sass)
+        disassemble([k for k in kernels if k.stem in wanted], wanted, arguments.sass)
     if not kernels:
         print(f"no kernels: {shown(arguments.sources)} has no .cu files")
     elif not problems:
@@ -77,7 +80,11 @@ def build(kernels):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = []
         for kernel in kernels:
-            ptx = wanted[kernel.stem] = nvrtc.compile(kernel)
+            try:
+                ptx = wanted[kernel.stem] = nvrtc.compile(kernel)
+            except Refused as refused:
+                problems.append(str(refused))
+                continue
             for architecture in kernel.target["architectures"]:
                 job = pool.submit(ptxas.assemble, kernel.stem, ptx, architecture)
                 jobs.append((kernel, architecture, job))

@@ -138,6 +138,15 @@ class Commands(unittest.TestCase):
         self.write("own.cuh", "#pragma once\n#define SCALE 2.0f\nint broken(\n")
         self.assert_refused("own.cuh(", "error", arguments=())
 
+    def test_a_broken_file_keeps_no_other_from_being_compiled(self):
+        self.compile()
+        table = self.table()
+        self.write("broken.cu", "int broken(\n")
+        self.write("copy.cu", COPY.replace("64", "32"))
+        self.assert_refused("broken.cu does not compile", arguments=())
+        self.assertIn(".maxntid 32", self.ptx())
+        self.assertEqual(self.table(), table)
+
     def test_a_missing_header_is_named(self):
         (self.sources / "own.cuh").unlink()
         self.assert_refused("copy.cu includes own.cuh, which does not exist", arguments=())
