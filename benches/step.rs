@@ -130,7 +130,7 @@ impl<'a> Session<'a> {
         let mut report = json!({
             "loss": first.evaluation.loss,
             "peak_bytes": peak,
-            "workspace_bound_bytes": self.options.workspace_bytes(),
+            "workspace_bound_bytes": self.options.workspace_bytes().unwrap_or(cpu::DEFAULT_WORKSPACE_BYTES),
             "plan": plan.to_string(),
             "stored": plan.stores_logits(),
             "flops": plan.flops(),

@@ -18,7 +18,7 @@ pub struct Options {
     temperature: f64,
     margin: Option<f64>,
     zero_norm: ZeroNorm,
-    workspace_bytes: usize,
+    workspace_bytes: Option<usize>,
 }
 
 impl Options {
@@ -26,8 +26,6 @@ impl Options {
     pub const MIN_TEMPERATURE: f64 = 1e-6;
     /// Largest temperature.
     pub const MAX_TEMPERATURE: f64 = 1e6;
-    /// Default bound on the workspace of the CPU backend: 256 MiB.
-    pub const DEFAULT_WORKSPACE_BYTES: usize = 256 << 20;
 
     /// Softmax temperature τ, from 1e-6 to 1e6; SamToNe uses 0.01. Logits are cosines divided by it.
     pub fn new(temperature: f64) -> Result<Self> {
@@ -35,12 +33,7 @@ impl Options {
             let allowed = format!("a number from {:e} to {:e}", Self::MIN_TEMPERATURE, Self::MAX_TEMPERATURE);
             return Err(Error::invalid("temperature", temperature.to_string(), allowed));
         }
-        Ok(Self {
-            temperature,
-            margin: None,
-            zero_norm: ZeroNorm::Error,
-            workspace_bytes: Self::DEFAULT_WORKSPACE_BYTES,
-        })
+        Ok(Self { temperature, margin: None, zero_norm: ZeroNorm::Error, workspace_bytes: None })
     }
 
     /// Drops every negative whose cosine exceeds s⁺ᵢ + margin: a filter of false negatives. Of either sign; Qwen3 uses 0.1.
@@ -59,11 +52,12 @@ impl Options {
     }
 
     /// Bound on the memory a backend may take beyond O((M + N)·d). More lets it keep logits instead of computing them twice.
+    /// Without one, a backend takes its own default: [`cpu::DEFAULT_WORKSPACE_BYTES`](crate::cpu::DEFAULT_WORKSPACE_BYTES).
     ///
     /// On the CPU it bounds tiles and panels. Outside it are some megabytes that do not grow with the batch: the sums of the
     /// tiles in flight, and the packing buffers that the matrix-product library keeps for each thread.
     pub fn with_workspace_bytes(mut self, bytes: usize) -> Self {
-        self.workspace_bytes = bytes;
+        self.workspace_bytes = Some(bytes);
         self
     }
 
@@ -87,8 +81,8 @@ impl Options {
         self.zero_norm
     }
 
-    /// Bound on the workspace, in bytes.
-    pub fn workspace_bytes(&self) -> usize {
+    /// Bound on the workspace, in bytes, if set.
+    pub fn workspace_bytes(&self) -> Option<usize> {
         self.workspace_bytes
     }
 }

@@ -3,7 +3,7 @@
 mod support;
 
 use samtone::backend;
-use samtone::cpu::Plan;
+use samtone::cpu::{self, Plan};
 use samtone::half::f16;
 use samtone::{Batch, DType, Embeddings, EmbeddingsMut, GradientBuffers, Loss, Options, Scope, ZeroNorm};
 use std::collections::BTreeSet;
@@ -81,7 +81,7 @@ fn edges_of_every_tile() -> Outcome {
     let mut seen = BTreeSet::new();
     let dim = 5;
     // From 16 upwards in every step that halving can reach; and the edges that sizes of batches choose by themselves.
-    let bounds = [3 << 10, 13 << 10, 28 << 10, Options::DEFAULT_WORKSPACE_BYTES];
+    let bounds = [3 << 10, 13 << 10, 28 << 10, cpu::DEFAULT_WORKSPACE_BYTES];
     for (b, bound) in bounds.into_iter().enumerate() {
         for base in [64, 320] {
             let make = |rows: usize, passages: usize, seed: u64| {
@@ -123,7 +123,7 @@ fn edges_of_the_largest_tile() -> Outcome {
                 problem(Loss::samtone_both(), Kind::Random, (rows, passages, 3), 0.3, 1, 0.0)?.rounded(DType::F32)
             }
         };
-        p.options = p.options.with_workspace_bytes(Options::DEFAULT_WORKSPACE_BYTES);
+        p.options = p.options.with_workspace_bytes(cpu::DEFAULT_WORKSPACE_BYTES);
         assert_eq!(tile(&p, DType::F32)?, 512);
         agree(&p, DType::F32)?;
     }
@@ -281,7 +281,7 @@ fn one_row_of_any_stride() -> Outcome {
         };
         let query = Embeddings::with_row_stride(&query, 1, 40, stride)?;
         let batch = Batch::new(query, Embeddings::new(&passage, 3, 40)?)?;
-        let (evaluation, _) = samtone::cpu::loss_and_gradients_into(&p.loss, &batch, &p.options, 1.0, buffers)?;
+        let (evaluation, _) = cpu::loss_and_gradients_into(&p.loss, &batch, &p.options, 1.0, buffers)?;
         assert!((evaluation.loss - want.evaluation.loss).abs() < 1e-6, "stride {stride}");
         for (got, want) in dq.iter().chain(&dp).zip(want.grad_query.iter().chain(&want.grad_passage)) {
             assert!((got - want).abs() <= 1e-5, "stride {stride}: {got} {want}");

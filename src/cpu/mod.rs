@@ -35,6 +35,9 @@ use crate::partials::Partials;
 use state::State;
 use std::ops::Range;
 
+/// Bound on the workspace if the options set none: 256 MiB.
+pub const DEFAULT_WORKSPACE_BYTES: usize = 256 << 20;
+
 /// What every pass works on.
 #[derive(Clone, Copy)]
 struct Call<'a> {

@@ -1,6 +1,7 @@
 //! What will run: tile size, which tiles of which matrices, stored or recomputed, and how much memory that takes. A pure
 //! function of the inputs and the number of threads; only the split into waves depends on the latter, never a bit of a result.
 
+use super::DEFAULT_WORKSPACE_BYTES;
 use super::state::{Order, Space, State};
 use super::tower::Panels;
 use crate::batch::Batch;
@@ -114,7 +115,7 @@ impl Plan {
         let width = d.div_ceil(panels).next_multiple_of(MIN_TILE).min(d);
         // Sixteen tiles at the least where the batch allows, so that a small batch still has work for every core.
         let mut tile = m.div_ceil(4).next_multiple_of(MIN_TILE).clamp(64, MAX_TILE);
-        let bound = state.options.workspace_bytes();
+        let bound = state.options.workspace_bytes().unwrap_or(DEFAULT_WORKSPACE_BYTES);
         let direct = [Space::Query, Space::Passage].iter().all(|&s| Panels::is_direct(&state.panels(s, batch)));
         let panel = |tile: usize| if direct { 0 } else { tile * width };
         let panel_bytes = |tile: usize| PANELS * panel(tile) * size_of::<f32>();

@@ -6,7 +6,7 @@ mod setup;
 mod support;
 
 use proptest::prelude::*;
-use samtone::{DType, Evaluation, Loss, Options};
+use samtone::{DType, Evaluation, Loss, cpu};
 use setup::{Extras, SLACK, Setup, close, config, failed, inverse, pick, reduced, setup, shuffled, solve, subset};
 use support::data::Source;
 use support::problem::{Outputs, Problem};
@@ -34,7 +34,7 @@ proptest! {
     fn scaling_rows_by_powers_of_two_changes_no_bit(setup in setup(), far in prop::bool::ANY) {
         let setup = Setup { kind: 0, temperature: setup.temperature.max(0.05), ..setup };
         let mut problem = setup.problem()?;
-        problem.options = problem.options.with_workspace_bytes(Options::DEFAULT_WORKSPACE_BYTES); // one tile size for all
+        problem.options = problem.options.with_workspace_bytes(cpu::DEFAULT_WORKSPACE_BYTES); // one tile size for all
         let Some(want) = solve(&problem, 1.0)? else { return Ok(()) };
         let mut source = Source::new(setup.seed + 2);
         let reach = if far { 100 } else { 12 };

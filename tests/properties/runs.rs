@@ -10,8 +10,7 @@ use proptest::test_runner::TestCaseError;
 use samtone::backend;
 use samtone::cpu::{self, Plan, Shard};
 use samtone::{
-    Batch, DType, Data, Element, Embeddings, EmbeddingsMut, Error, GradientBuffers, Loss, Options, Partials,
-    TemperatureGradient,
+    Batch, DType, Data, Element, Embeddings, EmbeddingsMut, Error, GradientBuffers, Loss, Partials, TemperatureGradient,
 };
 
 /// Bounds of `k` shards of uneven size.
@@ -109,7 +108,7 @@ proptest! {
     fn forward_then_backward_is_the_fused_call(setup in setup(), stored in prop::bool::ANY) {
         let mut problem = setup.problem()?;
         if stored {
-            problem.options = problem.options.with_workspace_bytes(Options::DEFAULT_WORKSPACE_BYTES);
+            problem.options = problem.options.with_workspace_bytes(cpu::DEFAULT_WORKSPACE_BYTES);
         }
         let (query, passage) = (Buffer::new(DType::F32, &problem.query), Buffer::new(DType::F32, &problem.passage));
         let batch = problem.batch(&query, &passage).map_err(failed)?;
