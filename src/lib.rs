@@ -25,9 +25,11 @@ pub mod error;
 pub mod loss;
 pub mod mask;
 pub mod options;
+mod order;
 pub mod output;
 pub mod partials;
 pub mod reference;
+mod regions;
 
 pub use batch::{Batch, Data, DataMut, Embeddings, EmbeddingsMut, Scope, Tower};
 pub use cpu::loss_and_gradients;

@@ -8,12 +8,13 @@ use super::Call;
 use super::epilogue::{Coefficients, Edges, gradient_tile};
 use super::matmul::{MatRef, multiply};
 use super::plan::{Plan, TileId};
-use super::state::{Space, State};
+use super::state::State;
 use super::sums::{products, view};
 use super::workspace::{Workspace, reserve};
 use crate::combine::Combined;
 use crate::error::Result;
 use crate::loss::Block;
+use crate::order::Space;
 use rayon::prelude::*;
 use std::ops::Range;
 

@@ -1,8 +1,10 @@
 //! The CPU backend: tiles of f32 matrix products over all cores, vectorised exponentials, bounded memory.
 //!
 //! ```text
-//! State      norms, keys, thresholds, order of the passages          O((M+N)·d) work, O(M+N) memory     state.rs, tower.rs
-//! Plan       tiles, stored or recomputed, workspace                                                     plan.rs
+//! State      norms, keys, thresholds                                 O((M+N)·d) work, O(M+N) memory     state.rs, tower.rs
+//! Order      of the passages                                         O(M+N)                             ../order.rs
+//! Regions    which indices meet, for whose sums and gradients                                           ../regions.rs
+//! Plan       their tiles, stored or recomputed, workspace                                               plan.rs
 //! [1] sums       products → scale → mask → exponential sums, ranks   3 B²d (one same-tower block)       sums.rs
 //! [2] combine    loss, row losses, metrics, coefficients             O(M)                               ../combine.rs
 //! [3] gradients  (products →) gradient tile → products with Q and P  6 B²d, 9 B²d if recomputed         gradient.rs

@@ -2,12 +2,14 @@
 //! function of the inputs and the number of threads; only the split into waves depends on the latter, never a bit of a result.
 
 use super::DEFAULT_WORKSPACE_BYTES;
-use super::state::{Order, Space, State};
+use super::state::State;
 use super::tower::Panels;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
-use crate::loss::{Block, Loss};
+use crate::loss::Loss;
 use crate::options::Options;
+use crate::order::Space;
+use crate::regions::{Region, cuts, regions};
 use std::fmt;
 use std::ops::Range;
 
@@ -27,26 +29,6 @@ const TILES_PER_WORKER: usize = 4;
 /// Bound on the tiles of a wave of the logsumexp pass, whose tiles need no memory beyond a wave's sums.
 pub(super) const SUM_WAVE: usize = 256;
 
-/// A rectangle or triangle of one matrix of cosines, with what its two edges take part in.
-#[derive(Debug, Clone)]
-pub(super) struct Region {
-    /// Spaces of the row and column indices.
-    pub spaces: [Space; 2],
-    /// Indices in cut points of the two spaces (see [`Grid`]).
-    pub rows: Range<usize>,
-    pub cols: Range<usize>,
-    /// Blocks of the row's and the column's softmax.
-    pub blocks: [Block; 2],
-    /// Whether row and column are the same index space and range: tiles below the diagonal are skipped.
-    pub triangle: bool,
-    /// Whether columns' sums are taken here.
-    pub sum_cols: bool,
-    /// Whether row anchors, column anchors take part at all.
-    pub anchors: [bool; 2],
-    /// Whether gradients of the rows, of the columns are added here.
-    pub gradients: [bool; 2],
-}
-
 /// Which tile of which region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct TileId {
@@ -56,16 +38,14 @@ pub(super) struct TileId {
     pub col: usize,
 }
 
-/// An index space cut into blocks of at most one tile edge; no block straddles a region's border.
+/// An index space cut into blocks of at most one tile edge; no block straddles one of its cuts.
 #[derive(Debug, Clone)]
 pub(super) struct Grid {
     pub blocks: Vec<Range<usize>>,
 }
 
 impl Grid {
-    fn new(mut cuts: Vec<usize>, tile: usize) -> Self {
-        cuts.sort_unstable();
-        cuts.dedup();
+    fn new(cuts: &[usize], tile: usize) -> Self {
         let blocks = cuts.windows(2).flat_map(|w| {
             let end = w[1];
             (w[0]..end).step_by(tile).map(move |start| start..end.min(start + tile))
@@ -129,10 +109,9 @@ impl Plan {
             return Err(Error::WorkspaceTooSmall { given: bound, needed: needed(tile), rows, passages, dim });
         }
 
-        let order = &state.order;
-        let grids = grids(&state.rows, order, m, tile);
-        let regions = regions(&state.loss, &state.rows, order, m, &grids);
-        let tiles = list_tiles(&regions);
+        let grids = cuts(&state.rows, &state.order, m).map(|cuts| Grid::new(&cuts, tile));
+        let regions = regions(&state.loss, &state.rows, &state.order, m);
+        let tiles = list_tiles(&regions, &grids);
         let tile_bytes = tile * tile * size_of::<f32>();
         let threads = rayon::current_num_threads();
         let room = bound - tile_bytes;
@@ -228,73 +207,16 @@ impl fmt::Display for Plan {
     }
 }
 
-fn grids(rows: &Range<usize>, order: &Order, m: usize, tile: usize) -> [Grid; 2] {
-    let (own, extras) = (order.anchors_of(rows), order.extras_of(rows));
-    let query = vec![0, rows.start, rows.end, m];
-    let passage = vec![0, own.start, own.end, order.anchors, order.passages, extras.start, extras.end, order.len()];
-    [Grid::new(query, tile), Grid::new(passage, tile)]
-}
-
-/// Every region of a shard, empty ones left out. With all rows in one shard and injective positives these are S (anchors and
-/// others), the triangle of QQ, the triangle of PP and PP's others.
-fn regions(loss: &Loss, rows: &Range<usize>, order: &Order, m: usize, grids: &[Grid; 2]) -> Vec<Region> {
-    use Block::{PP, PQ, QP, QQ};
-    use Space::{Passage, Query};
-    let (own, own_extras) = (order.anchors_of(rows), order.extras_of(rows));
-    let (anchors, others) = (0..order.anchors, order.anchors..order.passages);
-    let extras = order.passages..order.len();
-    let mut regions = Vec::new();
-    let mut add = |spaces: [Space; 2], rows: &Range<usize>, cols: Range<usize>, region: Region| {
-        let range = |k: usize, r: &Range<usize>| grids[spaces[k] as usize].within(r);
-        if !rows.is_empty() && !cols.is_empty() {
-            regions.push(Region { spaces, rows: range(0, rows), cols: range(1, &cols), ..region });
-        }
-    };
-    let template = |blocks: [Block; 2]| Region {
-        spaces: [Query, Query],
-        rows: 0..0,
-        cols: 0..0,
-        blocks,
-        triangle: false,
-        sum_cols: true,
-        anchors: [true, true],
-        gradients: [true, true],
-    };
-
-    // S is always visited: its ranks are the metrics.
-    let s = || template([QP, PQ]);
-    add([Query, Passage], rows, anchors.clone(), s());
-    add([Query, Passage], rows, others.clone(), Region { sum_cols: false, anchors: [true, false], ..s() });
-    add([Query, Passage], rows, extras, Region { anchors: [false, true], ..s() });
-
-    // Towards rows of other shards, a symmetric block serves this shard's rows only; both parts of their gradient are here.
-    let one_sided = |blocks| Region { sum_cols: false, gradients: [true, false], ..template(blocks) };
-    if loss.uses(QQ) {
-        add([Query, Query], rows, rows.clone(), Region { triangle: true, ..template([QQ, QQ]) });
-        add([Query, Query], rows, 0..rows.start, one_sided([QQ, QQ]));
-        add([Query, Query], rows, rows.end..m, one_sided([QQ, QQ]));
-    }
-    if loss.uses(PP) {
-        let space = [Passage, Passage];
-        add(space, &own, own.clone(), Region { triangle: true, ..template([PP, PP]) });
-        add(space, &own, 0..own.start, one_sided([PP, PP]));
-        add(space, &own, own.end..order.anchors, one_sided([PP, PP]));
-        let candidates = || Region { sum_cols: false, anchors: [true, false], ..template([PP, PP]) };
-        add(space, &own, others.clone(), candidates());
-        add(space, &own_extras, anchors, candidates());
-        add(space, &own_extras, others, candidates());
-    }
-    regions
-}
-
 /// All tiles, region by region, in squares of [`SQUARE`]: the order in which every sum of the backend is taken.
-fn list_tiles(regions: &[Region]) -> Vec<TileId> {
+fn list_tiles(regions: &[Region], grids: &[Grid; 2]) -> Vec<TileId> {
     let mut tiles = Vec::new();
     for (region, r) in regions.iter().enumerate() {
-        for row0 in r.rows.clone().step_by(SQUARE) {
-            for col0 in r.cols.clone().step_by(SQUARE) {
-                for row in row0..r.rows.end.min(row0 + SQUARE) {
-                    let cols = col0..r.cols.end.min(col0 + SQUARE);
+        let blocks = |space: Space, range| grids[space as usize].within(range);
+        let (rows, all_cols) = (blocks(r.spaces[0], &r.rows), blocks(r.spaces[1], &r.cols));
+        for row0 in rows.clone().step_by(SQUARE) {
+            for col0 in all_cols.clone().step_by(SQUARE) {
+                for row in row0..rows.end.min(row0 + SQUARE) {
+                    let cols = col0..all_cols.end.min(col0 + SQUARE);
                     tiles.extend(cols.filter(|&col| !r.triangle || col >= row).map(|col| TileId { region, row, col }));
                 }
             }

@@ -5,11 +5,11 @@
 
 use super::Call;
 use super::gradient::{Accumulator, GradientSums};
-use super::state::{Space, State};
 use super::tower::{Norms, lanes};
 use crate::batch::{Embeddings, EmbeddingsMut, for_each_dtype};
 use crate::combine::Combined;
 use crate::dtype::Element;
+use crate::order::{Occurrences, Space};
 use crate::output::GradientBuffers;
 use rayon::prelude::*;
 
@@ -36,7 +36,7 @@ pub(super) fn project(
     }
     if let (Some(out), Some(sums)) = (buffers.passage, &sums.passage) {
         let (own, other) = (&state.passage_norms, &state.query_norms);
-        let occurrences = Occurrences::new(state);
+        let occurrences = Occurrences::new(&state.order);
         write(out, |n, gradient| {
             for &index in occurrences.of(n) {
                 let index = index as usize;
@@ -48,33 +48,6 @@ pub(super) fn project(
             }
             tangent(gradient, batch.passage(), n, own, factor);
         });
-    }
-}
-
-/// The indices behind which each passage stands: one, and one more for every further row that shares it.
-struct Occurrences {
-    start: Vec<u32>,
-    index: Vec<u32>,
-}
-
-impl Occurrences {
-    fn new(state: &State) -> Self {
-        let order = &state.order;
-        let mut start = vec![0_u32; order.passages + 1];
-        (0..order.len()).for_each(|k| start[order.passage(k) + 1] += 1);
-        (0..order.passages).for_each(|n| start[n + 1] += start[n]);
-        let mut next = start.clone();
-        let mut index = vec![0; order.len()];
-        for k in 0..order.len() {
-            let at = &mut next[order.passage(k)];
-            index[*at as usize] = k as u32;
-            *at += 1;
-        }
-        Self { start, index }
-    }
-
-    fn of(&self, passage: usize) -> &[u32] {
-        &self.index[self.start[passage] as usize..self.start[passage + 1] as usize]
     }
 }
 

@@ -1,8 +1,4 @@
-//! Everything about a call that is O(M + N): norms, masks, thresholds, and the order of the passages.
-//!
-//! **Order.** Passages are visited as [anchors | others | extras]: first the positives of the rows, in the order of the
-//! lowest row that owns each; then all other passages; then one repetition of a passage for every further row that shares
-//! it. So every index has at most one anchor row, the anchors are one range, and with π(i) = i the order is the identity.
+//! Everything about a call that is O(M + N): norms, masks and thresholds, along the order of the passages.
 
 use super::epilogue::{Anchors, Candidates, Side};
 use super::simd::{Beta, LANES};
@@ -14,71 +10,10 @@ use crate::error::{Error, Result};
 use crate::loss::Loss;
 use crate::mask::{COSINE_TIE, Keys, threshold};
 use crate::options::Options;
+use crate::order::{Order, Space};
 use crate::partials::Partials;
 use rayon::prelude::*;
 use std::ops::Range;
-
-/// Which of the two towers' index spaces.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Space {
-    Query,
-    Passage,
-}
-
-/// The order of the passages.
-#[derive(Debug, Clone)]
-pub(super) struct Order {
-    /// Passage behind each index; `None` for the identity.
-    pub passage: Option<Vec<u32>>,
-    /// Row of the anchor behind each index; rows of `others` are meaningless and never read.
-    pub anchor_row: Vec<u32>,
-    /// Number of anchors A: indices 0..A.
-    pub anchors: usize,
-    /// N: others are A..N, extras N..len.
-    pub passages: usize,
-}
-
-impl Order {
-    fn new(batch: &Batch<'_>) -> Self {
-        let (m, n) = (batch.rows(), batch.passages());
-        let mut owned = vec![false; n];
-        let (mut primary, mut extra) = (Vec::new(), Vec::new());
-        for i in 0..m {
-            let first = !std::mem::replace(&mut owned[batch.positive(i)], true);
-            if first { &mut primary } else { &mut extra }.push(i as u32);
-        }
-        let anchors = primary.len();
-        let passage_of = |rows: &[u32]| rows.iter().map(|&i| batch.positive(i as usize) as u32).collect::<Vec<_>>();
-        let mut passage = passage_of(&primary);
-        passage.extend((0..n as u32).filter(|&p| !owned[p as usize]));
-        passage.extend(passage_of(&extra));
-        let mut anchor_row = primary;
-        anchor_row.resize(n, u32::MAX);
-        anchor_row.extend(extra);
-        let identity = passage.iter().enumerate().all(|(k, &p)| k == p as usize);
-        Self { passage: (!identity).then_some(passage), anchor_row, anchors, passages: n }
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.anchor_row.len()
-    }
-
-    pub(super) fn passage(&self, index: usize) -> usize {
-        self.passage.as_ref().map_or(index, |p| p[index] as usize)
-    }
-
-    /// Indices whose anchor rows lie in `rows`, among the primary anchors. Rows ascend there, so this is a range.
-    pub(super) fn anchors_of(&self, rows: &Range<usize>) -> Range<usize> {
-        let below = |bound: usize| self.anchor_row[..self.anchors].partition_point(|&r| (r as usize) < bound);
-        below(rows.start)..below(rows.end)
-    }
-
-    /// Likewise among the extras.
-    pub(super) fn extras_of(&self, rows: &Range<usize>) -> Range<usize> {
-        let below = |bound: usize| self.anchor_row[self.passages..].partition_point(|&r| (r as usize) < bound);
-        self.passages + below(rows.start)..self.passages + below(rows.end)
-    }
-}
 
 /// The state of a call for the rows of one shard.
 #[derive(Debug, Clone)]
