@@ -12,9 +12,10 @@ mod support;
 
 use clap::Parser;
 use samtone::DType;
-use samtone::backend::{self, Backend};
+use samtone::backend::Backend;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use support::backends;
 use support::case::{Case, files};
 use support::compare::{Check, against_definition};
 
@@ -35,7 +36,7 @@ struct Arguments {
 struct BackendArgument(&'static dyn Backend);
 
 fn backend_of(name: &str) -> Result<BackendArgument, String> {
-    backend::by_name(name).map(BackendArgument).map_err(|e| e.to_string())
+    backends::by_name(name).map(BackendArgument).map_err(|e| e.to_string())
 }
 
 fn dtype_of(name: &str) -> Result<DType, String> {
@@ -93,7 +94,7 @@ fn evaluate_file(file: &Path, backend: &dyn Backend, dtype: DType) -> Result<boo
         ("the file", case.expected)
     } else {
         // The file's outputs belong to embeddings that this type cannot hold.
-        let definition = backend::by_name("reference").map_err(in_file)?;
+        let definition = backends::by_name("reference").map_err(in_file)?;
         let want = problem.run(definition, DType::F64, 1.0).map_err(in_file)?;
         ("the reference in f64 on the rounded embeddings", want.into())
     };

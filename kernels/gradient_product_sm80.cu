@@ -29,7 +29,7 @@ struct Product {
 template <u32 TILE, Arithmetic A>
 SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, const unsigned char* gradients, u64 plane,
                                      const Product& product) {
-    constexpr u32 BYTES = Numbers<A>::BYTES;
+    constexpr u32 BYTES = Numbers<A>::BYTES, SEGMENTS = Numbers<A>::GRADIENT_SEGMENTS;
     // [1] which sums
     u32 row_block = blockIdx.x / product.tiles_along_dim;
     const u32 column = blockIdx.x % product.tiles_along_dim * TILE;
@@ -54,10 +54,10 @@ SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, con
             const u32 steps = other.tiles * TILE / Numbers<A>::DEPTH;
             const Source x = by_depth<TILE, A>(tower.packed, towers.row_bytes, tower.plane, other.begin, column * BYTES);
             if (side == 0)
-                multiply<TILE, A, Layout::rows, Layout::depth>(total, by_rows<TILE>(matrix, row_bytes, plane, begin - edge.begin), x,
+                multiply<TILE, A, SEGMENTS, Layout::rows, Layout::depth>(total, by_rows<TILE>(matrix, row_bytes, plane, begin - edge.begin), x,
                                                                steps);
             else
-                multiply<TILE, A, Layout::depth, Layout::depth>(
+                multiply<TILE, A, SEGMENTS, Layout::depth, Layout::depth>(
                     total, by_depth<TILE, A>(matrix, row_bytes, plane, 0, (begin - edge.begin) * BYTES), x, steps);
             any = true;
         }
@@ -95,6 +95,8 @@ SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, con
     }
 GRADIENT_PRODUCT(gradient_product_f16_64, 64, f16)
 GRADIENT_PRODUCT(gradient_product_f16_128, 128, f16)
+GRADIENT_PRODUCT(gradient_product_f16x2_64, 64, f16x2)
+GRADIENT_PRODUCT(gradient_product_f16x2_128, 128, f16x2)
 GRADIENT_PRODUCT(gradient_product_f16x3_64, 64, f16x3)
 GRADIENT_PRODUCT(gradient_product_f16x3_128, 128, f16x3)
 GRADIENT_PRODUCT(gradient_product_f32_64, 64, f32)

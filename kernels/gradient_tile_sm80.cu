@@ -20,7 +20,7 @@
 
 template <u32 TILE, Arithmetic A> struct Staging {
     static constexpr u32 ROW = TILE * Numbers<A>::BYTES + 16, PLANE = TILE * ROW, START = 2 * TILE * EDGE_BYTES,
-                         DOTS = START + Numbers<A>::PLANES * PLANE;
+                         DOTS = START + Numbers<A>::GRADIENT_PLANES * PLANE;
     static_assert(DOTS + Shape<TILE>::THREADS / WARP * 4 <= Shape<TILE>::STAGES * Shape<TILE>::STAGE, "fits the stages' memory");
 };
 
@@ -30,7 +30,7 @@ template <u32 TILE, Arithmetic A> SAMTONE_DEVICE void stage_pair(u32 row, u32 co
     if constexpr (Numbers<A>::TENSOR) {
         const u32 pair = cvt_rn_f16x2_f32(low, high);
         st_shared_u32(at, pair);
-        if constexpr (Numbers<A>::PLANES == 2) {
+        if constexpr (Numbers<A>::GRADIENT_PLANES == 2) {
             const float rest_low = low - cvt_f32(f16{static_cast<u16>(pair & 0xffff)});
             const float rest_high = high - cvt_f32(f16{static_cast<u16>(pair >> 16)});
             st_shared_u32(at + Staging<TILE, A>::PLANE, cvt_rn_f16x2_f32(rest_low, rest_high));
@@ -45,7 +45,7 @@ template <u32 TILE, Arithmetic A, bool MIRRORED>
 SAMTONE_DEVICE void copy_out(unsigned char* matrix, u64 plane, u32 columns, u32 row0, u32 column0) {
     using S = Staging<TILE, A>;
     constexpr u32 BYTES = Numbers<A>::BYTES, PER_CHUNK = 16 / BYTES, CHUNKS = TILE / PER_CHUNK;
-    for (u32 p = 0; p < Numbers<A>::PLANES; ++p) {
+    for (u32 p = 0; p < Numbers<A>::GRADIENT_PLANES; ++p) {
         const shared_address tile = shared_base() + S::START + p * S::PLANE;
         for (u32 k = threadIdx.x; k < TILE * CHUNKS; k += Shape<TILE>::THREADS) {
             const u32 row = k / CHUNKS, column = k % CHUNKS * PER_CHUNK;
@@ -90,7 +90,7 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
     }
     const Tower &left = tower_of(towers, block.row.space), &right = tower_of(towers, block.col.space);
     float x[Shape<TILE>::FRAGMENTS][4][4] = {};
-    multiply<TILE, A, Layout::rows, Layout::rows>(
+    multiply<TILE, A, Numbers<A>::COSINE_SEGMENTS, Layout::rows, Layout::rows>(
         x, by_rows<TILE>(left.packed, towers.row_bytes, left.plane, block.row.begin + at.row * TILE),
         by_rows<TILE>(right.packed, towers.row_bytes, right.plane, block.col.begin + at.col * TILE),
         towers.row_bytes / 128);
@@ -184,6 +184,8 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
     }
 GRADIENT_TILE(gradient_tile_f16_64, 64, f16)
 GRADIENT_TILE(gradient_tile_f16_128, 128, f16)
+GRADIENT_TILE(gradient_tile_f16x2_64, 64, f16x2)
+GRADIENT_TILE(gradient_tile_f16x2_128, 128, f16x2)
 GRADIENT_TILE(gradient_tile_f16x3_64, 64, f16x3)
 GRADIENT_TILE(gradient_tile_f16x3_128, 128, f16x3)
 GRADIENT_TILE(gradient_tile_f32_64, 64, f32)

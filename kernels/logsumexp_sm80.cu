@@ -70,7 +70,7 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
     if (edge.anchor.z != NONE) bar = float_of(ld_global_u32(reinterpret_cast<const u32*>(rows + edge.row) + 3));
     const Tower &left = tower_of(towers, block.row.space), &right = tower_of(towers, block.col.space);
     float x[Shape<TILE>::FRAGMENTS][4][4] = {};
-    multiply<TILE, A, Layout::rows, Layout::rows>(
+    multiply<TILE, A, Numbers<A>::COSINE_SEGMENTS, Layout::rows, Layout::rows>(
         x, by_rows<TILE>(left.packed, towers.row_bytes, left.plane, block.row.begin + at.row * TILE),
         by_rows<TILE>(right.packed, towers.row_bytes, right.plane, block.col.begin + at.col * TILE),
         towers.row_bytes / 128);

@@ -11,7 +11,7 @@
 //! it is the false-negative mask. Two optional comparisons follow: a hard negative that belongs to another row
 //! ([`Scope::Own`](crate::Scope::Own)), and a cosine above s⁺ᵢ + margin.
 
-use crate::batch::Batch;
+use crate::batch::Pairs;
 use std::collections::HashMap;
 
 /// Cosines closer than this count as equal wherever a negative is compared with the positive (margin, ranks).
@@ -50,7 +50,7 @@ pub struct Keys {
     pub passages: Vec<Key>,
 }
 
-/// Numbers ids by first appearance. At most i32::MAX of them by [`Batch`]'s limits, so [`Key::NOBODY`] stays free.
+/// Numbers ids by first appearance. At most i32::MAX of them by [`Pairs`]' limits, so [`Key::NOBODY`] stays free.
 fn number(ids: &[i64]) -> Vec<u32> {
     let mut seen = HashMap::with_capacity(ids.len());
     ids.iter()
@@ -63,16 +63,16 @@ fn number(ids: &[i64]) -> Vec<u32> {
 
 impl Keys {
     /// Keys from the ids of the batch; without ids every query and every passage is its own.
-    pub fn new(batch: &Batch<'_>) -> Self {
-        let (rows, passages) = (batch.rows(), batch.passages());
-        let query = batch.query_ids().map_or_else(|| (0..rows as u32).collect(), number);
-        let passage = batch.passage_ids().map_or_else(|| (0..passages as u32).collect(), number);
+    pub fn new(pairs: &Pairs<'_>) -> Self {
+        let (rows, passages) = (pairs.rows(), pairs.passages());
+        let query = pairs.query_ids().map_or_else(|| (0..rows as u32).collect(), number);
+        let passage = pairs.passage_ids().map_or_else(|| (0..passages as u32).collect(), number);
         let mut owner = vec![Key::NOBODY; passages];
         for i in (0..rows).rev() {
-            owner[batch.positive(i)] = query[i]; // descending, so the lowest row that owns the passage wins
+            owner[pairs.positive(i)] = query[i]; // descending, so the lowest row that owns the passage wins
         }
         Self {
-            rows: (0..rows).map(|i| Key { query: query[i], passage: passage[batch.positive(i)] }).collect(),
+            rows: (0..rows).map(|i| Key { query: query[i], passage: passage[pairs.positive(i)] }).collect(),
             passages: owner.into_iter().zip(passage).map(|(query, passage)| Key { query, passage }).collect(),
         }
     }
@@ -87,7 +87,7 @@ pub fn threshold(positive_cosine: f64, margin: Option<f64>) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::Embeddings;
+    use crate::batch::{Batch, Embeddings};
 
     #[test]
     fn keys_follow_the_rule() {

@@ -4,7 +4,7 @@
 //! owns each; then all other passages; then one repetition of a passage for every further row that shares it. So every index
 //! has at most one anchor row, the anchors are one range, and with π(i) = i the order is the identity.
 
-use crate::batch::Batch;
+use crate::pairs::Pairs;
 use std::ops::Range;
 
 /// Which of the two towers' index spaces.
@@ -31,16 +31,16 @@ pub(crate) struct Order {
 
 impl Order {
     /// The order that the positives of a batch ask for.
-    pub(crate) fn new(batch: &Batch<'_>) -> Self {
-        let (m, n) = (batch.rows(), batch.passages());
+    pub(crate) fn new(pairs: &Pairs<'_>) -> Self {
+        let (m, n) = (pairs.rows(), pairs.passages());
         let mut owned = vec![false; n];
         let (mut primary, mut extra) = (Vec::new(), Vec::new());
         for i in 0..m {
-            let first = !std::mem::replace(&mut owned[batch.positive(i)], true);
+            let first = !std::mem::replace(&mut owned[pairs.positive(i)], true);
             if first { &mut primary } else { &mut extra }.push(i as u32);
         }
         let anchors = primary.len();
-        let passage_of = |rows: &[u32]| rows.iter().map(|&i| batch.positive(i as usize) as u32).collect::<Vec<_>>();
+        let passage_of = |rows: &[u32]| rows.iter().map(|&i| pairs.positive(i as usize) as u32).collect::<Vec<_>>();
         let mut passage = passage_of(&primary);
         passage.extend((0..n as u32).filter(|&p| !owned[p as usize]));
         passage.extend(passage_of(&extra));
@@ -75,8 +75,6 @@ impl Order {
 
     /// Index whose anchor each of the batch's `rows` rows is, primary or extra: the inverse of `anchor_row`. Every row has
     /// exactly one.
-    // Test builds use it, so only the others lack a user until the CUDA backend is one.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the CUDA backend gathers the rows' positives by it"))]
     pub(crate) fn anchor_index(&self, rows: usize) -> Vec<u32> {
         let mut index = vec![u32::MAX; rows];
         for k in (0..self.anchors).chain(self.passages..self.len()) {
@@ -121,7 +119,7 @@ impl Occurrences {
 impl Order {
     /// The order for row i with passage `positives[i]` of `passages`.
     pub(crate) fn of_positives(positives: &[u32], passages: usize) -> Self {
-        use crate::batch::Embeddings;
+        use crate::batch::{Batch, Embeddings};
         let (q, p) = (vec![1.0_f32; positives.len()], vec![1.0_f32; passages]);
         let embeddings = |x| Embeddings::new(x, <[f32]>::len(x), 1).unwrap();
         let batch = Batch::new(embeddings(&q[..]), embeddings(&p[..])).unwrap();

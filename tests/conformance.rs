@@ -10,6 +10,7 @@ use samtone::backend::{self, Backend};
 use samtone::{Block, DType, Error, Group, Loss, Scope};
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
+use support::backends;
 use support::case::{Expected, golden};
 use support::compare::{against_definition, verdict};
 use support::data::{Kind, Source, duplicate_ids, problem};
@@ -28,7 +29,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
     let required: Vec<_> = required.split(',').map(str::trim).filter(|name| !name.is_empty()).collect();
-    match trials(backend::all(), &required) {
+    match trials(&backends::all(), &required) {
         Ok(trials) => libtest_mimic::run(&arguments, trials).exit_code(),
         Err(e) => {
             eprintln!("{e}");

@@ -12,19 +12,21 @@
 //          P3 all have read the last stage: the caller may write to shared memory
 // Numerics Tensor cores cut every partial sum towards zero, which over hundreds of terms of one sign is a bias of 2^-19. So
 //          they add up FLUSH stages only, and the sums of those are added with rounding to nearest.
-//          f16x3: hi·hi + hi·lo + lo·hi, each operand being the sum of two f16 (22 bits); lo·lo is below f32's last bit
+//          f16x3: hi·hi + hi·lo + lo·hi, each operand being the sum of two f16 (22 bits); lo·lo is below f32's last bit.
+//          f16x2: as f16 for cosines; gradients of logits are the sum of two f16, hi·x + lo·x
 #pragma once
 #include "problem.cuh"
 
-enum class Arithmetic { f16, f16x3, f32 };
+enum class Arithmetic { f16, f16x2, f16x3, f32 };
 
 template <Arithmetic A> struct Numbers {
-    static constexpr bool TENSOR = A != Arithmetic::f32;
-    static constexpr u32 BYTES = TENSOR ? 2 : 4;                     // of an element
-    static constexpr u32 PLANES = A == Arithmetic::f16x3 ? 2 : 1;    // of a matrix
-    static constexpr u32 SEGMENTS = A == Arithmetic::f16x3 ? 3 : 1;  // products of planes
-    static constexpr u32 DEPTH = 128 / BYTES;                        // elements of k in a stage
-    static constexpr u32 FLUSH = A == Arithmetic::f16 ? 2 : 1;       // stages that a tensor core adds up
+    static constexpr bool TENSOR = A != Arithmetic::f32, SPLIT = A == Arithmetic::f16x3;
+    static constexpr u32 BYTES = TENSOR ? 2 : 4;                                         // of an element
+    static constexpr u32 GRADIENT_PLANES = SPLIT || A == Arithmetic::f16x2 ? 2 : 1;      // of gradients of logits
+    static constexpr u32 COSINE_SEGMENTS = SPLIT ? 3 : 1;                                // products of planes
+    static constexpr u32 GRADIENT_SEGMENTS = SPLIT ? 3 : GRADIENT_PLANES;
+    static constexpr u32 DEPTH = 128 / BYTES;                                            // elements of k in a stage
+    static constexpr u32 FLUSH = A == Arithmetic::f16 || A == Arithmetic::f16x2 ? 2 : 1; // stages that a tensor core adds up
 };
 
 template <u32 TILE> struct Shape {
@@ -156,11 +158,11 @@ template <u32 TILE, Layout A_LAYOUT, Layout B_LAYOUT> SAMTONE_DEVICE void multip
 }
 
 // total += A·B along `steps` ≥ 1 stages of each segment. Leaves shared memory free.
-template <u32 TILE, Arithmetic A, Layout A_LAYOUT, Layout B_LAYOUT>
+template <u32 TILE, Arithmetic A, u32 SEGMENTS, Layout A_LAYOUT, Layout B_LAYOUT>
 SAMTONE_DEVICE void multiply(Totals<TILE>& total, Source a, Source b, u32 steps) {
     using S = Shape<TILE>;
     constexpr u32 FRAGMENTS = S::FRAGMENTS;
-    const u32 all = Numbers<A>::SEGMENTS * steps;
+    const u32 all = SEGMENTS * steps;
     u32 copied = 0, segment_left = steps, segment = 0;
     auto copy_next = [&]() {
         if (copied < all) {
@@ -168,11 +170,11 @@ SAMTONE_DEVICE void multiply(Totals<TILE>& total, Source a, Source b, u32 steps)
             copy_stage(a, slot);
             copy_stage(b, slot + S::OPERAND);
             ++copied;
-            if (Numbers<A>::SEGMENTS > 1 && --segment_left == 0) { // hi·hi, then hi·lo, then lo·hi
+            if (SEGMENTS > 1 && --segment_left == 0) { // hi·hi, then with three segments hi·lo, then lo·hi
                 segment_left = steps;
                 ++segment;
-                a.next = a.origin + (segment == 2 ? a.plane : 0);
-                b.next = b.origin + (segment == 1 ? b.plane : 0);
+                a.next = a.origin + (segment == SEGMENTS - 1 ? a.plane : 0);
+                b.next = b.origin + (SEGMENTS == 3 && segment == 1 ? b.plane : 0);
             }
         }
         cp_async_commit_group(); // also when there is nothing left, so that the count of groups stays the same

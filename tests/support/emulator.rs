@@ -26,32 +26,40 @@ impl Compiler {
         let version = Command::new(&program).arg("--version").output();
         let version = version.map_err(|e| format!("there is no C++ compiler: `{program}`: {e}"))?.stdout;
         let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
-        Ok(Self { program, version, kernels, built: Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulator") })
+        // Cargo names a folder to tests, and none to examples.
+        let temporary =
+            option_env!("CARGO_TARGET_TMPDIR").unwrap_or(concat!(env!("CARGO_MANIFEST_DIR"), "/target/tmp"));
+        Ok(Self { program, version, kernels, built: Path::new(temporary).join("emulator") })
     }
 
     /// The executable that emulates the kernels of `file`, a path below `kernels/`.
     pub fn build(&self, file: &str) -> Result<PathBuf, String> {
+        let name = Path::new(file).file_stem().map_or(file.into(), |stem| stem.to_string_lossy());
+        self.build_all(&name, &[file])
+    }
+
+    /// The executable `name` that emulates the kernels of all these files together, on the same buffers.
+    pub fn build_all(&self, name: &str, files: &[&str]) -> Result<PathBuf, String> {
         std::fs::create_dir_all(&self.built).map_err(|e| format!("{}: {e}", self.built.display()))?;
         let parts = ["arithmetic", "collectives", "memory", "scheduler", "server"];
         let shared = self.files_of(&["common", "emulator"])?;
+        // Sanitised, because an overflowing index or a register array left at its end is a defect of the kernel.
+        let kernel = ["-c", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-x", "c++"];
+        let sources = (parts.iter().map(|part| (format!("emulator/{part}.cpp"), &["-c", "-O2"][..])))
+            .chain(files.iter().map(|file| (file.to_string(), &kernel[..])));
         let objects: Result<Vec<_>, String> = std::thread::scope(|scope| {
-            let part = |name| {
-                let source = self.kernels.join(format!("emulator/{name}.cpp"));
-                let (arguments, headers) = (["-c", "-O2"], &shared);
-                move || self.make(name, "o", &source, &arguments, headers)
-            };
-            let builds: Vec<_> = parts.map(|name| scope.spawn(part(name))).into_iter().collect();
+            let builds: Vec<_> = sources
+                .map(|(file, arguments)| {
+                    let (source, shared) = (self.kernels.join(&file), &shared);
+                    scope.spawn(move || {
+                        let name = source.file_stem().map_or(file.clone(), |stem| stem.to_string_lossy().into_owned());
+                        self.make(&name, "o", &[source.clone()], arguments, shared)
+                    })
+                })
+                .collect();
             builds.into_iter().map(|build| build.join().map_err(|_| "a build panicked".to_string())?).collect()
         });
-        // Sanitised, because an overflowing index or a register array left at its end is a defect of the kernel.
-        let mut arguments = vec!["-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-x", "c++"];
-        let objects: Vec<_> = objects?.iter().map(|path| path.display().to_string()).collect();
-        let name = Path::new(file).file_stem().map_or(file.into(), |stem| stem.to_string_lossy());
-        let source = self.kernels.join(file);
-        let source_text = source.display().to_string();
-        arguments.extend([source_text.as_str(), "-x", "none"]);
-        arguments.extend(objects.iter().map(String::as_str));
-        self.make(&name, "emulated", &source, &arguments, &shared)
+        self.make(name, "emulated", &objects?, &["-fsanitize=undefined"], &[])
     }
 
     /// Every header and source in these folders of `kernels/`, without the folders in them.
@@ -66,12 +74,12 @@ impl Compiler {
         Ok(files)
     }
 
-    /// Runs the compiler on `source`, unless the same was built before from the same texts.
+    /// Runs the compiler on `sources`, unless the same was built before from the same texts.
     fn make(
         &self,
         name: &str,
         kind: &str,
-        source: &Path,
+        sources: &[PathBuf],
         arguments: &[&str],
         includes: &[PathBuf],
     ) -> Result<PathBuf, String> {
@@ -84,7 +92,7 @@ impl Compiler {
             hash.update(argument.as_bytes());
             hash.update(&[0]);
         }
-        for file in includes.iter().map(PathBuf::as_path).chain([source]) {
+        for file in includes.iter().chain(sources) {
             hash.update(&std::fs::read(file).map_err(|e| format!("{}: {e}", file.display()))?);
         }
         let target = self.built.join(format!("{name}-{:016x}.{kind}", hash.digest()));
@@ -94,17 +102,14 @@ impl Compiler {
         // Another process may build the same: each writes a file of its own, and the last to rename wins.
         let draft = self.built.join(format!("{name}-{}-{:?}", std::process::id(), std::thread::current().id()));
         let mut command = Command::new(&self.program);
-        command.args(always).args(arguments);
-        if kind == "o" {
-            command.arg(source);
-        }
+        command.args(always).args(arguments).args(sources);
         let output = command.arg("-o").arg(&draft).output().map_err(|e| format!("`{}`: {e}", self.program))?;
         let errors = String::from_utf8_lossy(&output.stderr);
         if !output.status.success() {
-            return Err(format!("{} does not compile:\n{errors}", source.display()));
+            return Err(format!("{name} does not compile:\n{errors}"));
         }
         if !errors.is_empty() {
-            eprintln!("{}: {errors}", source.display());
+            eprintln!("{name}: {errors}");
         }
         std::fs::rename(&draft, &target).map_err(|e| format!("{}: {e}", target.display()))?;
         Ok(target)
@@ -152,6 +157,11 @@ impl Launch {
         self.arguments.push(bytemuck::bytes_of(&value).to_vec());
         self
     }
+    /// A parameter of the kernel, as bytes.
+    pub fn argument_bytes(mut self, bytes: Vec<u8>) -> Self {
+        self.arguments.push(bytes);
+        self
+    }
     /// Chooses the order of blocks and threads, and when asynchronous copies land.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
@@ -160,6 +170,11 @@ impl Launch {
     /// Leaves out the barriers with this label, or plants this defect. Fails if the kernel never gets there.
     pub fn mutant(mut self, name: &str) -> Self {
         self.mutant = name.into();
+        self
+    }
+    /// Likewise, but no failure if the kernel never gets there; for a sequence of launches of which one does.
+    pub fn mutant_if_reached(mut self, name: &str) -> Self {
+        self.mutant = if name.is_empty() { String::new() } else { format!("?{name}") };
         self
     }
     /// Without detection a missing barrier shows as a wrong result, in some order of the threads.

@@ -1,0 +1,582 @@
+//! From a plan's waves to launches: arrays, arguments in the order of the kernels' parameters, and the side data.
+
+use super::plan::{Layout, Layouts, MAX_SUPER_BLOCKS, SuperBlock, Wave};
+use super::problem::{Arithmetic, GradientOutput};
+use super::schedule::{Address, Argument, ArrayId, Launch, Slot};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::loss::Block;
+use crate::mask::Keys;
+use crate::options::ZeroNorm;
+use crate::order::Space;
+use bytemuck::{NoUninit, Pod};
+
+/// `NONE` of kernels/common/problem.cuh.
+const NONE: u32 = u32::MAX;
+/// Cut points in `Outputs` of kernels/gradient_product_sm80.cu.
+const MAX_CUTS: usize = 8;
+/// Warps, and so rows, of a block of `pack`, `positives` and `project`.
+const ROWS_PER_BLOCK: usize = 8;
+const REDUCE_THREADS: usize = 256;
+const REDUCE_BYTES: u32 = 64;
+
+/// One tower on the device.
+struct TowerArrays {
+    raw: ArrayId,
+    row_bytes: u64,
+    order: Address,
+    indices: usize,
+    padded: usize,
+    packed: ArrayId,
+    plane: u64,
+    inverse: ArrayId,
+    inverse_norm: ArrayId,
+    candidates: ArrayId,
+}
+
+/// Arrays of the state and the side data.
+struct Common {
+    row_keys: ArrayId,
+    weights: ArrayId,
+    groups: ArrayId,
+    anchor_row: ArrayId,
+    // Null where the order of the passages is the identity.
+    positives: Address,
+    anchor_index: Address,
+    occurrence_start: Address,
+    occurrences: Address,
+    results: ArrayId,
+    status: ArrayId,
+    row_losses: ArrayId,
+    sums: ArrayId,
+    above: ArrayId,
+    positive: ArrayId,
+    anchors: ArrayId,
+    diagonal: ArrayId,
+    log_coefficients: ArrayId,
+    block_results: ArrayId,
+    upstream: Address,
+}
+
+/// Where sums of gradients are collected: in the output itself where its type and order allow.
+struct Sums {
+    address: Address,
+    stride: usize,
+    output: ArrayId,
+}
+
+pub(super) struct Launches<'a> {
+    layouts: &'a Layouts<'a>,
+    pub layout: Layout,
+    pub side: Vec<u8>,
+    pub partials: Vec<Launch>,
+    pub combine: Vec<Launch>,
+    pub repack: Vec<Launch>,
+    pub backward: Vec<Launch>,
+    pub bounded_bytes: usize,
+    pub gradient_alignment: [u64; 2],
+}
+
+fn at(id: ArrayId) -> Address {
+    Address::In(id, 0)
+}
+
+fn type_code(dtype: DType) -> u32 {
+    match dtype {
+        DType::F32 | DType::F64 => 0, // problems refuse f64
+        DType::F16 => 1,
+        DType::BF16 => 2,
+    }
+}
+
+impl<'a> Launches<'a> {
+    pub(super) fn new(layouts: &'a Layouts<'a>) -> Result<Self> {
+        let mut this = Self {
+            layouts,
+            layout: Layout::default(),
+            side: Vec::new(),
+            partials: Vec::new(),
+            combine: Vec::new(),
+            repack: Vec::new(),
+            backward: Vec::new(),
+            bounded_bytes: 0,
+            gradient_alignment: [1; 2],
+        };
+        let common = this.common();
+        let towers = [Space::Query, Space::Passage].map(|space| this.tower(space));
+        let sums = [0, 1].map(|k| this.sums(k));
+        let tile = layouts.tile.edge();
+        let most = |waves: &[Wave], f: fn(&SuperBlock, usize) -> usize| {
+            waves.iter().map(|w| w.iter().map(|s| f(s, tile)).sum::<usize>()).max().unwrap_or(0).max(1)
+        };
+        let partial_count = most(&layouts.forward_waves, |s, tile| s.partials(tile).iter().sum());
+        let elements = most(&layouts.backward_waves, SuperBlock::elements);
+        let dot_count = most(&layouts.backward_waves, SuperBlock::tiles);
+        let arithmetic = layouts.problem.arithmetic;
+        let (bytes, planes) = (arithmetic.bytes(), arithmetic.gradient_planes());
+        let ((partials, counts), (gradients, dots)) = this.layout.overlay(
+            |l| {
+                (
+                    l.add(Slot::Workspace, "partials", 8 * partial_count),
+                    l.add(Slot::Workspace, "counts", 4 * partial_count),
+                )
+            },
+            |l| {
+                (
+                    l.add(Slot::Workspace, "gradients", elements * bytes * planes),
+                    l.add(Slot::Workspace, "dots", 8 * dot_count),
+                )
+            },
+        );
+        this.bounded_bytes = (12 * partial_count).max(elements * bytes * planes + 8 * dot_count);
+
+        let plane = (elements * bytes) as u64;
+        this.prepare(&towers, &common);
+        this.sum_pass(&towers, &common, partials, counts);
+        this.combine_step(&common);
+        this.gradient_pass(&towers, &common, &sums, gradients, plane, dots);
+        this.projection(&towers, &common, &sums);
+        Ok(this)
+    }
+
+    /// Adds an array of the side data with its content.
+    fn side_array<T: NoUninit + Pod>(&mut self, name: &'static str, content: &[T]) -> ArrayId {
+        let bytes: &[u8] = bytemuck::cast_slice(content);
+        let id = self.layout.add(Slot::Side, name, bytes.len());
+        self.side.resize(self.layout.arrays[id.0].offset as usize, 0);
+        self.side.extend(bytes);
+        id
+    }
+
+    fn common(&mut self) -> Common {
+        let Layouts { problem, order, occurrences, .. } = self.layouts;
+        let (m, pairs) = (problem.pairs.rows(), &problem.pairs);
+        let keys = Keys::new(pairs);
+        let row_keys: Vec<[u32; 2]> = keys.rows.iter().map(|k| [k.query, k.passage]).collect();
+        let row_keys = self.side_array("row_keys", &row_keys);
+        let weights = self.side_array("weights", &pairs.normalized_weights());
+        let groups: Vec<[u64; 2]> = (problem.loss.groups().iter())
+            .map(|g| {
+                let blocks = g.blocks().iter().fold(0_u64, |bits, b| bits | 1 << b.index());
+                [g.coefficient().to_bits(), blocks | u64::from(g.positive_copies()) << 32]
+            })
+            .collect();
+        let groups = self.side_array("groups", &groups);
+        let anchor_row = self.side_array("anchor_row", &order.anchor_row);
+        let [mut positives, mut anchor_index, mut occurrence_start, mut indices] = [Address::Null; 4];
+        if order.passage.is_some() {
+            let positive: Vec<u32> = (0..m).map(|i| pairs.positive(i) as u32).collect();
+            positives = at(self.side_array("positives", &positive));
+            anchor_index = at(self.side_array("anchor_index", &order.anchor_index(m)));
+            occurrence_start = at(self.side_array("occurrence_start", &occurrences.start));
+            indices = at(self.side_array("occurrences", &occurrences.index));
+        }
+        let upstream = match problem.device_upstream {
+            true => at(self.layout.add(Slot::Upstream, "upstream", 4)),
+            false => Address::Null,
+        };
+        let mut state = |name, bytes| self.layout.add(Slot::State, name, bytes);
+        let (results, status, row_losses) =
+            (state("results", 16 * 8), state("status", 8 * 4), state("row_losses", 8 * m));
+        let (sums, above) = (state("sums", 4 * 16 * m), state("above", 2 * 4 * m));
+        let (positive, anchors) = (state("positive", 8 * m), state("anchors", 16 * m));
+        let (diagonal, log_coefficients) = (state("diagonal", 8 * m), state("log_coefficients", 4 * 8 * m));
+        let block_results = self.layout.add(Slot::Workspace, "block_results", 8 * 8 * m.div_ceil(REDUCE_THREADS));
+        Common {
+            row_keys,
+            weights,
+            groups,
+            anchor_row,
+            positives,
+            anchor_index,
+            occurrence_start,
+            occurrences: indices,
+            results,
+            status,
+            row_losses,
+            sums,
+            above,
+            positive,
+            anchors,
+            diagonal,
+            log_coefficients,
+            block_results,
+            upstream,
+        }
+    }
+
+    fn tower(&mut self, space: Space) -> TowerArrays {
+        let Layouts { problem, order, tile, .. } = self.layouts;
+        let (m, n, d) = problem.shape();
+        let keys = Keys::new(&problem.pairs);
+        let (rows, indices) = match space {
+            Space::Query => (m, m),
+            Space::Passage => (n, order.len()),
+        };
+        let candidates: Vec<[u32; 4]> = match space {
+            Space::Query => keys.rows.iter().zip(0..).map(|(k, row)| [k.query, k.passage, NONE, row]).collect(),
+            Space::Passage => {
+                let owners = problem.pairs.exclusive_owners();
+                let owner = |n: usize| owners.map_or(NONE, |o| u32::try_from(o[n]).unwrap_or(NONE));
+                let of = |k: usize| {
+                    let n = order.passage(k);
+                    [keys.passages[n].query, keys.passages[n].passage, owner(n), order.anchor_row[k]]
+                };
+                (0..indices).map(of).collect()
+            }
+        };
+        let (slot, names) = match space {
+            Space::Query => {
+                (Slot::Query, ["query", "query_candidates", "query_packed", "query_inverse", "query_inverse_norm"])
+            }
+            Space::Passage => (
+                Slot::Passage,
+                ["passage", "passage_candidates", "passage_packed", "passage_inverse", "passage_inverse_norm"],
+            ),
+        };
+        let row_bytes = (problem.row_strides[space as usize] * problem.dtype.bytes()) as u64;
+        let raw_bytes = (rows - 1) * row_bytes as usize + d * problem.dtype.bytes();
+        let raw = self.layout.add(slot, names[0], raw_bytes);
+        let candidates = self.side_array(names[1], &candidates);
+        let passage_order = order.passage.as_ref().filter(|_| space == Space::Passage);
+        let order = passage_order.map_or(Address::Null, |o| at(self.side_array("order", o)));
+        let planes = problem.arithmetic.planes();
+        // A tile that begins at the last index reads a tile's rows from there on.
+        let padded = (indices + tile.edge()).next_multiple_of(ROWS_PER_BLOCK);
+        let plane = padded * self.packed_row_bytes();
+        TowerArrays {
+            raw,
+            row_bytes,
+            order,
+            indices,
+            padded,
+            packed: self.layout.add(Slot::Workspace, names[2], plane * planes),
+            plane: plane as u64,
+            inverse: self.layout.add(Slot::Workspace, names[3], 4 * indices),
+            inverse_norm: self.layout.add(Slot::Workspace, names[4], 8 * indices),
+            candidates,
+        }
+    }
+
+    fn packed_row_bytes(&self) -> usize {
+        (self.layouts.problem.dim * self.layouts.problem.arithmetic.bytes()).next_multiple_of(128)
+    }
+
+    /// Range of a space that has gradients in this shard.
+    fn gradient_range(&self, k: usize) -> std::ops::Range<usize> {
+        if k == 0 { self.layouts.problem.rows.clone() } else { 0..self.layouts.order.len() }
+    }
+
+    fn sums(&mut self, k: usize) -> Option<Sums> {
+        let Layouts { problem, order, .. } = self.layouts;
+        let GradientOutput { dtype, row_stride } = problem.gradients[k]?;
+        let (slot, name) = [(Slot::QueryGradient, "query_gradient"), (Slot::PassageGradient, "passage_gradient")][k];
+        let rows = if k == 0 { problem.rows.len() } else { problem.pairs.passages() };
+        let bytes = ((rows - 1) * row_stride + problem.dim) * dtype.bytes();
+        let output = self.layout.add(slot, name, bytes);
+        let range = self.gradient_range(k);
+        // Pairs of sums are stored at once, so rows of f32 must begin at multiples of 8 bytes.
+        let in_place = dtype == DType::F32 && row_stride % 2 == 0 && (k == 0 || order.passage.is_none());
+        self.gradient_alignment[k] = if in_place { 8 } else { dtype.bytes() as u64 };
+        let (id, stride) = if in_place {
+            (output, row_stride)
+        } else {
+            let stride = problem.dim.next_multiple_of(2);
+            (self.layout.add(Slot::Workspace, ["query_sums", "passage_sums"][k], 4 * range.len() * stride), stride)
+        };
+        // Kernels address by index; the first one of a shard is not 0.
+        Some(Sums { address: Address::In(id, -((4 * range.start * stride) as i64)), stride, output })
+    }
+
+    fn raw(&self, tower: &TowerArrays) -> Argument {
+        let problem = self.layouts.problem;
+        Argument::new().pointer(at(tower.raw)).u64(tower.row_bytes).u32(problem.dim).u32(type_code(problem.dtype))
+    }
+
+    fn prepare(&mut self, towers: &[TowerArrays; 2], common: &Common) {
+        let problem = self.layouts.problem;
+        let m = problem.pairs.rows();
+        let format = match problem.arithmetic {
+            Arithmetic::F16 | Arithmetic::F16x2 => 0_u32,
+            Arithmetic::F16x3 => 1,
+            Arithmetic::Exact => 2,
+        };
+        for (k, tower) in towers.iter().enumerate() {
+            let packing = Argument::new()
+                .nested(&self.raw(tower))
+                .pointer(tower.order)
+                .pointer(at(tower.packed))
+                .u64(tower.plane)
+                .pointer(at(tower.inverse))
+                .pointer(at(tower.inverse_norm))
+                .pointer(Address::In(common.status, 4 * k as i64))
+                .u32(tower.indices)
+                .u32(tower.padded)
+                .u32(self.packed_row_bytes())
+                .u32(format);
+            let grid = [tower.padded.div_ceil(ROWS_PER_BLOCK) as u32, 1];
+            self.repack.push(Launch::new("prepare", "pack", grid, 256).argument(packing));
+        }
+        self.partials.push(Launch::new("prepare", "reset", [1, 1], 32).pointer(at(common.status)));
+        self.partials.extend(self.repack.clone());
+        let positives = Argument::new()
+            .nested(&self.raw(&towers[0]))
+            .nested(&self.raw(&towers[1]))
+            .pointer(common.positives)
+            .pointer(common.anchor_index)
+            .pointer(at(towers[0].inverse_norm))
+            .pointer(at(towers[1].inverse_norm))
+            .pointer(at(common.row_keys))
+            .pointer(at(common.positive))
+            .pointer(at(common.anchors))
+            .f64(problem.options.margin().unwrap_or(f64::INFINITY))
+            .u32(m)
+            .u32(0_u32);
+        let grid = [m.div_ceil(ROWS_PER_BLOCK) as u32, 1];
+        self.partials.push(Launch::new("prepare", "positives", grid, 256).argument(positives));
+    }
+
+    fn wave(&self, wave: &Wave) -> (Argument, usize) {
+        let tile = self.layouts.tile.edge();
+        let (mut first_tile, mut partial, mut element) = (0, 0, 0);
+        let mut blocks = Argument::new();
+        for s in wave {
+            let mut block = Argument::new();
+            for edge in 0..2 {
+                block = block
+                    .u32(s.ranges[edge].start)
+                    .u32(s.ranges[edge].end)
+                    .u32(s.spaces[edge] as u32)
+                    .u32(s.blocks[edge].index())
+                    .flag(s.anchors[edge])
+                    .flag(s.sums[edge])
+                    .flag(s.gradients[edge])
+                    .u32(s.tiles_along(edge, tile));
+            }
+            let [triangle, ranks, counted] = s.flags();
+            let [row_partials, col_partials] = s.partials(tile);
+            block = block.u32(first_tile).u32(s.tiles(tile)).flag(triangle).flag(ranks).flag(counted).u32(0_u32);
+            block = block.u64(partial as u64).u64((partial + row_partials) as u64).u64(element as u64).end();
+            blocks = blocks.nested(&block);
+            first_tile += s.tiles(tile);
+            partial += row_partials + col_partials;
+            element += s.elements(tile);
+        }
+        const SUPER_BLOCK_BYTES: usize = 112;
+        let blocks = blocks.padded_to(MAX_SUPER_BLOCKS * SUPER_BLOCK_BYTES);
+        (Argument::new().u32(wave.len()).u32(first_tile).nested(&blocks), first_tile)
+    }
+
+    fn towers(&self, towers: &[TowerArrays; 2]) -> Argument {
+        let Layouts { problem, order, .. } = self.layouts;
+        let pairs = &problem.pairs;
+        let trivial = pairs.query_ids().is_none() && pairs.passage_ids().is_none() && order.len() == order.passages;
+        let masked = !trivial || problem.options.margin().is_some() || pairs.exclusive_owners().is_some();
+        let tower = |argument: Argument, t: &TowerArrays| {
+            argument.pointer(at(t.packed)).u64(t.plane).pointer(at(t.inverse)).pointer(at(t.candidates))
+        };
+        towers.iter().fold(Argument::new(), tower).u32(self.packed_row_bytes()).flag(masked)
+    }
+
+    /// β·log₂e as two floats whose sum is exact to 2⁻⁴⁸.
+    fn beta(&self) -> Argument {
+        let exact = self.layouts.problem.options.beta() * std::f64::consts::LOG2_E;
+        let high = exact as f32;
+        Argument::new().f32(high).f32((exact - f64::from(high)) as f32)
+    }
+
+    /// A launch of a kernel that is compiled for every arithmetic and tile.
+    fn tiled(&self, module: &'static str, pass: &str, arithmetic: Arithmetic, blocks: usize) -> Launch {
+        let tile = self.layouts.tile;
+        let kernel = format!("{pass}_{}_{}", arithmetic.suffix(), tile.edge());
+        Launch::new(module, kernel, [blocks as u32, 1], tile.threads()).shared(tile.shared_bytes())
+    }
+
+    fn sum_pass(&mut self, towers: &[TowerArrays; 2], common: &Common, partials: ArrayId, counts: ArrayId) {
+        let m = self.layouts.problem.pairs.rows();
+        let tower_argument = self.towers(towers);
+        for (k, wave) in self.layouts.forward_waves.iter().enumerate() {
+            let (argument, tiles) = self.wave(wave);
+            let launch = self.tiled("logsumexp_sm80", "logsumexp", self.layouts.problem.arithmetic.of_cosines(), tiles);
+            self.partials.push(
+                launch
+                    .argument(argument.clone())
+                    .argument(tower_argument.clone())
+                    .pointer(at(common.anchors))
+                    .argument(self.beta())
+                    .pointer(at(partials))
+                    .pointer(at(counts)),
+            );
+            let grid = [m.div_ceil(REDUCE_THREADS) as u32, Block::ALL.len() as u32];
+            self.partials.push(
+                Launch::new("combine", "merge", grid, REDUCE_THREADS as u32)
+                    .argument(argument)
+                    .pointer(at(partials))
+                    .pointer(at(counts))
+                    .pointer(common.anchor_index)
+                    .pointer(at(common.sums))
+                    .pointer(at(common.above))
+                    .u32(m)
+                    .u32(self.layouts.tile.edge())
+                    .flag(k == 0),
+            );
+        }
+    }
+
+    fn zero_is_error(&self) -> bool {
+        self.layouts.problem.options.zero_norm() == ZeroNorm::Error
+    }
+
+    fn combine_step(&mut self, common: &Common) {
+        let problem = self.layouts.problem;
+        let m = problem.pairs.rows();
+        let blocks = m.div_ceil(REDUCE_THREADS) as u32;
+        let combine = Argument::new()
+            .pointer(at(common.sums))
+            .pointer(at(common.above))
+            .pointer(at(common.positive))
+            .pointer(at(common.weights))
+            .pointer(at(common.groups))
+            .pointer(at(common.row_losses))
+            .pointer(at(common.diagonal))
+            .pointer(at(common.log_coefficients))
+            .pointer(at(common.block_results))
+            .pointer(at(common.status))
+            .f64(problem.options.beta())
+            .u32(m)
+            .u32(problem.loss.groups().len());
+        let launch = |kernel, blocks| {
+            Launch::new("combine", kernel, [blocks, 1], REDUCE_THREADS as u32)
+                .shared(REDUCE_BYTES)
+                .argument(combine.clone())
+        };
+        self.combine.push(launch("combine", blocks));
+        self.combine
+            .push(launch("finish_forward", 1).pointer(at(common.results)).u32(blocks).flag(self.zero_is_error()));
+    }
+
+    fn gradient_pass(
+        &mut self,
+        towers: &[TowerArrays; 2],
+        common: &Common,
+        sums: &[Option<Sums>; 2],
+        gradients: ArrayId,
+        plane: u64,
+        dots: ArrayId,
+    ) {
+        let Layouts { problem, backward_waves, .. } = self.layouts;
+        let tower_argument = self.towers(towers);
+        for (k, wave) in backward_waves.iter().enumerate() {
+            let (argument, tiles) = self.wave(wave);
+            if tiles > 0 {
+                let launch = self.tiled("gradient_tile_sm80", "gradient_tile", problem.arithmetic, tiles);
+                self.backward.push(
+                    launch
+                        .argument(argument.clone())
+                        .argument(tower_argument.clone())
+                        .pointer(at(common.anchors))
+                        .argument(self.beta())
+                        .pointer(at(common.log_coefficients))
+                        .pointer(at(common.positive))
+                        .pointer(at(common.results))
+                        .u32(problem.pairs.rows())
+                        .pointer(at(gradients))
+                        .u64(plane)
+                        .pointer(at(dots)),
+                );
+            }
+            let dot_launch = Launch::new("combine", "sum_dots", [1, 1], REDUCE_THREADS as u32).shared(REDUCE_BYTES);
+            self.backward.push(dot_launch.pointer(at(dots)).pointer(at(common.results)).u32(tiles).flag(k == 0));
+            let (product, blocks) = self.product(sums, k > 0);
+            if blocks > 0 {
+                let launch = self.tiled("gradient_product_sm80", "gradient_product", problem.arithmetic, blocks);
+                self.backward.push(
+                    launch
+                        .argument(argument)
+                        .argument(tower_argument.clone())
+                        .pointer(at(gradients))
+                        .u64(plane)
+                        .argument(product),
+                );
+            }
+        }
+    }
+
+    /// Outputs of the products, and the number of blocks of threads.
+    fn product(&self, sums: &[Option<Sums>; 2], accumulate: bool) -> (Argument, usize) {
+        let Layouts { problem, order, tile, .. } = self.layouts;
+        let tile = tile.edge();
+        let cuts = crate::regions::cuts(&problem.rows, order, problem.pairs.rows());
+        let mut argument = Argument::new();
+        let mut row_blocks = 0;
+        for (k, sums) in sums.iter().enumerate() {
+            let range = self.gradient_range(k);
+            let mut points: Vec<usize> =
+                cuts[k].iter().copied().filter(|c| range.start <= *c && *c <= range.end).collect();
+            let mut blocks = 0;
+            let mut first_block = [0; MAX_CUTS];
+            for (part, ends) in points.windows(2).enumerate() {
+                first_block[part] = blocks;
+                blocks += (ends[1] - ends[0]).div_ceil(tile);
+            }
+            let count = points.len();
+            points.resize(MAX_CUTS, range.end);
+            let (address, stride) = sums.as_ref().map_or((Address::Null, 0), |s| (s.address, s.stride));
+            let mut outputs = Argument::new().u32(count).u32(if sums.is_some() { blocks } else { 0 });
+            outputs = points.iter().chain(&first_block).fold(outputs, |a, v| a.u32(*v));
+            argument = argument.nested(&outputs.pointer(address).u64(stride as u64).end());
+            row_blocks += if sums.is_some() { blocks } else { 0 };
+        }
+        let along_dim = problem.dim.div_ceil(tile);
+        (argument.u32(problem.dim).u32(along_dim).flag(accumulate).u32(0_u32), row_blocks * along_dim)
+    }
+
+    fn projection(&mut self, towers: &[TowerArrays; 2], common: &Common, sums: &[Option<Sums>; 2]) {
+        let problem = self.layouts.problem;
+        let (beta, rows) = (problem.options.beta(), &problem.rows);
+        for (k, sums) in sums.iter().enumerate() {
+            let (Some(sums), Some(output)) = (sums, problem.gradients[k]) else { continue };
+            let (own, other) = (&towers[k], &towers[1 - k]);
+            let out_rows = if k == 0 { rows.len() } else { problem.pairs.passages() };
+            let projection = Argument::new()
+                .nested(&self.raw(own))
+                .nested(&self.raw(other))
+                .pointer(sums.address)
+                .u64(sums.stride as u64)
+                .pointer(at(own.inverse))
+                .pointer(at(own.inverse_norm))
+                .pointer(at(other.inverse_norm))
+                .pointer(at(common.diagonal))
+                .pointer(at(common.results))
+                .pointer(common.positives)
+                .pointer(common.anchor_index)
+                .pointer(common.occurrence_start)
+                .pointer(common.occurrences)
+                .pointer(at(common.anchor_row))
+                .pointer(common.upstream)
+                .pointer(at(common.status))
+                .pointer(at(sums.output))
+                .u64((output.row_stride * output.dtype.bytes()) as u64)
+                .f64(problem.upstream * beta)
+                .u32(type_code(output.dtype))
+                .u32(out_rows)
+                .u32(if k == 0 { rows.start } else { 0 })
+                .u32(rows.start)
+                .u32(rows.end)
+                .u32(k)
+                .flag(self.zero_is_error())
+                .u32(0_u32);
+            let grid = [out_rows.div_ceil(ROWS_PER_BLOCK) as u32, 1];
+            self.backward.push(Launch::new("project", "project", grid, 256).argument(projection));
+        }
+        self.backward.push(
+            Launch::new("combine", "finish_backward", [1, 1], 32)
+                .pointer(at(common.results))
+                .pointer(common.upstream)
+                .f64(problem.upstream)
+                .f64(beta)
+                .pointer(at(common.status))
+                .flag(self.zero_is_error()),
+        );
+    }
+}

@@ -1,0 +1,369 @@
+//! What will run: tile, super-blocks, waves, where everything lies. A pure function of the problem; needs no GPU.
+//!
+//! Regions (src/regions.rs) are cut into super-blocks whose gradients of logits fit the workspace; as many super-blocks as fit
+//! together form a wave. Each pass makes a launch for each wave, one block of threads for each tile.
+
+use super::DEFAULT_WORKSPACE_BYTES;
+use super::launches::Launches;
+use super::problem::{Arithmetic, Problem, Tile};
+use super::schedule::{Array, ArrayId, Launch, Slot};
+use crate::error::{Error, Result};
+use crate::loss::Block;
+use crate::order::{Occurrences, Order, Space};
+use crate::regions::{self, Region};
+use std::fmt;
+use std::ops::Range;
+
+/// Batches of as many queries or more take large tiles; below, small tiles give four times as many blocks of threads to share
+/// among the multiprocessors. From the counts alone (2048² are 256 large tiles, two for each multiprocessor of the largest
+/// GPUs); not measured yet.
+const LARGE_TILE_ROWS: usize = 2048;
+/// Super-blocks of a launch: the size of the array in `Wave` of kernels/common/problem.cuh.
+pub(super) const MAX_SUPER_BLOCKS: usize = 8;
+/// Bytes of a partial sum and of a count.
+const PARTIAL_BYTES: [usize; 2] = [8, 4];
+/// Every array begins at a multiple of this, as allocations do; copies of 16 bytes need 16.
+const ARRAY_ALIGNMENT: u64 = 256;
+
+/// A piece of a region, see `SuperBlock` in kernels/common/problem.cuh.
+#[derive(Debug, Clone)]
+pub(super) struct SuperBlock {
+    pub spaces: [Space; 2],
+    pub blocks: [Block; 2],
+    pub ranges: [Range<usize>; 2],
+    pub triangle: bool,
+    pub anchors: [bool; 2],
+    pub sums: [bool; 2],
+    pub gradients: [bool; 2],
+    pub counted: bool,
+}
+
+impl SuperBlock {
+    pub(super) fn tiles_along(&self, edge: usize, tile: usize) -> usize {
+        self.ranges[edge].len().div_ceil(tile)
+    }
+
+    pub(super) fn tiles(&self, tile: usize) -> usize {
+        let [rows, cols] = [0, 1].map(|edge| self.tiles_along(edge, tile));
+        if self.triangle { rows * (rows + 1) / 2 } else { rows * cols }
+    }
+
+    /// Elements of the matrix of gradients, padded to whole tiles.
+    pub(super) fn elements(&self, tile: usize) -> usize {
+        self.tiles_along(0, tile) * self.tiles_along(1, tile) * tile * tile
+    }
+
+    /// Partial sums along rows and down columns.
+    pub(super) fn partials(&self, tile: usize) -> [usize; 2] {
+        let [rows, cols] = [0, 1].map(|edge| self.tiles_along(edge, tile));
+        [cols * rows * tile, rows * cols * tile]
+    }
+
+    fn ranks(&self) -> bool {
+        matches!(self.blocks[0], Block::QP)
+    }
+
+    pub(super) fn flags(&self) -> [bool; 3] {
+        [self.triangle, self.ranks(), self.counted]
+    }
+}
+
+/// Super-blocks that a launch visits together.
+pub(super) type Wave = Vec<SuperBlock>;
+
+/// Places of arrays in slots.
+#[derive(Debug, Default)]
+pub(super) struct Layout {
+    pub arrays: Vec<Array>,
+    ends: [u64; Slot::ALL.len()],
+}
+
+impl Layout {
+    pub(super) fn add(&mut self, slot: Slot, name: &'static str, bytes: usize) -> ArrayId {
+        let end = &mut self.ends[slot as usize];
+        let offset = end.next_multiple_of(ARRAY_ALIGNMENT);
+        *end = offset + bytes as u64;
+        self.arrays.push(Array { name, slot, offset, bytes: bytes as u64 });
+        ArrayId(self.arrays.len() - 1)
+    }
+
+    /// Lays out two groups of arrays of the workspace over each other.
+    pub(super) fn overlay<A, B>(&mut self, a: impl FnOnce(&mut Self) -> A, b: impl FnOnce(&mut Self) -> B) -> (A, B) {
+        let start = self.ends[Slot::Workspace as usize];
+        let first = a(self);
+        let end = std::mem::replace(&mut self.ends[Slot::Workspace as usize], start);
+        let second = b(self);
+        let last = &mut self.ends[Slot::Workspace as usize];
+        *last = end.max(*last);
+        (first, second)
+    }
+}
+
+/// What a call launches, on what memory. Prints itself.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    arrays: Vec<Array>,
+    slot_bytes: [u64; Slot::ALL.len()],
+    slot_alignment: [u64; Slot::ALL.len()],
+    side: Vec<u8>,
+    partials: Vec<Launch>,
+    combine: Vec<Launch>,
+    forward: Vec<Launch>,
+    backward: Vec<Launch>,
+    backward_alone: Vec<Launch>,
+    tile: Tile,
+    arithmetic: Arithmetic,
+    bounded_bytes: usize,
+    waves: [usize; 2],
+    flops: f64,
+    title: String,
+}
+
+/// What [`Launches`] works from.
+pub(super) struct Layouts<'a> {
+    pub problem: &'a Problem<'a>,
+    pub order: Order,
+    pub occurrences: Occurrences,
+    pub tile: Tile,
+    pub forward_waves: Vec<Wave>,
+    pub backward_waves: Vec<Wave>,
+}
+
+impl Plan {
+    /// The plan of one call.
+    ///
+    /// # Errors
+    /// [`Error::WorkspaceTooSmall`] if the bound of the options does not hold one tile.
+    pub fn new(problem: &Problem<'_>) -> Result<Self> {
+        let (m, n, d) = problem.shape();
+        let tile = match (problem.tile, problem.arithmetic) {
+            (_, Arithmetic::Exact) => Tile::Small, // the only one it is compiled for
+            (Some(tile), _) => tile,
+            (None, _) if m >= LARGE_TILE_ROWS => Tile::Large,
+            (None, _) => Tile::Small,
+        };
+        let bound = problem.options.workspace_bytes().unwrap_or(DEFAULT_WORKSPACE_BYTES);
+        let needed = bounded_bytes(tile.edge(), tile.edge(), problem.arithmetic);
+        if needed > bound {
+            return Err(Error::WorkspaceTooSmall { given: bound, needed, rows: m, passages: n, dim: d });
+        }
+        let order = Order::new(&problem.pairs);
+        let regions = regions::regions(problem.loss, &problem.rows, &order, m);
+        let blocks = super_blocks(&regions, problem, tile, bound);
+        let with_coefficients = |s: &&SuperBlock| (0..2).any(|e| s.anchors[e] && problem.loss.uses(s.blocks[e]));
+        let forward_waves = waves(blocks.iter().cloned(), tile, problem.arithmetic, bound);
+        let backward_waves = waves(blocks.iter().filter(with_coefficients).cloned(), tile, problem.arithmetic, bound);
+        let flops = flops(&forward_waves, d, |_| 1.0)
+            + flops(&backward_waves, d, |s| {
+                // A square on the diagonal of a triangle is one product over the whole square, twice its tiles.
+                1.0 + s.gradients.iter().map(|g| f64::from(u8::from(*g))).sum::<f64>()
+                    * if s.triangle { 2.0 } else { 1.0 }
+            });
+
+        let layouts =
+            Layouts { problem, occurrences: Occurrences::new(&order), order, tile, forward_waves, backward_waves };
+        let launches = Launches::new(&layouts)?;
+        let alignment = |slot: Slot| match slot {
+            Slot::Query | Slot::Passage => problem.dtype.bytes() as u64,
+            Slot::Upstream => 4,
+            Slot::QueryGradient => launches.gradient_alignment[0],
+            Slot::PassageGradient => launches.gradient_alignment[1],
+            Slot::Side | Slot::State | Slot::Workspace => ARRAY_ALIGNMENT,
+        };
+        Ok(Self {
+            slot_bytes: launches.layout.ends,
+            slot_alignment: Slot::ALL.map(alignment),
+            arrays: launches.layout.arrays,
+            side: launches.side,
+            forward: [launches.partials.clone(), launches.combine.clone()].concat(),
+            partials: launches.partials,
+            combine: launches.combine,
+            backward_alone: [launches.repack, launches.backward.clone()].concat(),
+            backward: launches.backward,
+            tile,
+            arithmetic: problem.arithmetic,
+            bounded_bytes: launches.bounded_bytes,
+            waves: [layouts.forward_waves.len(), layouts.backward_waves.len()],
+            flops,
+            title: format!(
+                "cuda {}, {} queries x {} passages of dimension {}, {}",
+                problem.loss.name(),
+                m,
+                n,
+                d,
+                problem.dtype
+            ),
+        })
+    }
+
+    /// Everything the kernels read and write.
+    pub fn arrays(&self) -> &[Array] {
+        &self.arrays
+    }
+
+    /// The array of that name.
+    pub fn array(&self, name: &str) -> Option<&Array> {
+        self.arrays.iter().find(|a| a.name == name)
+    }
+
+    /// Loss, metrics and coefficients: [`Plan::partials`], then [`Plan::combine`].
+    pub fn forward(&self) -> &[Launch] {
+        &self.forward
+    }
+
+    /// The sums of the shard's rows. A shard merges those of the others into the array `sums` before [`Plan::combine`].
+    pub fn partials(&self) -> &[Launch] {
+        &self.partials
+    }
+
+    /// Loss, metrics and coefficients from the sums.
+    pub fn combine(&self) -> &[Launch] {
+        &self.combine
+    }
+
+    /// Gradients, after [`Plan::forward`] with the same state, and with a workspace that nothing has touched since.
+    pub fn backward(&self) -> &[Launch] {
+        &self.backward
+    }
+
+    /// Gradients, after [`Plan::forward`] with the same state and any workspace: packs the embeddings again.
+    pub fn backward_alone(&self) -> &[Launch] {
+        &self.backward_alone
+    }
+
+    /// Bytes that a slot needs at the least.
+    pub fn slot_bytes(&self, slot: Slot) -> u64 {
+        self.slot_bytes[slot as usize]
+    }
+
+    /// What a slot's address must be a multiple of.
+    pub fn slot_alignment(&self, slot: Slot) -> u64 {
+        self.slot_alignment[slot as usize]
+    }
+
+    /// What the slot `Side` holds: keys, weights, the order of the passages. To be copied to the device once for each plan.
+    pub fn side_data(&self) -> &[u8] {
+        &self.side
+    }
+
+    /// Bytes of the workspace that the options bound: all but packed embeddings and sums of gradients.
+    pub fn bounded_bytes(&self) -> usize {
+        self.bounded_bytes
+    }
+
+    /// Edge of a tile.
+    pub fn tile(&self) -> Tile {
+        self.tile
+    }
+
+    /// What multiplies.
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.arithmetic
+    }
+
+    /// Floating-point operations of the matrix products of forward and backward, products of planes counted once: 12 B²d for
+    /// SamToNe on the query side.
+    pub fn flops(&self) -> f64 {
+        self.flops
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        writeln!(
+            f,
+            "{}: tiles of {t} x {t}, {}, {} + {} waves, workspace {:.1} MiB ({:.1} MiB bounded), {:.1} GFLOP",
+            self.title,
+            self.arithmetic.suffix(),
+            self.waves[0],
+            self.waves[1],
+            mib(self.slot_bytes(Slot::Workspace)),
+            mib(self.bounded_bytes as u64),
+            self.flops / 1e9,
+            t = self.tile.edge(),
+        )?;
+        self.forward.iter().chain(&self.backward).try_for_each(|launch| writeln!(f, "  {launch}"))
+    }
+}
+
+/// Bytes of a wave that is one super-block of rows x cols indices, in the pass that takes more.
+fn bounded_bytes(rows: usize, cols: usize, arithmetic: Arithmetic) -> usize {
+    let (bytes, planes) = (arithmetic.bytes(), arithmetic.gradient_planes());
+    // Partials of the smallest tile, 64: two edges, each a number for every 64 elements.
+    let partials = rows * cols / 64 * 2 * PARTIAL_BYTES.iter().sum::<usize>();
+    let dots = rows * cols / (64 * 64) * size_of::<f64>();
+    partials.max(rows * cols * bytes * planes + dots) + 3 * ARRAY_ALIGNMENT as usize
+}
+
+fn super_blocks(regions: &[Region], problem: &Problem<'_>, tile: Tile, bound: usize) -> Vec<SuperBlock> {
+    let step = tile.edge();
+    let fits = |edge: usize| bounded_bytes(edge, edge, problem.arithmetic) <= bound;
+    let (mut low, mut high) = (1, (1 << 26) / step); // in tiles: a super-block of `low` fits, one of `high` is out of reach
+    while high - low > 1 {
+        let middle = (low + high) / 2;
+        if fits(middle * step) { low = middle } else { high = middle }
+    }
+    let parts = |range: &Range<usize>| {
+        let count = range.len().div_ceil(low * step);
+        let size = range.len().div_ceil(count).next_multiple_of(step);
+        let end = range.end;
+        range.clone().step_by(size).map(move |start| start..end.min(start + size)).collect::<Vec<_>>()
+    };
+    let wanted = |space: Space| problem.gradients[space as usize].is_some();
+    let mut blocks = Vec::new();
+    for region in regions {
+        for (r, rows) in parts(&region.rows).into_iter().enumerate() {
+            for (c, cols) in parts(&region.cols).into_iter().enumerate() {
+                if region.triangle && c < r {
+                    continue;
+                }
+                let triangle = region.triangle && c == r;
+                let gradient = |edge: usize| region.gradients[edge] && wanted(region.spaces[edge]);
+                blocks.push(SuperBlock {
+                    spaces: region.spaces,
+                    blocks: region.blocks,
+                    ranges: [rows.clone(), cols],
+                    triangle,
+                    anchors: region.anchors,
+                    sums: [region.anchors[0], region.anchors[1] && region.sum_cols],
+                    gradients: [gradient(0), gradient(1) && !triangle],
+                    counted: region.sum_cols,
+                });
+            }
+        }
+    }
+    blocks
+}
+
+/// Super-blocks in order, as many in each wave as the bound and a launch allow; at least one wave, which may be empty.
+fn waves(blocks: impl Iterator<Item = SuperBlock>, tile: Tile, arithmetic: Arithmetic, bound: usize) -> Vec<Wave> {
+    let bytes = |s: &SuperBlock| {
+        let [rows, cols] = [0, 1].map(|edge| s.tiles_along(edge, tile.edge()) * tile.edge());
+        bounded_bytes(rows, cols, arithmetic)
+    };
+    let mut waves = vec![Wave::new()];
+    let mut used = 0;
+    for block in blocks {
+        let more = bytes(&block);
+        let full = waves.last().is_none_or(|w| w.len() == MAX_SUPER_BLOCKS || (!w.is_empty() && used + more > bound));
+        if full {
+            waves.push(Wave::new());
+            used = 0;
+        }
+        used += more;
+        if let Some(wave) = waves.last_mut() {
+            wave.push(block);
+        }
+    }
+    waves
+}
+
+/// Operations of `products(block)` products for each tile of the waves.
+fn flops(waves: &[Wave], dim: usize, products: impl Fn(&SuperBlock) -> f64) -> f64 {
+    let area = |s: &SuperBlock| {
+        let whole = s.ranges[0].len() as f64 * s.ranges[1].len() as f64;
+        if s.triangle { whole / 2.0 } else { whole }
+    };
+    waves.iter().flatten().map(|s| 2.0 * area(s) * dim as f64 * products(s)).sum()
+}

@@ -1,0 +1,265 @@
+//! The CUDA backend's plans, run launch by launch on the emulator: what a GPU would do, on any machine.
+
+use super::emulator::{self, Compiler, Device};
+use samtone::backend::Backend;
+use samtone::batch::{Data, DataMut};
+use samtone::cuda::{Address, Array, ArrayId, GradientOutput, Launch, Plan, Problem, Slot};
+use samtone::{
+    Batch, DType, Embeddings, EmbeddingsMut, Error, Evaluation, GradientBuffers, Loss, Metrics, Options, Result,
+    TemperatureGradient, Tower,
+};
+use std::path::PathBuf;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// Every kernel file of the backend.
+pub const FILES: [&str; 6] = [
+    "prepare.cu",
+    "logsumexp_sm80.cu",
+    "combine.cu",
+    "gradient_tile_sm80.cu",
+    "gradient_product_sm80.cu",
+    "project.cu",
+];
+
+/// `NONE` of kernels/common/problem.cuh.
+const NONE: u32 = u32::MAX;
+
+/// The backend `cuda-emulated`.
+pub struct CudaEmulated;
+
+/// How launches run; by default with races detected, in the order of seed 0.
+#[derive(Clone, Default)]
+pub struct Run {
+    pub seed: u64,
+    pub ignore_races: bool,
+    pub mutant: String,
+}
+
+fn executable() -> std::result::Result<PathBuf, String> {
+    static BUILT: OnceLock<std::result::Result<PathBuf, String>> = OnceLock::new();
+    BUILT.get_or_init(|| Compiler::find()?.build_all("cuda", &FILES)).clone()
+}
+
+fn failure(what: String) -> Error {
+    Error::Unsupported { backend: "cuda-emulated", what, allowed: "kernels that the emulator runs".into() }
+}
+
+/// Devices that nobody uses now.
+static IDLE: Mutex<Vec<Device>> = Mutex::new(Vec::new());
+
+/// A plan on an emulated device. Each array is a buffer of its own, so that whoever leaves it is caught.
+pub struct Emulated {
+    plan: Plan,
+    device: Option<Device>,
+    buffers: Vec<u64>,
+    run: Run,
+}
+
+impl Emulated {
+    pub fn new(plan: Plan, run: Run) -> Result<Self> {
+        let idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let start = || executable().and_then(|path| Device::start(&path)).map_err(failure);
+        let mut device = idle.map_or_else(start, Ok)?;
+        let mut buffers = Vec::new();
+        for array in plan.arrays() {
+            buffers.push(device.allocate(array.name, array.bytes as usize).map_err(failure)?);
+        }
+        let mut this = Self { plan, device: Some(device), buffers, run };
+        for (id, array) in this.plan.arrays().to_vec().iter().enumerate() {
+            if array.slot == Slot::Side {
+                let content = &this.plan.side_data()[array.offset as usize..(array.offset + array.bytes) as usize];
+                let content = content.to_vec();
+                this.write(ArrayId(id), &content)?;
+            }
+        }
+        Ok(this)
+    }
+
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    fn device(&mut self) -> Result<&mut Device> {
+        self.device.as_mut().ok_or_else(|| failure("a device that has failed".into()))
+    }
+
+    fn write(&mut self, id: ArrayId, bytes: &[u8]) -> Result<()> {
+        let address = self.buffers[id.0];
+        self.device()?.write(address, bytes).map_err(failure)
+    }
+
+    fn find(&self, name: &str) -> Result<(ArrayId, Array)> {
+        let found = self.plan.arrays().iter().position(|a| a.name == name);
+        let id = found.ok_or_else(|| failure(format!("no array `{name}`")))?;
+        Ok((ArrayId(id), self.plan.arrays()[id].clone()))
+    }
+
+    pub fn upload<T: bytemuck::Pod>(&mut self, name: &str, values: &[T]) -> Result<()> {
+        let (id, _) = self.find(name)?;
+        self.write(id, bytemuck::cast_slice(values))
+    }
+
+    pub fn download<T: bytemuck::Pod>(&mut self, name: &str) -> Result<Vec<T>> {
+        let (id, array) = self.find(name)?;
+        let address = self.buffers[id.0];
+        self.device()?.download(address, array.bytes as usize / size_of::<T>()).map_err(failure)
+    }
+
+    pub fn upload_embeddings(&mut self, name: &str, x: Embeddings<'_>) -> Result<()> {
+        let len = (x.rows() - 1) * x.row_stride() + x.dim();
+        match x.data() {
+            Data::F32(data) => self.upload(name, &data[..len]),
+            Data::F16(data) => self.upload(name, &data[..len]),
+            Data::BF16(data) => self.upload(name, &data[..len]),
+            Data::F64(_) => Err(failure("f64".into())),
+        }
+    }
+
+    pub fn launch(&mut self, launches: &[Launch]) -> Result<()> {
+        for launch in launches {
+            let mut emulated = emulator::Launch::new(&launch.kernel, launch.threads)
+                .grid(launch.grid[0], launch.grid[1], 1)
+                .shared_bytes(launch.shared_bytes)
+                .seed(self.run.seed)
+                .detect_races(!self.run.ignore_races)
+                .mutant_if_reached(&self.run.mutant);
+            for argument in &launch.arguments {
+                let mut bytes = argument.bytes.clone();
+                for (at, address) in &argument.pointers {
+                    let value = match address {
+                        Address::Null => 0,
+                        Address::In(id, offset) => self.buffers[id.0].wrapping_add_signed(*offset),
+                    };
+                    bytes[*at..at + 8].copy_from_slice(&value.to_le_bytes());
+                }
+                emulated = emulated.argument_bytes(bytes);
+            }
+            let result = self.device()?.launch(&emulated);
+            if let Err(sentence) = result {
+                self.device = None; // whatever it left behind
+                return Err(failure(sentence));
+            }
+        }
+        Ok(())
+    }
+
+    /// The error that the status names, if any; rows and columns are looked up in `batch`.
+    pub fn check_status(&mut self, batch: &Batch<'_>, loss: &Loss, options: &Options) -> Result<()> {
+        let status: Vec<u32> = self.download("status")?;
+        for (k, (tower, x)) in
+            [(Tower::Query, batch.query()), (Tower::Passage, batch.passage())].into_iter().enumerate()
+        {
+            if status[k] != NONE {
+                let row = status[k] as usize;
+                let bad = x.row_to_f64(row).into_iter().enumerate().find(|(_, v)| !v.is_finite());
+                let (column, value) = bad.ok_or_else(|| failure(format!("{tower} row {row} is finite")))?;
+                return Err(Error::NonFinite { tower, row, column, value });
+            }
+            if status[2 + k] != NONE && options.zero_norm() == samtone::ZeroNorm::Error {
+                return Err(Error::ZeroNorm { tower, row: status[2 + k] as usize });
+            }
+        }
+        if status[4] != NONE {
+            let (row, group) = (status[4] as usize, status[5] as usize);
+            return Err(Error::NoNegative { loss: loss.name().into(), group, row });
+        }
+        Ok(())
+    }
+
+    pub fn evaluation(&mut self) -> Result<Evaluation> {
+        let results: Vec<f64> = self.download("results")?;
+        let metrics = |at: usize| Metrics { precision_at_1: results[at], mrr: results[at + 1] };
+        Ok(Evaluation {
+            loss: results[0],
+            row_losses: self.download("row_losses")?,
+            query_to_passage: metrics(1),
+            passage_to_query: metrics(3),
+        })
+    }
+
+    pub fn temperature(&mut self) -> Result<TemperatureGradient> {
+        let results: Vec<f64> = self.download("results")?;
+        Ok(TemperatureGradient { tau: results[7], log_beta: results[8] })
+    }
+
+    fn fetch(&mut self, name: &str, out: Option<EmbeddingsMut<'_>>) -> Result<()> {
+        fn copy<T: bytemuck::Pod>(from: Vec<T>, to: &mut [T], dim: usize, stride: usize) {
+            from.chunks(stride)
+                .zip(to.chunks_mut(stride))
+                .for_each(|(from, to)| to[..dim].copy_from_slice(&from[..dim]));
+        }
+        let Some(mut out) = out else { return Ok(()) };
+        let (dim, stride) = (out.dim(), out.row_stride());
+        match out.data_mut() {
+            DataMut::F32(to) => copy(self.download(name)?, to, dim, stride),
+            DataMut::F16(to) => copy(self.download(name)?, to, dim, stride),
+            DataMut::BF16(to) => copy(self.download(name)?, to, dim, stride),
+            DataMut::F64(_) => return Err(failure("f64".into())),
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Emulated {
+    fn drop(&mut self) {
+        if let Some(mut device) = self.device.take() {
+            if device.release_all().is_ok() {
+                IDLE.lock().unwrap_or_else(PoisonError::into_inner).push(device);
+            }
+        }
+    }
+}
+
+/// Where a call's gradients go, in the words of a plan.
+pub fn output(out: &Option<EmbeddingsMut<'_>>) -> Option<GradientOutput> {
+    out.as_ref().map(|x| GradientOutput { dtype: x.dtype(), row_stride: x.row_stride() })
+}
+
+/// Loss and gradients of a whole batch by the plan of `problem`.
+pub fn run(
+    problem: &Problem<'_>,
+    loss: &Loss,
+    batch: &Batch<'_>,
+    options: &Options,
+    buffers: GradientBuffers<'_>,
+    how: Run,
+) -> Result<(Evaluation, TemperatureGradient)> {
+    let mut emulated = Emulated::new(Plan::new(problem)?, how)?;
+    emulated.upload_embeddings("query", batch.query())?;
+    emulated.upload_embeddings("passage", batch.passage())?;
+    emulated.launch(&emulated.plan().forward().to_vec())?;
+    emulated.launch(&emulated.plan().backward().to_vec())?;
+    emulated.check_status(batch, loss, options)?;
+    emulated.fetch("query_gradient", buffers.query)?;
+    emulated.fetch("passage_gradient", buffers.passage)?;
+    Ok((emulated.evaluation()?, emulated.temperature()?))
+}
+
+impl Backend for CudaEmulated {
+    fn name(&self) -> &'static str {
+        "cuda-emulated"
+    }
+
+    fn dtypes(&self) -> &'static [DType] {
+        &[DType::F32, DType::F16, DType::BF16]
+    }
+
+    fn available(&self) -> Result<()> {
+        executable().map(drop).map_err(failure)
+    }
+
+    fn loss_and_gradients_into(
+        &self,
+        loss: &Loss,
+        batch: &Batch<'_>,
+        options: &Options,
+        upstream: f64,
+        buffers: GradientBuffers<'_>,
+    ) -> Result<(Evaluation, TemperatureGradient)> {
+        let problem = Problem::new(loss, batch.pairs(), options, batch.dtype(), batch.dim())?
+            .with_row_strides(batch.query().row_stride(), batch.passage().row_stride())?
+            .with_gradients(output(&buffers.query), output(&buffers.passage))?
+            .with_upstream(upstream)?;
+        run(&problem, loss, batch, options, buffers, Run::default())
+    }
+}
