@@ -8,6 +8,7 @@
 //                                        launch can leave out every call of one label, to see that a test fails
 //   MUTANT(name)                         false; true in an emulated launch that asks for this defect (tests of the emulator)
 //   UNROLL                               the next loop is unrolled
+//   KEEP_LOOP                            the next loop is not unrolled
 //   BY_VALUE(type)                       a struct as parameter: stays in the constant bank, also when indexed at run time
 #pragma once
 
@@ -71,6 +72,7 @@ constexpr u32 ALL_LANES = 0xffffffffu;
     } while (0)
 #define MUTANT(name) emulator::mutant(#name)
 #define UNROLL
+#define KEEP_LOOP
 #define BY_VALUE(type) const type
 
 #else
@@ -88,6 +90,7 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 #define SYNC(label, ...) __VA_ARGS__
 #define MUTANT(name) false
 #define UNROLL _Pragma("unroll")
+#define KEEP_LOOP _Pragma("unroll 1")
 #define BY_VALUE(type) const __grid_constant__ type
 
 #endif

@@ -11,9 +11,9 @@
 //          P2 so have all threads', and all have read the slot that is filled next
 //          P3 all have read the last stage: the caller may write to shared memory
 // Numerics Tensor cores cut every partial sum towards zero, which over hundreds of terms of one sign is a bias of 2^-19. So
-//          they add up FLUSH stages only, and the sums of those are added with rounding to nearest.
-//          f16x3: hi·hi + hi·lo + lo·hi, each operand being the sum of two f16 (22 bits); lo·lo is below f32's last bit.
-//          f16x2: as f16 for cosines; gradients of logits are the sum of two f16, hi·x + lo·x
+//          they add up a stage at the most, and the sums of stages are added with rounding to nearest.
+//          f16x3: lo·hi + hi·lo + hi·hi, each operand being the sum of two f16 (22 bits); lo·lo is below f32's last bit.
+//          f16x2: as f16 for cosines; gradients of logits are the sum of two f16, lo·x + hi·x
 #pragma once
 #include "problem.cuh"
 
@@ -26,7 +26,7 @@ template <Arithmetic A> struct Numbers {
     static constexpr u32 COSINE_SEGMENTS = SPLIT ? 3 : 1;                                // products of planes
     static constexpr u32 GRADIENT_SEGMENTS = SPLIT ? 3 : GRADIENT_PLANES;
     static constexpr u32 DEPTH = 128 / BYTES;                                            // elements of k in a stage
-    static constexpr u32 FLUSH = A == Arithmetic::f16 || A == Arithmetic::f16x2 ? 2 : 1; // stages that a tensor core adds up
+    static constexpr u32 PARTS = SPLIT ? 4 : 1; // of a stage, each of which a tensor core adds up by itself
 };
 
 template <u32 TILE> struct Shape {
@@ -80,13 +80,15 @@ SAMTONE_DEVICE void copy_stage(Source& source, shared_address operand) {
 // How an operand lies in shared memory.
 enum class Layout { rows, depth };
 
-// sums += A·B for one stage, on tensor cores.
-template <u32 TILE, Layout A_LAYOUT, Layout B_LAYOUT> SAMTONE_DEVICE void multiply_stage_f16(Totals<TILE>& sums, shared_address stage) {
+// sums += A·B for 64 / PARTS of k from `start` on, on tensor cores.
+template <u32 TILE, u32 PARTS, Layout A_LAYOUT, Layout B_LAYOUT>
+SAMTONE_DEVICE void multiply_f16(Totals<TILE>& sums, shared_address stage, u32 start) {
     constexpr u32 FRAGMENTS = Shape<TILE>::FRAGMENTS;
     const u32 lane = lane_id(), row0 = warp_row<TILE>(), column0 = warp_column<TILE>();
     const shared_address a_at = stage, b_at = stage + Shape<TILE>::OPERAND;
     UNROLL
-    for (u32 deep = 0; deep < 64; deep += 16) {
+    for (u32 step = 0; step < 64 / PARTS; step += 16) {
+        const u32 deep = start + step;
         u32 a[FRAGMENTS][4], b[4][2];
         UNROLL
         for (u32 i = 0; i < FRAGMENTS; ++i) { // matrices: rows 0..7 and 8..15 of the fragment, then the same at k + 8
@@ -124,7 +126,7 @@ template <u32 TILE, Layout A_LAYOUT, Layout B_LAYOUT> SAMTONE_DEVICE void multip
 }
 
 // Likewise by fused multiply-add on f32, which rounds to nearest: slow, exact, for checking the others.
-template <u32 TILE, Layout A_LAYOUT, Layout B_LAYOUT> SAMTONE_DEVICE void multiply_stage_f32(Totals<TILE>& sums, shared_address stage) {
+template <u32 TILE, Layout A_LAYOUT, Layout B_LAYOUT> SAMTONE_DEVICE void multiply_f32(Totals<TILE>& sums, shared_address stage) {
     constexpr u32 FRAGMENTS = Shape<TILE>::FRAGMENTS;
     const u32 g = lane_id() / 4, t = lane_id() % 4;
     auto at = [](Layout layout, shared_address operand, u32 along, u32 k) {
@@ -170,37 +172,42 @@ SAMTONE_DEVICE void multiply(Totals<TILE>& total, Source a, Source b, u32 steps)
             copy_stage(a, slot);
             copy_stage(b, slot + S::OPERAND);
             ++copied;
-            if (SEGMENTS > 1 && --segment_left == 0) { // hi·hi, then with three segments hi·lo, then lo·hi
+            if (SEGMENTS > 1 && --segment_left == 0) {
                 segment_left = steps;
                 ++segment;
-                a.next = a.origin + (segment == SEGMENTS - 1 ? a.plane : 0);
-                b.next = b.origin + (SEGMENTS == 3 && segment == 1 ? b.plane : 0);
+                a.next = a.origin;
+                b.next = b.origin + (segment + 1 < SEGMENTS ? b.plane : 0);
             }
         }
         cp_async_commit_group(); // also when there is nothing left, so that the count of groups stays the same
     };
+    if (SEGMENTS > 1) a.next += a.plane; // lo·hi, with three segments hi·lo, hi·hi: small terms first lose nothing to the large sum
     for (u32 stage = 0; stage < S::STAGES - 1; ++stage) copy_next();
 
-    float sums[FRAGMENTS][4][4] = {};
     for (u32 step = 0; step < all; ++step) {
         SYNC(P1, cp_async_wait_group<S::STAGES - 2>());
         SYNC(P2, bar_sync());
         copy_next();
         const shared_address slot = shared_base() + step % S::STAGES * S::STAGE;
-        if constexpr (Numbers<A>::TENSOR) multiply_stage_f16<TILE, A_LAYOUT, B_LAYOUT>(sums, slot);
-        else multiply_stage_f32<TILE, A_LAYOUT, B_LAYOUT>(sums, slot);
-        if ((step + 1) % Numbers<A>::FLUSH == 0 || step + 1 == all) {
+        constexpr u32 PARTS = Numbers<A>::PARTS;
+        auto add_part = [&](u32 part) {
+            float sums[FRAGMENTS][4][4] = {};
+            if constexpr (Numbers<A>::TENSOR) multiply_f16<TILE, PARTS, A_LAYOUT, B_LAYOUT>(sums, slot, part * (64 / PARTS));
+            else multiply_f32<TILE, A_LAYOUT, B_LAYOUT>(sums, slot);
             UNROLL
             for (u32 i = 0; i < FRAGMENTS; ++i) {
                 UNROLL
                 for (u32 j = 0; j < 4; ++j) {
                     UNROLL
-                    for (u32 r = 0; r < 4; ++r) {
-                        total[i][j][r] += sums[i][j][r];
-                        sums[i][j][r] = 0;
-                    }
+                    for (u32 r = 0; r < 4; ++r) total[i][j][r] += sums[i][j][r];
                 }
             }
+        };
+        if constexpr (PARTS == 1) {
+            add_part(0);
+        } else {
+            KEEP_LOOP // unrolled, the fragments of all parts would be alive at once: more than there are registers
+            for (u32 part = 0; part < PARTS; ++part) add_part(part);
         }
     }
     SYNC(P3, bar_sync());

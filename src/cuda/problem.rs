@@ -7,14 +7,16 @@ use crate::loss::Loss;
 use crate::options::Options;
 use std::ops::Range;
 
-/// What multiplies. Sums of products are f32 with rounding to nearest every 64 or 128 terms, whatever multiplies them.
+/// What multiplies. Sums of products are f32, rounded to nearest at least every 64 terms, whatever multiplies them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Arithmetic {
     /// Tensor cores on f16. Every row is scaled by a power of two to a norm near 2¹², so bf16 inputs, too, are exact down to 2⁻³⁷
     /// of their norm. Gradients of logits are rounded to f16, 11 bits: an error of the gradients of 1e-4 to 4e-4, below what
-    /// rounding the embeddings to bf16 did to them. The default for bf16.
+    /// rounding the embeddings to bf16 did to them. The default for bf16 from 256
+    /// queries on.
     F16,
-    /// As `F16`, but gradients of logits are sums of two f16, 22 bits: 18 B²d operations instead of 12. The default for f16.
+    /// As `F16`, but gradients of logits are sums of two f16, 22 bits: 18 B²d operations instead of 12. The default for f16, and for
+    /// fewer queries in bf16.
     F16x2,
     /// Tensor cores on sums of two f16, 22 bits, by three products: 36 B²d operations. The default for f32.
     F16x3,
@@ -104,6 +106,10 @@ pub struct GradientOutput {
     pub row_stride: usize,
 }
 
+/// Batches with fewer queries take gradients of logits with 22 bits for bf16, too: launches, not products, decide how long they
+/// take, and few terms do not average rounding errors out.
+const FEW_ROWS: usize = 256;
+
 /// Everything that decides what a call launches, but no embedding.
 #[derive(Debug, Clone)]
 pub struct Problem<'a> {
@@ -132,8 +138,8 @@ impl<'a> Problem<'a> {
         let arithmetic = match dtype {
             DType::F64 => return Err(Error::dtype("cuda", DType::F64, "f32, f16 and bf16; the reference takes f64")),
             DType::F32 => Arithmetic::F16x3,
-            DType::F16 => Arithmetic::F16x2,
-            DType::BF16 => Arithmetic::F16,
+            DType::BF16 if pairs.rows() >= FEW_ROWS => Arithmetic::F16,
+            DType::F16 | DType::BF16 => Arithmetic::F16x2,
         };
         if dim == 0 || dim > MAX_DIM {
             return Err(Error::invalid("dim", dim.to_string(), format!("1 to {MAX_DIM}")));

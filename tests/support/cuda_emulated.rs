@@ -203,7 +203,7 @@ impl Emulated {
 impl Drop for Emulated {
     fn drop(&mut self) {
         if let Some(mut device) = self.device.take() {
-            if device.release_all().is_ok() {
+            if device.release_all().is_ok() && device.has_room(1000) {
                 IDLE.lock().unwrap_or_else(PoisonError::into_inner).push(device);
             }
         }

@@ -195,9 +195,13 @@ pub struct Device {
     requests: Option<BufWriter<ChildStdin>>,
     answers: BufReader<ChildStdout>,
     buffers: Vec<u64>,
+    allocated: usize,
 }
 
 impl Device {
+    /// Buffers that a device can number, with some to spare: an address is never used again.
+    const LIMIT: usize = 16_000;
+
     pub fn start(executable: &Path) -> Result<Self, String> {
         let about = |e| format!("{}: {e}", executable.display());
         let mut command = Command::new(executable);
@@ -211,6 +215,7 @@ impl Device {
             requests: Some(BufWriter::new(requests)),
             answers: BufReader::new(answers),
             buffers: Vec::new(),
+            allocated: 0,
         })
     }
 
@@ -219,7 +224,13 @@ impl Device {
         let address = self.request(1, &[&text(name), &(bytes as u64).to_le_bytes()])?;
         let address = address.try_into().map(u64::from_le_bytes).map_err(|_| "the emulator gave no address")?;
         self.buffers.push(address);
+        self.allocated += 1;
         Ok(address)
+    }
+
+    /// Whether so many more buffers can be allocated.
+    pub fn has_room(&self, buffers: usize) -> bool {
+        self.allocated + buffers <= Self::LIMIT
     }
 
     /// Frees every buffer; their addresses stay invalid.
