@@ -6,7 +6,8 @@ use crate::dtype::DType;
 /// Result of every fallible function of the crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why a call was refused. Nothing has been written to any output when one of these is returned.
+/// Why a call was refused. Nothing has been written to any output when one of these is returned, unless the output is in the
+/// memory of a device: there, a call that is refused for its embeddings leaves NaN.
 #[non_exhaustive]
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Error {
@@ -100,6 +101,72 @@ pub enum Error {
         saved: String,
         /// Description of the inputs given now.
         given: String,
+    },
+    /// No CUDA kernel can run in this process: no driver, one that does not start, or no device.
+    #[error("CUDA is not available: {reason}; allowed: {allowed}")]
+    CudaUnavailable {
+        /// What is missing.
+        reason: String,
+        /// What would do.
+        allowed: String,
+    },
+    /// The driver does not know the PTX version of the kernels.
+    #[error(
+        "the NVIDIA driver supports CUDA {}.{}, but the kernels are PTX {}.{}; allowed: a driver for CUDA {}.{} or later",
+        .supported.0, .supported.1, .ptx.0, .ptx.1, .needed.0, .needed.1
+    )]
+    DriverTooOld {
+        /// Latest version of CUDA that the driver supports, major and minor.
+        supported: (u32, u32),
+        /// Version of the kernels' PTX.
+        ptx: (u32, u32),
+        /// The version of CUDA that brought it.
+        needed: (u32, u32),
+    },
+    /// The device lacks instructions of the kernels.
+    #[error(
+        "CUDA device {ordinal} ({name}) has compute capability {}.{}; allowed: 8.0 or later (Ampere, Ada, Hopper, Blackwell)",
+        .capability.0, .capability.1
+    )]
+    DeviceUnsupported {
+        /// Index of the device among those visible.
+        ordinal: usize,
+        /// Its name.
+        name: String,
+        /// Its compute capability, major and minor.
+        capability: (u32, u32),
+    },
+    /// A call of the CUDA driver failed, or reports that something enqueued earlier did.
+    #[error("the CUDA driver's `{call}` gave error {code} ({name}): {hint}")]
+    Cuda {
+        /// The function of the driver.
+        call: &'static str,
+        /// Its `CUresult`.
+        code: i32,
+        /// Name of the code.
+        name: &'static str,
+        /// What it means here and what to do, with the log of the driver's compiler where there is one.
+        hint: String,
+    },
+    /// A device pointer of the caller has an address the kernels cannot work with.
+    #[error("argument `{slot}` is at address {address:#x}; allowed: multiples of {alignment} bytes")]
+    Misaligned {
+        /// Name of the pointer.
+        slot: &'static str,
+        /// Its value.
+        address: u64,
+        /// What it must be a multiple of.
+        alignment: u64,
+    },
+    /// Memory, stream and device do not belong together.
+    #[error("argument `{argument}` belongs to {found}; allowed: {expected}")]
+    WrongDevice {
+        /// Name of the argument.
+        argument: &'static str,
+        /// The device or context it belongs to.
+        found: String,
+        /// The one it is used with.
+        expected: String,
     },
 }
 
