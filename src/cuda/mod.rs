@@ -18,11 +18,15 @@
 //! stream. Inputs that are refused (NaN, norm zero, no negative) leave the number of the lowest such row in the state, and NaN
 //! in loss and gradients.
 
+#[cfg(feature = "cuda")]
+mod driver;
 mod launches;
 mod plan;
 mod problem;
 mod schedule;
 
+#[cfg(feature = "cuda")]
+pub use driver::*;
 pub use plan::Plan;
 pub use problem::{Arithmetic, GradientOutput, Problem, Tile};
 pub use schedule::{Address, Argument, Array, ArrayId, Launch, Slot};

@@ -1,0 +1,147 @@
+//! The backend `cuda` for batches in host memory: copies them to the first device, and the results back.
+
+use super::arguments::{Pointers, Stream};
+use super::buffer::Buffer;
+use super::device::Device;
+use super::probe;
+use super::readout::Readout;
+use crate::backend::Backend;
+use crate::batch::{Batch, DataMut, Embeddings, EmbeddingsMut, for_each_dtype};
+use crate::cuda::{GradientOutput, Plan, Problem, Slot};
+use crate::dtype::{DType, Element};
+use crate::error::Result;
+use crate::loss::Loss;
+use crate::options::Options;
+use crate::output::{Evaluation, GradientBuffers, TemperatureGradient, check_upstream};
+use std::sync::{Mutex, PoisonError};
+
+/// Launches on the first device that the kernels run on, one call at a time for each thread.
+pub(crate) struct Cuda;
+
+/// The device of all calls, so that kernels are loaded once; none until it is first asked for.
+fn device() -> Result<Device> {
+    static DEVICE: Mutex<Option<Device>> = Mutex::new(None);
+    let mut device = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*device {
+        Some(device) => Ok(device.clone()),
+        None => Ok(device.insert(Device::first()?).clone()),
+    }
+}
+
+impl Backend for Cuda {
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn dtypes(&self) -> &'static [DType] {
+        &[DType::F32, DType::F16, DType::BF16]
+    }
+
+    fn available(&self) -> Result<()> {
+        probe::available()
+    }
+
+    fn loss_and_gradients_into(
+        &self,
+        loss: &Loss,
+        batch: &Batch<'_>,
+        options: &Options,
+        upstream: f64,
+        buffers: GradientBuffers<'_>,
+    ) -> Result<(Evaluation, TemperatureGradient)> {
+        check_upstream(upstream)?;
+        buffers.expect_shapes(batch.rows(), batch)?;
+        let GradientBuffers { query, passage } = buffers;
+        let problem = Problem::new(loss, batch.pairs(), options, batch.dtype(), batch.dim())?
+            .with_row_strides(batch.query().row_stride(), batch.passage().row_stride())?
+            .with_gradients(output(&query), output(&passage))?
+            .with_upstream(upstream)?;
+        let plan = Plan::new(&problem)?;
+        let readout = Readout::new(&problem, &plan)?;
+
+        let device = &device()?;
+        let memory = |slot, purpose| Buffer::new(device, plan.slot_bytes(slot) as usize, purpose);
+        let embeddings = [memory(Slot::Query, "the queries")?, memory(Slot::Passage, "the passages")?];
+        let side = memory(Slot::Side, "keys and weights")?;
+        let (state, workspace) = (memory(Slot::State, "the state")?, memory(Slot::Workspace, "the workspace")?);
+        let gradients =
+            [memory(Slot::QueryGradient, "the gradients")?, memory(Slot::PassageGradient, "the gradients")?];
+        upload(&embeddings[0], batch.query())?;
+        upload(&embeddings[1], batch.passage())?;
+        side.upload(plan.side_data())?;
+        let pointers = Pointers {
+            query: embeddings[0].pointer(),
+            passage: embeddings[1].pointer(),
+            side: side.pointer(),
+            state: state.pointer(),
+            workspace: workspace.pointer(),
+            query_gradient: gradients[0].pointer(),
+            passage_gradient: gradients[1].pointer(),
+            upstream: 0,
+        };
+        // SAFETY: every buffer has as many bytes as the plan says, and is freed after the results have been waited for; even
+        // where reading them fails, freeing waits. The copies above are done. The stream is always there.
+        let results = unsafe {
+            device.loss_and_gradients(&plan, &pointers, Stream::PER_THREAD)?;
+            device.results(&readout, &pointers, Stream::PER_THREAD)
+        }?;
+        // Both are on the host before either is handed out.
+        let downloaded =
+            [query.is_some().then(|| gradients[0].download()), passage.is_some().then(|| gradients[1].download())];
+        let [of_query, of_passage] = downloaded;
+        let (of_query, of_passage) = (of_query.transpose()?, of_passage.transpose()?);
+        for (buffer, bytes) in [(query, of_query), (passage, of_passage)] {
+            if let (Some(buffer), Some(bytes)) = (buffer, bytes) {
+                scatter(&bytes, buffer);
+            }
+        }
+        Ok(results)
+    }
+}
+
+/// How a gradient comes back: contiguous, in its own type, or as f32 where no kernel writes it.
+fn output(buffer: &Option<EmbeddingsMut<'_>>) -> Option<GradientOutput> {
+    buffer.as_ref().map(|x| GradientOutput { dtype: device_dtype(x.dtype()), row_stride: x.dim() })
+}
+
+fn device_dtype(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F32 } else { dtype }
+}
+
+/// Rows as they lie, with what is between them.
+fn upload(buffer: &Buffer<'_>, x: Embeddings<'_>) -> Result<()> {
+    for_each_dtype!(Data, x.data(), data => buffer.upload(bytemuck::cast_slice(data)))
+}
+
+/// Contiguous rows into a buffer of any row stride.
+fn scatter(bytes: &[u8], mut buffer: EmbeddingsMut<'_>) {
+    fn copy<T: Element>(values: impl Iterator<Item = T>, to: &mut [T], dim: usize, stride: usize) {
+        to.chunks_mut(stride).flat_map(|row| row.iter_mut().take(dim)).zip(values).for_each(|(to, value)| *to = value);
+    }
+    fn values<T: Element>(bytes: &[u8]) -> impl Iterator<Item = T> {
+        bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned)
+    }
+    let (dim, stride) = (buffer.dim(), buffer.row_stride());
+    match buffer.data_mut() {
+        DataMut::F64(to) => copy(values::<f32>(bytes).map(f64::from), to, dim, stride),
+        DataMut::F32(to) => copy(values(bytes), to, dim, stride),
+        DataMut::F16(to) => copy(values(bytes), to, dim, stride),
+        DataMut::BF16(to) => copy(values(bytes), to, dim, stride),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gradients_reach_their_rows_and_leave_what_is_between_them() -> Result<()> {
+        let bytes: Vec<u8> = [1_f32, 2.0, 3.0, 4.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+        let (mut narrow, mut wide) = ([-1_f32; 5], [-1_f64; 5]);
+        scatter(&bytes, EmbeddingsMut::with_row_stride(&mut narrow[..], 2, 2, 3)?);
+        scatter(&bytes, EmbeddingsMut::with_row_stride(&mut wide[..], 2, 2, 3)?);
+        assert_eq!(narrow, [1.0, 2.0, -1.0, 3.0, 4.0]);
+        assert_eq!(wide, [1.0, 2.0, -1.0, 3.0, 4.0]);
+        Ok(())
+    }
+}

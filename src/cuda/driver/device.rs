@@ -1,0 +1,445 @@
+//! One GPU: its primary context, the kernels loaded there, and launches on any stream.
+
+use super::arguments::{Parameters, Pointers, Stream};
+use super::entry::{Driver, Handle};
+use super::probe::{self, Candidate};
+use super::{codes, ptx};
+use crate::cuda::{Launch, Plan, Slot};
+use crate::error::{Error, Result};
+use std::collections::HashMap;
+use std::ffi::{CString, c_int, c_void};
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Dynamic shared memory that every kernel may have unasked.
+const FREE_SHARED_BYTES: u32 = 48 << 10;
+/// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
+const MAX_DYNAMIC_SHARED: c_int = 8;
+/// `CU_JIT_INFO_LOG_BUFFER`, its size in bytes, `CU_JIT_ERROR_LOG_BUFFER`, its size in bytes.
+const LOG_OPTIONS: [c_int; 4] = [3, 4, 5, 6];
+/// `CU_POINTER_ATTRIBUTE_…`.
+const IS_MANAGED: c_int = 8;
+const DEVICE_ORDINAL: c_int = 9;
+const RANGE_START_ADDR: c_int = 11;
+const RANGE_SIZE: c_int = 12;
+
+/// A GPU whose kernels are compiled once, on first use, and can then be launched from any thread on any stream.
+///
+/// It works in the device's primary context, the one that cudarc, candle, cubecl and PyTorch use, so that their memory and
+/// streams can be passed to it. The context that a thread has made current stays so. Clones are the same device.
+///
+/// The driver compiles the PTX for the device when a kernel is first needed, and keeps the result on disk: some seconds on a
+/// machine's first run, far less later. [`Device::load`] does it ahead of time.
+#[derive(Clone)]
+pub struct Device {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    driver: &'static Driver,
+    ordinal: usize,
+    handle: c_int,
+    context: Handle,
+    name: String,
+    capability: (u32, u32),
+    modules: Mutex<HashMap<&'static str, Module>>,
+}
+
+/// A module of PTX that the driver has compiled.
+struct Module {
+    handle: Handle,
+    functions: HashMap<String, Function>,
+}
+
+#[derive(Clone)]
+struct Function {
+    handle: Handle,
+    /// Bytes of each parameter.
+    parameters: Arc<[usize]>,
+    /// Dynamic shared memory that it may have.
+    shared_bytes: u32,
+}
+
+// SAFETY: handles of contexts, modules and functions may be used by any thread; the driver locks what it must.
+unsafe impl Send for Inner {}
+// SAFETY: likewise.
+unsafe impl Sync for Inner {}
+
+/// While it lives, the device's context is the thread's current one.
+pub(super) struct Current<'a> {
+    driver: &'a Driver,
+    pushed: bool,
+    /// It belongs to the thread.
+    thread: PhantomData<*const ()>,
+}
+
+impl Drop for Current<'_> {
+    fn drop(&mut self) {
+        if self.pushed {
+            let mut popped = std::ptr::null_mut();
+            // SAFETY: one handle is written. A failure leaves the context current, and there is nobody to tell.
+            let _ = unsafe { self.driver.cuCtxPopCurrent_v2(&mut popped) };
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Failures mean that the process is ending and the driver gone before us, or that a fault has taken the context.
+        let current = current(self.driver, self.context);
+        let modules = self.modules.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if current.is_ok() {
+            for module in modules.values() {
+                // SAFETY: this is the only owner of the module, and whoever launches holds a clone of the device.
+                let _ = unsafe { self.driver.cuModuleUnload(module.handle) };
+            }
+        }
+        drop(current);
+        // SAFETY: retained once, in `Device::new`.
+        let _ = unsafe { self.driver.cuDevicePrimaryCtxRelease_v2(self.handle) };
+    }
+}
+
+/// Makes the context current if it is not, until the result is dropped.
+fn current(driver: &Driver, context: Handle) -> Result<Current<'_>> {
+    let mut before = std::ptr::null_mut();
+    // SAFETY: one handle is written.
+    unsafe { driver.cuCtxGetCurrent(&mut before) }?;
+    let pushed = before != context;
+    if pushed {
+        // SAFETY: the primary context is retained for as long as the device lives.
+        unsafe { driver.cuCtxPushCurrent_v2(context) }?;
+    }
+    Ok(Current { driver, pushed, thread: PhantomData })
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Inner { ordinal, name, capability, .. } = &*self.inner;
+        f.debug_struct("Device").field("ordinal", ordinal).field("name", name).field("capability", capability).finish()
+    }
+}
+
+impl Device {
+    /// The device of that ordinal among those the process sees. Retains its primary context, and makes it if it is not there.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for an ordinal beyond the last device, [`Error::DeviceUnsupported`] for one of compute
+    /// capability below 8.0, [`Error::Cuda`] if it cannot be used now; otherwise as [`available`](super::available).
+    pub fn new(ordinal: usize) -> Result<Self> {
+        Self::from_candidate(Candidate::new(ordinal)?.supported()?)
+    }
+
+    /// The first device that the kernels run on.
+    ///
+    /// # Errors
+    /// As [`available`](super::available), and [`Error::Cuda`] if it cannot be used now.
+    pub fn first() -> Result<Self> {
+        Self::from_candidate(probe::first_supported()?)
+    }
+
+    fn from_candidate(candidate: Candidate) -> Result<Self> {
+        let Candidate { driver, ordinal, handle, name, capability } = candidate;
+        let mut context = std::ptr::null_mut();
+        // SAFETY: one handle is written; released when the last clone is dropped.
+        unsafe { driver.cuDevicePrimaryCtxRetain(&mut context, handle) }?;
+        let modules = Mutex::default();
+        Ok(Self { inner: Arc::new(Inner { driver, ordinal, handle, context, name, capability, modules }) })
+    }
+
+    /// Its index among the devices that the process sees.
+    pub fn ordinal(&self) -> usize {
+        self.inner.ordinal
+    }
+
+    /// Its name, as the driver gives it.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// Its compute capability, major and minor.
+    pub fn compute_capability(&self) -> (u32, u32) {
+        self.inner.capability
+    }
+
+    /// The primary context, a `CUcontext` as a number, to compare with another library's.
+    pub fn context(&self) -> u64 {
+        self.inner.context.addr() as u64
+    }
+
+    pub(super) fn driver(&self) -> &'static Driver {
+        self.inner.driver
+    }
+
+    pub(super) fn current(&self) -> Result<Current<'_>> {
+        current(self.inner.driver, self.inner.context)
+    }
+
+    /// Compiles and loads every kernel of a plan, so that no later call has to: before a capture, which does not allow it, or so
+    /// that the first step takes no longer than the others.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] with the log of the driver's compiler, and [`Error::DriverTooOld`].
+    pub fn load(&self, plan: &Plan) -> Result<()> {
+        let _current = self.current()?;
+        plan.forward().iter().chain(plan.backward_alone()).try_for_each(|launch| self.function(launch).map(drop))
+    }
+
+    /// The function of a launch, loaded and allowed to have the launch's shared memory. The context is current.
+    fn function(&self, launch: &Launch) -> Result<Function> {
+        let mut modules: MutexGuard<'_, _> = self.inner.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let source =
+            ptx::module(launch.module).ok_or_else(|| self.mismatch(launch, "a kernel file that is built in"))?;
+        if !modules.contains_key(source.name) {
+            let module = Module { handle: self.load_module(source)?, functions: HashMap::new() };
+            modules.insert(source.name, module);
+        }
+        let Some(module) = modules.get_mut(source.name) else {
+            return Err(self.mismatch(launch, "a kernel file that is built in"));
+        };
+        if !module.functions.contains_key(&launch.kernel) {
+            let function = self.load_function(launch, source, module.handle)?;
+            module.functions.insert(launch.kernel.clone(), function);
+        }
+        let Some(function) = module.functions.get_mut(&launch.kernel) else {
+            return Err(self.mismatch(launch, "a kernel of its file"));
+        };
+        if launch.shared_bytes > FREE_SHARED_BYTES.max(function.shared_bytes) {
+            // SAFETY: the function belongs to the current context; the size is a C int, being far below 2³¹.
+            unsafe {
+                self.driver().cuFuncSetAttribute(function.handle, MAX_DYNAMIC_SHARED, launch.shared_bytes as c_int)
+            }?;
+            function.shared_bytes = launch.shared_bytes;
+        }
+        Ok(function.clone())
+    }
+
+    fn load_module(&self, source: &ptx::Module) -> Result<Handle> {
+        source.expect_driver(probe::supported_version(self.driver())?)?;
+        let mut logs = [[0_u8; 8 << 10]; 2];
+        let size = std::ptr::without_provenance_mut(logs[0].len());
+        let [info, error] = logs.each_mut().map(|log| log.as_mut_ptr().cast::<c_void>());
+        let (mut options, mut values, mut module) = (LOG_OPTIONS, [info, size, error, size], std::ptr::null_mut());
+        // SAFETY: the image ends with a 0. There are as many options as values; sizes are passed as the pointers themselves, and
+        // the buffers have these sizes.
+        let result = unsafe {
+            let image = source.bytes().as_ptr().cast();
+            self.driver().cuModuleLoadDataEx(&mut module, image, 4, options.as_mut_ptr(), values.as_mut_ptr())
+        };
+        match result {
+            Ok(()) => Ok(module),
+            Err(Error::Cuda { call, code, name, hint }) => {
+                let text = |log: &[u8]| {
+                    String::from_utf8_lossy(log.split(|&c| c == 0).next().unwrap_or_default()).into_owned()
+                };
+                let log = logs.iter().rev().map(|log| text(log)).find(|log| !log.trim().is_empty());
+                let log = log.map(|log| format!("; its log: {}", log.trim())).unwrap_or_default();
+                let hint = format!("{hint}; loading {}.ptx on {}{log}", source.name, self.inner.name);
+                Err(Error::Cuda { call, code, name, hint })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn load_function(&self, launch: &Launch, source: &ptx::Module, module: Handle) -> Result<Function> {
+        let parameters =
+            source.parameters(&launch.kernel).ok_or_else(|| self.mismatch(launch, "a kernel of its file"))?;
+        let name =
+            CString::new(launch.kernel.as_str()).map_err(|_| self.mismatch(launch, "a name without a zero byte"))?;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: one handle is written; the module is loaded, and the name ends with a 0.
+        unsafe { self.driver().cuModuleGetFunction(&mut handle, module, name.as_ptr()) }?;
+        Ok(Function { handle, parameters: parameters.into(), shared_bytes: 0 })
+    }
+
+    fn mismatch(&self, launch: &Launch, allowed: &str) -> Error {
+        let what = format!("the launch {launch} of `{}`", launch.module);
+        Error::Unsupported { backend: "cuda", what, allowed: allowed.into() }
+    }
+
+    /// Enqueues launches of a plan. What can be checked is checked before the first.
+    ///
+    /// # Safety
+    /// As [`Device::forward`].
+    unsafe fn enqueue(&self, plan: &Plan, launches: &[Launch], pointers: &Pointers, stream: Stream) -> Result<()> {
+        pointers.check(plan, launches)?;
+        let _current = self.current()?;
+        let functions = launches.iter().map(|launch| self.function(launch)).collect::<Result<Vec<_>>>()?;
+        for (launch, function) in launches.iter().zip(&functions) {
+            // The driver copies as many bytes as the PTX declares, whatever the plan has.
+            if !launch.arguments.iter().map(|a| a.bytes.len()).eq(function.parameters.iter().copied()) {
+                return Err(self.mismatch(launch, &format!("parameters of {:?} bytes", function.parameters)));
+            }
+        }
+        let mut parameters = Parameters::default();
+        for (launch, function) in launches.iter().zip(&functions) {
+            let values = parameters.fill(launch, plan.arrays(), pointers).as_mut_ptr();
+            let [x, y] = launch.grid;
+            // SAFETY: the function is of this context. There is a pointer to each of its parameters, which have the sizes that it
+            // declares and are copied before the call returns. That the kernel stays within memory is the caller's promise, and
+            // the plan's, which the tests run on an emulator that checks every access.
+            unsafe {
+                self.driver().cuLaunchKernel(
+                    function.handle,
+                    x,
+                    y,
+                    1,
+                    launch.threads,
+                    1,
+                    1,
+                    launch.shared_bytes,
+                    stream.handle(),
+                    values,
+                    std::ptr::null_mut(),
+                )
+            }?;
+        }
+        Ok(())
+    }
+
+    /// Enqueues [`Plan::forward`]: loss, metrics and coefficients into the state.
+    ///
+    /// Allocates no device memory and waits for nothing, so it can be captured into a CUDA graph, once [`Device::load`] has
+    /// loaded the kernels. What the kernels find wrong with the embeddings is in the state, see [`Device::evaluation`].
+    ///
+    /// # Errors
+    /// Before anything is enqueued: [`Error::InvalidArgument`] for a null pointer, [`Error::Misaligned`], and what
+    /// [`Device::load`] gives. [`Error::Cuda`] if the driver refuses a launch, those before it being enqueued.
+    ///
+    /// # Safety
+    /// - Each pointer that the launches use is memory that the device can access, of at least [`Plan::slot_bytes`] bytes, until
+    ///   the stream has done what is enqueued; no two of them overlap, but query and passage may.
+    /// - `side` holds [`Plan::side_data`] of this plan when the stream gets there; nobody else writes to any of them meanwhile.
+    /// - `stream` is alive and of the device's primary context, or one of the two default streams.
+    pub unsafe fn forward(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(plan, plan.forward(), pointers, stream) }
+    }
+
+    /// Enqueues [`Plan::backward`], the gradients, after [`Device::forward`] with the same pointers.
+    ///
+    /// # Errors
+    /// As [`Device::forward`].
+    ///
+    /// # Safety
+    /// As [`Device::forward`]; and state and workspace are as a forward call of the same plan left them.
+    pub unsafe fn backward(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(plan, plan.backward(), pointers, stream) }
+    }
+
+    /// Enqueues [`Plan::backward_alone`], the gradients, after [`Device::forward`] with the same state and embeddings, whatever
+    /// the workspace holds.
+    ///
+    /// # Errors
+    /// As [`Device::forward`].
+    ///
+    /// # Safety
+    /// As [`Device::forward`]; and the state is as a forward call of the same plan left it.
+    pub unsafe fn backward_alone(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(plan, plan.backward_alone(), pointers, stream) }
+    }
+
+    /// [`Device::forward`], then [`Device::backward`].
+    ///
+    /// # Errors
+    /// As [`Device::forward`].
+    ///
+    /// # Safety
+    /// As [`Device::forward`].
+    pub unsafe fn loss_and_gradients(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
+        // Both are checked before the first is enqueued.
+        pointers.check(plan, plan.backward())?;
+        // SAFETY: the caller's promise; backward follows on the same stream.
+        unsafe {
+            self.forward(plan, pointers, stream)?;
+            self.backward(plan, pointers, stream)
+        }
+    }
+
+    /// Enqueues [`Plan::partials`]: the sums of a shard, to be merged with those of the others before [`Device::combine`].
+    ///
+    /// # Errors
+    /// As [`Device::forward`].
+    ///
+    /// # Safety
+    /// As [`Device::forward`].
+    pub unsafe fn partials(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(plan, plan.partials(), pointers, stream) }
+    }
+
+    /// Enqueues [`Plan::combine`]: loss, metrics and coefficients from the sums in the state.
+    ///
+    /// # Errors
+    /// As [`Device::forward`].
+    ///
+    /// # Safety
+    /// As [`Device::forward`]; and the state holds what [`Device::partials`] left, or the merged sums of all shards.
+    pub unsafe fn combine(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(plan, plan.combine(), pointers, stream) }
+    }
+
+    /// Asks the driver about every pointer that is not null: whether it is memory of this device, and long enough for the plan.
+    /// For callers that get addresses from elsewhere; not to be called while a stream is being captured.
+    ///
+    /// Memory of another device, of the host, or unknown to the driver is refused, though some systems let kernels reach it.
+    ///
+    /// # Errors
+    /// [`Error::WrongDevice`], [`Error::InvalidArgument`] for memory that is unknown or too short, [`Error::Misaligned`].
+    pub fn check_pointers(&self, plan: &Plan, pointers: &Pointers) -> Result<()> {
+        let _current = self.current()?;
+        for slot in Slot::ALL.into_iter().filter(|&slot| pointers.get(slot) != 0) {
+            pointers.check_slot(plan, slot)?;
+            let address = pointers.get(slot);
+            let managed = self.pointer_attribute::<c_int>(slot, IS_MANAGED, address)? != 0;
+            let ordinal = self.pointer_attribute::<c_int>(slot, DEVICE_ORDINAL, address)?;
+            if !managed && usize::try_from(ordinal) != Ok(self.inner.ordinal) {
+                let (found, expected) = (format!("device {ordinal}"), format!("device {}", self.inner.ordinal));
+                return Err(Error::WrongDevice { argument: slot.name(), found, expected });
+            }
+            let start = self.pointer_attribute::<u64>(slot, RANGE_START_ADDR, address)?;
+            let length = self.pointer_attribute::<usize>(slot, RANGE_SIZE, address)? as u64;
+            super::arguments::check_slot_bytes(plan, slot, (start + length).saturating_sub(address))?;
+        }
+        Ok(())
+    }
+
+    /// `T` is what the driver writes for this attribute.
+    fn pointer_attribute<T: Default>(&self, slot: Slot, attribute: c_int, address: u64) -> Result<T> {
+        let mut value = T::default();
+        // SAFETY: the attributes above are written as these types; the driver looks the address up, and does not touch it.
+        let result = unsafe { self.driver().cuPointerGetAttribute((&raw mut value).cast(), attribute, address) };
+        result.map(|()| value).map_err(|error| match error {
+            Error::Cuda { code: 1, .. } => {
+                let allowed = format!("memory of device {}", self.inner.ordinal);
+                Error::invalid(slot.name(), format!("{address:#x}, which the driver does not know as memory"), allowed)
+            }
+            error => error,
+        })
+    }
+
+    /// Waits until the stream has done everything enqueued so far.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`], also for whatever failed on the device meanwhile.
+    ///
+    /// # Safety
+    /// `stream` is alive and of the device's primary context, or one of the two default streams.
+    pub unsafe fn synchronize(&self, stream: Stream) -> Result<()> {
+        let _current = self.current()?;
+        // SAFETY: the caller's promise.
+        unsafe { self.driver().cuStreamSynchronize(stream.handle()) }
+    }
+}
+
+/// The error of an allocation, which says how much was asked for and what for.
+pub(super) fn allocation_error(error: Error, bytes: usize, purpose: &'static str) -> Error {
+    match error {
+        Error::Cuda { code: codes::OUT_OF_MEMORY, .. } => Error::OutOfMemory { bytes, purpose },
+        error => error,
+    }
+}

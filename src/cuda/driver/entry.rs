@@ -1,0 +1,110 @@
+//! The functions of the driver in use, loaded by name when a device is first asked for.
+//!
+//! Not by a crate's bindings: those end the process where the driver lacks a function, and hold its error numbers in an enum that
+//! a later driver's numbers are not in.
+
+use super::codes;
+use crate::error::{Error, Result};
+use std::ffi::{c_char, c_int, c_uint, c_void};
+
+/// `CUcontext`, `CUmodule`, `CUfunction`, `CUstream`: what only the driver looks into.
+pub(super) type Handle = *mut c_void;
+
+/// Names of the driver's library, the one that every installation has first.
+const LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] };
+
+/// Makes a struct with a pointer to each function, and a method for it that turns its code into a [`Result`].
+macro_rules! functions {
+    ($(fn $name:ident($($argument:ident: $kind:ty),*);)*) => {
+        /// The driver's functions, by the names and with the parameters of `cuda.h`.
+        #[allow(non_snake_case, reason = "the driver's names")]
+        pub(super) struct Driver {
+            $($name: unsafe extern "system" fn($($kind),*) -> c_int,)*
+        }
+
+        #[allow(non_snake_case, clippy::too_many_arguments, reason = "the driver's names and parameters")]
+        impl Driver {
+            /// # Safety
+            /// `library` is the CUDA driver and stays loaded for as long as the process runs.
+            unsafe fn from_library(library: &libloading::Library) -> std::result::Result<Self, &'static str> {
+                $(
+                    // SAFETY: the driver's function of this name has these parameters, in every version of it.
+                    let $name = unsafe { library.get(stringify!($name)) };
+                )*
+                Ok(Self { $($name: *$name.map_err(|_| stringify!($name))?,)* })
+            }
+
+            $(
+                /// # Safety
+                /// As the description of the driver API says of this function: pointers are valid for what it reads and writes, and
+                /// handles are alive.
+                pub(super) unsafe fn $name(&self, $($argument: $kind),*) -> Result<()> {
+                    // SAFETY: the library stays loaded; the rest is the caller's promise.
+                    codes::check(stringify!($name), unsafe { (self.$name)($($argument),*) })
+                }
+            )*
+        }
+    };
+}
+
+// A suffix _v2 is the version of the function that `cuda.h` means by the bare name. All are in every driver since CUDA 11.2.
+functions! {
+    fn cuInit(flags: c_uint);
+    fn cuDriverGetVersion(version: *mut c_int);
+    fn cuDeviceGetCount(count: *mut c_int);
+    fn cuDeviceGet(device: *mut c_int, ordinal: c_int);
+    fn cuDeviceGetName(name: *mut c_char, length: c_int, device: c_int);
+    fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, device: c_int);
+    fn cuDevicePrimaryCtxRetain(context: *mut Handle, device: c_int);
+    fn cuDevicePrimaryCtxRelease_v2(device: c_int);
+    fn cuCtxGetCurrent(context: *mut Handle);
+    fn cuCtxPushCurrent_v2(context: Handle);
+    fn cuCtxPopCurrent_v2(context: *mut Handle);
+    fn cuModuleLoadDataEx(module: *mut Handle, image: *const c_void, count: c_uint, options: *mut c_int, values: *mut *mut c_void);
+    fn cuModuleUnload(module: Handle);
+    fn cuModuleGetFunction(function: *mut Handle, module: Handle, name: *const c_char);
+    fn cuFuncSetAttribute(function: Handle, attribute: c_int, value: c_int);
+    fn cuLaunchKernel(function: Handle, grid_x: c_uint, grid_y: c_uint, grid_z: c_uint, block_x: c_uint, block_y: c_uint,
+        block_z: c_uint, shared_bytes: c_uint, stream: Handle, parameters: *mut *mut c_void, extra: *mut *mut c_void);
+    fn cuMemAlloc_v2(pointer: *mut u64, bytes: usize);
+    fn cuMemFree_v2(pointer: u64);
+    fn cuMemcpyHtoDAsync_v2(to: u64, from: *const c_void, bytes: usize, stream: Handle);
+    fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes: usize, stream: Handle);
+    fn cuMemsetD32Async(to: u64, value: c_uint, count: usize, stream: Handle);
+    fn cuPointerGetAttribute(data: *mut c_void, attribute: c_int, pointer: u64);
+    fn cuStreamIsCapturing(stream: Handle, status: *mut c_int);
+    fn cuStreamSynchronize(stream: Handle);
+}
+
+impl Driver {
+    /// Loads the driver's library, which then stays. Does not start it: that is [`Driver::cuInit`].
+    pub(super) fn load() -> Result<Self> {
+        let mut refusals = Vec::new();
+        for name in LIBRARIES {
+            // SAFETY: what runs on loading is the driver's own initialisation, as in every process that uses CUDA.
+            match unsafe { libloading::Library::new(*name) } {
+                Ok(library) => {
+                    // Pointers into it are kept in a static, and other users of CUDA in the process have it loaded anyway.
+                    let library = std::mem::ManuallyDrop::new(library);
+                    // SAFETY: a library of this name is the CUDA driver, and it is never dropped.
+                    return unsafe { Self::from_library(&library) }.map_err(|function| {
+                        unavailable(format!("the driver library `{name}` has no function `{function}`"))
+                    });
+                }
+                Err(refusal) => refusals.push(refusal.to_string()),
+            }
+        }
+        let refusals = refusals.join("; ");
+        Err(unavailable(format!("no driver library was found: {refusals}")))
+    }
+}
+
+/// What to say where CUDA does not start at all.
+pub(super) fn unavailable(reason: String) -> Error {
+    let (major, minor) = super::ptx::driver_for(super::ptx::oldest_version());
+    let allowed = format!(
+        "an NVIDIA driver for CUDA {major}.{minor} or later, and a device of compute capability 8.0 or later; without them, \
+         the CPU backend"
+    );
+    Error::CudaUnavailable { reason, allowed }
+}

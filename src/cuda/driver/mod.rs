@@ -1,0 +1,35 @@
+//! Plans on a GPU: the driver loaded by name, kernels compiled by it from PTX, launches on the caller's memory and stream.
+//!
+//! ```text
+//! probe.rs      is there a driver, a device, and are both new enough?        never panics
+//! entry.rs      the driver's functions; codes.rs their errors as sentences
+//! ptx.rs        the kernels, and what their text says
+//! arguments.rs  pointers and streams as numbers → parameters of a launch     needs no driver
+//! device.rs     primary context, kernels, launches                           the raw interface
+//! readout.rs    state → results, errors, partials of a shard
+//! backend.rs    batches in host memory
+//! slices/       batches in memory of cudarc                                  feature `cudarc`
+//! ```
+
+mod arguments;
+mod backend;
+mod buffer;
+mod codes;
+mod device;
+mod entry;
+mod probe;
+mod ptx;
+mod readout;
+#[cfg(feature = "cudarc")]
+mod slices;
+
+pub use arguments::{Pointers, Stream, check_slot_bytes};
+pub(crate) use backend::Cuda;
+pub use device::Device;
+pub use probe::{available, device_count, is_available};
+pub use readout::Readout;
+#[cfg(feature = "cudarc")]
+pub use slices::{
+    DeviceBatch, DeviceGradients, DeviceLossAndGradients, Forward, GradientSlices, Shard, Step, Upstream, cudarc,
+    forward, loss_and_gradients,
+};

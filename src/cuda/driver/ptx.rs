@@ -1,0 +1,170 @@
+//! The kernels as PTX, and what their text says before any driver reads it.
+
+use crate::error::{Error, Result};
+
+/// A file of kernels/ptx.
+pub(super) struct Module {
+    /// Its name, without `.ptx`.
+    pub name: &'static str,
+    /// Its text; the last byte is 0, as the driver wants it.
+    text: &'static str,
+}
+
+macro_rules! modules {
+    ($($name:literal)*) => {
+        /// Every file of kernels/ptx.
+        const MODULES: &[Module] = &[$(Module {
+            name: $name,
+            text: concat!(include_str!(concat!("../../../kernels/ptx/", $name, ".ptx")), "\0"),
+        }),*];
+    };
+}
+
+modules! { "prepare" "logsumexp_sm80" "combine" "gradient_tile_sm80" "gradient_product_sm80" "project" }
+
+/// The module of that name.
+pub(super) fn module(name: &str) -> Option<&'static Module> {
+    MODULES.iter().find(|module| module.name == name)
+}
+
+/// The PTX version without which no plan runs: the latest of the files that run on every device.
+pub(super) fn oldest_version() -> (u32, u32) {
+    MODULES.iter().filter(|m| m.target() == "sm_80").map(Module::version).max().unwrap_or((7, 8))
+}
+
+impl Module {
+    /// The text, with the 0 that ends it.
+    pub(super) fn bytes(&self) -> &'static [u8] {
+        self.text.as_bytes()
+    }
+
+    /// What follows the directive at the beginning of a line.
+    fn directive(&self, name: &str) -> Option<&'static str> {
+        self.text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
+    }
+
+    /// `.version`, major and minor.
+    pub(super) fn version(&self) -> (u32, u32) {
+        let version = self.directive(".version ").and_then(|v| v.split_once('.'));
+        version.and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?))).unwrap_or((u32::MAX, 0))
+    }
+
+    /// `.target`, such as `sm_80`.
+    fn target(&self) -> &'static str {
+        self.directive(".target ").unwrap_or_default()
+    }
+
+    /// An error unless a driver that supports this version of CUDA reads this PTX.
+    pub(super) fn expect_driver(&self, supported: (u32, u32)) -> Result<()> {
+        expect_driver(self.version(), supported)
+    }
+
+    /// Bytes of each parameter of an entry point; `None` if there is no such entry point.
+    pub(super) fn parameters(&self, entry: &str) -> Option<Vec<usize>> {
+        let start = format!(".entry {entry}(");
+        let (_, rest) = self.text.split_once(&start)?;
+        let (list, _) = rest.split_once(')')?;
+        list.split(',').map(str::trim).filter(|declaration| !declaration.is_empty()).map(parameter_bytes).collect()
+    }
+}
+
+/// An error unless a driver that supports this version of CUDA reads PTX of this version.
+pub(super) fn expect_driver(ptx: (u32, u32), supported: (u32, u32)) -> Result<()> {
+    let needed = driver_for(ptx);
+    if supported < needed { Err(Error::DriverTooOld { supported, ptx, needed }) } else { Ok(()) }
+}
+
+/// Bytes of `.param .u64 x` or `.param .align 8 .b8 x[96]`.
+fn parameter_bytes(declaration: &str) -> Option<usize> {
+    let kind = declaration.split_whitespace().rfind(|word| word.starts_with('.'))?;
+    let bits: usize = kind.trim_start_matches(|c: char| !c.is_ascii_digit()).parse().ok()?;
+    let count = match declaration.split_once('[') {
+        Some((_, length)) => length.strip_suffix(']')?.parse().ok()?,
+        None => 1,
+    };
+    Some(bits / 8 * count)
+}
+
+/// The version of CUDA that brought a version of PTX; the driver reads that and what is older.
+pub(super) fn driver_for(ptx: (u32, u32)) -> (u32, u32) {
+    match ptx {
+        (major, minor) if major < 8 => (major + 4, minor),
+        (8, minor @ 0..=5) => (12, minor),
+        (8, minor) => (12, minor + 1), // 12.6 brought none
+        (major, minor) => (major + 4, minor),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::{Arithmetic, Plan, Problem, Tile};
+    use crate::{DType, Loss, Options, Pairs};
+    use std::path::Path;
+
+    #[test]
+    fn every_file_is_here_and_says_what_it_needs() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/ptx");
+        let mut names = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+            let module = module(&name).unwrap_or_else(|| unreachable!("src/cuda/driver/ptx.rs does not list {name}"));
+            assert!(module.target().starts_with("sm_"), "{name} is for {:?}", module.target());
+            assert!(module.version() < (100, 0), "{name} is PTX {:?}", module.version());
+            assert!(module.bytes().ends_with(b"\0"));
+            names += 1;
+        }
+        assert_eq!(names, MODULES.len());
+    }
+
+    #[test]
+    fn versions_of_ptx_are_those_of_cuda() {
+        assert_eq!(
+            [(7, 8), (8, 0), (8, 5), (8, 7), (9, 0)].map(driver_for),
+            [(11, 8), (12, 0), (12, 5), (12, 8), (13, 0)]
+        );
+        let error = expect_driver((7, 8), (11, 4)).unwrap_err().to_string();
+        assert!(error.contains("11.4") && error.contains("7.8") && error.contains("11.8 or later"), "{error}");
+        assert_eq!(expect_driver((7, 8), (13, 0)), Ok(()));
+    }
+
+    #[test]
+    fn parameters_are_read_from_the_text() {
+        let text = ".visible .entry scale(\n\t.param .u64 scale_param_0,\n\t.param .align 8 .b8 scale_param_1[904],\n\
+                    \t.param .u32 scale_param_2,\n\t.param .f64 scale_param_3\n)\n.visible .entry idle()\n\0";
+        let module = Module { name: "test", text };
+        assert_eq!(module.parameters("scale"), Some(vec![8, 904, 4, 8]));
+        assert_eq!(module.parameters("idle"), Some(vec![]));
+        assert_eq!(module.parameters("cale"), None);
+        assert_eq!(module.version().0, u32::MAX, "PTX without a version is refused by every driver");
+    }
+
+    /// What the driver copies from a launch is what the plan put there: a difference would be read from elsewhere.
+    #[test]
+    fn plans_launch_entries_with_the_parameters_of_the_ptx() {
+        let positives = [2, 2, 0, 5, 4];
+        let plain = Pairs::new(5, 7).unwrap();
+        let shared = plain.with_positives(&positives).unwrap();
+        let options = Options::new(0.05).unwrap();
+        for (loss, pairs) in [(Loss::samtone_both(), plain), (Loss::samtone_query(), shared)] {
+            for (arithmetic, tile) in [
+                (Arithmetic::F16, Tile::Small),
+                (Arithmetic::F16, Tile::Large),
+                (Arithmetic::F16x2, Tile::Small),
+                (Arithmetic::F16x2, Tile::Large),
+                (Arithmetic::F16x3, Tile::Small),
+                (Arithmetic::F16x3, Tile::Large),
+                (Arithmetic::Exact, Tile::Small),
+            ] {
+                let problem = Problem::new(&loss, &pairs, &options, DType::F32, 24).unwrap();
+                let plan = Plan::new(&problem.with_arithmetic(arithmetic).with_tile(tile)).unwrap();
+                for launch in plan.forward().iter().chain(plan.backward_alone()) {
+                    let wanted = module(launch.module).unwrap().parameters(&launch.kernel);
+                    let given: Vec<_> = launch.arguments.iter().map(|a| a.bytes.len()).collect();
+                    assert_eq!(wanted, Some(given), "{launch}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,440 @@
+//! What a call left in the state, as results or as the error that the definition has for it.
+
+use super::arguments::{Pointers, Stream};
+use super::device::Device;
+use crate::batch::Tower;
+use crate::cuda::{Plan, Problem, Slot};
+use crate::dtype::{DType, Element};
+use crate::error::{Error, Result};
+use crate::loss::{Block, Loss};
+use crate::options::ZeroNorm;
+use crate::output::{Evaluation, Metrics, TemperatureGradient};
+use crate::partials::{ExpSum, Partials};
+use half::{bf16, f16};
+use std::f64::consts::LN_2;
+use std::ffi::c_int;
+use std::ops::Range;
+
+/// `NONE` of kernels/common/problem.cuh: no row.
+const NONE: u32 = u32::MAX;
+/// Words of the array `status`: by tower, a row that is not finite, and a row of norm zero; then the row without a negative, and
+/// its group.
+const NON_FINITE: usize = 0;
+const ZERO: usize = 2;
+const NO_NEGATIVE: usize = 4;
+const NO_NEGATIVE_GROUP: usize = 5;
+const STATUS_WORDS: usize = 8;
+/// Numbers of the array `results`.
+const LOSS: usize = 0;
+const QUERY_TO_PASSAGE: usize = 1;
+const PASSAGE_TO_QUERY: usize = 3;
+const GRAD_TAU: usize = 7;
+const GRAD_LOG_BETA: usize = 8;
+const RESULTS: usize = 16;
+/// `ExpSum` of kernels/common/problem.cuh: f64 sum, i32 exponent, padding.
+const EXP_SUM_BYTES: usize = 16;
+
+/// How the results of a plan are read: where they are, and what their errors are about.
+#[derive(Debug, Clone)]
+pub struct Readout {
+    loss: Loss,
+    zero_norm: ZeroNorm,
+    rows: usize,
+    shard: Range<usize>,
+    dim: usize,
+    dtype: DType,
+    /// Bytes from row to row of both towers.
+    row_bytes: [u64; 2],
+    results: Range<usize>,
+    status: Range<usize>,
+    row_losses: Range<usize>,
+    sums: Range<usize>,
+    above: Range<usize>,
+    /// What partials of this problem have in common with those they may be merged with.
+    origin: String,
+}
+
+/// What a status names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    NonFinite(Tower, usize),
+    ZeroNorm(Tower, usize),
+    NoNegative { row: usize, group: usize },
+}
+
+impl Readout {
+    /// For the plan that was made from this problem.
+    ///
+    /// # Errors
+    /// [`Error::StateMismatch`] for a plan without the arrays of one.
+    pub fn new(problem: &Problem<'_>, plan: &Plan) -> Result<Self> {
+        let (rows, passages, dim) = problem.shape();
+        let place = |name: &str, bytes: usize| {
+            let array = plan.array(name).filter(|a| a.slot == Slot::State && a.bytes == bytes as u64);
+            let range = array.map(|a| a.offset as usize..a.offset as usize + bytes);
+            range.ok_or_else(|| Error::StateMismatch {
+                saved: format!("a plan without {bytes} bytes of `{name}` in its state"),
+                given: format!("a problem of {rows} queries"),
+            })
+        };
+        let (dtype, options) = (problem.dtype, problem.options);
+        let margin = options.margin().map_or_else(|| "no margin".into(), |m| format!("margin {m}"));
+        Ok(Self {
+            loss: problem.loss.clone(),
+            zero_norm: options.zero_norm(),
+            rows,
+            shard: problem.rows.clone(),
+            dim,
+            dtype,
+            row_bytes: problem.row_strides.map(|stride| (stride * dtype.bytes()) as u64),
+            results: place("results", RESULTS * 8)?,
+            status: place("status", STATUS_WORDS * 4)?,
+            row_losses: place("row_losses", rows * 8)?,
+            sums: place("sums", Block::ALL.len() * rows * EXP_SUM_BYTES)?,
+            above: place("above", 2 * rows * 4)?,
+            origin: format!(
+                "{rows} queries x {passages} passages of dimension {dim}, {dtype}, {}, temperature {}, {margin}",
+                problem.loss,
+                options.temperature()
+            ),
+        })
+    }
+
+    /// The first fault, in the order in which the other backends look for them. `status` is the array of that name.
+    fn fault(&self, status: &[u8]) -> Option<Fault> {
+        let word =
+            |at: usize| numbers(status, u32::from_le_bytes).nth(at).filter(|&row| row != NONE).map(|row| row as usize);
+        for (k, tower) in [Tower::Query, Tower::Passage].into_iter().enumerate() {
+            if let Some(row) = word(NON_FINITE + k) {
+                return Some(Fault::NonFinite(tower, row));
+            }
+            if let Some(row) = word(ZERO + k).filter(|_| self.zero_norm == ZeroNorm::Error) {
+                return Some(Fault::ZeroNorm(tower, row));
+            }
+        }
+        word(NO_NEGATIVE).map(|row| Fault::NoNegative { row, group: word(NO_NEGATIVE_GROUP).unwrap_or(0) })
+    }
+
+    /// Names the first element of a row that is not finite.
+    fn non_finite(&self, tower: Tower, row: usize, bytes: &[u8]) -> Error {
+        let values: Vec<f64> = match self.dtype {
+            DType::F64 => numbers(bytes, f64::from_le_bytes).collect(), // problems refuse it
+            DType::F32 => numbers(bytes, f32::from_le_bytes).map(f64::from).collect(),
+            DType::F16 => numbers(bytes, f16::from_le_bytes).map(Element::to_f64).collect(),
+            DType::BF16 => numbers(bytes, bf16::from_le_bytes).map(Element::to_f64).collect(),
+        };
+        match values.into_iter().enumerate().find(|(_, value)| !value.is_finite()) {
+            Some((column, value)) => Error::NonFinite { tower, row, column, value },
+            None => Error::StateMismatch {
+                saved: format!("{tower} embeddings whose row {row} is not finite"),
+                given: "embeddings in which it is: they were overwritten before the results were read".into(),
+            },
+        }
+    }
+
+    /// Metrics, loss and row losses; `head` is the state from its start to the end of the row losses.
+    fn evaluation(&self, head: &[u8]) -> Evaluation {
+        let results: Vec<f64> = numbers(&head[self.results.clone()], f64::from_le_bytes).collect();
+        let metrics = |at: usize| Metrics { precision_at_1: results[at], mrr: results[at + 1] };
+        Evaluation {
+            loss: results[LOSS],
+            row_losses: numbers(&head[self.row_losses.clone()], f64::from_le_bytes).collect(),
+            query_to_passage: metrics(QUERY_TO_PASSAGE),
+            passage_to_query: metrics(PASSAGE_TO_QUERY),
+        }
+    }
+
+    fn temperature(&self, head: &[u8]) -> TemperatureGradient {
+        let results: Vec<f64> = numbers(&head[self.results.clone()], f64::from_le_bytes).collect();
+        TemperatureGradient { tau: results[GRAD_TAU], log_beta: results[GRAD_LOG_BETA] }
+    }
+
+    /// Partials from the arrays `sums` and `above`.
+    fn partials(&self, sums: &[u8], above: &[u8]) -> Partials {
+        let mut out = Partials::new(self.rows, |b| self.loss.uses(b), self.shard.clone(), self.origin.clone());
+        for (block, rows) in out.sums.iter_mut().zip(sums.chunks(self.rows * EXP_SUM_BYTES)) {
+            for (sum, bytes) in block.iter_mut().zip(rows.chunks(EXP_SUM_BYTES)) {
+                let exponent = numbers(&bytes[8..], i32::from_le_bytes).next().unwrap_or(0);
+                *sum = ExpSum::new(numbers(bytes, f64::from_le_bytes).next().unwrap_or(0.0), exponent);
+            }
+        }
+        for (block, rows) in out.above.iter_mut().zip(above.chunks(self.rows * 4)) {
+            block.iter_mut().zip(numbers(rows, u32::from_le_bytes)).for_each(|(count, value)| *count = value);
+        }
+        out
+    }
+
+    /// The arrays `sums` and `above`, one after the other in memory, for these partials.
+    fn encode(&self, partials: &Partials) -> (Vec<u8>, Vec<u8>) {
+        let mut sums = vec![0; self.sums.len()];
+        for (block, rows) in partials.sums.iter().zip(sums.chunks_mut(self.rows * EXP_SUM_BYTES)) {
+            for (sum, bytes) in block.iter().zip(rows.chunks_mut(EXP_SUM_BYTES)) {
+                let (sum, exponent) = parts(*sum);
+                bytes[..8].copy_from_slice(&sum.to_le_bytes());
+                bytes[8..12].copy_from_slice(&exponent.to_le_bytes());
+            }
+        }
+        (sums, partials.above.iter().flatten().flat_map(|count| count.to_le_bytes()).collect())
+    }
+
+    /// Byte of the loss, an f64, in the state.
+    pub fn loss_offset(&self) -> usize {
+        self.results.start + 8 * LOSS
+    }
+
+    /// Element type of the embeddings.
+    #[cfg(feature = "cudarc")]
+    pub(super) fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// From the start of the state: all that is read of a call's results.
+    fn head(&self) -> usize {
+        self.results.end.max(self.status.end).max(self.row_losses.end)
+    }
+}
+
+/// A sum as a factor of 1 to 2 and a power of two, by way of its logarithm: correct to 1e-10 of it at the lowest temperature.
+fn parts(sum: ExpSum) -> (f64, i32) {
+    let ln = sum.ln();
+    if ln == f64::NEG_INFINITY {
+        return (0.0, 0);
+    }
+    let exponent = (ln / LN_2).floor();
+    ((ln - exponent * LN_2).exp(), exponent as i32)
+}
+
+/// The numbers in little-endian bytes.
+fn numbers<T, const N: usize>(bytes: &[u8], from: impl Fn([u8; N]) -> T) -> impl Iterator<Item = T> {
+    bytes.chunks_exact(N).map(move |chunk| {
+        let mut word = [0; N];
+        word.copy_from_slice(chunk);
+        from(word)
+    })
+}
+
+impl Device {
+    /// Waits for the stream, then gives loss, row losses and metrics of the forward call that was enqueued there.
+    ///
+    /// # Errors
+    /// What the call found wrong with its inputs: [`Error::NonFinite`], [`Error::ZeroNorm`], [`Error::NoNegative`].
+    /// [`Error::InvalidArgument`] while the stream is being captured, [`Error::Cuda`] for whatever failed meanwhile.
+    ///
+    /// # Safety
+    /// As [`Device::forward`], for the state and the embeddings, which are as they were; and a forward call with these pointers
+    /// is enqueued on this stream, or done.
+    pub unsafe fn evaluation(&self, readout: &Readout, pointers: &Pointers, stream: Stream) -> Result<Evaluation> {
+        // SAFETY: the caller's promise.
+        let head = unsafe { self.head(readout, pointers, stream) }?;
+        Ok(readout.evaluation(&head))
+    }
+
+    /// [`Device::evaluation`], and the temperature's gradient of the backward call after it.
+    ///
+    /// # Errors
+    /// As [`Device::evaluation`].
+    ///
+    /// # Safety
+    /// As [`Device::evaluation`], with forward and backward.
+    pub unsafe fn results(
+        &self,
+        readout: &Readout,
+        pointers: &Pointers,
+        stream: Stream,
+    ) -> Result<(Evaluation, TemperatureGradient)> {
+        // SAFETY: the caller's promise.
+        let head = unsafe { self.head(readout, pointers, stream) }?;
+        Ok((readout.evaluation(&head), readout.temperature(&head)))
+    }
+
+    /// Waits for the stream, then gives the sums that [`Device::partials`] left, to be merged with those of the other shards.
+    ///
+    /// # Errors
+    /// As [`Device::evaluation`], but not yet [`Error::NoNegative`].
+    ///
+    /// # Safety
+    /// As [`Device::evaluation`], with [`Device::partials`] in place of forward.
+    pub unsafe fn read_partials(&self, readout: &Readout, pointers: &Pointers, stream: Stream) -> Result<Partials> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.head(readout, pointers, stream)?;
+            let array = |range: &Range<usize>| self.download(pointers.state + range.start as u64, range.len(), stream);
+            Ok(readout.partials(&array(&readout.sums)?, &array(&readout.above)?))
+        }
+    }
+
+    /// Puts merged sums into the state, for [`Device::combine`] on the same stream.
+    ///
+    /// # Errors
+    /// [`Error::StateMismatch`] for partials of other inputs, [`Error::InvalidArgument`] if they do not cover every row or while
+    /// the stream is being captured, [`Error::Cuda`].
+    ///
+    /// # Safety
+    /// As [`Device::evaluation`], with [`Device::partials`] in place of forward.
+    pub unsafe fn write_partials(
+        &self,
+        readout: &Readout,
+        merged: &Partials,
+        pointers: &Pointers,
+        stream: Stream,
+    ) -> Result<()> {
+        merged.expect_origin(&readout.origin)?;
+        merged.expect_complete()?;
+        let (sums, above) = readout.encode(merged);
+        // SAFETY: the caller's promise; both arrays are in the state.
+        unsafe {
+            self.upload(pointers.state + readout.sums.start as u64, &sums, stream)?;
+            self.upload(pointers.state + readout.above.start as u64, &above, stream)
+        }
+    }
+
+    /// The beginning of the state, unless it names a fault.
+    ///
+    /// # Safety
+    /// As [`Device::evaluation`].
+    unsafe fn head(&self, readout: &Readout, pointers: &Pointers, stream: Stream) -> Result<Vec<u8>> {
+        // SAFETY: the caller's promise; the state is at least as long.
+        let head = unsafe { self.download(pointers.state, readout.head(), stream) }?;
+        match readout.fault(&head[readout.status.clone()]) {
+            None => Ok(head),
+            Some(Fault::ZeroNorm(tower, row)) => Err(Error::ZeroNorm { tower, row }),
+            Some(Fault::NoNegative { row, group }) => {
+                Err(Error::NoNegative { loss: readout.loss.name().into(), group, row })
+            }
+            Some(Fault::NonFinite(tower, row)) => {
+                let (start, row_bytes) = match tower {
+                    Tower::Query => (pointers.query, readout.row_bytes[0]),
+                    Tower::Passage => (pointers.passage, readout.row_bytes[1]),
+                };
+                // SAFETY: the caller's promise; the kernel that named the row read it.
+                let bytes = unsafe {
+                    self.download(start + row as u64 * row_bytes, readout.dim * readout.dtype.bytes(), stream)
+                }?;
+                Err(readout.non_finite(tower, row, &bytes))
+            }
+        }
+    }
+
+    /// Copies from the device, after everything that is enqueued.
+    ///
+    /// # Safety
+    /// So many bytes at `from` can be read, and `stream` is as [`Device::forward`] says.
+    pub(super) unsafe fn download(&self, from: u64, bytes: usize, stream: Stream) -> Result<Vec<u8>> {
+        let _current = self.current()?;
+        self.expect_no_capture(stream)?;
+        let mut to = vec![0; bytes];
+        // SAFETY: `to` has so many bytes, and stays until the copy is done: also where it fails to start, the stream is waited for.
+        let (copied, waited) = unsafe {
+            let driver = self.driver();
+            let copied = driver.cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, bytes, stream.handle());
+            (copied, driver.cuStreamSynchronize(stream.handle()))
+        };
+        copied.and(waited).map(|()| to)
+    }
+
+    /// Copies to the device, after everything that is enqueued, and waits until it is done.
+    ///
+    /// # Safety
+    /// So many bytes at `to` can be written, and `stream` is as [`Device::forward`] says.
+    pub(super) unsafe fn upload(&self, to: u64, from: &[u8], stream: Stream) -> Result<()> {
+        let _current = self.current()?;
+        self.expect_no_capture(stream)?;
+        // SAFETY: `from` stays until the copy is done: also where it fails to start, the stream is waited for.
+        let (copied, waited) = unsafe {
+            let driver = self.driver();
+            let copied = driver.cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), stream.handle());
+            (copied, driver.cuStreamSynchronize(stream.handle()))
+        };
+        copied.and(waited)
+    }
+
+    /// Enqueues that the upstream gradient on the device, of a problem
+    /// [`with_device_upstream`](crate::cuda::Problem::with_device_upstream), becomes `value`. Can be captured.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] and [`Error::Misaligned`] for the pointer, [`Error::Cuda`].
+    ///
+    /// # Safety
+    /// As [`Device::forward`], for the pointer `upstream`.
+    pub unsafe fn set_upstream(&self, plan: &Plan, pointers: &Pointers, value: f32, stream: Stream) -> Result<()> {
+        pointers.check_slot(plan, Slot::Upstream)?;
+        let _current = self.current()?;
+        // SAFETY: the caller's promise; the value is passed by itself, so no memory of the host has to stay.
+        unsafe { self.driver().cuMemsetD32Async(pointers.upstream, value.to_bits(), 1, stream.handle()) }
+    }
+
+    /// An error while the stream is being captured: waiting for it would make the capture worthless.
+    pub(super) fn expect_no_capture(&self, stream: Stream) -> Result<()> {
+        let _current = self.current()?;
+        let mut status: c_int = 0;
+        // SAFETY: one number is written; the stream is alive, as every caller promises.
+        unsafe { self.driver().cuStreamIsCapturing(stream.handle(), &mut status) }?;
+        if status != 0 {
+            let allowed = "a stream outside of a capture; results can be read after a replay";
+            return Err(Error::invalid("stream", "being captured into a graph", allowed));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Options, Pairs};
+
+    fn readout(zero_norm: ZeroNorm) -> Readout {
+        let (loss, pairs) = (Loss::samtone_query(), Pairs::new(2, 3).unwrap());
+        let options = Options::new(0.1).unwrap().with_zero_norm(zero_norm);
+        let problem = Problem::new(&loss, &pairs, &options, DType::F16, 4).unwrap();
+        Readout::new(&problem, &Plan::new(&problem).unwrap()).unwrap()
+    }
+
+    fn status(words: &[(usize, u32)]) -> Vec<u8> {
+        let mut all = [NONE; STATUS_WORDS];
+        words.iter().for_each(|&(at, row)| all[at] = row);
+        all.iter().flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn faults_come_in_the_order_of_the_other_backends() {
+        let strict = readout(ZeroNorm::Error);
+        assert_eq!(strict.fault(&status(&[])), None);
+        let both = status(&[(NON_FINITE + 1, 0), (ZERO, 1), (NO_NEGATIVE, 0)]);
+        assert_eq!(strict.fault(&both), Some(Fault::ZeroNorm(Tower::Query, 1)));
+        assert_eq!(readout(ZeroNorm::ZeroGradient).fault(&both), Some(Fault::NonFinite(Tower::Passage, 0)));
+        let last = status(&[(NO_NEGATIVE, 1), (NO_NEGATIVE_GROUP, 2)]);
+        assert_eq!(strict.fault(&last), Some(Fault::NoNegative { row: 1, group: 2 }));
+    }
+
+    #[test]
+    fn an_element_that_is_not_finite_is_found_in_its_row() {
+        let row: Vec<u8> = [1.0, f32::NEG_INFINITY, f32::NAN, 0.0]
+            .into_iter()
+            .flat_map(|value| f16::from_f32(value).to_le_bytes())
+            .collect();
+        let readout = readout(ZeroNorm::Error);
+        let error = readout.non_finite(Tower::Query, 7, &row);
+        assert_eq!(error, Error::NonFinite { tower: Tower::Query, row: 7, column: 1, value: f64::NEG_INFINITY });
+        assert!(readout.non_finite(Tower::Query, 7, &[0; 8]).to_string().contains("overwritten"));
+    }
+
+    #[test]
+    fn partials_survive_the_way_to_the_device_and_back() {
+        let readout = readout(ZeroNorm::Error);
+        let sums: Vec<u8> = (0..4 * 2)
+            .flat_map(|k| [(1.0 + f64::from(k) / 8.0).to_bits(), if k == 3 { -7_i32 as u32 as u64 } else { 30 }])
+            .flat_map(u64::to_le_bytes)
+            .collect();
+        let above: Vec<u8> = [5_u32, 0, 1, 2].iter().flat_map(|count| count.to_le_bytes()).collect();
+        let partials = readout.partials(&sums, &above);
+        assert_eq!(partials.sums[Block::PQ.index()][1], ExpSum::new(1.375, -7));
+        assert_eq!(partials.sums[Block::PP.index()], [], "a block that the loss does not use");
+        assert_eq!(partials.above, [[5, 0], [1, 2]]);
+        let (encoded, counts) = readout.encode(&partials);
+        assert_eq!((encoded.len(), counts), (sums.len(), above.clone()));
+        let again = readout.partials(&encoded, &above);
+        for (sum, same) in partials.sums.iter().flatten().zip(again.sums.iter().flatten()) {
+            assert!((sum.ln() - same.ln()).abs() < 1e-14, "{sum:?} {same:?}");
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! The loss on slices and streams of cudarc, with memory taken from the stream.
+//!
+//! Ordering between streams is cudarc's: every slice that a call reads or writes is waited for and recorded as in cudarc's own
+//! calls. For a capture into a graph, cudarc's event tracking must be off, as its documentation says.
+
+mod calls;
+mod shard;
+mod step;
+
+pub use ::cudarc;
+pub use calls::{DeviceGradients, DeviceLossAndGradients, Forward, forward, loss_and_gradients};
+pub use shard::Shard;
+pub use step::{GradientSlices, Step};
+
+use super::arguments::Stream;
+use super::codes;
+use super::device::{Device, allocation_error};
+use crate::batch::Pairs;
+use crate::cuda::Problem;
+use crate::dtype::Element;
+use crate::error::{Error, Result};
+use crate::loss::Loss;
+use crate::options::Options;
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, DeviceRepr, DriverError};
+use std::sync::Arc;
+
+/// A batch whose embeddings are on a device: q (M × d), p (N × d), row-major, and who belongs to whom.
+#[derive(Debug)]
+pub struct DeviceBatch<'a, T> {
+    query: CudaView<'a, T>,
+    passage: CudaView<'a, T>,
+    dim: usize,
+    row_strides: [usize; 2],
+    pairs: Pairs<'a>,
+}
+
+impl<'a, T: Element> DeviceBatch<'a, T> {
+    /// Contiguous embeddings: exactly M·dim and N·dim elements, M and N being those of `pairs`.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for another number of elements.
+    pub fn new(query: CudaView<'a, T>, passage: CudaView<'a, T>, dim: usize, pairs: Pairs<'a>) -> Result<Self> {
+        for (argument, view, rows) in [("query", &query, pairs.rows()), ("passage", &passage, pairs.passages())] {
+            if rows.checked_mul(dim) != Some(view.len()) {
+                let allowed = format!("{rows} rows of {dim}");
+                return Err(Error::invalid(argument, format!("a slice of {} elements", view.len()), allowed));
+            }
+        }
+        Ok(Self { query, passage, dim, row_strides: [dim; 2], pairs })
+    }
+
+    /// Rows that start `row_strides` elements apart, for q and p; each slice reaches at least to the end of its last row.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a stride below `dim` or a slice that is too short.
+    pub fn with_row_strides(
+        query: CudaView<'a, T>,
+        passage: CudaView<'a, T>,
+        dim: usize,
+        row_strides: [usize; 2],
+        pairs: Pairs<'a>,
+    ) -> Result<Self> {
+        let towers = [("query", &query, pairs.rows()), ("passage", &passage, pairs.passages())];
+        for ((argument, view, rows), stride) in towers.into_iter().zip(row_strides) {
+            if stride < dim {
+                return Err(Error::invalid(
+                    "row_strides",
+                    stride.to_string(),
+                    format!("at least dim = {dim} elements"),
+                ));
+            }
+            let needed = (rows - 1).checked_mul(stride).and_then(|start| start.checked_add(dim));
+            if needed.is_none_or(|needed| view.len() < needed) {
+                let allowed = format!("{rows} rows of {dim}, {stride} apart");
+                return Err(Error::invalid(argument, format!("a slice of {} elements", view.len()), allowed));
+            }
+        }
+        Ok(Self { query, passage, dim, row_strides, pairs })
+    }
+
+    /// q.
+    pub fn query(&self) -> &CudaView<'a, T> {
+        &self.query
+    }
+
+    /// p.
+    pub fn passage(&self) -> &CudaView<'a, T> {
+        &self.passage
+    }
+
+    /// d.
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// Who belongs to whom.
+    pub fn pairs(&self) -> &Pairs<'a> {
+        &self.pairs
+    }
+
+    /// The problem of this batch, with gradients of both towers as contiguous f32.
+    ///
+    /// # Errors
+    /// As [`Problem::new`] and [`Problem::with_row_strides`].
+    pub fn problem<'b>(&self, loss: &'b Loss, options: &Options) -> Result<Problem<'b>>
+    where
+        'a: 'b,
+    {
+        let [query, passage] = self.row_strides;
+        Problem::new(loss, &self.pairs, options, T::DTYPE, self.dim)?.with_row_strides(query, passage)
+    }
+}
+
+/// The upstream gradient, a factor of all gradients.
+#[derive(Debug)]
+pub enum Upstream<'a> {
+    /// A number, rounded to f32.
+    Host(f64),
+    /// One f32 on the device, read when the backward call runs: it may still be to be computed, and nothing waits for it.
+    Device(CudaView<'a, f32>),
+}
+
+impl From<f64> for Upstream<'_> {
+    fn from(value: f64) -> Self {
+        Self::Host(value)
+    }
+}
+
+impl<'a> From<&'a CudaSlice<f32>> for Upstream<'a> {
+    fn from(slice: &'a CudaSlice<f32>) -> Self {
+        Self::Device(slice.as_view())
+    }
+}
+
+impl Upstream<'_> {
+    fn check(&self) -> Result<()> {
+        match self {
+            Self::Host(value) if !(*value as f32).is_finite() => {
+                Err(Error::invalid("upstream", value.to_string(), "a finite number in the range of f32"))
+            }
+            Self::Device(view) if view.len() != 1 => {
+                Err(Error::invalid("upstream", format!("a slice of {} elements", view.len()), "one f32"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The error behind cudarc's, whose own text needs a driver to be put together.
+fn failed(call: &'static str) -> impl Fn(DriverError) -> Error {
+    move |error| codes::error(call, error.0 as i32)
+}
+
+/// A stream as a number.
+fn raw(stream: &CudaStream) -> Stream {
+    Stream::from_raw(stream.cu_stream().addr() as u64)
+}
+
+/// An error unless the stream is of the device's primary context.
+fn expect_context(device: &Device, stream: &CudaStream) -> Result<()> {
+    let context = stream.context();
+    if context.cu_ctx().addr() as u64 == device.context() {
+        return Ok(());
+    }
+    let kind = match context.is_primary() {
+        true if context.ordinal() == device.ordinal() => "another driver library's context",
+        true => "the primary context",
+        false => "a context other than the primary one",
+    };
+    Err(Error::WrongDevice {
+        argument: "stream",
+        found: format!("{kind} of device {}", context.ordinal()),
+        expected: format!("the primary context of device {}", device.ordinal()),
+    })
+}
+
+/// Uninitialised memory, one element at the least.
+///
+/// # Safety
+/// It is written before it is read.
+unsafe fn allocate<T: DeviceRepr>(stream: &Arc<CudaStream>, len: usize, purpose: &'static str) -> Result<CudaSlice<T>> {
+    // SAFETY: the caller's promise.
+    let memory = unsafe { stream.alloc(len.max(1)) };
+    memory.map_err(failed("cuMemAllocAsync")).map_err(|e| allocation_error(e, len * size_of::<T>(), purpose))
+}

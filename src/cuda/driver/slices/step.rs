@@ -1,0 +1,420 @@
+//! A loss that is computed again and again in the same memory.
+
+use super::{Upstream, allocate, expect_context, failed, raw};
+use crate::cuda::driver::arguments::{Pointers, Stream, check_slot_bytes};
+use crate::cuda::driver::device::Device;
+use crate::cuda::driver::readout::Readout;
+use crate::cuda::{GradientOutput, Plan, Problem, Slot};
+use crate::dtype::Element;
+use crate::error::{Error, Result};
+use crate::output::{Evaluation, TemperatureGradient};
+use crate::partials::Partials;
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice};
+use std::fmt;
+use std::sync::Arc;
+
+/// Where gradients go on the device; `None` for a tower that the problem leaves out.
+#[derive(Debug)]
+pub struct GradientSlices<'a, G> {
+    /// ∂L/∂q, the shard's rows × d.
+    pub query: Option<CudaViewMut<'a, G>>,
+    /// ∂L/∂p, N × d.
+    pub passage: Option<CudaViewMut<'a, G>>,
+}
+
+impl<'a, G> GradientSlices<'a, G> {
+    /// Gradients of both towers.
+    pub fn both(query: &'a mut CudaSlice<G>, passage: &'a mut CudaSlice<G>) -> Self {
+        Self { query: Some(query.as_view_mut()), passage: Some(passage.as_view_mut()) }
+    }
+}
+
+/// How far a step is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    Nothing,
+    /// Sums are in the state.
+    Partials,
+    /// Results and coefficients are in the state.
+    Forward,
+    /// And the temperature's gradient.
+    Backward,
+}
+
+/// Memory that only this step uses, and only on its stream, so that the stream's order is all that it needs.
+struct Memory {
+    slice: CudaSlice<u8>,
+    address: u64,
+}
+
+impl Memory {
+    fn new(stream: &Arc<CudaStream>, bytes: usize, purpose: &'static str) -> Result<Self> {
+        // SAFETY: side data are copied there before any kernel runs; of the rest, kernels read only what kernels wrote.
+        let slice = unsafe { allocate(stream, bytes, purpose) }?;
+        let address = slice.device_ptr(stream).0;
+        Ok(Self { slice, address })
+    }
+}
+
+/// One of the raw calls of [`Device`].
+type Call = unsafe fn(&Device, &Plan, &Pointers, Stream) -> Result<()>;
+
+/// One step of training, ready to run: plan, side data, state and workspace on one stream. Reused from step to step, it neither
+/// allocates nor waits until results are asked for.
+///
+/// To capture a step into a CUDA graph: turn cudarc's event tracking off before anything is allocated, and capture
+/// [`Step::loss_and_gradients`]. The graph uses the memory of this object, which has to outlive it, and the addresses of the
+/// slices it was captured with. Results are read after a replay as after a call.
+pub struct Step {
+    side: Memory,
+    state: Memory,
+    /// None while it is released.
+    workspace: Option<Memory>,
+    upstream: Memory,
+    plan: Plan,
+    readout: Readout,
+    outputs: [Option<GradientOutput>; 2],
+    progress: Progress,
+    /// Whether the workspace has the packed embeddings of the forward call.
+    packed: bool,
+    stream: Arc<CudaStream>,
+    device: Device,
+}
+
+impl fmt::Debug for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { plan, progress, device, .. } = self;
+        f.debug_struct("Step")
+            .field("device", device)
+            .field("plan", plan)
+            .field("progress", progress)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Step {
+    /// Plans, allocates on the stream, compiles the kernels if nobody has, and copies the side data.
+    ///
+    /// # Errors
+    /// As [`Plan::new`] and [`Device::load`]; [`Error::WrongDevice`] for a stream of another context, [`Error::OutOfMemory`],
+    /// and [`Error::InvalidArgument`] while the stream is being captured.
+    pub fn new(device: &Device, stream: &Arc<CudaStream>, problem: &Problem<'_>) -> Result<Self> {
+        expect_context(device, stream)?;
+        let problem = problem.clone().with_device_upstream();
+        let plan = Plan::new(&problem)?;
+        let readout = Readout::new(&problem, &plan)?;
+        device.load(&plan)?;
+        device.expect_no_capture(raw(stream))?;
+        let memory = |slot, purpose| Memory::new(stream, plan.slot_bytes(slot) as usize, purpose);
+        let mut this = Self {
+            side: memory(Slot::Side, "keys and weights")?,
+            state: memory(Slot::State, "the state")?,
+            workspace: Some(memory(Slot::Workspace, "the workspace")?),
+            upstream: memory(Slot::Upstream, "the upstream gradient")?,
+            plan,
+            readout,
+            outputs: problem.gradients,
+            progress: Progress::Nothing,
+            packed: false,
+            stream: stream.clone(),
+            device: device.clone(),
+        };
+        this.copy_side_data()?;
+        Ok(this)
+    }
+
+    /// Turns to another problem, such as a batch with other ids or positives, in the memory there is; more is allocated only if
+    /// that does not hold it. To be called whenever anything but the embeddings changes.
+    ///
+    /// # Errors
+    /// As [`Step::new`].
+    pub fn prepare(&mut self, problem: &Problem<'_>) -> Result<()> {
+        let problem = problem.clone().with_device_upstream();
+        let plan = Plan::new(&problem)?;
+        let readout = Readout::new(&problem, &plan)?;
+        self.device.load(&plan)?;
+        self.device.expect_no_capture(raw(&self.stream))?;
+        for (slot, memory) in [(Slot::Side, &mut self.side), (Slot::State, &mut self.state)] {
+            let needed = plan.slot_bytes(slot) as usize;
+            if memory.slice.len() < needed {
+                *memory = Memory::new(&self.stream, needed, slot.name())?;
+            }
+        }
+        self.workspace.take_if(|memory| (memory.slice.len() as u64) < plan.slot_bytes(Slot::Workspace));
+        (self.plan, self.readout, self.outputs) = (plan, readout, problem.gradients);
+        (self.progress, self.packed) = (Progress::Nothing, false);
+        self.reserve_workspace()?;
+        self.copy_side_data()
+    }
+
+    /// Frees the workspace, all but O(M) of the memory, until the next call needs one. A backward call after it packs the
+    /// embeddings again.
+    pub fn release_workspace(&mut self) {
+        (self.workspace, self.packed) = (None, false);
+    }
+
+    fn reserve_workspace(&mut self) -> Result<u64> {
+        let memory = match self.workspace.take() {
+            Some(memory) => memory,
+            None => Memory::new(&self.stream, self.plan.slot_bytes(Slot::Workspace) as usize, "the workspace")?,
+        };
+        Ok(self.workspace.insert(memory).address)
+    }
+
+    fn copy_side_data(&mut self) -> Result<()> {
+        let content = self.plan.side_data();
+        check_slot_bytes(&self.plan, Slot::Side, self.side.slice.len() as u64)?;
+        if self.side.slice.len() < content.len() {
+            return Err(Error::invalid(
+                "side",
+                format!("{} bytes", self.side.slice.len()),
+                format!("{}", content.len()),
+            ));
+        }
+        // The driver has read pageable memory when the call returns; earlier steps have read the old content, being on this stream.
+        self.stream.memcpy_htod(content, &mut self.side.slice).map_err(failed("cuMemcpyHtoDAsync"))
+    }
+
+    /// What this step launches.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The stream that it runs on.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// Enqueues loss, metrics and coefficients. q is M × d, p is N × d, with the row strides of the problem.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for another element type than the problem's, [`Error::InvalidArgument`] for a slice that is too
+    /// short, [`Error::WrongDevice`], [`Error::Misaligned`], [`Error::Cuda`]. What is wrong with the embeddings themselves is
+    /// found when results are read.
+    pub fn forward<T: Element>(&mut self, query: &impl DevicePtr<T>, passage: &impl DevicePtr<T>) -> Result<()> {
+        self.enqueue(Device::forward, query, passage, None::<(GradientSlices<'_, f32>, Upstream<'_>)>)?;
+        (self.progress, self.packed) = (Progress::Forward, true);
+        Ok(())
+    }
+
+    /// Enqueues the gradients for the embeddings of the forward call, unchanged since, times `upstream`.
+    ///
+    /// # Errors
+    /// As [`Step::forward`]; [`Error::StateMismatch`] without a forward call, [`Error::InvalidArgument`] for gradients that are not
+    /// those of the problem, or an upstream gradient that is not finite.
+    pub fn backward<'u, T: Element, G: Element>(
+        &mut self,
+        query: &impl DevicePtr<T>,
+        passage: &impl DevicePtr<T>,
+        gradients: GradientSlices<'_, G>,
+        upstream: impl Into<Upstream<'u>>,
+    ) -> Result<()> {
+        self.expect(Progress::Forward)?;
+        let call: Call = if self.packed { Device::backward } else { Device::backward_alone };
+        self.enqueue(call, query, passage, Some((gradients, upstream.into())))?;
+        (self.progress, self.packed) = (Progress::Backward, true);
+        Ok(())
+    }
+
+    /// Enqueues loss, metrics and gradients, the latter times `upstream`.
+    ///
+    /// # Errors
+    /// As [`Step::forward`] and [`Step::backward`].
+    pub fn loss_and_gradients<'u, T: Element, G: Element>(
+        &mut self,
+        query: &impl DevicePtr<T>,
+        passage: &impl DevicePtr<T>,
+        gradients: GradientSlices<'_, G>,
+        upstream: impl Into<Upstream<'u>>,
+    ) -> Result<()> {
+        self.enqueue(Device::loss_and_gradients, query, passage, Some((gradients, upstream.into())))?;
+        (self.progress, self.packed) = (Progress::Backward, true);
+        Ok(())
+    }
+
+    /// The loss on the device: valid once the stream is done with the step, NaN if its inputs are refused.
+    ///
+    /// # Errors
+    /// [`Error::StateMismatch`] without a forward call.
+    pub fn loss(&self) -> Result<CudaView<'_, f64>> {
+        self.expect(Progress::Forward)?;
+        let offset = self.readout.loss_offset();
+        let bytes = self.state.slice.try_slice(offset..offset + size_of::<f64>());
+        // SAFETY: any bits are an f64, and the state's arrays are aligned to more than its 8 bytes.
+        let view = bytes.and_then(|bytes| unsafe { bytes.transmute(1) });
+        view.ok_or_else(|| mismatch("a state without a loss"))
+    }
+
+    /// Waits for the stream, then gives loss, row losses and metrics. The embeddings are those of the forward call, where the
+    /// value of an element that is not finite is looked up.
+    ///
+    /// # Errors
+    /// As [`Device::evaluation`], and [`Error::StateMismatch`] without a forward call.
+    pub fn evaluation<T: Element>(&self, query: &impl DevicePtr<T>, passage: &impl DevicePtr<T>) -> Result<Evaluation> {
+        self.expect(Progress::Forward)?;
+        self.check_inputs(query, passage)?;
+        let ((query, _q), (passage, _p)) = (query.device_ptr(&self.stream), passage.device_ptr(&self.stream));
+        let pointers = Pointers { query, passage, state: self.state.address, ..Pointers::default() };
+        // SAFETY: state and embeddings are as long as the plan says, and alive; the forward call is enqueued on this stream.
+        unsafe { self.device.evaluation(&self.readout, &pointers, raw(&self.stream)) }
+    }
+
+    /// [`Step::evaluation`], and the gradient of the temperature.
+    ///
+    /// # Errors
+    /// As [`Device::evaluation`], and [`Error::StateMismatch`] without a backward call.
+    pub fn results<T: Element>(
+        &self,
+        query: &impl DevicePtr<T>,
+        passage: &impl DevicePtr<T>,
+    ) -> Result<(Evaluation, TemperatureGradient)> {
+        self.expect(Progress::Backward)?;
+        self.check_inputs(query, passage)?;
+        let ((query, _q), (passage, _p)) = (query.device_ptr(&self.stream), passage.device_ptr(&self.stream));
+        let pointers = Pointers { query, passage, state: self.state.address, ..Pointers::default() };
+        // SAFETY: as in `evaluation`; the backward call is enqueued on this stream.
+        unsafe { self.device.results(&self.readout, &pointers, raw(&self.stream)) }
+    }
+
+    /// Computes the sums of a shard, waits, and gives them.
+    pub(super) fn partials<T: Element>(
+        &mut self,
+        query: &impl DevicePtr<T>,
+        passage: &impl DevicePtr<T>,
+    ) -> Result<Partials> {
+        self.enqueue_partials(query, passage)?;
+        let ((query, _q), (passage, _p)) = (query.device_ptr(&self.stream), passage.device_ptr(&self.stream));
+        let pointers = Pointers { query, passage, state: self.state.address, ..Pointers::default() };
+        // SAFETY: as in `evaluation`; the sums are enqueued on this stream.
+        unsafe { self.device.read_partials(&self.readout, &pointers, raw(&self.stream)) }
+    }
+
+    /// Enqueues loss, metrics and coefficients from merged sums, after the step's own, if need be.
+    pub(super) fn combine<T: Element>(
+        &mut self,
+        query: &impl DevicePtr<T>,
+        passage: &impl DevicePtr<T>,
+        merged: &Partials,
+    ) -> Result<()> {
+        if self.progress == Progress::Nothing {
+            self.enqueue_partials(query, passage)?;
+        }
+        let pointers = Pointers { state: self.state.address, ..Pointers::default() };
+        // SAFETY: the state is as long as the plan says; the sums are enqueued on this stream.
+        unsafe { self.device.write_partials(&self.readout, merged, &pointers, raw(&self.stream)) }?;
+        self.enqueue(Device::combine, query, passage, None::<(GradientSlices<'_, f32>, Upstream<'_>)>)?;
+        self.progress = Progress::Forward;
+        Ok(())
+    }
+
+    fn enqueue_partials<T: Element>(&mut self, query: &impl DevicePtr<T>, passage: &impl DevicePtr<T>) -> Result<()> {
+        self.enqueue(Device::partials, query, passage, None::<(GradientSlices<'_, f32>, Upstream<'_>)>)?;
+        (self.progress, self.packed) = (Progress::Partials, true);
+        Ok(())
+    }
+
+    /// Checks what comes in, gathers addresses and calls.
+    fn enqueue<T: Element, G: Element>(
+        &mut self,
+        call: Call,
+        query: &impl DevicePtr<T>,
+        passage: &impl DevicePtr<T>,
+        backward: Option<(GradientSlices<'_, G>, Upstream<'_>)>,
+    ) -> Result<()> {
+        self.check_inputs(query, passage)?;
+        if let Some((gradients, upstream)) = &backward {
+            self.check_outputs(gradients)?;
+            upstream.check()?;
+        }
+        let workspace = self.reserve_workspace()?;
+        let Self { side, state, upstream: own_upstream, plan, stream, device, .. } = self;
+        let (mut gradients, upstream) = match backward {
+            Some((GradientSlices { query, passage }, upstream)) => ([query, passage], Some(upstream)),
+            None => ([None, None], None),
+        };
+        // Each slice is waited for here, and its use recorded when what comes with the address is dropped, after the launches.
+        let ((query, _q), (passage, _p)) = (query.device_ptr(stream), passage.device_ptr(stream));
+        let (state, _state) = state.slice.device_ptr_mut(stream);
+        let outputs = gradients.each_mut().map(|view| view.as_mut().map(|view| view.device_ptr_mut(stream)));
+        let [query_gradient, passage_gradient] = outputs.each_ref().map(|output| output.as_ref().map_or(0, |o| o.0));
+        let (upstream, _upstream) = match upstream {
+            Some(Upstream::Device(view)) => {
+                expect_context(device, view.stream())?;
+                let (address, guard) = view.view_ptr(stream);
+                (address, Some(guard))
+            }
+            Some(Upstream::Host(value)) => {
+                let pointers = Pointers { upstream: own_upstream.address, ..Pointers::default() };
+                // SAFETY: memory of this step, on its stream.
+                unsafe { device.set_upstream(plan, &pointers, value as f32, raw(stream)) }?;
+                (own_upstream.address, None)
+            }
+            None => (0, None),
+        };
+        let pointers = Pointers {
+            query,
+            passage,
+            side: side.address,
+            state,
+            workspace,
+            query_gradient,
+            passage_gradient,
+            upstream,
+        };
+        // SAFETY: the slices are as long as the plan says, gradients are borrowed mutably and so overlap nothing, and cudarc frees
+        // none before the stream is done with it. The side data were copied on this stream, which is of the device's context.
+        unsafe { call(device, plan, &pointers, raw(stream)) }
+    }
+
+    fn check_inputs<T: Element>(&self, query: &impl DevicePtr<T>, passage: &impl DevicePtr<T>) -> Result<()> {
+        if T::DTYPE != self.readout.dtype() {
+            return Err(Error::dtype("cuda", T::DTYPE, &format!("{}, the type of the step", self.readout.dtype())));
+        }
+        expect_context(&self.device, query.stream())?;
+        expect_context(&self.device, passage.stream())?;
+        check_slot_bytes(&self.plan, Slot::Query, query.num_bytes() as u64)?;
+        check_slot_bytes(&self.plan, Slot::Passage, passage.num_bytes() as u64)
+    }
+
+    fn check_outputs<G: Element>(&self, gradients: &GradientSlices<'_, G>) -> Result<()> {
+        let towers = [(Slot::QueryGradient, &gradients.query), (Slot::PassageGradient, &gradients.passage)];
+        for ((slot, view), wanted) in towers.into_iter().zip(self.outputs) {
+            match (view, wanted) {
+                (None, None) => {}
+                (Some(view), Some(wanted)) if wanted.dtype == G::DTYPE => {
+                    expect_context(&self.device, view.stream())?;
+                    check_slot_bytes(&self.plan, slot, view.num_bytes() as u64)?;
+                }
+                (view, wanted) => {
+                    let describe =
+                        |dtype: Option<crate::DType>| dtype.map_or("none".into(), |d| format!("a slice of {d}"));
+                    let (given, wanted) = (view.as_ref().map(|_| G::DTYPE), wanted.map(|w| w.dtype));
+                    return Err(Error::invalid(
+                        slot.name(),
+                        describe(given),
+                        format!("{}, as in the problem", describe(wanted)),
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn expect(&self, needed: Progress) -> Result<()> {
+        let rank = |progress| match progress {
+            Progress::Nothing => 0,
+            Progress::Partials => 1,
+            Progress::Forward => 2,
+            Progress::Backward => 3,
+        };
+        if rank(self.progress) < rank(needed) {
+            let call = if needed == Progress::Backward { "a backward call" } else { "a forward call" };
+            return Err(mismatch(&format!("a step that had no {}", call.trim_start_matches("a "))));
+        }
+        Ok(())
+    }
+}
+
+fn mismatch(saved: &str) -> Error {
+    Error::StateMismatch { saved: saved.into(), given: "a call that needs its results".into() }
+}
