@@ -83,7 +83,12 @@ impl Backend for Cpu {
 
 /// Every backend of this build, the reference first.
 pub fn all() -> &'static [&'static dyn Backend] {
-    &[&Reference, &Cpu]
+    &[
+        &Reference,
+        &Cpu,
+        #[cfg(feature = "cuda")]
+        &crate::cuda::Cuda,
+    ]
 }
 
 /// The backend of that name; an error that lists all names otherwise.

@@ -149,7 +149,7 @@ impl Plan {
         }
         let order = Order::new(&problem.pairs);
         let regions = regions::regions(problem.loss, &problem.rows, &order, m);
-        let blocks = super_blocks(&regions, problem, tile, bound);
+        let blocks = super_blocks(&regions, &regions::cuts(&problem.rows, &order, m), problem, tile, bound);
         let with_coefficients = |s: &&SuperBlock| (0..2).any(|e| s.anchors[e] && problem.loss.uses(s.blocks[e]));
         let forward_waves = waves(blocks.iter().cloned(), tile, problem.arithmetic, bound);
         let backward_waves = waves(blocks.iter().filter(with_coefficients).cloned(), tile, problem.arithmetic, bound);
@@ -296,7 +296,13 @@ fn bounded_bytes(rows: usize, cols: usize, arithmetic: Arithmetic) -> usize {
     partials.max(rows * cols * bytes * planes + dots) + 3 * ARRAY_ALIGNMENT as usize
 }
 
-fn super_blocks(regions: &[Region], problem: &Problem<'_>, tile: Tile, bound: usize) -> Vec<SuperBlock> {
+fn super_blocks(
+    regions: &[Region],
+    cuts: &[Vec<usize>; 2],
+    problem: &Problem<'_>,
+    tile: Tile,
+    bound: usize,
+) -> Vec<SuperBlock> {
     let step = tile.edge();
     let fits = |edge: usize| bounded_bytes(edge, edge, problem.arithmetic) <= bound;
     let (mut low, mut high) = (1, (1 << 26) / step); // in tiles: a super-block of `low` fits, one of `high` is out of reach
@@ -304,17 +310,25 @@ fn super_blocks(regions: &[Region], problem: &Problem<'_>, tile: Tile, bound: us
         let middle = (low + high) / 2;
         if fits(middle * step) { low = middle } else { high = middle }
     }
-    let parts = |range: &Range<usize>| {
-        let count = range.len().div_ceil(low * step);
-        let size = range.len().div_ceil(count).next_multiple_of(step);
-        let end = range.end;
-        range.clone().step_by(size).map(move |start| start..end.min(start + size)).collect::<Vec<_>>()
+    // No super-block straddles a cut, so that the blocks of rows of the products, which begin at cuts, meet whole tiles.
+    let parts = |range: &Range<usize>, cuts: &[usize]| -> Vec<Range<usize>> {
+        let inside = cuts.iter().copied().filter(|c| range.start < *c && *c < range.end);
+        let points: Vec<_> = [range.start].into_iter().chain(inside).chain([range.end]).collect();
+        let split = |ends: &[usize]| {
+            let (start, end) = (ends[0], ends[1]);
+            let count = (end - start).div_ceil(low * step);
+            let size = (end - start).div_ceil(count).next_multiple_of(step);
+            (start..end).step_by(size).map(move |start| start..end.min(start + size))
+        };
+        points.windows(2).flat_map(split).collect()
     };
     let wanted = |space: Space| problem.gradients[space as usize].is_some();
     let mut blocks = Vec::new();
     for region in regions {
-        for (r, rows) in parts(&region.rows).into_iter().enumerate() {
-            for (c, cols) in parts(&region.cols).into_iter().enumerate() {
+        let [row_parts, col_parts] =
+            [(&region.rows, 0), (&region.cols, 1)].map(|(range, k)| parts(range, &cuts[region.spaces[k] as usize]));
+        for (r, rows) in row_parts.iter().enumerate() {
+            for (c, cols) in col_parts.iter().enumerate() {
                 if region.triangle && c < r {
                     continue;
                 }
@@ -323,7 +337,7 @@ fn super_blocks(regions: &[Region], problem: &Problem<'_>, tile: Tile, bound: us
                 blocks.push(SuperBlock {
                     spaces: region.spaces,
                     blocks: region.blocks,
-                    ranges: [rows.clone(), cols],
+                    ranges: [rows.clone(), cols.clone()],
                     triangle,
                     anchors: region.anchors,
                     sums: [region.anchors[0], region.anchors[1] && region.sum_cols],

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-/// A piece of device memory that the caller provides, see [`Plan::slots`](super::Plan::slots).
+/// A piece of device memory that the caller provides, at least [`Plan::slot_bytes`](super::Plan::slot_bytes) of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Slot {
     /// q, the raw query embeddings.

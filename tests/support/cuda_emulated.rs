@@ -115,8 +115,9 @@ impl Emulated {
         }
     }
 
-    pub fn launch(&mut self, launches: &[Launch]) -> Result<()> {
-        for launch in launches {
+    /// Runs a part of the plan.
+    pub fn launch(&mut self, part: fn(&Plan) -> &[Launch]) -> Result<()> {
+        for launch in part(&self.plan).to_vec() {
             let mut emulated = emulator::Launch::new(&launch.kernel, launch.threads)
                 .grid(launch.grid[0], launch.grid[1], 1)
                 .shared_bytes(launch.shared_bytes)
@@ -202,10 +203,11 @@ impl Emulated {
 
 impl Drop for Emulated {
     fn drop(&mut self) {
-        if let Some(mut device) = self.device.take() {
-            if device.release_all().is_ok() && device.has_room(1000) {
-                IDLE.lock().unwrap_or_else(PoisonError::into_inner).push(device);
-            }
+        let device = self.device.take().filter(|device| device.has_room(1000));
+        if let Some(mut device) = device
+            && device.release_all().is_ok()
+        {
+            IDLE.lock().unwrap_or_else(PoisonError::into_inner).push(device);
         }
     }
 }
@@ -227,8 +229,8 @@ pub fn run(
     let mut emulated = Emulated::new(Plan::new(problem)?, how)?;
     emulated.upload_embeddings("query", batch.query())?;
     emulated.upload_embeddings("passage", batch.passage())?;
-    emulated.launch(&emulated.plan().forward().to_vec())?;
-    emulated.launch(&emulated.plan().backward().to_vec())?;
+    emulated.launch(Plan::forward)?;
+    emulated.launch(Plan::backward)?;
     emulated.check_status(batch, loss, options)?;
     emulated.fetch("query_gradient", buffers.query)?;
     emulated.fetch("passage_gradient", buffers.passage)?;

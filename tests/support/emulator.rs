@@ -53,7 +53,7 @@ impl Compiler {
                     let (source, shared) = (self.kernels.join(&file), &shared);
                     scope.spawn(move || {
                         let name = source.file_stem().map_or(file.clone(), |stem| stem.to_string_lossy().into_owned());
-                        self.make(&name, "o", &[source.clone()], arguments, shared)
+                        self.make(&name, "o", std::slice::from_ref(&source), arguments, shared)
                     })
                 })
                 .collect();

@@ -5,6 +5,7 @@
 
 use super::codes;
 use crate::error::{Error, Result};
+use std::error::Error as _;
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
 /// `CUcontext`, `CUmodule`, `CUfunction`, `CUstream`: what only the driver looks into.
@@ -91,7 +92,10 @@ impl Driver {
                         unavailable(format!("the driver library `{name}` has no function `{function}`"))
                     });
                 }
-                Err(refusal) => refusals.push(refusal.to_string()),
+                // The loader's own words are behind the error's.
+                Err(refusal) => {
+                    refusals.push(refusal.source().map_or_else(|| refusal.to_string(), ToString::to_string))
+                }
             }
         }
         let refusals = refusals.join("; ");
