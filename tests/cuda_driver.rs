@@ -63,7 +63,10 @@ const LACKING: &[(&str, &str, Body)] = &[
 
 /// Checks without a usable library.
 const ABSENT: &[Check] = &[
-    ("without a driver every call is a sentence", || refused("no driver library was found")),
+    ("without a driver every call is a sentence", || {
+        refused("no driver library was found")?;
+        refused("libcuda.so.1: ") // the loader's reason
+    }),
     ("a driver without a function is a sentence", || refused("has no function `cuDriverGetVersion`")),
 ];
 
