@@ -5,12 +5,12 @@
 //!            │                            │                           │
 //!        batch.rs  ── validation      loss.rs                    options.rs
 //!            └──────────────┬─────────────┴───────────────────────────┘
-//!                       backend: reference (f64, dense) · cpu (tiled, f32)
+//!           backend: reference (f64, dense) · cpu (tiled, f32) · cuda (tiled, tensor cores)
 //!                           │
 //!        loss, row losses, P@1, MRR, ∂L/∂q, ∂L/∂p, ∂L/∂τ        never a B × B matrix beyond the workspace bound
 //! ```
 //!
-//! Start with [`loss_and_gradients`]; [`cpu`] has the split, sharded and memory-reusing forms. The definition is in docs/loss.md
+//! Start with [`loss_and_gradients`]; [`cpu`] has the split, sharded and memory-reusing forms, [`cuda`] those on device memory. The definition is in docs/loss.md
 //! of the repository, and [`mod@reference`] is its executable form.
 
 #![warn(missing_docs, clippy::undocumented_unsafe_blocks, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -49,3 +49,8 @@ pub use half;
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// So do those of the CUDA guide.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/cuda.md")]
+struct CudaGuide;

@@ -381,3 +381,69 @@ fn flops(waves: &[Wave], dim: usize, products: impl Fn(&SuperBlock) -> f64) -> f
     };
     waves.iter().flatten().map(|s| 2.0 * area(s) * dim as f64 * products(s)).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::Pairs;
+    use crate::dtype::DType;
+    use crate::loss::Loss;
+    use crate::options::Options;
+
+    fn plan(rows: usize, dtype: DType, change: fn(Problem<'_>) -> Problem<'_>) -> Plan {
+        let (loss, pairs) = (Loss::samtone_query(), Pairs::new(rows, rows).unwrap());
+        Plan::new(&change(Problem::new(&loss, &pairs, &Options::new(0.01).unwrap(), dtype, 768).unwrap())).unwrap()
+    }
+
+    #[test]
+    fn shared_memory_is_what_the_table_of_occupancy_counts() {
+        let table: std::collections::HashMap<String, u32> =
+            serde_json::from_str(include_str!("../../kernels/shared_memory.json")).unwrap();
+        let mut seen = std::collections::HashSet::new();
+        for (rows, dtype) in [
+            (64, DType::BF16),
+            (512, DType::BF16),
+            (4096, DType::BF16),
+            (64, DType::F16),
+            (4096, DType::F16),
+            (64, DType::F32),
+            (4096, DType::F32),
+        ] {
+            for change in
+                [|p| p, |p: Problem<'_>| p.with_arithmetic(Arithmetic::Exact)] as [fn(Problem<'_>) -> Problem<'_>; 2]
+            {
+                let plan = plan(rows, dtype, change);
+                for launch in plan.forward().iter().chain(plan.backward()) {
+                    assert_eq!(
+                        launch.shared_bytes,
+                        table.get(&launch.kernel).copied().unwrap_or(0),
+                        "{}",
+                        launch.kernel
+                    );
+                    seen.insert(launch.kernel.clone());
+                }
+            }
+        }
+        assert!(table.keys().all(|kernel| seen.contains(kernel)), "the table names kernels that nothing launches");
+    }
+
+    #[test]
+    fn memory_is_linear_in_the_batch_beyond_the_bound() {
+        // The mark: less than 1 GiB beyond inputs and outputs for 131,072 pairs of dimension 768.
+        let extra =
+            |plan: &Plan| [Slot::Workspace, Slot::State, Slot::Side].map(|s| plan.slot_bytes(s)).iter().sum::<u64>();
+        let (large, half) = (plan(131_072, DType::BF16, |p| p), plan(65_536, DType::BF16, |p| p));
+        assert!(extra(&large) < 1 << 30, "{}", extra(&large));
+        assert!(large.bounded_bytes() <= DEFAULT_WORKSPACE_BYTES);
+        let unbounded = |plan: &Plan| extra(plan) - plan.bounded_bytes() as u64;
+        let per_pair = (unbounded(&large) - unbounded(&half)) / 65_536;
+        assert!((2 * 2 * 768..2 * 2 * 768 + 400).contains(&per_pair), "{per_pair} bytes for each pair");
+    }
+
+    #[test]
+    fn operations_are_twelve_for_each_pair_and_dimension() {
+        let (rows, plan) = (16_384_f64, plan(16_384, DType::BF16, |p| p));
+        approx::assert_relative_eq!(plan.flops(), 12.0 * rows * rows * 768.0, max_relative = 1e-3);
+        assert!(plan.to_string().contains("gradient_product_f16_128"), "{plan}");
+    }
+}
