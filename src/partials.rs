@@ -21,6 +21,12 @@ impl ExpSum {
         Self { sum, exponent }
     }
 
+    /// The sum as `sum`·2^`exponent`.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn parts(self) -> (f64, i32) {
+        (self.sum, self.exponent)
+    }
+
     /// Adds the terms of `other`.
     pub fn merge(&mut self, other: Self) {
         if other.sum == 0.0 {

@@ -11,7 +11,6 @@ use crate::options::ZeroNorm;
 use crate::output::{Evaluation, Metrics, TemperatureGradient};
 use crate::partials::{ExpSum, Partials};
 use half::{bf16, f16};
-use std::f64::consts::LN_2;
 use std::ffi::c_int;
 use std::ops::Range;
 
@@ -169,7 +168,7 @@ impl Readout {
         let mut sums = vec![0; self.sums.len()];
         for (block, rows) in partials.sums.iter().zip(sums.chunks_mut(self.rows * EXP_SUM_BYTES)) {
             for (sum, bytes) in block.iter().zip(rows.chunks_mut(EXP_SUM_BYTES)) {
-                let (sum, exponent) = parts(*sum);
+                let (sum, exponent) = sum.parts();
                 bytes[..8].copy_from_slice(&sum.to_le_bytes());
                 bytes[8..12].copy_from_slice(&exponent.to_le_bytes());
             }
@@ -192,16 +191,6 @@ impl Readout {
     fn head(&self) -> usize {
         self.results.end.max(self.status.end).max(self.row_losses.end)
     }
-}
-
-/// A sum as a factor of 1 to 2 and a power of two, by way of its logarithm: correct to 1e-10 of it at the lowest temperature.
-fn parts(sum: ExpSum) -> (f64, i32) {
-    let ln = sum.ln();
-    if ln == f64::NEG_INFINITY {
-        return (0.0, 0);
-    }
-    let exponent = (ln / LN_2).floor();
-    ((ln - exponent * LN_2).exp(), exponent as i32)
 }
 
 /// The numbers in little-endian bytes.

@@ -1,0 +1,62 @@
+//! Time of one step (forward and backward) on the first CUDA device, without criterion, so that it is one binary that runs on a
+//! machine without cargo:
+//!
+//!     bench_cuda [B,d ...]       default: 512,768 2048,1024 8192,768 16384,768 32768,1024
+//!
+//! bf16 embeddings, f32 gradients, samtone_query at τ = 0.01. Prints CSV: B, d, median milliseconds of 20 steps after 3, TFLOP/s
+//! on the products counted once, MiB beyond inputs and gradients, loss.
+
+#[path = "inputs.rs"]
+#[allow(dead_code)] // the CPU benches use the rest
+mod inputs;
+
+use anyhow::Context;
+use inputs::Towers;
+use samtone::cuda::cudarc::driver::CudaContext;
+use samtone::cuda::{Device, GradientSlices, Problem, Slot, Step};
+use samtone::half::bf16;
+use samtone::{DType, Loss, Options, Pairs};
+use std::time::Instant;
+
+const SHAPES: &[&str] = &["512,768", "2048,1024", "8192,768", "16384,768", "32768,1024"];
+
+fn main() -> anyhow::Result<()> {
+    let shapes: Vec<String> = std::env::args().skip(1).collect();
+    let shapes = if shapes.is_empty() { SHAPES.iter().map(|s| s.to_string()).collect() } else { shapes };
+    samtone::cuda::available()?;
+    let device = Device::first()?;
+    let stream = CudaContext::new(device.ordinal())?.new_stream()?;
+    eprintln!("{} {:?}", device.name(), device.compute_capability());
+    println!("rows,dim,milliseconds,tflops,extra_mib,loss");
+    for shape in shapes {
+        let (rows, dim) = shape.split_once(',').with_context(|| format!("`{shape}` is not B,d"))?;
+        let (rows, dim) = (rows.parse::<usize>()?, dim.parse::<usize>()?);
+        let towers = Towers::new(rows, dim, 1).rounded::<bf16>();
+        let bits = |x: &[bf16]| x.iter().map(|v| v.to_bits()).collect::<Vec<u16>>();
+        let copied = [stream.clone_htod(&bits(&towers.query))?, stream.clone_htod(&bits(&towers.passage))?];
+        // SAFETY: bf16 is two bytes of any value, as u16 is.
+        let views = copied.each_ref().map(|x| unsafe { x.transmute::<bf16>(rows * dim) });
+        let [Some(query), Some(passage)] = &views else { anyhow::bail!("views of bf16") };
+        let mut gradients = [stream.alloc_zeros::<f32>(rows * dim)?, stream.alloc_zeros::<f32>(rows * dim)?];
+        let (loss, pairs) = (Loss::samtone_query(), Pairs::new(rows, rows)?);
+        let problem = Problem::new(&loss, &pairs, &Options::new(0.01)?, DType::BF16, dim)?;
+        let mut step = Step::new(&device, &stream, &problem)?;
+        let mut times = Vec::new();
+        for _ in 0..23 {
+            stream.synchronize()?;
+            let start = Instant::now();
+            let [grad_query, grad_passage] = &mut gradients;
+            step.loss_and_gradients(query, passage, GradientSlices::both(grad_query, grad_passage), 1.0)?;
+            stream.synchronize()?;
+            times.push(start.elapsed().as_secs_f64());
+        }
+        let (evaluation, _) = step.results(query, passage)?;
+        let mut times = times.split_off(3);
+        times.sort_by(f64::total_cmp);
+        let (median, plan) = (times[times.len() / 2], step.plan());
+        let extra: u64 = [Slot::Workspace, Slot::State, Slot::Side].map(|s| plan.slot_bytes(s)).iter().sum();
+        let (tflops, mib) = (plan.flops() / median / 1e12, extra as f64 / f64::from(1 << 20));
+        println!("{rows},{dim},{:.4},{tflops:.1},{mib:.1},{}", median * 1e3, evaluation.loss);
+    }
+    Ok(())
+}

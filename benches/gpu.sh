@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Checks and times the CUDA backend on a machine with a GPU and without Rust.
+#
+#   benches/gpu.sh build           here, with cargo: stripped binaries in target/gpu, to be carried along with the repository
+#   benches/gpu.sh run [FOLDER]    there, in the repository's root: everything in one call; the record goes to FOLDER
+#                                  (default benches/record/<GPU>/<date>). Exit code 1 if any check failed
+#
+# `run` needs the driver; it also uses nvidia-smi, compute-sanitizer and python3 with PyTorch, and says so where one is missing.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+build() {
+  set -e
+  mkdir -p target/gpu
+  cargo build --release --features cudarc --example evaluate --example bench_cuda
+  cp target/release/examples/{evaluate,bench_cuda} target/gpu/
+  for test in conformance cuda_driver; do
+    binary=$(cargo test --release --features cudarc --test "$test" --no-run --message-format=json |
+      sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
+    cp "$binary" "target/gpu/$test"
+  done
+  strip target/gpu/*
+  git describe --always --dirty > target/gpu/commit
+  ls -l target/gpu
+}
+
+run() {
+  gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null | head -n 1 | tr ' A-Z' '-a-z')
+  folder=${1:-benches/record/${gpu:-unknown-gpu}/$(date +%F)}
+  mkdir -p "$folder"
+  failed=0
+  check() { # name, command…: its output goes to a file of that name
+    local name=$1
+    shift
+    printf '%-28s' "$name"
+    if "$@" > "$folder/$name.txt" 2>&1; then echo ok; else echo "FAILED (rc $?)"; failed=1; tail -n 8 "$folder/$name.txt"; fi
+  }
+  {
+    echo "commit $(cat target/gpu/commit)"
+    echo "date $(date -u +%FT%TZ)"
+    nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit,memory.total --format=csv
+  } > "$folder/env.txt" 2>&1
+  export SAMTONE_REQUIRE=cuda
+  check conformance target/gpu/conformance "cuda " --test-threads 4
+  check driver target/gpu/cuda_driver gpu --test-threads 1
+  for dtype in f32 f16 bf16; do
+    check "evaluate-$dtype" target/gpu/evaluate tests/golden --backend cuda --dtype $dtype
+  done
+  for tool in memcheck racecheck synccheck initcheck; do
+    if command -v compute-sanitizer > /dev/null; then
+      check "$tool" compute-sanitizer --tool $tool --error-exitcode 1 target/gpu/evaluate \
+        tests/golden/samtone_both_hard_negatives.json --backend cuda --dtype bf16
+    else
+      echo "$tool: no compute-sanitizer here"
+    fi
+  done
+  check step target/gpu/bench_cuda
+  check torch python3 benches/peers/torch_cuda.py
+  cat "$folder/env.txt" "$folder/step.txt" "$folder/torch.txt"
+  exit $failed
+}
+
+case ${1:-} in
+  build) build ;;
+  run) run "${2:-}" ;;
+  *) sed -n '2,8p' "$0"; exit 2 ;;
+esac
