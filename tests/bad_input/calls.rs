@@ -1,6 +1,8 @@
 //! What only a call can refuse: the values of embeddings, states, shards, buffers, workspaces.
 
-use super::{D, M, N, Outcome, PATTERN, batch, expect_invalid, refused, refused_everywhere, still_works, towers};
+use super::{
+    D, M, N, Outcome, PATTERN, batch, expect_invalid, present, refused, refused_everywhere, still_works, towers,
+};
 use samtone::backend;
 use samtone::cpu::{self, Plan, Shard};
 use samtone::half::{bf16, f16};
@@ -25,7 +27,7 @@ fn embeddings_that_are_not_finite() -> Outcome {
                     let mut errors = refused_everywhere(&Loss::samtone_both(), &batch, &options);
                     errors.extend(Plan::new(&Loss::info_nce(), &batch, &options).err());
                     errors.extend(Shard::new(&Loss::info_nce(), &batch, &options, 0..1).err());
-                    assert_eq!(errors.len(), backend::all().len() + 4);
+                    assert_eq!(errors.len(), present().len() + 4);
                     for error in errors {
                         let Error::NonFinite { tower: t, row: r, column: c, value } = &error else { panic!("{error}") };
                         assert_eq!((*t, *r, *c), (tower, row, column), "{error}");
@@ -98,7 +100,7 @@ fn f64_is_for_the_reference() -> Outcome {
         let sentence = error.to_string();
         assert!(["cpu", "f64", "f32, f16 and bf16"].iter().all(|part| sentence.contains(part)), "{sentence}");
     }
-    for backend in backend::all() {
+    for backend in present() {
         assert_eq!(backend.dtypes().contains(&DType::F64), backend.name() == "reference");
     }
     assert!(samtone::reference::loss_and_gradients(&loss, &batch, &options, 1.0).is_ok());
@@ -113,8 +115,8 @@ fn upstream_gradients() -> Outcome {
     let shard = Shard::new(&loss, &batch, &options, 0..M)?;
     for upstream in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
         let value = upstream.to_string();
-        for backend in backend::all() {
-            let error = refused(*backend, &loss, &batch, &options, upstream);
+        for backend in present() {
+            let error = refused(backend, &loss, &batch, &options, upstream);
             expect_invalid(Err::<(), _>(error), "upstream", &value, "a finite number");
         }
         expect_invalid(samtone::loss_and_gradients(&loss, &batch, &options, upstream), "upstream", &value, "a finite");
@@ -135,7 +137,7 @@ fn gradient_buffers_of_another_shape() -> Outcome {
     let forward = cpu::forward(&loss, &batch, &options)?;
     type Call<'a> = Box<dyn Fn(GradientBuffers<'_>) -> Option<Error> + 'a>;
     let mut calls: Vec<Call<'_>> = vec![Box::new(|buffers| forward.backward_into(&batch, 1.0, buffers).err())];
-    for backend in backend::all() {
+    for backend in present() {
         calls.push(Box::new(|buffers| backend.loss_and_gradients_into(&loss, &batch, &options, 1.0, buffers).err()));
     }
     for (rows, dim) in [(M + 1, D), (M - 1, D), (M, D + 1), (M, D - 1), (D, M), (1, M * D)] {
@@ -345,7 +347,7 @@ fn a_row_without_a_negative() -> Outcome {
 
     // Without weight the row is accepted, and contributes nothing.
     let weighted = batch.with_weights(&[1.0, 2.0, 0.0, 1.0])?;
-    for backend in backend::all() {
+    for backend in present() {
         let (mut dq, mut dp) = (vec![f32::NAN; M * D], vec![f32::NAN; N * D]);
         let buffers = GradientBuffers {
             query: Some(EmbeddingsMut::new(&mut dq, M, D)?),

@@ -71,12 +71,17 @@ fn refused(backend: &dyn Backend, loss: &Loss, batch: &Batch<'_>, options: &Opti
     error
 }
 
+/// The backends that run on this machine; the others refuse everything with the same sentence.
+fn present() -> Vec<&'static dyn backend::Backend> {
+    backend::all().iter().copied().filter(|b| b.available().is_ok()).collect()
+}
+
 /// The errors of every way to start a call.
 #[track_caller]
 fn refused_everywhere(loss: &Loss, batch: &Batch<'_>, options: &Options) -> Vec<Error> {
-    let mut errors: Vec<_> = backend::all().iter().map(|b| refused(*b, loss, batch, options, 1.0)).collect();
+    let mut errors: Vec<_> = present().into_iter().map(|b| refused(b, loss, batch, options, 1.0)).collect();
     errors.extend(cpu::forward(loss, batch, options).err());
     errors.extend(samtone::loss_and_gradients(loss, batch, options, 1.0).err());
-    assert_eq!(errors.len(), backend::all().len() + 2, "forward or loss_and_gradients accepted it");
+    assert_eq!(errors.len(), present().len() + 2, "forward or loss_and_gradients accepted it");
     errors
 }
