@@ -1,72 +1,24 @@
-//! From a plan's waves to launches: arrays, arguments in the order of the kernels' parameters, and the side data.
+//! From a plan's waves to launches: arguments in the order of the kernels' parameters.
 
+use super::arrays::{Common, Sums, TowerArrays};
 use super::plan::{Layout, Layouts, MAX_SUPER_BLOCKS, SuperBlock, Wave};
-use super::problem::{Arithmetic, GradientOutput};
+use super::problem::Arithmetic;
 use super::schedule::{Address, Argument, ArrayId, Launch, Slot};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::loss::Block;
-use crate::mask::Keys;
 use crate::options::ZeroNorm;
 use crate::order::Space;
-use bytemuck::{NoUninit, Pod};
 
-/// `NONE` of kernels/common/problem.cuh.
-const NONE: u32 = u32::MAX;
 /// Cut points in `Outputs` of kernels/gradient_product_sm80.cu.
 const MAX_CUTS: usize = 8;
 /// Warps, and so rows, of a block of `pack`, `positives` and `project`.
-const ROWS_PER_BLOCK: usize = 8;
-const REDUCE_THREADS: usize = 256;
+pub(super) const ROWS_PER_BLOCK: usize = 8;
+pub(super) const REDUCE_THREADS: usize = 256;
 const REDUCE_BYTES: u32 = 64;
 
-/// One tower on the device.
-struct TowerArrays {
-    raw: ArrayId,
-    row_bytes: u64,
-    order: Address,
-    indices: usize,
-    padded: usize,
-    packed: ArrayId,
-    plane: u64,
-    inverse: ArrayId,
-    inverse_norm: ArrayId,
-    candidates: ArrayId,
-}
-
-/// Arrays of the state and the side data.
-struct Common {
-    row_keys: ArrayId,
-    weights: ArrayId,
-    groups: ArrayId,
-    anchor_row: ArrayId,
-    // Null where the order of the passages is the identity.
-    positives: Address,
-    anchor_index: Address,
-    occurrence_start: Address,
-    occurrences: Address,
-    results: ArrayId,
-    status: ArrayId,
-    row_losses: ArrayId,
-    sums: ArrayId,
-    above: ArrayId,
-    positive: ArrayId,
-    anchors: ArrayId,
-    diagonal: ArrayId,
-    log_coefficients: ArrayId,
-    block_results: ArrayId,
-    upstream: Address,
-}
-
-/// Where sums of gradients are collected: in the output itself where its type and order allow.
-struct Sums {
-    address: Address,
-    stride: usize,
-    output: ArrayId,
-}
-
 pub(super) struct Launches<'a> {
-    layouts: &'a Layouts<'a>,
+    pub layouts: &'a Layouts<'a>,
     pub layout: Layout,
     pub side: Vec<u8>,
     pub partials: Vec<Launch>,
@@ -77,7 +29,7 @@ pub(super) struct Launches<'a> {
     pub gradient_alignment: [u64; 2],
 }
 
-fn at(id: ArrayId) -> Address {
+pub(super) fn at(id: ArrayId) -> Address {
     Address::In(id, 0)
 }
 
@@ -137,155 +89,6 @@ impl<'a> Launches<'a> {
         this.gradient_pass(&towers, &common, &sums, gradients, plane, dots);
         this.projection(&towers, &common, &sums);
         Ok(this)
-    }
-
-    /// Adds an array of the side data with its content.
-    fn side_array<T: NoUninit + Pod>(&mut self, name: &'static str, content: &[T]) -> ArrayId {
-        let bytes: &[u8] = bytemuck::cast_slice(content);
-        let id = self.layout.add(Slot::Side, name, bytes.len());
-        self.side.resize(self.layout.arrays[id.0].offset as usize, 0);
-        self.side.extend(bytes);
-        id
-    }
-
-    fn common(&mut self) -> Common {
-        let Layouts { problem, order, occurrences, .. } = self.layouts;
-        let (m, pairs) = (problem.pairs.rows(), &problem.pairs);
-        let keys = Keys::new(pairs);
-        let row_keys: Vec<[u32; 2]> = keys.rows.iter().map(|k| [k.query, k.passage]).collect();
-        let row_keys = self.side_array("row_keys", &row_keys);
-        let weights = self.side_array("weights", &pairs.normalized_weights());
-        let groups: Vec<[u64; 2]> = (problem.loss.groups().iter())
-            .map(|g| {
-                let blocks = g.blocks().iter().fold(0_u64, |bits, b| bits | 1 << b.index());
-                [g.coefficient().to_bits(), blocks | u64::from(g.positive_copies()) << 32]
-            })
-            .collect();
-        let groups = self.side_array("groups", &groups);
-        let anchor_row = self.side_array("anchor_row", &order.anchor_row);
-        let [mut positives, mut anchor_index, mut occurrence_start, mut indices] = [Address::Null; 4];
-        if order.passage.is_some() {
-            let positive: Vec<u32> = (0..m).map(|i| pairs.positive(i) as u32).collect();
-            positives = at(self.side_array("positives", &positive));
-            anchor_index = at(self.side_array("anchor_index", &order.anchor_index(m)));
-            occurrence_start = at(self.side_array("occurrence_start", &occurrences.start));
-            indices = at(self.side_array("occurrences", &occurrences.index));
-        }
-        let upstream = match problem.device_upstream {
-            true => at(self.layout.add(Slot::Upstream, "upstream", 4)),
-            false => Address::Null,
-        };
-        let mut state = |name, bytes| self.layout.add(Slot::State, name, bytes);
-        let (results, status, row_losses) =
-            (state("results", 16 * 8), state("status", 8 * 4), state("row_losses", 8 * m));
-        let (sums, above) = (state("sums", 4 * 16 * m), state("above", 2 * 4 * m));
-        let (positive, anchors) = (state("positive", 8 * m), state("anchors", 16 * m));
-        let (diagonal, log_coefficients) = (state("diagonal", 8 * m), state("log_coefficients", 4 * 8 * m));
-        let block_results = self.layout.add(Slot::Workspace, "block_results", 8 * 8 * m.div_ceil(REDUCE_THREADS));
-        Common {
-            row_keys,
-            weights,
-            groups,
-            anchor_row,
-            positives,
-            anchor_index,
-            occurrence_start,
-            occurrences: indices,
-            results,
-            status,
-            row_losses,
-            sums,
-            above,
-            positive,
-            anchors,
-            diagonal,
-            log_coefficients,
-            block_results,
-            upstream,
-        }
-    }
-
-    fn tower(&mut self, space: Space) -> TowerArrays {
-        let Layouts { problem, order, tile, .. } = self.layouts;
-        let (m, n, d) = problem.shape();
-        let keys = Keys::new(&problem.pairs);
-        let (rows, indices) = match space {
-            Space::Query => (m, m),
-            Space::Passage => (n, order.len()),
-        };
-        let candidates: Vec<[u32; 4]> = match space {
-            Space::Query => keys.rows.iter().zip(0..).map(|(k, row)| [k.query, k.passage, NONE, row]).collect(),
-            Space::Passage => {
-                let owners = problem.pairs.exclusive_owners();
-                let owner = |n: usize| owners.map_or(NONE, |o| u32::try_from(o[n]).unwrap_or(NONE));
-                let of = |k: usize| {
-                    let n = order.passage(k);
-                    [keys.passages[n].query, keys.passages[n].passage, owner(n), order.anchor_row[k]]
-                };
-                (0..indices).map(of).collect()
-            }
-        };
-        let (slot, names) = match space {
-            Space::Query => {
-                (Slot::Query, ["query", "query_candidates", "query_packed", "query_inverse", "query_inverse_norm"])
-            }
-            Space::Passage => (
-                Slot::Passage,
-                ["passage", "passage_candidates", "passage_packed", "passage_inverse", "passage_inverse_norm"],
-            ),
-        };
-        let row_bytes = (problem.row_strides[space as usize] * problem.dtype.bytes()) as u64;
-        let raw_bytes = (rows - 1) * row_bytes as usize + d * problem.dtype.bytes();
-        let raw = self.layout.add(slot, names[0], raw_bytes);
-        let candidates = self.side_array(names[1], &candidates);
-        let passage_order = order.passage.as_ref().filter(|_| space == Space::Passage);
-        let order = passage_order.map_or(Address::Null, |o| at(self.side_array("order", o)));
-        let planes = problem.arithmetic.planes();
-        // A tile that begins at the last index reads a tile's rows from there on.
-        let padded = (indices + tile.edge()).next_multiple_of(ROWS_PER_BLOCK);
-        let plane = padded * self.packed_row_bytes();
-        TowerArrays {
-            raw,
-            row_bytes,
-            order,
-            indices,
-            padded,
-            packed: self.layout.add(Slot::Workspace, names[2], plane * planes),
-            plane: plane as u64,
-            inverse: self.layout.add(Slot::Workspace, names[3], 4 * indices),
-            inverse_norm: self.layout.add(Slot::Workspace, names[4], 8 * indices),
-            candidates,
-        }
-    }
-
-    fn packed_row_bytes(&self) -> usize {
-        (self.layouts.problem.dim * self.layouts.problem.arithmetic.bytes()).next_multiple_of(128)
-    }
-
-    /// Range of a space that has gradients in this shard.
-    fn gradient_range(&self, k: usize) -> std::ops::Range<usize> {
-        if k == 0 { self.layouts.problem.rows.clone() } else { 0..self.layouts.order.len() }
-    }
-
-    fn sums(&mut self, k: usize) -> Option<Sums> {
-        let Layouts { problem, order, .. } = self.layouts;
-        let GradientOutput { dtype, row_stride } = problem.gradients[k]?;
-        let (slot, name) = [(Slot::QueryGradient, "query_gradient"), (Slot::PassageGradient, "passage_gradient")][k];
-        let rows = if k == 0 { problem.rows.len() } else { problem.pairs.passages() };
-        let bytes = ((rows - 1) * row_stride + problem.dim) * dtype.bytes();
-        let output = self.layout.add(slot, name, bytes);
-        let range = self.gradient_range(k);
-        // Pairs of sums are stored at once, so rows of f32 must begin at multiples of 8 bytes.
-        let in_place = dtype == DType::F32 && row_stride % 2 == 0 && (k == 0 || order.passage.is_none());
-        self.gradient_alignment[k] = if in_place { 8 } else { dtype.bytes() as u64 };
-        let (id, stride) = if in_place {
-            (output, row_stride)
-        } else {
-            let stride = problem.dim.next_multiple_of(2);
-            (self.layout.add(Slot::Workspace, ["query_sums", "passage_sums"][k], 4 * range.len() * stride), stride)
-        };
-        // Kernels address by index; the first one of a shard is not 0.
-        Some(Sums { address: Address::In(id, -((4 * range.start * stride) as i64)), stride, output })
     }
 
     fn raw(&self, tower: &TowerArrays) -> Argument {

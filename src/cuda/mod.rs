@@ -18,6 +18,7 @@
 //! stream. Inputs that are refused (NaN, norm zero, no negative) leave the number of the lowest such row in the state, and NaN
 //! in loss and gradients.
 
+mod arrays;
 #[cfg(feature = "cuda")]
 mod driver;
 mod launches;
