@@ -1,0 +1,209 @@
+//! Arrays of a call: their names, slots and sizes, and the content of the side data.
+
+use super::launches::{Launches, REDUCE_THREADS, ROWS_PER_BLOCK, at};
+use super::plan::Layouts;
+use super::problem::GradientOutput;
+use super::schedule::{Address, ArrayId, Slot};
+use crate::dtype::DType;
+use crate::mask::Keys;
+use crate::order::Space;
+use bytemuck::{NoUninit, Pod};
+
+/// `NONE` of kernels/common/problem.cuh.
+const NONE: u32 = u32::MAX;
+
+/// One tower on the device.
+pub(super) struct TowerArrays {
+    pub(super) raw: ArrayId,
+    pub(super) row_bytes: u64,
+    pub(super) order: Address,
+    pub(super) indices: usize,
+    pub(super) padded: usize,
+    pub(super) packed: ArrayId,
+    pub(super) plane: u64,
+    pub(super) inverse: ArrayId,
+    pub(super) inverse_norm: ArrayId,
+    pub(super) candidates: ArrayId,
+}
+
+/// Arrays of the state and the side data.
+pub(super) struct Common {
+    pub(super) row_keys: ArrayId,
+    pub(super) weights: ArrayId,
+    pub(super) groups: ArrayId,
+    pub(super) anchor_row: ArrayId,
+    // Null where the order of the passages is the identity.
+    pub(super) positives: Address,
+    pub(super) anchor_index: Address,
+    pub(super) occurrence_start: Address,
+    pub(super) occurrences: Address,
+    pub(super) results: ArrayId,
+    pub(super) status: ArrayId,
+    pub(super) row_losses: ArrayId,
+    pub(super) sums: ArrayId,
+    pub(super) above: ArrayId,
+    pub(super) positive: ArrayId,
+    pub(super) anchors: ArrayId,
+    pub(super) diagonal: ArrayId,
+    pub(super) log_coefficients: ArrayId,
+    pub(super) block_results: ArrayId,
+    pub(super) upstream: Address,
+}
+
+/// Where sums of gradients are collected: in the output itself where its type and order allow.
+pub(super) struct Sums {
+    pub(super) address: Address,
+    pub(super) stride: usize,
+    pub(super) output: ArrayId,
+}
+
+impl Launches<'_> {
+    /// Adds an array of the side data with its content.
+    fn side_array<T: NoUninit + Pod>(&mut self, name: &'static str, content: &[T]) -> ArrayId {
+        let bytes: &[u8] = bytemuck::cast_slice(content);
+        let id = self.layout.add(Slot::Side, name, bytes.len());
+        self.side.resize(self.layout.arrays[id.0].offset as usize, 0);
+        self.side.extend(bytes);
+        id
+    }
+
+    pub(super) fn common(&mut self) -> Common {
+        let Layouts { problem, order, occurrences, .. } = self.layouts;
+        let (m, pairs) = (problem.pairs.rows(), &problem.pairs);
+        let keys = Keys::new(pairs);
+        let row_keys: Vec<[u32; 2]> = keys.rows.iter().map(|k| [k.query, k.passage]).collect();
+        let row_keys = self.side_array("row_keys", &row_keys);
+        let weights = self.side_array("weights", &pairs.normalized_weights());
+        let groups: Vec<[u64; 2]> = (problem.loss.groups().iter())
+            .map(|g| {
+                let blocks = g.blocks().iter().fold(0_u64, |bits, b| bits | 1 << b.index());
+                [g.coefficient().to_bits(), blocks | u64::from(g.positive_copies()) << 32]
+            })
+            .collect();
+        let groups = self.side_array("groups", &groups);
+        let anchor_row = self.side_array("anchor_row", &order.anchor_row);
+        let [mut positives, mut anchor_index, mut occurrence_start, mut indices] = [Address::Null; 4];
+        if order.passage.is_some() {
+            let positive: Vec<u32> = (0..m).map(|i| pairs.positive(i) as u32).collect();
+            positives = at(self.side_array("positives", &positive));
+            anchor_index = at(self.side_array("anchor_index", &order.anchor_index(m)));
+            occurrence_start = at(self.side_array("occurrence_start", &occurrences.start));
+            indices = at(self.side_array("occurrences", &occurrences.index));
+        }
+        let upstream = match problem.device_upstream {
+            true => at(self.layout.add(Slot::Upstream, "upstream", 4)),
+            false => Address::Null,
+        };
+        let mut state = |name, bytes| self.layout.add(Slot::State, name, bytes);
+        let (results, status, row_losses) =
+            (state("results", 16 * 8), state("status", 8 * 4), state("row_losses", 8 * m));
+        let (sums, above) = (state("sums", 4 * 16 * m), state("above", 2 * 4 * m));
+        let (positive, anchors) = (state("positive", 8 * m), state("anchors", 16 * m));
+        let (diagonal, log_coefficients) = (state("diagonal", 8 * m), state("log_coefficients", 4 * 8 * m));
+        let block_results = self.layout.add(Slot::Workspace, "block_results", 8 * 8 * m.div_ceil(REDUCE_THREADS));
+        Common {
+            row_keys,
+            weights,
+            groups,
+            anchor_row,
+            positives,
+            anchor_index,
+            occurrence_start,
+            occurrences: indices,
+            results,
+            status,
+            row_losses,
+            sums,
+            above,
+            positive,
+            anchors,
+            diagonal,
+            log_coefficients,
+            block_results,
+            upstream,
+        }
+    }
+
+    pub(super) fn tower(&mut self, space: Space) -> TowerArrays {
+        let Layouts { problem, order, tile, .. } = self.layouts;
+        let (m, n, d) = problem.shape();
+        let keys = Keys::new(&problem.pairs);
+        let (rows, indices) = match space {
+            Space::Query => (m, m),
+            Space::Passage => (n, order.len()),
+        };
+        let candidates: Vec<[u32; 4]> = match space {
+            Space::Query => keys.rows.iter().zip(0..).map(|(k, row)| [k.query, k.passage, NONE, row]).collect(),
+            Space::Passage => {
+                let owners = problem.pairs.exclusive_owners();
+                let owner = |n: usize| owners.map_or(NONE, |o| u32::try_from(o[n]).unwrap_or(NONE));
+                let of = |k: usize| {
+                    let n = order.passage(k);
+                    [keys.passages[n].query, keys.passages[n].passage, owner(n), order.anchor_row[k]]
+                };
+                (0..indices).map(of).collect()
+            }
+        };
+        let (slot, names) = match space {
+            Space::Query => {
+                (Slot::Query, ["query", "query_candidates", "query_packed", "query_inverse", "query_inverse_norm"])
+            }
+            Space::Passage => (
+                Slot::Passage,
+                ["passage", "passage_candidates", "passage_packed", "passage_inverse", "passage_inverse_norm"],
+            ),
+        };
+        let row_bytes = (problem.row_strides[space as usize] * problem.dtype.bytes()) as u64;
+        let raw_bytes = (rows - 1) * row_bytes as usize + d * problem.dtype.bytes();
+        let raw = self.layout.add(slot, names[0], raw_bytes);
+        let candidates = self.side_array(names[1], &candidates);
+        let passage_order = order.passage.as_ref().filter(|_| space == Space::Passage);
+        let order = passage_order.map_or(Address::Null, |o| at(self.side_array("order", o)));
+        let planes = problem.arithmetic.planes();
+        // A tile that begins at the last index reads a tile's rows from there on.
+        let padded = (indices + tile.edge()).next_multiple_of(ROWS_PER_BLOCK);
+        let plane = padded * self.packed_row_bytes();
+        TowerArrays {
+            raw,
+            row_bytes,
+            order,
+            indices,
+            padded,
+            packed: self.layout.add(Slot::Workspace, names[2], plane * planes),
+            plane: plane as u64,
+            inverse: self.layout.add(Slot::Workspace, names[3], 4 * indices),
+            inverse_norm: self.layout.add(Slot::Workspace, names[4], 8 * indices),
+            candidates,
+        }
+    }
+
+    pub(super) fn packed_row_bytes(&self) -> usize {
+        (self.layouts.problem.dim * self.layouts.problem.arithmetic.bytes()).next_multiple_of(128)
+    }
+
+    /// Range of a space that has gradients in this shard.
+    pub(super) fn gradient_range(&self, k: usize) -> std::ops::Range<usize> {
+        if k == 0 { self.layouts.problem.rows.clone() } else { 0..self.layouts.order.len() }
+    }
+
+    pub(super) fn sums(&mut self, k: usize) -> Option<Sums> {
+        let Layouts { problem, order, .. } = self.layouts;
+        let GradientOutput { dtype, row_stride } = problem.gradients[k]?;
+        let (slot, name) = [(Slot::QueryGradient, "query_gradient"), (Slot::PassageGradient, "passage_gradient")][k];
+        let rows = if k == 0 { problem.rows.len() } else { problem.pairs.passages() };
+        let bytes = ((rows - 1) * row_stride + problem.dim) * dtype.bytes();
+        let output = self.layout.add(slot, name, bytes);
+        let range = self.gradient_range(k);
+        // Pairs of sums are stored at once, so rows of f32 must begin at multiples of 8 bytes.
+        let in_place = dtype == DType::F32 && row_stride % 2 == 0 && (k == 0 || order.passage.is_none());
+        self.gradient_alignment[k] = if in_place { 8 } else { dtype.bytes() as u64 };
+        let (id, stride) = if in_place {
+            (output, row_stride)
+        } else {
+            let stride = problem.dim.next_multiple_of(2);
+            (self.layout.add(Slot::Workspace, ["query_sums", "passage_sums"][k], 4 * range.len() * stride), stride)
+        };
+        // Kernels address by index; the first one of a shard is not 0.
+        Some(Sums { address: Address::In(id, -((4 * range.start * stride) as i64)), stride, output })
+    }
+}
