@@ -4,7 +4,7 @@
 //!     bench_cuda [B,d ...]       default: 512,768 2048,1024 8192,768 16384,768 32768,1024
 //!
 //! bf16 embeddings, f32 gradients, samtone_query at τ = 0.01. Prints CSV: B, d, median milliseconds of 20 steps after 3, TFLOP/s
-//! on the products counted once, MiB beyond inputs and gradients, loss.
+//! on the products counted once, MiB beyond inputs and gradients, loss. Fails if 100 runs of a small batch differ in any bit.
 
 #[path = "inputs.rs"]
 #[allow(dead_code)] // the CPU benches use the rest
@@ -19,6 +19,9 @@ use samtone::{DType, Loss, Options, Pairs};
 use std::time::Instant;
 
 const SHAPES: &[&str] = &["512,768", "2048,1024", "8192,768", "16384,768", "32768,1024"];
+
+/// Batches up to so many rows are computed 100 times, and every run must give the same bits.
+const REPEATED_ROWS: usize = 2048;
 
 fn main() -> anyhow::Result<()> {
     let shapes: Vec<String> = std::env::args().skip(1).collect();
@@ -51,6 +54,18 @@ fn main() -> anyhow::Result<()> {
             times.push(start.elapsed().as_secs_f64());
         }
         let (evaluation, _) = step.results(query, passage)?;
+        if rows <= REPEATED_ROWS {
+            let first = gradients.each_ref().map(|g| stream.clone_dtoh(g));
+            let [Ok(first_query), Ok(first_passage)] = &first else { anyhow::bail!("gradients cannot be copied") };
+            for run in 1..100 {
+                let [grad_query, grad_passage] = &mut gradients;
+                step.loss_and_gradients(query, passage, GradientSlices::both(grad_query, grad_passage), 1.0)?;
+                let same = stream.clone_dtoh(grad_query)? == *first_query
+                    && stream.clone_dtoh(grad_passage)? == *first_passage
+                    && step.results(query, passage)?.0 == evaluation;
+                anyhow::ensure!(same, "run {run} of {shape} gives other bits");
+            }
+        }
         let mut times = times.split_off(3);
         times.sort_by(f64::total_cmp);
         let (median, plan) = (times[times.len() / 2], step.plan());

@@ -32,7 +32,8 @@ pub struct CudaEmulated;
 pub struct Run {
     pub seed: u64,
     pub ignore_races: bool,
-    pub mutant: String,
+    /// Label left out, in the kernels of one file (`Launch::module`).
+    pub mutant: Option<(&'static str, &'static str)>,
 }
 
 fn executable() -> std::result::Result<PathBuf, String> {
@@ -123,7 +124,7 @@ impl Emulated {
                 .shared_bytes(launch.shared_bytes)
                 .seed(self.run.seed)
                 .detect_races(!self.run.ignore_races)
-                .mutant_if_reached(&self.run.mutant);
+                .mutant_if_reached(self.run.mutant.filter(|(module, _)| *module == launch.module).map_or("", |m| m.1));
             for argument in &launch.arguments {
                 let mut bytes = argument.bytes.clone();
                 for (at, address) in &argument.pointers {
