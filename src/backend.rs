@@ -88,6 +88,8 @@ pub fn all() -> &'static [&'static dyn Backend] {
         &Cpu,
         #[cfg(feature = "cuda")]
         &crate::cuda::Cuda,
+        #[cfg(feature = "wgpu")]
+        &crate::wgpu::Wgpu { name: "wgpu", variant: None },
     ]
 }
 

@@ -148,6 +148,22 @@ pub enum Error {
         /// What it means here and what to do, with the log of the driver's compiler where there is one.
         hint: String,
     },
+    /// No WGSL shader can run in this process: no adapter, or one that gives no device.
+    #[error(
+        "wgpu is not available: {reason}; allowed: a Vulkan, Metal or DX12 driver, be it a software one like Mesa's llvmpipe"
+    )]
+    WgpuUnavailable {
+        /// What is missing.
+        reason: String,
+    },
+    /// wgpu refused a call, or the device was lost.
+    #[error("wgpu's `{call}` failed: {reason}")]
+    Wgpu {
+        /// What was asked of wgpu.
+        call: &'static str,
+        /// Its own words.
+        reason: String,
+    },
     /// A device pointer of the caller has an address the kernels cannot work with.
     #[error("argument `{slot}` is at address {address:#x}; allowed: multiples of {alignment} bytes")]
     Misaligned {

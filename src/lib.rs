@@ -30,8 +30,11 @@ mod order;
 pub mod output;
 mod pairs;
 pub mod partials;
+mod problem;
 pub mod reference;
 mod regions;
+mod super_blocks;
+pub mod wgpu;
 
 pub use batch::{Batch, Data, DataMut, Embeddings, EmbeddingsMut, Pairs, Scope, Tower};
 pub use cpu::loss_and_gradients;
@@ -41,6 +44,7 @@ pub use loss::{Block, Group, Loss};
 pub use options::{Options, ZeroNorm};
 pub use output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, Metrics, TemperatureGradient};
 pub use partials::{ExpSum, Partials};
+pub use problem::{GradientOutput, Problem};
 
 /// The crates whose types appear in this one's signatures.
 pub use half;

@@ -22,7 +22,6 @@ impl ExpSum {
     }
 
     /// The sum as `sum`·2^`exponent`.
-    #[cfg(feature = "cuda")]
     pub(crate) fn parts(self) -> (f64, i32) {
         (self.sum, self.exponent)
     }

@@ -2,11 +2,11 @@
 
 use super::launches::{Launches, REDUCE_THREADS, ROWS_PER_BLOCK, at};
 use super::plan::Layouts;
-use super::problem::GradientOutput;
 use super::schedule::{Address, ArrayId, Slot};
 use crate::dtype::DType;
 use crate::mask::Keys;
 use crate::order::Space;
+use crate::problem::GradientOutput;
 use bytemuck::{NoUninit, Pod};
 
 /// `NONE` of kernels/common/problem.cuh.
@@ -159,7 +159,7 @@ impl Launches<'_> {
         let candidates = self.side_array(names[1], &candidates);
         let passage_order = order.passage.as_ref().filter(|_| space == Space::Passage);
         let order = passage_order.map_or(Address::Null, |o| at(self.side_array("order", o)));
-        let planes = problem.arithmetic.planes();
+        let planes = problem.arithmetic().planes();
         // A tile that begins at the last index reads a tile's rows from there on.
         let padded = (indices + tile.edge()).next_multiple_of(ROWS_PER_BLOCK);
         let plane = padded * self.packed_row_bytes();
@@ -178,7 +178,7 @@ impl Launches<'_> {
     }
 
     pub(super) fn packed_row_bytes(&self) -> usize {
-        (self.layouts.problem.dim * self.layouts.problem.arithmetic.bytes()).next_multiple_of(128)
+        (self.layouts.problem.dim * self.layouts.problem.arithmetic().bytes()).next_multiple_of(128)
     }
 
     /// Range of a space that has gradients in this shard.

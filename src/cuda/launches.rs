@@ -1,7 +1,7 @@
 //! From a plan's waves to launches: arguments in the order of the kernels' parameters.
 
 use super::arrays::{Common, Sums, TowerArrays};
-use super::plan::{Layout, Layouts, MAX_SUPER_BLOCKS, SuperBlock, Wave};
+use super::plan::{Layout, Layouts, MAX_SUPER_BLOCKS, Wave};
 use super::problem::Arithmetic;
 use super::schedule::{Address, Argument, ArrayId, Launch, Slot};
 use crate::dtype::DType;
@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::loss::Block;
 use crate::options::ZeroNorm;
 use crate::order::Space;
+use crate::super_blocks::SuperBlock;
 
 /// Cut points in `Outputs` of kernels/gradient_product_sm80.cu.
 const MAX_CUTS: usize = 8;
@@ -64,7 +65,7 @@ impl<'a> Launches<'a> {
         let partial_count = most(&layouts.forward_waves, |s, tile| s.partials(tile).iter().sum());
         let elements = most(&layouts.backward_waves, SuperBlock::elements);
         let dot_count = most(&layouts.backward_waves, SuperBlock::tiles);
-        let arithmetic = layouts.problem.arithmetic;
+        let arithmetic = layouts.problem.arithmetic();
         let (bytes, planes) = (arithmetic.bytes(), arithmetic.gradient_planes());
         let ((partials, counts), (gradients, dots)) = this.layout.overlay(
             |l| {
@@ -99,7 +100,7 @@ impl<'a> Launches<'a> {
     fn prepare(&mut self, towers: &[TowerArrays; 2], common: &Common) {
         let problem = self.layouts.problem;
         let m = problem.pairs.rows();
-        let format = match problem.arithmetic {
+        let format = match problem.arithmetic() {
             Arithmetic::F16 | Arithmetic::F16x2 => 0_u32,
             Arithmetic::F16x3 => 1,
             Arithmetic::Exact => 2,
@@ -200,7 +201,8 @@ impl<'a> Launches<'a> {
         let tower_argument = self.towers(towers);
         for (k, wave) in self.layouts.forward_waves.iter().enumerate() {
             let (argument, tiles) = self.wave(wave);
-            let launch = self.tiled("logsumexp_sm80", "logsumexp", self.layouts.problem.arithmetic.of_cosines(), tiles);
+            let launch =
+                self.tiled("logsumexp_sm80", "logsumexp", self.layouts.problem.arithmetic().of_cosines(), tiles);
             self.partials.push(
                 launch
                     .argument(argument.clone())
@@ -272,7 +274,7 @@ impl<'a> Launches<'a> {
         for (k, wave) in backward_waves.iter().enumerate() {
             let (argument, tiles) = self.wave(wave);
             if tiles > 0 {
-                let launch = self.tiled("gradient_tile_sm80", "gradient_tile", problem.arithmetic, tiles);
+                let launch = self.tiled("gradient_tile_sm80", "gradient_tile", problem.arithmetic(), tiles);
                 self.backward.push(
                     launch
                         .argument(argument.clone())
@@ -292,7 +294,7 @@ impl<'a> Launches<'a> {
             self.backward.push(dot_launch.pointer(at(dots)).pointer(at(common.results)).u32(tiles).flag(k == 0));
             let (product, blocks) = self.product(sums, k > 0);
             if blocks > 0 {
-                let launch = self.tiled("gradient_product_sm80", "gradient_product", problem.arithmetic, blocks);
+                let launch = self.tiled("gradient_product_sm80", "gradient_product", problem.arithmetic(), blocks);
                 self.backward.push(
                     launch
                         .argument(argument)

@@ -26,10 +26,12 @@ mod plan;
 mod problem;
 mod schedule;
 
+pub use crate::problem::{GradientOutput, Problem};
 #[cfg(feature = "cuda")]
 pub use driver::*;
 pub use plan::Plan;
-pub use problem::{Arithmetic, GradientOutput, Problem, Tile};
+pub(crate) use problem::Choice;
+pub use problem::{Arithmetic, Tile};
 pub use schedule::{Address, Argument, Array, ArrayId, Launch, Slot};
 
 /// Default bound on the workspace beyond packed embeddings: 512 MiB, a square of 16384² gradients of logits in 16 bits.

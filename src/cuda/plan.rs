@@ -5,14 +5,14 @@
 
 use super::DEFAULT_WORKSPACE_BYTES;
 use super::launches::Launches;
-use super::problem::{Arithmetic, Problem, Tile};
+use super::problem::{Arithmetic, Tile};
 use super::schedule::{Array, ArrayId, Launch, Slot};
 use crate::error::{Error, Result};
-use crate::loss::Block;
-use crate::order::{Occurrences, Order, Space};
-use crate::regions::{self, Region};
+use crate::order::{Occurrences, Order};
+use crate::problem::Problem;
+use crate::regions;
+use crate::super_blocks::{SuperBlock, super_blocks};
 use std::fmt;
-use std::ops::Range;
 
 /// Batches of as many queries or more take large tiles; below, small tiles give four times as many blocks of threads to share
 /// among the multiprocessors. From the counts alone (2048² are 256 large tiles, two for each multiprocessor of the largest
@@ -24,49 +24,6 @@ pub(super) const MAX_SUPER_BLOCKS: usize = 8;
 const PARTIAL_BYTES: [usize; 2] = [8, 4];
 /// Every array begins at a multiple of this, as allocations do; copies of 16 bytes need 16.
 const ARRAY_ALIGNMENT: u64 = 256;
-
-/// A piece of a region, see `SuperBlock` in kernels/common/problem.cuh.
-#[derive(Debug, Clone)]
-pub(super) struct SuperBlock {
-    pub spaces: [Space; 2],
-    pub blocks: [Block; 2],
-    pub ranges: [Range<usize>; 2],
-    pub triangle: bool,
-    pub anchors: [bool; 2],
-    pub sums: [bool; 2],
-    pub gradients: [bool; 2],
-    pub counted: bool,
-}
-
-impl SuperBlock {
-    pub(super) fn tiles_along(&self, edge: usize, tile: usize) -> usize {
-        self.ranges[edge].len().div_ceil(tile)
-    }
-
-    pub(super) fn tiles(&self, tile: usize) -> usize {
-        let [rows, cols] = [0, 1].map(|edge| self.tiles_along(edge, tile));
-        if self.triangle { rows * (rows + 1) / 2 } else { rows * cols }
-    }
-
-    /// Elements of the matrix of gradients, padded to whole tiles.
-    pub(super) fn elements(&self, tile: usize) -> usize {
-        self.tiles_along(0, tile) * self.tiles_along(1, tile) * tile * tile
-    }
-
-    /// Partial sums along rows and down columns.
-    pub(super) fn partials(&self, tile: usize) -> [usize; 2] {
-        let [rows, cols] = [0, 1].map(|edge| self.tiles_along(edge, tile));
-        [cols * rows * tile, rows * cols * tile]
-    }
-
-    fn ranks(&self) -> bool {
-        matches!(self.blocks[0], Block::QP)
-    }
-
-    pub(super) fn flags(&self) -> [bool; 3] {
-        [self.triangle, self.ranks(), self.counted]
-    }
-}
 
 /// Super-blocks that a launch visits together.
 pub(super) type Wave = Vec<SuperBlock>;
@@ -136,23 +93,24 @@ impl Plan {
     /// [`Error::WorkspaceTooSmall`] if the bound of the options does not hold one tile.
     pub fn new(problem: &Problem<'_>) -> Result<Self> {
         let (m, n, d) = problem.shape();
-        let tile = match (problem.tile, problem.arithmetic) {
+        let tile = match (problem.tile(), problem.arithmetic()) {
             (_, Arithmetic::Exact) => Tile::Small, // the only one it is compiled for
             (Some(tile), _) => tile,
             (None, _) if m >= LARGE_TILE_ROWS => Tile::Large,
             (None, _) => Tile::Small,
         };
         let bound = problem.options.workspace_bytes().unwrap_or(DEFAULT_WORKSPACE_BYTES);
-        let needed = bounded_bytes(tile.edge(), tile.edge(), problem.arithmetic);
+        let needed = bounded_bytes(tile.edge(), tile.edge(), problem.arithmetic());
         if needed > bound {
             return Err(Error::WorkspaceTooSmall { given: bound, needed, rows: m, passages: n, dim: d });
         }
         let order = Order::new(&problem.pairs);
         let regions = regions::regions(problem.loss, &problem.rows, &order, m);
-        let blocks = super_blocks(&regions, &regions::cuts(&problem.rows, &order, m), problem, tile, bound);
+        let longest = longest_edge(problem.arithmetic(), tile, bound);
+        let blocks = super_blocks(problem, &regions, &regions::cuts(&problem.rows, &order, m), tile.edge(), longest);
         let with_coefficients = |s: &&SuperBlock| (0..2).any(|e| s.anchors[e] && problem.loss.uses(s.blocks[e]));
-        let forward_waves = waves(blocks.iter().cloned(), tile, problem.arithmetic, bound);
-        let backward_waves = waves(blocks.iter().filter(with_coefficients).cloned(), tile, problem.arithmetic, bound);
+        let forward_waves = waves(blocks.iter().cloned(), tile, problem.arithmetic(), bound);
+        let backward_waves = waves(blocks.iter().filter(with_coefficients).cloned(), tile, problem.arithmetic(), bound);
         let flops = flops(&forward_waves, d, |_| 1.0)
             + flops(&backward_waves, d, |s| {
                 // A square on the diagonal of a triangle is one product over the whole square, twice its tiles.
@@ -181,7 +139,7 @@ impl Plan {
             backward_alone: [launches.repack, launches.backward.clone()].concat(),
             backward: launches.backward,
             tile,
-            arithmetic: problem.arithmetic,
+            arithmetic: problem.arithmetic(),
             bounded_bytes: launches.bounded_bytes,
             waves: [layouts.forward_waves.len(), layouts.backward_waves.len()],
             flops,
@@ -296,58 +254,16 @@ fn bounded_bytes(rows: usize, cols: usize, arithmetic: Arithmetic) -> usize {
     partials.max(rows * cols * bytes * planes + dots) + 3 * ARRAY_ALIGNMENT as usize
 }
 
-fn super_blocks(
-    regions: &[Region],
-    cuts: &[Vec<usize>; 2],
-    problem: &Problem<'_>,
-    tile: Tile,
-    bound: usize,
-) -> Vec<SuperBlock> {
+/// The longest edge, in indices, of a square super-block that the bound holds.
+fn longest_edge(arithmetic: Arithmetic, tile: Tile, bound: usize) -> usize {
     let step = tile.edge();
-    let fits = |edge: usize| bounded_bytes(edge, edge, problem.arithmetic) <= bound;
+    let fits = |edge: usize| bounded_bytes(edge, edge, arithmetic) <= bound;
     let (mut low, mut high) = (1, (1 << 26) / step); // in tiles: a super-block of `low` fits, one of `high` is out of reach
     while high - low > 1 {
         let middle = (low + high) / 2;
         if fits(middle * step) { low = middle } else { high = middle }
     }
-    // No super-block straddles a cut, so that the blocks of rows of the products, which begin at cuts, meet whole tiles.
-    let parts = |range: &Range<usize>, cuts: &[usize]| -> Vec<Range<usize>> {
-        let inside = cuts.iter().copied().filter(|c| range.start < *c && *c < range.end);
-        let points: Vec<_> = [range.start].into_iter().chain(inside).chain([range.end]).collect();
-        let split = |ends: &[usize]| {
-            let (start, end) = (ends[0], ends[1]);
-            let count = (end - start).div_ceil(low * step);
-            let size = (end - start).div_ceil(count).next_multiple_of(step);
-            (start..end).step_by(size).map(move |start| start..end.min(start + size))
-        };
-        points.windows(2).flat_map(split).collect()
-    };
-    let wanted = |space: Space| problem.gradients[space as usize].is_some();
-    let mut blocks = Vec::new();
-    for region in regions {
-        let [row_parts, col_parts] =
-            [(&region.rows, 0), (&region.cols, 1)].map(|(range, k)| parts(range, &cuts[region.spaces[k] as usize]));
-        for (r, rows) in row_parts.iter().enumerate() {
-            for (c, cols) in col_parts.iter().enumerate() {
-                if region.triangle && c < r {
-                    continue;
-                }
-                let triangle = region.triangle && c == r;
-                let gradient = |edge: usize| region.gradients[edge] && wanted(region.spaces[edge]);
-                blocks.push(SuperBlock {
-                    spaces: region.spaces,
-                    blocks: region.blocks,
-                    ranges: [rows.clone(), cols.clone()],
-                    triangle,
-                    anchors: region.anchors,
-                    sums: [region.anchors[0], region.anchors[1] && region.sum_cols],
-                    gradients: [gradient(0), gradient(1) && !triangle],
-                    counted: region.sum_cols,
-                });
-            }
-        }
-    }
-    blocks
+    low * step
 }
 
 /// Super-blocks in order, as many in each wave as the bound and a launch allow; at least one wave, which may be empty.

@@ -1,11 +1,7 @@
-//! What a plan is made for, validated.
+//! What is particular to CUDA in a problem: what multiplies, and in tiles of which size.
 
-use crate::batch::Pairs;
 use crate::dtype::DType;
-use crate::error::{Error, Result};
-use crate::loss::Loss;
-use crate::options::Options;
-use std::ops::Range;
+use crate::problem::Problem;
 
 /// What multiplies. Sums of products are f32, rounded to nearest at least every 64 terms, whatever multiplies them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -96,154 +92,40 @@ impl Tile {
     }
 }
 
-/// Where a tower's gradient goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct GradientOutput {
-    /// f32, f16 or bf16.
-    pub dtype: DType,
-    /// Elements from row to row, at least d.
-    pub row_stride: usize,
+/// What a caller may choose; the plan does otherwise.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Choice {
+    arithmetic: Option<Arithmetic>,
+    tile: Option<Tile>,
 }
 
 /// Batches with fewer queries take gradients of logits with 22 bits for bf16, too: launches, not products, decide how long they
 /// take, and few terms do not average rounding errors out.
 const FEW_ROWS: usize = 256;
 
-/// Everything that decides what a call launches, but no embedding.
-#[derive(Debug, Clone)]
-pub struct Problem<'a> {
-    pub(super) loss: &'a Loss,
-    pub(super) pairs: Pairs<'a>,
-    pub(super) options: Options,
-    pub(super) dtype: DType,
-    pub(super) dim: usize,
-    pub(super) row_strides: [usize; 2],
-    pub(super) rows: Range<usize>,
-    pub(super) gradients: [Option<GradientOutput>; 2],
-    pub(super) arithmetic: Arithmetic,
-    pub(super) tile: Option<Tile>,
-    pub(super) upstream: f64,
-    pub(super) device_upstream: bool,
-}
-
-impl<'a> Problem<'a> {
-    /// Embeddings of type `dtype` (f32, f16 or bf16) and dimension `dim`, contiguous; gradients of both towers as contiguous f32.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] for f64; [`Error::InvalidArgument`] for a dimension of 0 or above 2²⁰, or more than 2²⁶ passages.
-    pub fn new(loss: &'a Loss, pairs: &Pairs<'a>, options: &Options, dtype: DType, dim: usize) -> Result<Self> {
-        const MAX_DIM: usize = 1 << 20;
-        const MAX_PASSAGES: usize = 1 << 26;
-        let arithmetic = match dtype {
-            DType::F64 => return Err(Error::dtype("cuda", DType::F64, "f32, f16 and bf16; the reference takes f64")),
-            DType::F32 => Arithmetic::F16x3,
-            DType::BF16 if pairs.rows() >= FEW_ROWS => Arithmetic::F16,
-            DType::F16 | DType::BF16 => Arithmetic::F16x2,
-        };
-        if dim == 0 || dim > MAX_DIM {
-            return Err(Error::invalid("dim", dim.to_string(), format!("1 to {MAX_DIM}")));
-        }
-        if pairs.passages() > MAX_PASSAGES {
-            return Err(Error::invalid("passages", pairs.passages().to_string(), format!("at most {MAX_PASSAGES}")));
-        }
-        let gradient = Some(GradientOutput { dtype: DType::F32, row_stride: dim });
-        Ok(Self {
-            loss,
-            pairs: *pairs,
-            options: *options,
-            dtype,
-            dim,
-            row_strides: [dim; 2],
-            rows: 0..pairs.rows(),
-            gradients: [gradient; 2],
-            arithmetic,
-            tile: None,
-            upstream: 1.0,
-            device_upstream: false,
-        })
-    }
-
-    /// Rows of q and p that start so many elements apart.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a stride below d or above 2³¹.
-    pub fn with_row_strides(mut self, query: usize, passage: usize) -> Result<Self> {
-        for (argument, stride) in [("query.row_stride", query), ("passage.row_stride", passage)] {
-            self.check_stride(argument, stride)?;
-        }
-        self.row_strides = [query, passage];
-        Ok(self)
-    }
-
-    fn check_stride(&self, argument: &'static str, stride: usize) -> Result<()> {
-        if stride < self.dim || stride > 1 << 31 {
-            let allowed = format!("{} to {} elements", self.dim, 1_u64 << 31);
-            return Err(Error::invalid(argument, stride.to_string(), allowed));
-        }
-        Ok(())
-    }
-
-    /// A shard: these rows against all queries and all passages.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] for a range that is empty or beyond the batch.
-    pub fn with_rows(mut self, rows: Range<usize>) -> Result<Self> {
-        if rows.start >= rows.end || rows.end > self.pairs.rows() {
-            let allowed = format!("a non-empty range within 0..{}", self.pairs.rows());
-            return Err(Error::invalid("rows", format!("{rows:?}"), allowed));
-        }
-        self.rows = rows;
-        Ok(self)
-    }
-
-    /// Types and strides of the gradients; `None` for a frozen tower, whose share of the work is left out. ∂L/∂q has the rows of
-    /// the shard, ∂L/∂p all passages.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] for f64, [`Error::InvalidArgument`] for a stride below d or above 2³¹.
-    pub fn with_gradients(mut self, query: Option<GradientOutput>, passage: Option<GradientOutput>) -> Result<Self> {
-        for (argument, output) in [("gradients.query", query), ("gradients.passage", passage)] {
-            let Some(output) = output else { continue };
-            if output.dtype == DType::F64 {
-                let (what, allowed) = (format!("`{argument}` of type f64"), "f32, f16 and bf16".into());
-                return Err(Error::Unsupported { backend: "cuda", what, allowed });
-            }
-            self.check_stride(argument, output.row_stride)?;
-        }
-        self.gradients = [query, passage];
-        Ok(self)
-    }
-
+/// How the CUDA backend computes it.
+impl Problem<'_> {
     /// Another arithmetic than the default of the type: `F16x3` and `Exact` hold every type, `F16` and `F16x2` round f32.
     pub fn with_arithmetic(mut self, arithmetic: Arithmetic) -> Self {
-        self.arithmetic = arithmetic;
+        self.cuda.arithmetic = Some(arithmetic);
         self
     }
 
     /// Another tile than the plan would take.
     pub fn with_tile(mut self, tile: Tile) -> Self {
-        self.tile = Some(tile);
+        self.cuda.tile = Some(tile);
         self
     }
 
-    /// The upstream gradient, a factor of all gradients.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] unless it is finite.
-    pub fn with_upstream(mut self, upstream: f64) -> Result<Self> {
-        crate::output::check_upstream(upstream)?;
-        self.upstream = upstream;
-        Ok(self)
+    pub(super) fn arithmetic(&self) -> Arithmetic {
+        self.cuda.arithmetic.unwrap_or(match self.dtype {
+            DType::F32 | DType::F64 => Arithmetic::F16x3, // problems refuse f64
+            DType::BF16 if self.pairs.rows() >= FEW_ROWS => Arithmetic::F16,
+            DType::F16 | DType::BF16 => Arithmetic::F16x2,
+        })
     }
 
-    /// A further factor, one f32 in the slot [`Upstream`](super::Slot::Upstream), read when the backward call runs.
-    pub fn with_device_upstream(mut self) -> Self {
-        self.device_upstream = true;
-        self
-    }
-
-    /// M, N, d.
-    pub fn shape(&self) -> (usize, usize, usize) {
-        (self.pairs.rows(), self.pairs.passages(), self.dim)
+    pub(super) fn tile(&self) -> Option<Tile> {
+        self.cuda.tile
     }
 }

@@ -1,0 +1,18 @@
+// logit.wgsl: exponentials of cosines times β. Needs numbers.wgsl, and `params` with β·log2 e as the sum of three numbers,
+// beta_head, of 12 bits, beta_middle and beta_tail.
+
+// s·β·log2 e − k for whole k, where β·log2 e is params.beta_head + beta_middle + beta_tail and the head has 12 bits: the product
+// of the heads and the cancellation with k are exact, so that 1/τ costs no digit of a logit near 100.
+fn logit_minus(s: f32, k: f32) -> f32 {
+    let s0 = head(s);
+    let s1 = s - s0;
+    return (s0 * params.beta_head - k) + (s0 * params.beta_middle + (s1 * params.beta_head + (s1 * params.beta_middle + s * params.beta_tail)));
+}
+
+// exp(β s) for a cosine of more than 24 bits.
+fn exponential_of(s: Pair) -> Scaled {
+    let k = round(params.beta_head * s.high);
+    let rest = logit_minus(s.high, k) + s.low * params.beta_head;
+    let whole = round(rest);
+    return scaled(exp2_of(rest - whole), i32(k) + i32(whole));
+}

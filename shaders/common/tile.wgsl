@@ -1,0 +1,243 @@
+// tile.wgsl: the two passes over tiles of cosines: which tile, its edges, its product, its mask.
+//
+// Threads  256 as 16 x 16: thread (y, x) has the rows y, y + 16, … and the columns x, x + 16, … of the tile, PARTS in each
+//          direction for every block of 4 x 4, of which tile_64.wgsl has one and tile_128.wgsl four
+// Shared   operands: TILE rows of the left, then of the right tower, 16 numbers of k each: four vectors, and one of padding, so
+//          that rows 16 apart lie in different banks. After the product it is scratch
+//          candidates, anchors: the indices of the tile's edges, rows first
+
+struct Params {
+    zero: u32,
+    tiles: u32,
+    triangle: u32,        // both edges are the same: tiles below the diagonal are mirror images, and not visited
+    row_begin: u32,       // indices of the spaces
+    row_end: u32,
+    col_begin: u32,
+    col_end: u32,
+    row_tiles: u32,
+    col_tiles: u32,
+    row_base: u32,        // vectors from the start of `left` to index row_begin
+    col_base: u32,
+    row_vectors: u32,     // of a packed row
+    row_candidates: u32,  // vectors from the start of `side` to index 0 of the space
+    col_candidates: u32,
+    row_norms: u32,       // words from the start of `state`
+    col_norms: u32,
+    anchors: u32,
+    row_anchors: u32,     // whether rows, columns anchor anything here
+    col_anchors: u32,
+    row_sums: u32,        // whether their sums are taken here
+    col_sums: u32,
+    ranks: u32,           // whether kept negatives above the positive are counted
+    counted: u32,         // whether the columns' part of ∂L/∂β is added here
+    masked: u32,          // whether pairs of different indices can be masked at all
+    row_partials: u32,    // words from the start of `scratch`
+    col_partials: u32,
+    row_coefficients: u32, // words from the start of `state`
+    col_coefficients: u32,
+    positive: u32,
+    results: u32,
+    gradient: u32,        // f32 from the start of `scratch`
+    dots: u32,
+    beta_head: f32,
+    beta_middle: f32,
+    beta_tail: f32,
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> left: array<Packed>;
+@group(0) @binding(2) var<storage, read> right: array<Packed>;
+@group(0) @binding(3) var<storage, read> side: array<vec4<u32>>;
+@group(0) @binding(4) var<storage, read> state: array<u32>;
+@group(0) @binding(5) var<storage, read_write> scratch: array<u32>;
+
+const THREADS = 256u;
+const ROW_VECTORS = 5u; // of an operand in shared memory
+const OPERAND = TILE * ROW_VECTORS;
+const STEP = 4u; // vectors of k in a stage
+const FLUSH = 4u; // stages whose products are summed before they are added to the total: 64 numbers
+
+var<workgroup> pool: array<vec4<f32>, 2u * OPERAND>;
+var<workgroup> candidates: array<vec4<u32>, 2u * TILE>; // query key, passage key, owner, 2^12/‖packed‖
+var<workgroup> anchors: array<vec4<u32>, 2u * TILE>;    // query key, passage key, row, highest cosine kept
+var<workgroup> largest: atomic<i32>;                     // kept cosine of the tile, in the order of whole numbers
+
+struct Thread {
+    index: u32,
+    x: u32,
+    y: u32,
+}
+
+struct Place {
+    row: u32,
+    col: u32,
+}
+
+// Tiles of a rectangle go in bands of eight rows of tiles, column by column, so that workgroups that run together share both
+// operands in the cache; those of a triangle row by row.
+fn place_of(tile: u32) -> Place {
+    let cols = params.col_tiles;
+    if params.triangle == 0u {
+        let band = tile / (8u * cols);
+        let in_band = tile % (8u * cols);
+        let height = min(8u, params.row_tiles - 8u * band);
+        return Place(8u * band + in_band % height, in_band / height);
+    }
+    // Row r begins at r·cols − r (r − 1) / 2: solve for r, then correct what f32 got wrong.
+    let side_length = 2.0 * f32(cols) + 1.0;
+    var r = u32(max(0.0, (side_length - sqrt(max(0.0, side_length * side_length - 8.0 * f32(tile)))) * 0.5));
+    r = min(r, cols - 1u);
+    while r > 0u && triangle_start(r) > tile {
+        r -= 1u;
+    }
+    while triangle_start(r + 1u) <= tile {
+        r += 1u;
+    }
+    return Place(r, r + tile - triangle_start(r));
+}
+
+fn triangle_start(row: u32) -> u32 {
+    return row * params.col_tiles - (row * row - row) / 2u;
+}
+
+// One index of an edge of the tile. It anchors `row`, or NONE.
+struct Edge {
+    candidate: vec4<u32>,
+    anchor: vec4<u32>,
+    row: u32,
+}
+
+fn is_row(k: u32) -> bool {
+    return k < TILE;
+}
+
+// Entry k < TILE is row k of the tile, entry TILE + k its column k. One that does not exist is nobody's candidate and no anchor.
+fn load_edge(place: Place, k: u32) -> Edge {
+    let local = select(place.col, place.row, is_row(k)) * TILE + k % TILE;
+    let index = select(params.col_begin, params.row_begin, is_row(k)) + local;
+    let nothing = vec4<u32>(NONE, NONE, NONE, bitcast<u32>(NO_COSINE));
+    if index >= select(params.col_end, params.row_end, is_row(k)) {
+        return Edge(vec4<u32>(NONE, NONE, NONE - 1u, 0u), nothing, NONE);
+    }
+    var candidate = side[select(params.col_candidates, params.row_candidates, is_row(k)) + index];
+    let row = candidate.w;
+    candidate.w = state[select(params.col_norms, params.row_norms, is_row(k)) + NORM_WORDS * index];
+    if row == NONE || select(params.col_anchors, params.row_anchors, is_row(k)) == 0u {
+        return Edge(candidate, nothing, NONE);
+    }
+    let at = params.anchors + ANCHOR_WORDS * row;
+    return Edge(candidate, vec4<u32>(state[at], state[at + 1u], row, state[at + 2u]), row);
+}
+
+fn rank_bar(edge: Edge) -> f32 {
+    if edge.row == NONE {
+        return -NO_COSINE;
+    }
+    return bitcast<f32>(state[params.anchors + ANCHOR_WORDS * edge.row + 3u]);
+}
+
+// One stage of both operands: 16 numbers of k of every row; zeros beyond the edges.
+fn load_stage(place: Place, stage: u32, thread: u32) {
+    for (var k = thread; k < TILE * STEP; k += THREADS) {
+        let row = k / STEP;
+        let vector = k % STEP;
+        var a = vec4<f32>();
+        var b = vec4<f32>();
+        let left_row = place.row * TILE + row;
+        let right_row = place.col * TILE + row;
+        if left_row < params.row_end - params.row_begin {
+            a = widen(left[params.row_base + left_row * params.row_vectors + stage * STEP + vector]);
+        }
+        if right_row < params.col_end - params.col_begin {
+            b = widen(right[params.col_base + right_row * params.row_vectors + stage * STEP + vector]);
+        }
+        pool[row * ROW_VECTORS + vector] = a;
+        pool[OPERAND + row * ROW_VECTORS + vector] = b;
+    }
+}
+
+// Products of rows with columns. Ends with shared memory free.
+fn multiply(place: Place, thread: Thread) -> Totals {
+    var total = Totals();
+    var part = Totals();
+    let stages = params.row_vectors / STEP;
+    for (var stage = 0u; stage < stages; stage += 1u) {
+        load_stage(place, stage, thread.index);
+        workgroupBarrier();
+        for (var k = 0u; k < STEP; k += 1u) {
+            add_products(&part, thread.y * ROW_VECTORS + k, OPERAND + thread.x * ROW_VECTORS + k);
+        }
+        workgroupBarrier();
+        if stage % FLUSH == FLUSH - 1u || stage + 1u == stages {
+            add_totals(&total, &part);
+        }
+    }
+    return total;
+}
+
+// Bit 4 i + j of `row`: element (i, j) is a kept negative of its row's anchor; of `col`: of its column's.
+struct Kept {
+    row: u32,
+    col: u32,
+}
+
+struct Cosines {
+    s: mat4x4<f32>, // s[i][j]
+    kept: Kept,
+}
+
+fn row_of(thread: Thread, block: u32, i: u32) -> u32 {
+    return thread.y + 16u * (4u * (block / PARTS) + i);
+}
+
+fn col_of(thread: Thread, block: u32, j: u32) -> u32 {
+    return thread.x + 16u * (4u * (block % PARTS) + j);
+}
+
+fn is_kept(bits: u32, i: u32, j: u32) -> bool {
+    return ((bits >> (4u * i + j)) & 1u) != 0u;
+}
+
+// Whether two indices of the tile may be masked: default keys mask a pair only where both indices are the same.
+fn is_checked(place: Place) -> bool {
+    let row = params.row_begin + place.row * TILE;
+    let col = params.col_begin + place.col * TILE;
+    let ragged = row + TILE > params.row_end || col + TILE > params.col_end;
+    return params.masked != 0u || ragged || (row < col + TILE && col < row + TILE);
+}
+
+// [2] scale: products → cosines. [3] mask: the rule of src/mask.rs.
+fn scale_and_mask(products: mat4x4<f32>, thread: Thread, block: u32, checked: bool) -> Cosines {
+    var out = Cosines(products, Kept(select(0u, 0xffffu, params.row_anchors != 0u), select(0u, 0xffffu, params.col_anchors != 0u)));
+    for (var i = 0u; i < 4u; i += 1u) {
+        let row = row_of(thread, block, i);
+        let r = candidates[row];
+        let of_row = anchors[row];
+        let scale = bitcast<f32>(r.w) * 5.9604644775390625e-8; // 2^-24
+        for (var j = 0u; j < 4u; j += 1u) {
+            let col = TILE + col_of(thread, block, j);
+            let c = candidates[col];
+            let s = products[i][j] * scale * bitcast<f32>(c.w);
+            out.s[i][j] = s;
+            if checked {
+                let of_col = anchors[col];
+                let by_row = c.x != of_row.x && c.y != of_row.y && (c.z == NONE || c.z == of_row.z) && s <= bitcast<f32>(of_row.w);
+                let by_col = r.x != of_col.x && r.y != of_col.y && (r.z == NONE || r.z == of_col.z) && s <= bitcast<f32>(of_col.w);
+                let bit = 1u << (4u * i + j);
+                out.kept.row &= ~select(bit, 0u, by_row);
+                out.kept.col &= ~select(bit, 0u, by_col);
+            }
+        }
+    }
+    return out;
+}
+
+// Cosines as whole numbers of the same order, for an atomic maximum.
+fn ordered(x: f32) -> i32 {
+    let bits = bitcast<i32>(x);
+    return select(bits, bits ^ 0x7fffffff, bits < 0);
+}
+
+fn from_ordered(bits: i32) -> f32 {
+    return bitcast<f32>(select(bits, bits ^ 0x7fffffff, bits < 0));
+}

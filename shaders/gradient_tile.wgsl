@@ -1,0 +1,121 @@
+// gradient_tile.wgsl: gradient of the loss with respect to tiles of cosines.
+// Math     g_ij = exp(β s_ij)·([kept for row i] a_i + [kept for column j] b_j), with a, b from combine.wgsl, in units of 2^SHIFT;
+//          ĝ_ij = g_ij·n_i·n_j with n = 2^12/‖packed row‖, so that products with packed rows need no other scale.
+//          dots: Σ g (s − s⁺), each part with the positive of its own anchor
+// In/out   as logsumexp.wgsl; state: coefficients, positives, SHIFT · scratch: ĝ, row-major [row_tiles·TILE][col_tiles·TILE];
+//          dots: f32 for each tile
+// Groups   one tile each. Off the diagonal of a triangle, also the mirror image of the tile
+// Numerics As logsumexp.wgsl. Coefficients are factor·2^exponent. Where no coefficient of a tile exceeds 2^60 times the inverse of
+//          its largest exponential, one exponential serves both; elsewhere each is taken with its own
+
+const NEVER = -1e9; // an exponent that flushes everything to 0
+
+var<workgroup> coefficients: array<vec2<f32>, 2u * TILE>; // exponent and factor, by entry of the edges
+var<workgroup> positives: array<f32, 2u * TILE>;
+var<workgroup> strongest: atomic<i32>;
+
+@compute @workgroup_size(256)
+fn gradient_tile(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) index: u32,
+) {
+    let tile = group.y * groups.x + group.x;
+    if tile >= params.tiles {
+        return;
+    }
+    // [1] load
+    let thread = Thread(index, index % 16u, index / 16u);
+    let place = place_of(tile);
+    if index == 0u {
+        atomicStore(&largest, ordered(NO_COSINE));
+        atomicStore(&strongest, ordered(NEVER));
+    }
+    workgroupBarrier();
+    for (var k = index; k < 2u * TILE; k += THREADS) {
+        let edge = load_edge(place, k);
+        candidates[k] = edge.candidate;
+        anchors[k] = edge.anchor;
+        coefficients[k] = vec2<f32>(NEVER, 0.0);
+        positives[k] = 0.0;
+        if edge.row != NONE {
+            positives[k] = bitcast<f32>(state[params.positive + POSITIVE_WORDS * edge.row]);
+            let at = select(params.col_coefficients, params.row_coefficients, is_row(k)) + SCALED_WORDS * edge.row;
+            let factor = bitcast<f32>(state[at]);
+            if factor != 0.0 {
+                let whole = f32(bitcast<i32>(state[at + 1u]) - bitcast<i32>(state[params.results + SHIFT]));
+                coefficients[k] = vec2<f32>(whole, factor);
+                atomicMax(&strongest, ordered(whole));
+            }
+        }
+    }
+    let products = multiply(place, thread);
+
+    // [2] scale, [3] mask
+    var s: array<Cosines, BLOCKS>;
+    let checked = is_checked(place);
+    var top = NO_COSINE;
+    for (var b = 0u; b < BLOCKS; b += 1u) {
+        s[b] = scale_and_mask(products.block[b], thread, b, checked);
+        for (var i = 0u; i < 4u; i += 1u) {
+            for (var j = 0u; j < 4u; j += 1u) {
+                top = select(top, max(top, s[b].s[i][j]), is_kept(s[b].kept.row | s[b].kept.col, i, j));
+            }
+        }
+    }
+
+    // [4] one exponential or two
+    atomicMax(&largest, ordered(top));
+    workgroupBarrier();
+    let highest = from_ordered(atomicLoad(&largest));
+    let exponent = select(0.0, round(params.beta_head * highest), highest > NO_COSINE);
+    let together = exponent + from_ordered(atomicLoad(&strongest)) < 60.0;
+
+    // [5] gradients
+    let diagonal = params.triangle != 0u && place.row == place.col;
+    let counted = select(0.0, 1.0, params.counted != 0u && !diagonal);
+    let mirrored = params.triangle != 0u && !diagonal;
+    let columns = params.col_tiles * TILE;
+    var sum = 0.0;
+    for (var b = 0u; b < BLOCKS; b += 1u) {
+        for (var i = 0u; i < 4u; i += 1u) {
+            let row = row_of(thread, b, i);
+            let of_row = coefficients[row];
+            let row_scale = bitcast<f32>(candidates[row].w);
+            let row_factor = of_row.y * select(1.0, exp2_of(exponent + of_row.x), together);
+            for (var j = 0u; j < 4u; j += 1u) {
+                let col = col_of(thread, b, j);
+                let of_col = coefficients[TILE + col];
+                let x = s[b].s[i][j];
+                var by_row = exp2_of(logit_minus(x, select(-of_row.x, exponent, together)));
+                var by_col = by_row * of_col.y;
+                if together {
+                    by_col *= exp2_of(exponent + of_col.x);
+                } else {
+                    by_col = of_col.y * exp2_of(logit_minus(x, -of_col.x));
+                }
+                by_row = select(0.0, by_row * row_factor, is_kept(s[b].kept.row, i, j));
+                by_col = select(0.0, by_col, is_kept(s[b].kept.col, i, j));
+                sum += by_row * (x - positives[row]) + counted * by_col * (x - positives[TILE + col]);
+                let g = bitcast<u32>((by_row + by_col) * row_scale * bitcast<f32>(candidates[TILE + col].w));
+                scratch[params.gradient + (place.row * TILE + row) * columns + place.col * TILE + col] = g;
+                if mirrored {
+                    scratch[params.gradient + (place.col * TILE + col) * columns + place.row * TILE + row] = g;
+                }
+            }
+        }
+    }
+
+    // [6] store
+    pool[index] = vec4<f32>(sum, 0.0, 0.0, 0.0);
+    workgroupBarrier();
+    for (var step = THREADS / 2u; step > 0u; step >>= 1u) {
+        if index < step {
+            pool[index].x += pool[index + step].x;
+        }
+        workgroupBarrier();
+    }
+    if index == 0u {
+        scratch[params.dots + tile] = bitcast<u32>(pool[0].x);
+    }
+}

@@ -1,0 +1,216 @@
+// prepare.wgsl: what the heavy passes read: packed embeddings, norms, the positives' cosines, keys of the anchors.
+// Math     reset      status ← NONE, sums ← 0
+//          pack       n = ‖x‖; packed = x·2^t with norm in [2^12, 2^13); norms: 2^12/‖packed‖ and t
+//          positives  s⁺ᵢ = q̂ᵢ·p̂_{π(i)}; thresholds of margin and rank
+// In/out   raw: embeddings of f32, f16 or bf16 with any row stride, as words; side: order, positives, keys · packed, state, status
+// Groups   reset: 64 words each; pack: an index each; positives: a row each
+// Numerics Embeddings are decoded by whole numbers, so that subnormal ones count on every device and NaN is seen under any
+//          optimiser. Norms and s⁺ have about 44 bits. A row that is not finite or has norm zero packs as zeros
+
+struct Params {
+    zero: u32,
+    count: u32,           // words to reset; indices to pack, in this part; rows
+    first: u32,           // index of the first one
+    dim: u32,
+    dtype: u32,
+    row_stride: u32,      // elements
+    raw_base: u32,        // elements from the start of the binding to the row of index `raw_first`
+    raw_first: u32,
+    order: u32,           // row behind each index, NONE for the identity
+    packed_base: u32,     // vectors from the start of the binding to the first index of this part
+    row_vectors: u32,
+    norms: u32,
+    passage: u32,         // 1 for passages
+    other_base: u32,      // positives: vectors from the start of `other` to index `other_first`
+    other_first: u32,
+    other_norms: u32,
+    positives: u32,       // index of the passage space of each row's positive, NONE for the identity
+    row_keys: u32,
+    positive: u32,
+    anchors: u32,
+    margin: f32,          // with the slack of ties
+}
+
+@group(0) @binding(0) var<uniform> params: Params;
+@group(0) @binding(1) var<storage, read> raw: array<u32>;
+@group(0) @binding(2) var<storage, read> side: array<u32>;
+@group(0) @binding(3) var<storage, read_write> state: array<u32>;
+@group(0) @binding(4) var<storage, read_write> status: array<atomic<u32>>;
+@group(0) @binding(5) var<storage, read_write> packed: array<Packed>;
+@group(0) @binding(6) var<storage, read> query: array<Packed>;
+@group(0) @binding(7) var<storage, read> passage: array<Packed>;
+
+const TYPE_F32 = 0u;
+const TYPE_F16 = 1u;
+const TYPE_BF16 = 2u;
+const COSINE_TIE = 9.5367431640625e-7; // 2^-20, src/mask.rs
+
+@compute @workgroup_size(64)
+fn reset(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
+    let word = id.y * groups.x * 64u + id.x;
+    if word < STATUS_WORDS {
+        atomicStore(&status[word], NONE);
+    }
+    if word < params.count {
+        state[params.first + word] = 0u;
+    }
+}
+
+// An f16 number as the bits of the f32 number of the same value.
+fn widen_f16(half: u32) -> u32 {
+    let sign = (half & 0x8000u) << 16u;
+    let magnitude = half & 0x7fffu;
+    if magnitude >= 0x7c00u {
+        return sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13u);
+    }
+    if magnitude >= 0x400u {
+        return sign | ((magnitude << 13u) + 0x38000000u);
+    }
+    return sign | bitcast<u32>(f32(magnitude) * 5.9604644775390625e-8);
+}
+
+// Element `column` of a row that starts `start` elements from the binding's start, as bits of f32; 0 beyond its end.
+fn element_bits(start: u32, column: u32) -> u32 {
+    if column >= params.dim {
+        return 0u;
+    }
+    let at = start + column;
+    if params.dtype == TYPE_F32 {
+        return raw[at];
+    }
+    let half = (raw[at >> 1u] >> (16u * (at & 1u))) & 0xffffu;
+    return select(widen_f16(half), half << 16u, params.dtype == TYPE_BF16);
+}
+
+// x·2^-exponent, where `exponent` is that of the largest element of the row.
+fn scaled_element(bits: u32, exponent: i32) -> f32 {
+    let field = (bits >> 23u) & 255u;
+    let fraction = bits & 0x7fffffu;
+    var part = bitcast<f32>(0x3f800000u | fraction);
+    var power = i32(field) - 127;
+    if field == 0u {
+        part = f32(fraction);
+        power = -149;
+    }
+    let x = part * power_of_two(power - exponent);
+    return select(x, -x, (bits >> 31u) != 0u);
+}
+
+@compute @workgroup_size(64)
+fn pack(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, lane: Lane) {
+    let local = group.y * groups.x + group.x;
+    if local >= params.count {
+        return;
+    }
+    let index = params.first + local;
+    var row = index;
+    if params.order != NONE {
+        row = side[params.order + index];
+    }
+    let start = params.raw_base + (row - params.raw_first) * params.row_stride;
+
+    // [1] the largest element
+    var largest = 0u;
+    for (var column = lane.index; column < params.dim; column += LANES) {
+        largest = max(largest, element_bits(start, column) & 0x7fffffffu);
+    }
+    largest = u32(reduce_max(i32(largest), lane));
+    let finite = largest < 0x7f800000u;
+    let usable = finite && largest > 0u;
+    var exponent = i32(largest >> 23u) - 127;
+    if largest < 0x800000u {
+        exponent = -118 - i32(countLeadingZeros(largest)); // 31 − zeros − 149
+    }
+
+    // [2] norm
+    var squares = Pair(0.0, 0.0);
+    if usable {
+        for (var column = lane.index; column < params.dim; column += LANES) {
+            let x = scaled_element(element_bits(start, column), exponent);
+            squares = pair_sum(squares, two_product(x, x));
+        }
+    }
+    squares = reduce_sum(squares, lane);
+    var power = 0;
+    var inverse = Pair(0.0, 0.0);
+    if usable {
+        let root = sqrt(squares.high);
+        let square = two_product(root, root);
+        let norm = quick_two_sum(root, ((squares.high - square.high) - square.low + squares.low) / (2.0 * root));
+        let size = exponent_of(norm.high);
+        let unit = power_of_two(-size);
+        let part = Pair(norm.high * unit, norm.low * unit); // 1 … 2
+        let first = 1.0 / part.high;
+        let product = two_product(part.high, first);
+        inverse = quick_two_sum(first, first * (((1.0 - product.high) - product.low) - part.low * first));
+        power = 12 - size;
+    }
+    if lane.index == 0u {
+        if !finite {
+            atomicMin(&status[NON_FINITE + params.passage], row);
+        } else if largest == 0u {
+            atomicMin(&status[ZERO_NORM + params.passage], row);
+        }
+        let to = params.norms + NORM_WORDS * index;
+        state[to] = bitcast<u32>(inverse.high);
+        state[to + 1u] = bitcast<u32>(inverse.low);
+        state[to + NORM_POWER] = bitcast<u32>(power - exponent);
+    }
+
+    // [3] pack
+    let unit = power_of_two(power);
+    for (var vector = lane.index; vector < params.row_vectors; vector += LANES) {
+        var x = vec4<f32>();
+        if usable {
+            x = unit * vec4<f32>(
+                scaled_element(element_bits(start, 4u * vector), exponent),
+                scaled_element(element_bits(start, 4u * vector + 1u), exponent),
+                scaled_element(element_bits(start, 4u * vector + 2u), exponent),
+                scaled_element(element_bits(start, 4u * vector + 3u), exponent),
+            );
+        }
+        packed[params.packed_base + local * params.row_vectors + vector] = narrow(x);
+    }
+}
+
+fn norm_at(at: u32) -> Pair {
+    return Pair(bitcast<f32>(state[at]), bitcast<f32>(state[at + 1u]));
+}
+
+@compute @workgroup_size(64)
+fn positives(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, lane: Lane) {
+    let local = group.y * groups.x + group.x;
+    if local >= params.count {
+        return;
+    }
+    let row = params.first + local;
+    var index = row;
+    if params.positives != NONE {
+        index = side[params.positives + row];
+    }
+    let left = params.packed_base + local * params.row_vectors;
+    let right = params.other_base + (index - params.other_first) * params.row_vectors;
+    var dot = Pair(0.0, 0.0);
+    for (var vector = lane.index; vector < params.row_vectors; vector += LANES) {
+        let a = widen(query[left + vector]);
+        let b = widen(passage[right + vector]);
+        dot = pair_sum(dot, two_product(a.x, b.x));
+        dot = pair_sum(dot, two_product(a.y, b.y));
+        dot = pair_sum(dot, two_product(a.z, b.z));
+        dot = pair_sum(dot, two_product(a.w, b.w));
+    }
+    dot = reduce_sum(dot, lane);
+    if lane.index != 0u {
+        return;
+    }
+    let norms = pair_product(norm_at(params.norms + NORM_WORDS * row), norm_at(params.other_norms + NORM_WORDS * index));
+    let cosine = pair_product(pair_times(dot, 5.9604644775390625e-8), norms); // 2^-24
+    let to = params.positive + POSITIVE_WORDS * row;
+    state[to] = bitcast<u32>(cosine.high);
+    state[to + 1u] = bitcast<u32>(cosine.low);
+    let anchor = params.anchors + ANCHOR_WORDS * row;
+    state[anchor] = side[params.row_keys + 2u * row];
+    state[anchor + 1u] = side[params.row_keys + 2u * row + 1u];
+    state[anchor + 2u] = bitcast<u32>(pair_sum(cosine, Pair(params.margin, 0.0)).high);
+    state[anchor + 3u] = bitcast<u32>(pair_sum(cosine, Pair(COSINE_TIE, 0.0)).high);
+}

@@ -1,0 +1,139 @@
+//! What a GPU backend plans for, validated: everything but the embeddings.
+
+use crate::batch::Pairs;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::loss::Loss;
+use crate::options::Options;
+use std::ops::Range;
+
+/// Where a tower's gradient goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct GradientOutput {
+    /// f32, f16 or bf16.
+    pub dtype: DType,
+    /// Elements from row to row, at least d.
+    pub row_stride: usize,
+}
+
+/// Everything that decides what a call launches, but no embedding.
+#[derive(Debug, Clone)]
+pub struct Problem<'a> {
+    pub(crate) loss: &'a Loss,
+    pub(crate) pairs: Pairs<'a>,
+    pub(crate) options: Options,
+    pub(crate) dtype: DType,
+    pub(crate) dim: usize,
+    pub(crate) row_strides: [usize; 2],
+    pub(crate) rows: Range<usize>,
+    pub(crate) gradients: [Option<GradientOutput>; 2],
+    pub(crate) cuda: crate::cuda::Choice,
+    pub(crate) upstream: f64,
+    pub(crate) device_upstream: bool,
+}
+
+impl<'a> Problem<'a> {
+    /// Embeddings of type `dtype` (f32, f16 or bf16) and dimension `dim`, contiguous; gradients of both towers as contiguous f32.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for f64; [`Error::InvalidArgument`] for a dimension of 0 or above 2²⁰, or more than 2²⁶ passages.
+    pub fn new(loss: &'a Loss, pairs: &Pairs<'a>, options: &Options, dtype: DType, dim: usize) -> Result<Self> {
+        const MAX_DIM: usize = 1 << 20;
+        const MAX_PASSAGES: usize = 1 << 26;
+        if dtype == DType::F64 {
+            return Err(Error::dtype("gpu", DType::F64, "f32, f16 and bf16; the reference takes f64"));
+        }
+        if dim == 0 || dim > MAX_DIM {
+            return Err(Error::invalid("dim", dim.to_string(), format!("1 to {MAX_DIM}")));
+        }
+        if pairs.passages() > MAX_PASSAGES {
+            return Err(Error::invalid("passages", pairs.passages().to_string(), format!("at most {MAX_PASSAGES}")));
+        }
+        let gradient = Some(GradientOutput { dtype: DType::F32, row_stride: dim });
+        Ok(Self {
+            loss,
+            pairs: *pairs,
+            options: *options,
+            dtype,
+            dim,
+            row_strides: [dim; 2],
+            rows: 0..pairs.rows(),
+            gradients: [gradient; 2],
+            cuda: crate::cuda::Choice::default(),
+            upstream: 1.0,
+            device_upstream: false,
+        })
+    }
+
+    /// Rows of q and p that start so many elements apart.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a stride below d or above 2³¹.
+    pub fn with_row_strides(mut self, query: usize, passage: usize) -> Result<Self> {
+        for (argument, stride) in [("query.row_stride", query), ("passage.row_stride", passage)] {
+            self.check_stride(argument, stride)?;
+        }
+        self.row_strides = [query, passage];
+        Ok(self)
+    }
+
+    fn check_stride(&self, argument: &'static str, stride: usize) -> Result<()> {
+        if stride < self.dim || stride > 1 << 31 {
+            let allowed = format!("{} to {} elements", self.dim, 1_u64 << 31);
+            return Err(Error::invalid(argument, stride.to_string(), allowed));
+        }
+        Ok(())
+    }
+
+    /// A shard: these rows against all queries and all passages.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a range that is empty or beyond the batch.
+    pub fn with_rows(mut self, rows: Range<usize>) -> Result<Self> {
+        if rows.start >= rows.end || rows.end > self.pairs.rows() {
+            let allowed = format!("a non-empty range within 0..{}", self.pairs.rows());
+            return Err(Error::invalid("rows", format!("{rows:?}"), allowed));
+        }
+        self.rows = rows;
+        Ok(self)
+    }
+
+    /// Types and strides of the gradients; `None` for a frozen tower, whose share of the work is left out. ∂L/∂q has the rows of
+    /// the shard, ∂L/∂p all passages.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for f64, [`Error::InvalidArgument`] for a stride below d or above 2³¹.
+    pub fn with_gradients(mut self, query: Option<GradientOutput>, passage: Option<GradientOutput>) -> Result<Self> {
+        for (argument, output) in [("gradients.query", query), ("gradients.passage", passage)] {
+            let Some(output) = output else { continue };
+            if output.dtype == DType::F64 {
+                let (what, allowed) = (format!("`{argument}` of type f64"), "f32, f16 and bf16".into());
+                return Err(Error::Unsupported { backend: "gpu", what, allowed });
+            }
+            self.check_stride(argument, output.row_stride)?;
+        }
+        self.gradients = [query, passage];
+        Ok(self)
+    }
+
+    /// The upstream gradient, a factor of all gradients.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] unless it is finite.
+    pub fn with_upstream(mut self, upstream: f64) -> Result<Self> {
+        crate::output::check_upstream(upstream)?;
+        self.upstream = upstream;
+        Ok(self)
+    }
+
+    /// A further factor, one f32 in the slot `Upstream`, read when the backward call runs.
+    pub fn with_device_upstream(mut self) -> Self {
+        self.device_upstream = true;
+        self
+    }
+
+    /// M, N, d.
+    pub fn shape(&self) -> (usize, usize, usize) {
+        (self.pairs.rows(), self.pairs.passages(), self.dim)
+    }
+}

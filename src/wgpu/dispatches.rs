@@ -1,0 +1,502 @@
+//! From super-blocks to dispatches: windows of buffers, parameters, workgroups.
+
+use super::bindings::Recorder;
+use super::layout::{LANES, Layout, Sums, Tower};
+use super::plan::Parts;
+use super::schedule::{Binding, Dispatch, Slot};
+use super::shaders::Module;
+use super::uniforms::{Combine, NONE, Prepare, Product, Project, Tiles, scaled, split};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::mask::COSINE_TIE;
+use crate::options::ZeroNorm;
+use crate::order::Space;
+use crate::super_blocks::SuperBlock;
+use std::ops::Range;
+
+/// Words of a partial sum: sum, exponent, count.
+const PARTIAL_WORDS: usize = 3;
+/// Edge of a tile of sums of gradients.
+const PRODUCT_EDGE: usize = 64;
+
+pub(super) struct Dispatches<'a> {
+    parts: &'a Parts<'a>,
+    pub recorder: Recorder,
+    pub layout: Layout,
+    pub side: Vec<u8>,
+    towers: [Tower; 2],
+    sums: [Option<Sums>; 2],
+    pub partials: Vec<Dispatch>,
+    pub combine: Vec<Dispatch>,
+    pub backward: Vec<Dispatch>,
+}
+
+fn type_code(dtype: DType) -> u32 {
+    match dtype {
+        DType::F32 | DType::F64 => 0, // problems refuse f64
+        DType::F16 => 1,
+        DType::BF16 => 2,
+    }
+}
+
+impl<'a> Dispatches<'a> {
+    pub(super) fn new(parts: &'a Parts<'a>) -> Result<Self> {
+        let (layout, side) = Layout::new(parts);
+        let mut this = Self {
+            parts,
+            recorder: Recorder::new(parts),
+            layout,
+            side,
+            towers: [Space::Query, Space::Passage].map(|space| Tower::new(parts, space)),
+            sums: [0, 1].map(|k| Sums::new(parts, k)),
+            partials: Vec::new(),
+            combine: Vec::new(),
+            backward: Vec::new(),
+        };
+        this.reserve()?;
+        this.prepare()?;
+        this.sum_pass()?;
+        this.combine_step()?;
+        this.gradient_pass()?;
+        this.projection()?;
+        Ok(this)
+    }
+
+    /// What slots must hold, whichever windows of them are bound.
+    fn reserve(&mut self) -> Result<()> {
+        for tower in self.towers {
+            let elements = (tower.rows - 1) * tower.row_stride + self.parts.problem.dim;
+            self.recorder.reserve(tower.raw, (elements * tower.element_bytes) as u64)?;
+            self.recorder.reserve(tower.packed, (tower.indices * tower.packed_row_bytes()) as u64)?;
+        }
+        for sums in self.sums.into_iter().flatten() {
+            let elements = (sums.output_rows - 1) * sums.output_stride + self.parts.problem.dim;
+            self.recorder.reserve(sums.output, (elements * sums.dtype.bytes()) as u64)?;
+        }
+        Ok(())
+    }
+
+    fn side(&mut self, index: u32) -> Result<Binding> {
+        let bytes = self.side.len() as u64;
+        self.recorder.whole(index, Slot::Side, bytes)
+    }
+
+    fn state(&mut self, index: u32) -> Result<Binding> {
+        self.recorder.state(index, self.layout.state_words)
+    }
+
+    /// Packed rows of these indices.
+    fn packed(&mut self, index: u32, tower: &Tower, range: &Range<usize>) -> Result<(Binding, u32)> {
+        let row = tower.packed_row_bytes() as u64;
+        let bytes = range.start as u64 * row..range.end as u64 * row;
+        let window = self.recorder.window(index, tower.packed, bytes, tower.vector_bytes as u64)?;
+        Ok((window.binding, window.base))
+    }
+
+    /// `count` pieces of work in parts that `most` of which can be bound at once.
+    fn split(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
+        let end = range.end;
+        range.step_by(most).map(move |start| start..end.min(start + most))
+    }
+
+    fn prepare(&mut self) -> Result<()> {
+        let problem = self.parts.problem;
+        let (m, layout) = (problem.pairs.rows(), self.layout);
+        let reset = Prepare { count: (16 * m) as u32, first: layout.sums as u32, ..Prepare::default() };
+        let bindings = [self.state(3)?, self.recorder.status(4)?];
+        let grid = self.recorder.grid((16 * m).div_ceil(LANES));
+        self.partials.push(self.recorder.dispatch(Module::Prepare, "reset", reset, bindings, grid));
+
+        for (k, tower) in self.towers.into_iter().enumerate() {
+            let row_bytes = (tower.row_stride * tower.element_bytes) as u64;
+            let of_packed = self.recorder.rows_of(tower.packed_row_bytes() as u64);
+            // Rows in another order than indices are all bound at once.
+            let most = if tower.in_order { of_packed.min(self.recorder.rows_of(row_bytes)) } else { of_packed };
+            for range in Self::split(0..tower.indices, most) {
+                let rows = if tower.in_order { range.clone() } else { 0..tower.rows };
+                let end = (rows.end - 1) as u64 * row_bytes + (problem.dim * tower.element_bytes) as u64;
+                let raw = self.recorder.window(
+                    1,
+                    tower.raw,
+                    rows.start as u64 * row_bytes..end,
+                    tower.element_bytes as u64,
+                )?;
+                let (packed, packed_base) = self.packed(5, &tower, &range)?;
+                let params = Prepare {
+                    count: range.len() as u32,
+                    first: range.start as u32,
+                    dim: problem.dim as u32,
+                    dtype: type_code(problem.dtype),
+                    row_stride: tower.row_stride as u32,
+                    raw_base: raw.base,
+                    raw_first: rows.start as u32,
+                    order: if tower.in_order { NONE } else { layout.order },
+                    packed_base,
+                    row_vectors: tower.row_vectors as u32,
+                    norms: layout.norms[k] as u32,
+                    passage: k as u32,
+                    ..Prepare::default()
+                };
+                let bindings = [raw.binding, self.side(2)?, self.state(3)?, self.recorder.status(4)?, packed];
+                let grid = self.recorder.grid(range.len());
+                self.partials.push(self.recorder.dispatch(Module::Prepare, "pack", params, bindings, grid));
+            }
+        }
+
+        let [query, passage] = self.towers;
+        let most = self.recorder.rows_of(query.packed_row_bytes() as u64);
+        for range in Self::split(0..m, most) {
+            let others = if passage.in_order { range.clone() } else { 0..passage.indices };
+            let (left, packed_base) = self.packed(6, &query, &range)?;
+            let (right, other_base) = self.packed(7, &passage, &others)?;
+            let params = Prepare {
+                count: range.len() as u32,
+                first: range.start as u32,
+                packed_base,
+                row_vectors: query.row_vectors as u32,
+                norms: layout.norms[0] as u32,
+                other_base,
+                other_first: others.start as u32,
+                other_norms: layout.norms[1] as u32,
+                positives: layout.positives,
+                row_keys: layout.row_keys,
+                positive: layout.positive as u32,
+                anchors: layout.anchors as u32,
+                // No cosine is above 4.
+                margin: problem.options.margin().map_or(4.0, |m| (m + COSINE_TIE).clamp(-8.0, 8.0) as f32),
+                ..Prepare::default()
+            };
+            let bindings = [self.side(2)?, self.state(3)?, left, right];
+            let grid = self.recorder.grid(range.len());
+            self.partials.push(self.recorder.dispatch(Module::Prepare, "positives", params, bindings, grid));
+        }
+        Ok(())
+    }
+
+    /// Parameters and bindings 1 … 4 that both passes over the tiles of a super-block share.
+    fn tiles(&mut self, s: &SuperBlock) -> Result<(Tiles, [Binding; 4])> {
+        let problem = self.parts.problem;
+        let (layout, tile) = (self.layout, self.parts.variant.tile());
+        let m = problem.pairs.rows();
+        let [row_tower, col_tower] = s.spaces.map(|space| self.towers[space as usize]);
+        let (left, row_base) = self.packed(1, &row_tower, &s.ranges[0])?;
+        let (right, col_base) = self.packed(2, &col_tower, &s.ranges[1])?;
+        let [triangle, ranks, counted] = s.flags().map(u32::from);
+        let order = &self.parts.order;
+        let pairs = &problem.pairs;
+        let plain = pairs.query_ids().is_none() && pairs.passage_ids().is_none() && order.len() == order.passages;
+        let masked = !plain || problem.options.margin().is_some() || pairs.exclusive_owners().is_some();
+        let [row_partials, _] = s.partials(tile);
+        let candidates = s.spaces.map(|space| layout.candidates[space as usize] / 4);
+        let norms = s.spaces.map(|space| layout.norms[space as usize] as u32);
+        let coefficients = s.blocks.map(|b| layout.coefficients as u32 + 2 * (b.index() * m) as u32);
+        let [beta_head, beta_middle, beta_tail] = self.beta();
+        let params = Tiles {
+            zero: 0,
+            tiles: s.tiles(tile) as u32,
+            triangle,
+            row_begin: s.ranges[0].start as u32,
+            row_end: s.ranges[0].end as u32,
+            col_begin: s.ranges[1].start as u32,
+            col_end: s.ranges[1].end as u32,
+            row_tiles: s.tiles_along(0, tile) as u32,
+            col_tiles: s.tiles_along(1, tile) as u32,
+            row_base,
+            col_base,
+            row_vectors: row_tower.row_vectors as u32,
+            row_candidates: candidates[0],
+            col_candidates: candidates[1],
+            row_norms: norms[0],
+            col_norms: norms[1],
+            anchors: layout.anchors as u32,
+            row_anchors: s.anchors[0].into(),
+            col_anchors: s.anchors[1].into(),
+            row_sums: s.sums[0].into(),
+            col_sums: s.sums[1].into(),
+            ranks,
+            counted,
+            masked: masked.into(),
+            row_partials: 0,
+            col_partials: (PARTIAL_WORDS * row_partials) as u32,
+            row_coefficients: coefficients[0],
+            col_coefficients: coefficients[1],
+            positive: layout.positive as u32,
+            results: 0,
+            gradient: Self::first_gradient(s, tile) as u32,
+            dots: 0,
+            beta_head,
+            beta_middle,
+            beta_tail,
+        };
+        Ok((params, [left, right, self.side(3)?, self.state(4)?]))
+    }
+
+    /// Number of f32 in front of the gradients of a super-block: the dots of its tiles, rounded up to an aligned binding.
+    fn first_gradient(s: &SuperBlock, tile: usize) -> usize {
+        s.tiles(tile).next_multiple_of(64)
+    }
+
+    /// β·log₂e in three parts.
+    fn beta(&self) -> [f32; 3] {
+        split(self.parts.problem.options.beta() * std::f64::consts::LOG2_E)
+    }
+
+    fn combine_params(&self) -> Combine {
+        let problem = self.parts.problem;
+        let (layout, m) = (self.layout, problem.pairs.rows());
+        let [beta_head, beta_middle, beta_tail] = self.beta();
+        let (factor, factor_exponent) = scaled(problem.upstream);
+        Combine {
+            count: m as u32,
+            sums: layout.sums as u32,
+            positive: layout.positive as u32,
+            weights: layout.weights,
+            groups: layout.groups,
+            group_count: problem.loss.groups().len() as u32,
+            coefficients: layout.coefficients as u32,
+            diagonal: layout.diagonal as u32,
+            row_losses: layout.row_losses as u32,
+            group_results: layout.group_results as u32,
+            workgroups: m.div_ceil(LANES) as u32,
+            zero_is_error: (problem.options.zero_norm() == ZeroNorm::Error).into(),
+            factor,
+            factor_exponent,
+            beta: problem.options.beta() as f32,
+            beta_head,
+            beta_middle,
+            beta_tail,
+            ..Combine::default()
+        }
+    }
+
+    fn sum_pass(&mut self) -> Result<()> {
+        let (tile, m) = (self.parts.variant.tile(), self.parts.problem.pairs.rows());
+        let blocks = &self.parts.blocks;
+        for s in blocks {
+            let (params, bindings) = self.tiles(s)?;
+            let partials: usize = s.partials(tile).iter().sum();
+            let bytes = (4 * PARTIAL_WORDS * partials) as u64;
+            let scratch = self.recorder.whole(5, Slot::Scratch, bytes)?;
+            let grid = self.recorder.grid(s.tiles(tile));
+            let bindings = bindings.into_iter().chain([scratch]);
+            self.partials.push(self.recorder.dispatch(Module::LogSumExp, "logsumexp", params, bindings, grid));
+            for edge in (0..2).filter(|&edge| s.sums[edge]) {
+                let merge = Combine {
+                    count: s.ranges[edge].len() as u32,
+                    begin: s.ranges[edge].start as u32,
+                    across: s.tiles_along(1 - edge, tile) as u32,
+                    along: (s.tiles_along(edge, tile) * tile) as u32,
+                    tile: tile as u32,
+                    triangle: if s.triangle { 1 + edge as u32 } else { 0 },
+                    partials: if edge == 0 { params.row_partials } else { params.col_partials },
+                    candidates: self.layout.candidates[s.spaces[edge] as usize],
+                    block_sums: (self.layout.sums + 4 * s.blocks[edge].index() * m) as u32,
+                    ranks: params.ranks,
+                    ..Combine::default()
+                };
+                let bindings = [self.side(1)?, self.state(2)?, self.recorder.whole(4, Slot::Scratch, bytes)?];
+                let grid = self.recorder.grid(s.ranges[edge].len().div_ceil(LANES));
+                self.partials.push(self.recorder.dispatch(Module::Combine, "merge", merge, bindings, grid));
+            }
+        }
+        Ok(())
+    }
+
+    fn combine_step(&mut self) -> Result<()> {
+        let params = self.combine_params();
+        for (entry, grid) in [("combine", self.recorder.grid(params.workgroups as usize)), ("finish_forward", [1, 1])] {
+            let bindings = [self.side(1)?, self.state(2)?, self.recorder.status(3)?];
+            self.combine.push(self.recorder.dispatch(Module::Combine, entry, params, bindings, grid));
+        }
+        Ok(())
+    }
+
+    fn gradient_pass(&mut self) -> Result<()> {
+        let problem = self.parts.problem;
+        let tile = self.parts.variant.tile();
+        if problem.device_upstream {
+            let bindings = [self.state(2)?, self.recorder.whole(5, Slot::Upstream, 4)?];
+            let params = self.combine_params();
+            self.backward.push(self.recorder.dispatch(Module::Combine, "load_upstream", params, bindings, [1, 1]));
+        }
+        let mut written: [Vec<Range<usize>>; 2] = [Vec::new(), Vec::new()];
+        let mut first = true;
+        let (blocks, graded) = (&self.parts.blocks, &self.parts.graded);
+        for s in blocks.iter().zip(graded).filter(|(_, graded)| **graded).map(|(s, _)| s) {
+            let (params, bindings) = self.tiles(s)?;
+            let bytes = 4 * (params.gradient as usize + s.elements(tile)) as u64;
+            let scratch = self.recorder.whole(5, Slot::Scratch, bytes)?;
+            let grid = self.recorder.grid(s.tiles(tile));
+            let bindings = bindings.into_iter().chain([scratch]);
+            self.backward.push(self.recorder.dispatch(Module::GradientTile, "gradient_tile", params, bindings, grid));
+
+            let sum = Combine { tiles: params.tiles, first: first.into(), ..self.combine_params() };
+            let bindings = [self.state(2)?, self.recorder.whole(4, Slot::Scratch, bytes)?];
+            self.backward.push(self.recorder.dispatch(Module::Combine, "sum_dots", sum, bindings, [1, 1]));
+            first = false;
+
+            for edge in (0..2).filter(|&edge| s.gradients[edge]) {
+                self.product(s, edge, params.gradient, bytes, &mut written)?;
+            }
+        }
+        self.clear(&written)?;
+        if first {
+            // Nothing has coefficients: no super-block starts the sum.
+            let sum = Combine { first: 1, ..self.combine_params() };
+            let bindings = [self.state(2)?, self.recorder.whole(4, Slot::Scratch, 16)?];
+            self.backward.push(self.recorder.dispatch(Module::Combine, "sum_dots", sum, bindings, [1, 1]));
+        }
+        Ok(())
+    }
+
+    /// A window of the sums of these indices.
+    fn sums_window(&mut self, index: u32, sums: &Sums, range: &Range<usize>) -> Result<(Binding, u32)> {
+        let row = 4 * sums.stride as u64;
+        let (start, end) = ((range.start - sums.first) as u64, (range.end - sums.first) as u64);
+        let bytes = start * row..(end - 1) * row + 4 * self.parts.problem.dim as u64;
+        let window = self.recorder.window(index, sums.slot, bytes, 4)?;
+        Ok((window.binding, window.base))
+    }
+
+    fn product(
+        &mut self,
+        s: &SuperBlock,
+        edge: usize,
+        gradient: u32,
+        bytes: u64,
+        written: &mut [Vec<Range<usize>>; 2],
+    ) -> Result<()> {
+        let (space, other) = (s.spaces[edge] as usize, s.spaces[1 - edge] as usize);
+        let Some(sums) = self.sums[space] else { return Ok(()) };
+        let (dim, tile) = (self.parts.problem.dim, self.parts.variant.tile());
+        let range = &s.ranges[edge];
+        let gradients = self.recorder.window(1, Slot::Scratch, 4 * u64::from(gradient)..bytes, 16)?;
+        let other = self.towers[other];
+        let (packed, packed_base) = self.packed(2, &other, &s.ranges[1 - edge])?;
+        let (output, sums_base) = self.sums_window(3, &sums, range)?;
+        let params = Product {
+            zero: 0,
+            indices: range.len() as u32,
+            depth: s.ranges[1 - edge].len() as u32,
+            gradient_base: gradients.base,
+            gradient_vectors: (s.tiles_along(1, tile) * tile / 4) as u32,
+            packed_base,
+            row_vectors: other.row_vectors as u32,
+            sums_base,
+            sums_stride: sums.stride as u32,
+            dim: dim as u32,
+            accumulate: written[space].contains(range).into(),
+        };
+        if params.accumulate == 0 {
+            written[space].push(range.clone());
+        }
+        let grid = [dim.div_ceil(PRODUCT_EDGE) as u32, range.len().div_ceil(PRODUCT_EDGE) as u32];
+        let entry = ["product_rows", "product_columns"][edge];
+        let bindings = [gradients.binding, packed, output];
+        self.backward.push(self.recorder.dispatch(Module::GradientProduct, entry, params, bindings, grid));
+        Ok(())
+    }
+
+    /// Zeros where no super-block has written.
+    fn clear(&mut self, written: &[Vec<Range<usize>>; 2]) -> Result<()> {
+        for (written, sums) in written.iter().zip(self.sums) {
+            let Some(sums) = sums else { continue };
+            let mut written = written.clone();
+            written.sort_unstable_by_key(|range| range.start);
+            let end = sums.first + sums.rows;
+            let starts = [sums.first].into_iter().chain(written.iter().map(|range| range.end));
+            let ends = written.iter().map(|range| range.start).chain([end]);
+            let most = self.recorder.rows_of(4 * sums.stride as u64);
+            let gaps: Vec<_> = starts.zip(ends).flat_map(|(start, end)| Self::split(start..end, most)).collect();
+            for range in gaps {
+                let (output, sums_base) = self.sums_window(3, &sums, &range)?;
+                let params = Product {
+                    indices: range.len() as u32,
+                    sums_base,
+                    sums_stride: sums.stride as u32,
+                    dim: self.parts.problem.dim as u32,
+                    ..Product::default()
+                };
+                let grid = self.recorder.grid(range.len());
+                self.backward.push(self.recorder.dispatch(Module::GradientProduct, "clear", params, [output], grid));
+            }
+        }
+        Ok(())
+    }
+
+    fn projection(&mut self) -> Result<()> {
+        let problem = self.parts.problem;
+        let (layout, rows) = (self.layout, problem.rows.clone());
+        let (factor, factor_exponent) = scaled(problem.upstream * problem.options.beta());
+        for k in 0..2 {
+            let Some(sums) = self.sums[k] else { continue };
+            let (own, other) = (self.towers[k], self.towers[1 - k]);
+            let passages_in_order = self.towers[1].in_order;
+            let out_row = (sums.output_stride * sums.dtype.bytes()) as u64;
+            let row_bytes = out_row.max(own.packed_row_bytes() as u64).max(4 * sums.stride as u64);
+            let first = if k == 0 { rows.start } else { 0 };
+            let most = self.recorder.rows_of(row_bytes);
+            for part in Self::split(first..first + sums.output_rows, most) {
+                // Indices that these rows meet. Passages beyond the last query are nobody's positives.
+                let all = |tower: &Tower| 0..tower.indices;
+                let own_range = if own.in_order { part.clone() } else { all(&own) };
+                let sums_range = if own.in_order { part.clone() } else { sums.first..sums.first + sums.rows };
+                let m = problem.pairs.rows();
+                let other_range = match (passages_in_order, part.start.min(m - 1)..part.end.min(m)) {
+                    (true, range) if !range.is_empty() => range,
+                    (true, _) => 0..1,
+                    (false, _) => all(&other),
+                };
+                let (own_binding, own_base) = self.packed(3, &own, &own_range)?;
+                let (other_binding, other_base) = self.packed(4, &other, &other_range)?;
+                let start = (part.start - first) as u64 * out_row;
+                let end = (part.end - 1 - first) as u64 * out_row + (problem.dim * sums.dtype.bytes()) as u64;
+                let out = self.recorder.window(5, sums.output, start..end, sums.dtype.bytes() as u64)?;
+                let (sums_binding, sums_base, module) = if sums.in_place() {
+                    (None, out.base, Module::ProjectInPlace)
+                } else {
+                    let (binding, base) = self.sums_window(6, &sums, &sums_range)?;
+                    (Some(binding), base, Module::Project)
+                };
+                let params = Project {
+                    zero: 0,
+                    count: part.len() as u32,
+                    first: part.start as u32,
+                    dim: problem.dim as u32,
+                    row_vectors: own.row_vectors as u32,
+                    own_base,
+                    own_first: own_range.start as u32,
+                    other_base,
+                    other_first: other_range.start as u32,
+                    sums_base,
+                    sums_first: sums_range.start as u32,
+                    sums_stride: sums.stride as u32,
+                    out_base: out.base,
+                    out_stride: sums.output_stride as u32,
+                    out_type: type_code(sums.dtype),
+                    norms: layout.norms[k] as u32,
+                    other_norms: layout.norms[1 - k] as u32,
+                    diagonal: layout.diagonal as u32,
+                    results: 0,
+                    passage: k as u32,
+                    positives: layout.positives,
+                    candidates: layout.candidates[1],
+                    occurrence_start: layout.occurrence_start,
+                    occurrences: layout.occurrences,
+                    row_begin: rows.start as u32,
+                    row_end: rows.end as u32,
+                    factor,
+                    factor_exponent,
+                };
+                let bindings = [self.side(1)?, self.state(2)?, own_binding, other_binding, out.binding];
+                let bindings = bindings.into_iter().chain(sums_binding);
+                let grid = self.recorder.grid(part.len());
+                self.backward.push(self.recorder.dispatch(module, "project", params, bindings, grid));
+            }
+        }
+        let params = self.combine_params();
+        let bindings = [self.state(2)?];
+        self.backward.push(self.recorder.dispatch(Module::Combine, "finish_backward", params, bindings, [1, 1]));
+        Ok(())
+    }
+}

@@ -1,0 +1,121 @@
+//! The backend `wgpu` for batches in host memory: copies them to the first device, and the results back.
+
+use super::buffers::Buffers;
+use super::engine::Engine;
+use super::step::Step;
+use crate::backend::Backend;
+use crate::batch::{Batch, Embeddings, EmbeddingsMut, for_each_dtype};
+use crate::dtype::{DType, Element};
+use crate::error::Result;
+use crate::loss::Loss;
+use crate::options::Options;
+use crate::output::{Evaluation, GradientBuffers, TemperatureGradient, check_upstream};
+use crate::problem::{GradientOutput, Problem};
+use crate::wgpu::{Plan, Slot, Variant};
+use std::sync::{Mutex, PoisonError};
+
+/// Dispatches on the first device; with the variant that suits it, unless told otherwise.
+pub(crate) struct Wgpu {
+    pub name: &'static str,
+    pub variant: Option<Variant>,
+}
+
+/// The device of all calls, so that shaders are compiled once; none until it is first asked for.
+fn engine() -> Result<Engine> {
+    static ENGINE: Mutex<Option<Engine>> = Mutex::new(None);
+    let mut engine = ENGINE.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*engine {
+        Some(engine) => Ok(engine.clone()),
+        None => Ok(engine.insert(Engine::first()?).clone()),
+    }
+}
+
+impl Backend for Wgpu {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn dtypes(&self) -> &'static [DType] {
+        &[DType::F32, DType::F16, DType::BF16]
+    }
+
+    fn available(&self) -> Result<()> {
+        engine().map(drop)
+    }
+
+    fn loss_and_gradients_into(
+        &self,
+        loss: &Loss,
+        batch: &Batch<'_>,
+        options: &Options,
+        upstream: f64,
+        buffers: GradientBuffers<'_>,
+    ) -> Result<(Evaluation, TemperatureGradient)> {
+        check_upstream(upstream)?;
+        buffers.expect_shapes(batch.rows(), batch)?;
+        let GradientBuffers { query, passage } = buffers;
+        // Gradients come back as f32 and are rounded here, which needs no even strides.
+        let output = |x: &Option<EmbeddingsMut<'_>>| {
+            x.as_ref().map(|x| GradientOutput { dtype: DType::F32, row_stride: x.dim() })
+        };
+        let problem = Problem::new(loss, batch.pairs(), options, batch.dtype(), batch.dim())?
+            .with_row_strides(batch.query().row_stride(), batch.passage().row_stride())?
+            .with_gradients(output(&query), output(&passage))?
+            .with_upstream(upstream)?;
+        let engine = engine()?;
+        let plan = match self.variant {
+            Some(variant) => Plan::with_variant(&problem, engine.capabilities(), variant)?,
+            None => Plan::new(&problem, engine.capabilities())?,
+        };
+        let step = Step::new(&engine, plan)?;
+
+        let bytes = |slot| step.plan().slot_bytes(slot);
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC;
+        let memory = |slot: Slot| engine.allocate(slot.name(), bytes(slot), usage);
+        let slots = [Slot::Query, Slot::Passage, Slot::QueryGradient, Slot::PassageGradient];
+        let [q, p, grad_q, grad_p] = slots.map(memory);
+        let (q, p, grad_q, grad_p) = (q?, p?, grad_q?, grad_p?);
+        upload(&engine, &q, batch.query())?;
+        upload(&engine, &p, batch.passage())?;
+        let callers = [&q, &p, &grad_q, &grad_p].into_iter().zip(slots);
+        let callers = callers.fold(Buffers::new(), |buffers, (buffer, slot)| buffers.with(slot, buffer));
+        let mut encoder = engine.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        step.forward(&mut encoder, &callers)?;
+        step.backward(&mut encoder, &callers)?;
+        engine.guarded("submit", None, || engine.queue().submit([encoder.finish()]))?;
+        let results = step.results(&callers)?;
+        // Both are on the host before either is handed out.
+        let download = |wanted: bool, slot, buffer| {
+            if wanted { engine.read(buffer, 0..bytes(slot)) } else { Ok(Vec::new()) }
+        };
+        let of_query = download(query.is_some(), Slot::QueryGradient, &grad_q)?;
+        let of_passage = download(passage.is_some(), Slot::PassageGradient, &grad_p)?;
+        for (buffer, bytes) in [(query, of_query), (passage, of_passage)] {
+            if let Some(buffer) = buffer {
+                scatter(&bytes, buffer);
+            }
+        }
+        Ok(results)
+    }
+}
+
+/// Rows as they lie, with what is between them.
+fn upload(engine: &Engine, buffer: &wgpu::Buffer, x: Embeddings<'_>) -> Result<()> {
+    let used = (x.rows() - 1) * x.row_stride() + x.dim();
+    let mut bytes = for_each_dtype!(Data, x.data(), data => bytemuck::cast_slice::<_, u8>(&data[..used]).to_vec());
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    engine.guarded("write_buffer", None, || engine.queue().write_buffer(buffer, 0, &bytes))
+}
+
+/// Contiguous rows of f32 into a buffer of any type and row stride.
+fn scatter(bytes: &[u8], mut buffer: EmbeddingsMut<'_>) {
+    fn copy<T: Element>(bytes: &[u8], to: &mut [T], dim: usize, stride: usize) {
+        let values = bytes.chunks_exact(4).map(|x| f64::from(bytemuck::pod_read_unaligned::<f32>(x)));
+        to.chunks_mut(stride)
+            .flat_map(|row| row.iter_mut().take(dim))
+            .zip(values)
+            .for_each(|(to, value)| *to = T::from_f64(value));
+    }
+    let (dim, stride) = (buffer.dim(), buffer.row_stride());
+    for_each_dtype!(DataMut, buffer.data_mut(), to => copy(bytes, to, dim, stride));
+}

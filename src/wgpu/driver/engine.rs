@@ -1,0 +1,295 @@
+//! Compiled shaders of one device, and what runs them.
+
+use super::buffers::Buffers;
+use crate::error::{Error, Result};
+use crate::wgpu::{Capabilities, Dispatch, Module, Plan, Variant};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The shaders of a device: compiled when first used, once. Cheap to clone; clones share what is compiled.
+///
+/// It owns nothing but handles of a device and a queue, the caller's or its own.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    inner: Arc<Inner>,
+}
+
+type Entry = (Module, &'static str, Variant);
+
+#[derive(Debug)]
+struct Inner {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    capabilities: Capabilities,
+    alignment: u64,
+    compiled: Mutex<Compiled>,
+}
+
+#[derive(Debug, Default)]
+struct Compiled {
+    modules: HashMap<(Module, Variant), wgpu::ShaderModule>,
+    pipelines: HashMap<Entry, wgpu::ComputePipeline>,
+}
+
+impl Engine {
+    /// On a device and queue of the caller. Whatever features and limits the device was asked for are used.
+    pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Self {
+        let (features, limits) = (device.features(), device.limits());
+        let capabilities = Capabilities {
+            max_binding_bytes: limits.max_storage_buffer_binding_size,
+            max_buffer_bytes: limits.max_buffer_size,
+            max_workgroups: limits.max_compute_workgroups_per_dimension,
+            workgroup_bytes: limits.max_compute_workgroup_storage_size,
+            f16: features.contains(wgpu::Features::SHADER_F16),
+            subgroups: features.contains(wgpu::Features::SUBGROUP),
+        };
+        Self {
+            inner: Arc::new(Inner {
+                device: device.clone(),
+                queue: queue.clone(),
+                capabilities,
+                alignment: u64::from(
+                    limits.min_storage_buffer_offset_alignment.max(limits.min_uniform_buffer_offset_alignment),
+                ),
+                compiled: Mutex::default(),
+            }),
+        }
+    }
+
+    /// On the first device found, discrete GPUs before integrated ones before software; with every feature and the highest limits
+    /// that help.
+    ///
+    /// # Errors
+    /// [`Error::WgpuUnavailable`] where there is no adapter, or none that gives a device.
+    pub fn first() -> Result<Self> {
+        let unavailable = |reason: String| Error::WgpuUnavailable { reason };
+        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+        descriptor.backends = wgpu::Backends::PRIMARY;
+        let instance = wgpu::Instance::new(descriptor.with_env());
+        let mut adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::PRIMARY));
+        let rank = |kind| match kind {
+            wgpu::DeviceType::DiscreteGpu => 0,
+            wgpu::DeviceType::IntegratedGpu => 1,
+            wgpu::DeviceType::VirtualGpu => 2,
+            wgpu::DeviceType::Other => 3,
+            wgpu::DeviceType::Cpu => 4,
+        };
+        adapters.sort_by_key(|adapter| rank(adapter.get_info().device_type));
+        let mut reasons = Vec::new();
+        for adapter in &adapters {
+            match Self::on(adapter) {
+                Ok(engine) => return Ok(engine),
+                Err(error) => reasons.push(format!("{}: {error}", adapter.get_info().name)),
+            }
+        }
+        Err(unavailable(if reasons.is_empty() { "no adapter was found".into() } else { reasons.join("; ") }))
+    }
+
+    /// On a device of its own of an adapter, with every feature and the highest limits that help.
+    ///
+    /// # Errors
+    /// [`Error::WgpuUnavailable`] if the adapter gives no device.
+    pub fn on(adapter: &wgpu::Adapter) -> Result<Self> {
+        let wanted = wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY;
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("samtone"),
+            required_features: adapter.features() & wanted,
+            required_limits: adapter.limits(),
+            ..Default::default()
+        };
+        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
+            .map_err(|error| Error::WgpuUnavailable { reason: error.to_string() })?;
+        Ok(Self::new(&device, &queue))
+    }
+
+    /// The device.
+    pub fn device(&self) -> &wgpu::Device {
+        &self.inner.device
+    }
+
+    /// Its queue.
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.inner.queue
+    }
+
+    /// What the device allows, for [`Plan::new`].
+    pub fn capabilities(&self) -> &Capabilities {
+        &self.inner.capabilities
+    }
+
+    /// Runs `action`; what wgpu reports meanwhile becomes the error.
+    pub(super) fn guarded<T>(
+        &self,
+        call: &'static str,
+        out_of_memory: Option<(u64, &'static str)>,
+        action: impl FnOnce() -> T,
+    ) -> Result<T> {
+        let device = &self.inner.device;
+        let scopes = [wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Validation]
+            .map(|filter| device.push_error_scope(filter));
+        let value = action();
+        let errors = scopes.into_iter().rev().map(|scope| pollster::block_on(scope.pop())).collect::<Vec<_>>();
+        match errors.into_iter().flatten().next() {
+            None => Ok(value),
+            Some(wgpu::Error::OutOfMemory { .. }) if out_of_memory.is_some() => {
+                let (bytes, purpose) = out_of_memory.unwrap_or_default();
+                Err(Error::OutOfMemory { bytes: bytes as usize, purpose })
+            }
+            Some(error) => Err(Error::Wgpu { call, reason: error.to_string() }),
+        }
+    }
+
+    /// Compiles every shader of `plan` that is not compiled yet; otherwise the first call that needs one does.
+    ///
+    /// # Errors
+    /// [`Error::Wgpu`] with the words of the compiler.
+    pub fn compile(&self, plan: &Plan) -> Result<()> {
+        let variant = plan.variant();
+        plan.forward().chain(plan.backward()).try_for_each(|d| self.pipeline((d.module, d.entry, variant)).map(drop))
+    }
+
+    fn pipeline(&self, entry: Entry) -> Result<wgpu::ComputePipeline> {
+        let mut compiled = self.inner.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pipeline) = compiled.pipelines.get(&entry) {
+            return Ok(pipeline.clone());
+        }
+        let (module, name, variant) = entry;
+        let shader = match compiled.modules.get(&(module, variant)) {
+            Some(shader) => shader.clone(),
+            None => self.guarded("create_shader_module", None, || self.shader(module, variant))?,
+        };
+        compiled.modules.insert((module, variant), shader.clone());
+        let descriptor = wgpu::ComputePipelineDescriptor {
+            label: Some(name),
+            layout: None,
+            module: &shader,
+            entry_point: Some(name),
+            // Every word of workgroup memory is written before it is read.
+            compilation_options: wgpu::PipelineCompilationOptions {
+                zero_initialize_workgroup_memory: false,
+                ..Default::default()
+            },
+            cache: None,
+        };
+        let pipeline =
+            self.guarded("create_compute_pipeline", None, || self.inner.device.create_compute_pipeline(&descriptor))?;
+        compiled.pipelines.insert(entry, pipeline.clone());
+        Ok(pipeline)
+    }
+
+    fn shader(&self, module: Module, variant: Variant) -> wgpu::ShaderModule {
+        let source = module.source(variant, false);
+        let descriptor = wgpu::ShaderModuleDescriptor {
+            label: Some(module.name()),
+            source: wgpu::ShaderSource::Wgsl(source.into()),
+        };
+        // Counters that end every loop keep compilers from unrolling. Accesses stay checked.
+        let checks = wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..wgpu::ShaderRuntimeChecks::checked() };
+        // SAFETY: every loop of the shaders ends: its bound is a constant, or a member of `Params` or the lengths of the lists in
+        // `side`, which plans write, and its counter only grows towards it.
+        unsafe { self.inner.device.create_shader_module_trusted(descriptor, checks) }
+    }
+
+    /// Records dispatches of a plan. Allocates no memory of the device.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] and [`Error::Misaligned`] for a buffer that is missing, too small, misplaced or of the wrong
+    /// usage; [`Error::Wgpu`] with the words of wgpu. Nothing is recorded then.
+    pub fn encode<'d>(
+        &self,
+        plan: &Plan,
+        dispatches: impl IntoIterator<Item = &'d Dispatch>,
+        buffers: &Buffers<'_>,
+        encoder: &mut wgpu::CommandEncoder,
+    ) -> Result<()> {
+        self.encode_timed(plan, dispatches, buffers, encoder, None)
+    }
+
+    /// As [`Engine::encode`], with timestamps around the dispatches.
+    ///
+    /// # Errors
+    /// As [`Engine::encode`].
+    pub fn encode_timed<'d>(
+        &self,
+        plan: &Plan,
+        dispatches: impl IntoIterator<Item = &'d Dispatch>,
+        buffers: &Buffers<'_>,
+        encoder: &mut wgpu::CommandEncoder,
+        timestamp_writes: Option<wgpu::ComputePassTimestampWrites<'_>>,
+    ) -> Result<()> {
+        let mut bound = Vec::new();
+        for dispatch in dispatches {
+            let pipeline = self.pipeline((dispatch.module, dispatch.entry, plan.variant()))?;
+            let mut entries = Vec::with_capacity(dispatch.bindings.len());
+            for binding in &dispatch.bindings {
+                let range = buffers.get(binding.slot, plan, self.inner.alignment)?;
+                let resource = wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                    buffer: range.buffer,
+                    offset: range.offset + binding.offset,
+                    size: std::num::NonZeroU64::new(binding.bytes),
+                });
+                entries.push(wgpu::BindGroupEntry { binding: binding.index, resource });
+            }
+            bound.push((dispatch, pipeline, entries));
+        }
+        self.guarded("encode", None, || {
+            let groups: Vec<_> = (bound.iter())
+                .map(|(dispatch, pipeline, entries)| {
+                    self.inner.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                        label: Some(dispatch.entry),
+                        layout: &pipeline.get_bind_group_layout(0),
+                        entries,
+                    })
+                })
+                .collect();
+            let mut pass =
+                encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("samtone"), timestamp_writes });
+            for ((dispatch, pipeline, _), group) in bound.iter().zip(&groups) {
+                pass.set_pipeline(pipeline);
+                pass.set_bind_group(0, group, &[]);
+                pass.dispatch_workgroups(dispatch.workgroups[0], dispatch.workgroups[1], 1);
+            }
+        })
+    }
+
+    /// A buffer of so many bytes, at least 4.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub(super) fn allocate(
+        &self,
+        purpose: &'static str,
+        bytes: u64,
+        usage: wgpu::BufferUsages,
+    ) -> Result<wgpu::Buffer> {
+        let size = bytes.next_multiple_of(4).max(4);
+        let descriptor = wgpu::BufferDescriptor { label: Some(purpose), size, usage, mapped_at_creation: false };
+        self.guarded("create_buffer", Some((size, purpose)), || self.inner.device.create_buffer(&descriptor))
+    }
+
+    /// Waits for everything submitted, and gives the content of a buffer with the usage `COPY_SRC`.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; [`Error::Wgpu`] if the device was lost.
+    pub fn read(&self, buffer: &wgpu::Buffer, bytes: std::ops::Range<u64>) -> Result<Vec<u8>> {
+        use wgpu::BufferUsages;
+        let Inner { device, queue, .. } = &*self.inner;
+        let start = bytes.start / 4 * 4;
+        let len = (bytes.end - start).next_multiple_of(4);
+        let usage = BufferUsages::COPY_DST | BufferUsages::MAP_READ;
+        let staging = self.allocate("results on their way to the host", len, usage)?;
+        self.guarded("copy_buffer_to_buffer", None, || {
+            let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            encoder.copy_buffer_to_buffer(buffer, start, &staging, 0, len);
+            queue.submit([encoder.finish()]);
+        })?;
+        let (send, receive) = std::sync::mpsc::channel();
+        staging.map_async(wgpu::MapMode::Read, .., move |result| drop(send.send(result)));
+        let failed = |reason: String| Error::Wgpu { call: "map_async", reason };
+        device.poll(wgpu::PollType::wait_indefinitely()).map_err(|error| failed(error.to_string()))?;
+        receive.recv().map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))?;
+        let mapped = staging.get_mapped_range(..);
+        let (first, last) = ((bytes.start - start) as usize, (bytes.end - start) as usize);
+        Ok(mapped.map_err(|error| failed(error.to_string()))?[first..last].to_vec())
+    }
+}

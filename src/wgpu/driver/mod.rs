@@ -1,0 +1,12 @@
+//! Runs plans on wgpu.
+
+mod backend;
+mod buffers;
+mod engine;
+mod step;
+
+pub(crate) use backend::Wgpu;
+pub use buffers::{BufferRange, Buffers};
+pub use engine::Engine;
+pub use step::Step;
+pub use wgpu;

@@ -1,0 +1,157 @@
+//! A plan with the buffers it needs beside the caller's.
+
+use super::buffers::{BufferRange, Buffers};
+use super::engine::Engine;
+use crate::batch::Tower;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::output::{Evaluation, TemperatureGradient};
+use crate::partials::Partials;
+use crate::wgpu::{Plan, Slot};
+
+/// A plan whose own buffers are allocated once and used by call after call. The caller brings embeddings and gradients.
+///
+/// Recording allocates nothing and waits for nothing; results stay on the device, in [`Step::state`], until they are asked for.
+#[derive(Debug)]
+pub struct Step {
+    engine: Engine,
+    plan: Plan,
+    own: Vec<(Slot, wgpu::Buffer)>,
+}
+
+impl Step {
+    /// Allocates, compiles, and writes what stays the same from call to call.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], and [`Error::Wgpu`] with the words of the compiler.
+    pub fn new(engine: &Engine, plan: Plan) -> Result<Self> {
+        use wgpu::BufferUsages;
+        engine.compile(&plan)?;
+        let mut own = Vec::new();
+        for slot in Slot::ALL.into_iter().filter(|slot| !slot.is_callers() && plan.slot_bytes(*slot) > 0) {
+            let usage = match slot {
+                Slot::Uniforms => BufferUsages::UNIFORM | BufferUsages::COPY_DST,
+                _ => BufferUsages::STORAGE | BufferUsages::COPY_DST | BufferUsages::COPY_SRC,
+            };
+            own.push((slot, engine.allocate(slot.name(), plan.slot_bytes(slot), usage)?));
+        }
+        for (slot, buffer) in &own {
+            let content = match slot {
+                Slot::Uniforms => plan.uniforms(),
+                Slot::Side => plan.side_data(),
+                _ => continue,
+            };
+            engine.guarded("write_buffer", None, || engine.queue().write_buffer(buffer, 0, content))?;
+        }
+        Ok(Self { engine: engine.clone(), plan, own })
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    fn buffers(&self) -> Buffers<'_> {
+        self.own.iter().fold(Buffers::new(), |buffers, (slot, buffer)| buffers.with(*slot, buffer))
+    }
+
+    /// The buffer of results. Its first f32 from byte 256 on are the loss, P@1 and MRR of queries → passages and of
+    /// passages → queries, ∂L/∂τ and ∂L/∂log β, for shaders of the caller.
+    pub fn state(&self) -> Option<&wgpu::Buffer> {
+        self.own.iter().find(|(slot, _)| *slot == Slot::State).map(|(_, buffer)| buffer)
+    }
+
+    /// Records loss, metrics and coefficients of the embeddings in the slots `Query` and `Passage`.
+    ///
+    /// # Errors
+    /// As [`Engine::encode`].
+    pub fn forward(&self, encoder: &mut wgpu::CommandEncoder, callers: &Buffers<'_>) -> Result<()> {
+        self.engine.encode(&self.plan, self.plan.forward(), &callers.or(&self.buffers()), encoder)
+    }
+
+    /// Records the first part of [`Step::forward`]: the sums of a shard.
+    ///
+    /// # Errors
+    /// As [`Engine::encode`].
+    pub fn partials(&self, encoder: &mut wgpu::CommandEncoder, callers: &Buffers<'_>) -> Result<()> {
+        self.engine.encode(&self.plan, self.plan.partials(), &callers.or(&self.buffers()), encoder)
+    }
+
+    /// Records the second part of [`Step::forward`].
+    ///
+    /// # Errors
+    /// As [`Engine::encode`].
+    pub fn combine(&self, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
+        self.engine.encode(&self.plan, self.plan.combine(), &self.buffers(), encoder)
+    }
+
+    /// Records gradients, into the slots `QueryGradient` and `PassageGradient`, after [`Step::forward`].
+    ///
+    /// # Errors
+    /// As [`Engine::encode`].
+    pub fn backward(&self, encoder: &mut wgpu::CommandEncoder, callers: &Buffers<'_>) -> Result<()> {
+        self.engine.encode(&self.plan, self.plan.backward(), &callers.or(&self.buffers()), encoder)
+    }
+
+    fn read_state(&self) -> Result<Vec<u8>> {
+        match self.state() {
+            Some(state) => self.engine.read(state, 0..self.plan.state_bytes()),
+            None => Err(Error::invalid("state", "no buffer", "a step with a state")),
+        }
+    }
+
+    /// Waits, and gives loss and metrics of the last forward call, and the temperature's gradient of the last backward call.
+    /// `embeddings` are those of the call, for the error that names what is not finite.
+    ///
+    /// # Errors
+    /// What was wrong with the embeddings: [`Error::NonFinite`], [`Error::ZeroNorm`], [`Error::NoNegative`]; [`Error::Wgpu`] if
+    /// the device was lost.
+    pub fn results(&self, embeddings: &Buffers<'_>) -> Result<(Evaluation, TemperatureGradient)> {
+        let state = self.read_state()?;
+        if let Some(refusal) = self.plan.refusal(&state)? {
+            return Err(self.plan.error_of(refusal, |tower, row| self.find(tower, row, embeddings)));
+        }
+        Ok((self.plan.evaluation(&state)?, self.plan.temperature(&state)?))
+    }
+
+    /// The first element of a row that is not finite.
+    fn find(&self, tower: Tower, row: usize, embeddings: &Buffers<'_>) -> Result<(usize, f64)> {
+        let slot = if tower == Tower::Query { Slot::Query } else { Slot::Passage };
+        let BufferRange { buffer, offset, .. } = embeddings.get(slot, &self.plan, 1)?;
+        let (dtype, stride, dim) = self.plan.raw(tower);
+        let start = offset + (row * stride * dtype.bytes()) as u64;
+        let bytes = self.engine.read(buffer, start..start + (dim * dtype.bytes()) as u64)?;
+        let value = |chunk: &[u8]| match dtype {
+            DType::F32 | DType::F64 => f64::from(bytemuck::pod_read_unaligned::<f32>(chunk)),
+            DType::F16 => f64::from(bytemuck::pod_read_unaligned::<half::f16>(chunk)),
+            DType::BF16 => f64::from(bytemuck::pod_read_unaligned::<half::bf16>(chunk)),
+        };
+        let mut values = bytes.chunks_exact(dtype.bytes()).map(value).enumerate();
+        values.find(|(_, value)| !value.is_finite()).ok_or_else(|| {
+            let saved = format!("{tower} row {row} with a value that is not finite");
+            Error::StateMismatch { saved, given: "embeddings that are finite there".into() }
+        })
+    }
+
+    /// Waits, and gives the sums of this shard.
+    ///
+    /// # Errors
+    /// As [`Step::results`].
+    pub fn read_partials(&self, embeddings: &Buffers<'_>) -> Result<Partials> {
+        let state = self.read_state()?;
+        match self.plan.refusal(&state)? {
+            Some(refusal) => Err(self.plan.error_of(refusal, |tower, row| self.find(tower, row, embeddings))),
+            None => self.plan.read_partials(&state),
+        }
+    }
+
+    /// Writes sums merged from all shards, for [`Step::combine`].
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for partials that do not cover all rows, [`Error::StateMismatch`] for those of another call.
+    pub fn write_partials(&self, partials: &Partials) -> Result<()> {
+        let (range, bytes) = self.plan.write_partials(partials)?;
+        let Some(state) = self.state() else { return Ok(()) };
+        self.engine.guarded("write_buffer", None, || self.engine.queue().write_buffer(state, range.start, &bytes))
+    }
+}

@@ -1,0 +1,189 @@
+//! Where things lie in the slots of a plan, and what the side data hold.
+
+use super::plan::Parts;
+use super::schedule::{ALIGNMENT, Slot};
+use super::uniforms::{NONE, scaled};
+use crate::dtype::DType;
+use crate::mask::Keys;
+use crate::order::Space;
+use bytemuck::Pod;
+
+/// Words of results in front of the state, see shaders/common/state.wgsl.
+pub(super) const RESULT_WORDS: usize = 16;
+/// Bytes of the state in front of what the shaders call `state`: the buffer `status`.
+pub(super) const STATUS_BYTES: u64 = ALIGNMENT;
+/// Rows of a workgroup of `combine`, invocations of every kernel but those of tiles and products.
+pub(super) const LANES: usize = 64;
+/// Numbers of k that a stage of a tile takes: packed rows are multiples of it.
+const STAGE: usize = 16;
+
+/// Offsets in words: of `state`, and of `side`.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Layout {
+    // state
+    pub norms: [usize; 2],
+    pub anchors: usize,
+    pub positive: usize,
+    pub sums: usize,
+    pub coefficients: usize,
+    pub diagonal: usize,
+    pub row_losses: usize,
+    pub group_results: usize,
+    pub state_words: usize,
+    // side; NONE where the order of the passages is the identity
+    pub row_keys: u32,
+    pub weights: u32,
+    pub groups: u32,
+    pub candidates: [u32; 2],
+    pub order: u32,
+    pub positives: u32,
+    pub occurrence_start: u32,
+    pub occurrences: u32,
+}
+
+impl Layout {
+    pub(super) fn new(parts: &Parts<'_>) -> (Self, Vec<u8>) {
+        let Parts { problem, order, occurrences, .. } = parts;
+        let (m, pairs) = (problem.pairs.rows(), &problem.pairs);
+        let mut words = RESULT_WORDS;
+        let mut state = |count: usize| {
+            let at = words;
+            words += count;
+            at
+        };
+        let mut layout = Self {
+            norms: [state(4 * m), state(4 * order.len())],
+            anchors: state(4 * m),
+            positive: state(2 * m),
+            sums: state(4 * 4 * m),
+            coefficients: state(4 * 2 * m),
+            diagonal: state(2 * m),
+            row_losses: state(2 * m),
+            group_results: state(12 * m.div_ceil(LANES)),
+            ..Self::default()
+        };
+        layout.state_words = words;
+
+        let mut side = Vec::new();
+        let keys = Keys::new(pairs);
+        let query_candidates = keys.rows.iter().zip(0_u32..).map(|(k, row)| [k.query, k.passage, NONE, row]);
+        layout.candidates[0] = append(&mut side, &query_candidates.collect::<Vec<_>>());
+        let owners = pairs.exclusive_owners();
+        let owner = |n: usize| owners.map_or(NONE, |o| u32::try_from(o[n]).unwrap_or(NONE));
+        let passage_candidates = (0..order.len()).map(|k| {
+            let n = order.passage(k);
+            [keys.passages[n].query, keys.passages[n].passage, owner(n), order.anchor_row[k]]
+        });
+        layout.candidates[1] = append(&mut side, &passage_candidates.collect::<Vec<_>>());
+        layout.row_keys = append(&mut side, &keys.rows.iter().map(|k| [k.query, k.passage]).collect::<Vec<_>>());
+        let weights = pairs.normalized_weights().into_iter().map(scaled);
+        layout.weights = append(&mut side, &weights.map(|(w, e)| [w.to_bits(), e as u32]).collect::<Vec<_>>());
+        let groups = problem.loss.groups().iter().map(|g| {
+            let blocks = g.blocks().iter().fold(0_u32, |bits, b| bits | 1 << b.index());
+            [(g.coefficient() as f32).to_bits(), blocks, u32::from(g.positive_copies())]
+        });
+        layout.groups = append(&mut side, &groups.collect::<Vec<_>>());
+        [layout.order, layout.positives, layout.occurrence_start, layout.occurrences] = [NONE; 4];
+        if let Some(passages) = &order.passage {
+            layout.order = append(&mut side, passages);
+            layout.positives = append(&mut side, &order.anchor_index(m));
+            layout.occurrence_start = append(&mut side, &occurrences.start);
+            layout.occurrences = append(&mut side, &occurrences.index);
+        }
+        (layout, side)
+    }
+}
+
+/// Adds `content` to the side data at a multiple of 16 bytes, and gives its first word.
+fn append<T: Pod>(side: &mut Vec<u8>, content: &[T]) -> u32 {
+    side.resize(side.len().next_multiple_of(16), 0);
+    let at = side.len() / 4;
+    side.extend(bytemuck::cast_slice::<T, u8>(content));
+    at as u32
+}
+
+/// One tower: its embeddings as given, and packed.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Tower {
+    pub raw: Slot,
+    pub packed: Slot,
+    pub indices: usize,
+    pub rows: usize,
+    /// Elements.
+    pub row_stride: usize,
+    pub element_bytes: usize,
+    /// Vectors of four numbers in a packed row.
+    pub row_vectors: usize,
+    pub vector_bytes: usize,
+    /// Whether index k is row k.
+    pub in_order: bool,
+}
+
+impl Tower {
+    pub(super) fn new(parts: &Parts<'_>, space: Space) -> Self {
+        let Parts { problem, order, variant, .. } = parts;
+        let (m, n, d) = problem.shape();
+        let (raw, packed, indices, rows) = match space {
+            Space::Query => (Slot::Query, Slot::PackedQuery, m, m),
+            Space::Passage => (Slot::Passage, Slot::PackedPassage, order.len(), n),
+        };
+        Self {
+            raw,
+            packed,
+            indices,
+            rows,
+            row_stride: problem.row_strides[space as usize],
+            element_bytes: problem.dtype.bytes(),
+            row_vectors: d.next_multiple_of(STAGE) / 4,
+            vector_bytes: if variant.f16 { 8 } else { 16 },
+            in_order: space == Space::Query || order.passage.is_none(),
+        }
+    }
+
+    pub(super) fn packed_row_bytes(&self) -> usize {
+        self.row_vectors * self.vector_bytes
+    }
+}
+
+/// Where the sums of a tower's gradient are collected: in the output where its type and order allow.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sums {
+    pub slot: Slot,
+    /// Elements.
+    pub stride: usize,
+    /// Index of the first row in it.
+    pub first: usize,
+    /// Rows.
+    pub rows: usize,
+    pub output: Slot,
+    pub output_stride: usize,
+    pub output_rows: usize,
+    pub dtype: DType,
+}
+
+impl Sums {
+    pub(super) fn new(parts: &Parts<'_>, k: usize) -> Option<Self> {
+        let Parts { problem, order, .. } = parts;
+        let output = problem.gradients[k]?;
+        let in_place = output.dtype == DType::F32 && (k == 0 || order.passage.is_none());
+        let (first, rows, output_rows) = match k {
+            0 => (problem.rows.start, problem.rows.len(), problem.rows.len()),
+            _ => (0, order.len(), problem.pairs.passages()),
+        };
+        let slot = [Slot::QueryGradient, Slot::PassageGradient][k];
+        Some(Self {
+            slot: if in_place { slot } else { [Slot::QuerySums, Slot::PassageSums][k] },
+            stride: if in_place { output.row_stride } else { problem.dim },
+            first,
+            rows,
+            output: slot,
+            output_stride: output.row_stride,
+            output_rows,
+            dtype: output.dtype,
+        })
+    }
+
+    pub(super) fn in_place(&self) -> bool {
+        self.slot == self.output
+    }
+}

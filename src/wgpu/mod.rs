@@ -1,0 +1,45 @@
+//! The WGSL backend: hand-written compute shaders for Vulkan, Metal, DX12 and browsers.
+//!
+//! ```text
+//! Problem    loss, pairs, options, types, strides, rows of the shard      validated
+//! Plan       variant, super-blocks, buffers, dispatches: all as data      no GPU needed, prints itself    plan.rs, dispatches.rs
+//! prepare    pack: norms, powers of two; positives                        O((M+N)·d)                      prepare.wgsl
+//! [1] sums       products → cosines → mask → exponential sums, ranks      3 B²d (one same-tower block)    logsumexp.wgsl
+//! [2] combine    loss, row losses, metrics, coefficients                  O(M)                            combine.wgsl
+//! [3] gradients  products again → gradient tiles in a super-block         3 B²d                           gradient_tile.wgsl
+//!                products of the super-block with Q and P                 6 B²d                           gradient_product.wgsl
+//! [4] project    diagonal, tangent, β, output type                        O((M+N)·d)                      project.wgsl
+//! ```
+//!
+//! WGSL has no f64. Where CUDA uses it, shaders use sums of two f32 and f32 with an exponent of their own, and the host sums
+//! up the loss and the metrics of the rows in f64 when it reads them.
+//!
+//! Everything that decides what runs is in [`Plan`], a pure function of a [`Problem`](crate::Problem) and of a device's
+//! [`Capabilities`]: buffers, bindings, parameters, workgroups. It needs no GPU and can be exported, which is how a page in a
+//! browser runs the same dispatches.
+
+mod bindings;
+mod capabilities;
+mod dispatches;
+#[cfg(feature = "wgpu")]
+mod driver;
+mod layout;
+mod plan;
+mod readout;
+mod schedule;
+mod shaders;
+mod uniforms;
+
+pub use capabilities::Capabilities;
+#[cfg(feature = "wgpu")]
+pub(crate) use driver::Wgpu;
+#[cfg(feature = "wgpu")]
+pub use driver::{BufferRange, Buffers, Engine, Step, wgpu};
+pub use plan::Plan;
+pub use readout::Refusal;
+pub use schedule::{ALIGNMENT, Binding, Dispatch, Slot};
+pub use shaders::{Module, Variant};
+
+/// Default bound on the scratch beyond packed embeddings: 128 MiB, a square of 5760² gradients of logits, as much as every
+/// device can bind.
+pub const DEFAULT_WORKSPACE_BYTES: usize = 128 << 20;

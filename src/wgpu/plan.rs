@@ -1,0 +1,271 @@
+//! What will run: super-blocks, buffers, dispatches. A pure function of the problem and of what the device allows.
+
+use super::capabilities::Capabilities;
+use super::dispatches::Dispatches;
+use super::layout::Layout;
+use super::schedule::{Dispatch, Slot};
+use super::shaders::Variant;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::order::{Occurrences, Order};
+use crate::problem::Problem;
+use crate::regions;
+use crate::super_blocks::{SuperBlock, super_blocks};
+use std::fmt;
+
+/// What a call dispatches, on which buffers. Prints itself.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub(super) slot_bytes: [u64; Slot::ALL.len()],
+    pub(super) side: Vec<u8>,
+    pub(super) uniforms: Vec<u8>,
+    pub(super) partials: Vec<Dispatch>,
+    pub(super) combine: Vec<Dispatch>,
+    pub(super) backward: Vec<Dispatch>,
+    pub(super) layout: Layout,
+    pub(super) variant: Variant,
+    pub(super) bounded_bytes: u64,
+    pub(super) flops: f64,
+    pub(super) facts: Facts,
+    title: String,
+}
+
+/// What the host needs of the problem to read results.
+#[derive(Debug, Clone)]
+pub(super) struct Facts {
+    pub weights: Vec<f64>,
+    pub loss: String,
+    pub beta: f64,
+    pub upstream: f64,
+    pub zero_is_error: bool,
+    pub origin: String,
+    pub rows: std::ops::Range<usize>,
+    pub uses: [bool; 4],
+    pub dtype: DType,
+    pub row_strides: [usize; 2],
+    pub dim: usize,
+}
+
+/// What a plan is made from.
+pub(super) struct Parts<'a> {
+    pub problem: &'a Problem<'a>,
+    pub order: Order,
+    pub occurrences: Occurrences,
+    pub capabilities: Capabilities,
+    pub variant: Variant,
+    pub blocks: Vec<SuperBlock>,
+    /// Whether a super-block has coefficients, and so gradients.
+    pub graded: Vec<bool>,
+}
+
+impl Plan {
+    /// The plan of one call, with the variant that suits the device and the bound on the workspace.
+    ///
+    /// # Errors
+    /// As [`Plan::with_variant`].
+    pub fn new(problem: &Problem<'_>, capabilities: &Capabilities) -> Result<Self> {
+        let mut variant = capabilities.variant(problem.dtype);
+        let tile = variant.tile() as u64;
+        variant.large_tiles &= bounded_bytes(tile, tile) <= bound(problem, capabilities);
+        Self::with_variant(problem, capabilities, variant)
+    }
+
+    /// The plan of one call, with a variant of the caller's choice.
+    ///
+    /// # Errors
+    /// [`Error::WorkspaceTooSmall`] if the bound of the options does not hold one tile; [`Error::Unsupported`] for f16 storage of
+    /// embeddings of 32 bits, for gradients of 16 bits with an odd row stride, and where a buffer would exceed what the device
+    /// can bind or allocate.
+    pub fn with_variant(problem: &Problem<'_>, capabilities: &Capabilities, variant: Variant) -> Result<Self> {
+        let (m, n, d) = problem.shape();
+        let unsupported =
+            |what: String, allowed: &str| Err(Error::Unsupported { backend: "wgpu", what, allowed: allowed.into() });
+        if variant.f16 && problem.dtype == DType::F32 {
+            return unsupported("f16 storage of f32 embeddings".into(), "f16 storage of f16 and bf16 embeddings");
+        }
+        for (argument, output) in ["query", "passage"].into_iter().zip(problem.gradients) {
+            if let Some(output) = output
+                && output.dtype.bytes() == 2
+                && output.row_stride % 2 == 1
+            {
+                let what =
+                    format!("`gradients.{argument}` of {} with a row stride of {}", output.dtype, output.row_stride);
+                return unsupported(what, "even row strides for 16 bits, any for f32");
+            }
+        }
+
+        let bound = bound(problem, capabilities);
+        let tile = variant.tile();
+        let needed = bounded_bytes(tile as u64, tile as u64);
+        if needed > bound {
+            let (given, needed) = (bound as usize, needed as usize);
+            return Err(Error::WorkspaceTooSmall { given, needed, rows: m, passages: n, dim: d });
+        }
+        // Both edges of a super-block are bound, packed, beside its matrix.
+        let row_bytes = (d.next_multiple_of(16) * if variant.f16 { 2 } else { 4 }) as u64;
+        let bindable = capabilities.max_binding_bytes.saturating_sub(super::schedule::ALIGNMENT) / row_bytes;
+        let sums_row_bytes =
+            problem.gradients.iter().flatten().map(|g| g.row_stride.max(d) as u64 * 4).max().unwrap_or(4);
+        let bindable =
+            bindable.min(capabilities.max_binding_bytes.saturating_sub(super::schedule::ALIGNMENT) / sums_row_bytes);
+        let mut longest = tile as u64;
+        while bounded_bytes(2 * longest, 2 * longest) <= bound {
+            longest *= 2;
+        }
+        while bounded_bytes(longest + tile as u64, longest + tile as u64) <= bound {
+            longest += tile as u64;
+        }
+        let longest = (longest.min(bindable) as usize / tile).max(1) * tile;
+
+        let order = Order::new(&problem.pairs);
+        let regions = regions::regions(problem.loss, &problem.rows, &order, m);
+        let blocks = super_blocks(problem, &regions, &regions::cuts(&problem.rows, &order, m), tile, longest);
+        let graded: Vec<bool> =
+            blocks.iter().map(|s| (0..2).any(|e| s.anchors[e] && problem.loss.uses(s.blocks[e]))).collect();
+        let parts = Parts {
+            problem,
+            occurrences: Occurrences::new(&order),
+            order,
+            capabilities: *capabilities,
+            variant,
+            blocks,
+            graded,
+        };
+        let dispatches = Dispatches::new(&parts)?;
+        let title =
+            format!("wgpu {}, {m} queries x {n} passages of dimension {d}, {}", problem.loss.name(), problem.dtype);
+        let facts = Facts {
+            weights: problem.pairs.normalized_weights(),
+            loss: problem.loss.name().into(),
+            beta: problem.options.beta(),
+            upstream: problem.upstream,
+            zero_is_error: problem.options.zero_norm() == crate::options::ZeroNorm::Error,
+            origin: format!("{title}, {:?}", problem.options),
+            rows: problem.rows.clone(),
+            uses: crate::loss::Block::ALL
+                .map(|b| problem.loss.uses(b) || matches!(b, crate::loss::Block::QP | crate::loss::Block::PQ)),
+            dtype: problem.dtype,
+            row_strides: problem.row_strides,
+            dim: d,
+        };
+        let Dispatches { recorder, layout, side, partials, combine, backward, .. } = dispatches;
+        let mut slot_bytes = recorder.slot_bytes;
+        slot_bytes[Slot::Uniforms as usize] = recorder.uniforms.len() as u64;
+        Ok(Self {
+            slot_bytes,
+            bounded_bytes: slot_bytes[Slot::Scratch as usize],
+            uniforms: recorder.uniforms,
+            flops: flops(&parts),
+            side,
+            partials,
+            combine,
+            backward,
+            layout,
+            variant,
+            facts,
+            title,
+        })
+    }
+
+    /// Loss, metrics and coefficients: [`Plan::partials`], then [`Plan::combine`].
+    pub fn forward(&self) -> impl Iterator<Item = &Dispatch> {
+        self.partials.iter().chain(&self.combine)
+    }
+
+    /// The sums of the shard's rows. A shard merges those of the others before [`Plan::combine`].
+    pub fn partials(&self) -> &[Dispatch] {
+        &self.partials
+    }
+
+    /// Loss, metrics and coefficients from the sums.
+    pub fn combine(&self) -> &[Dispatch] {
+        &self.combine
+    }
+
+    /// Gradients, after [`Plan::forward`], with the same state and packed embeddings and any scratch.
+    pub fn backward(&self) -> &[Dispatch] {
+        &self.backward
+    }
+
+    /// Bytes that a slot needs at the least; 0 for one that the call does not use.
+    pub fn slot_bytes(&self, slot: Slot) -> u64 {
+        self.slot_bytes[slot as usize]
+    }
+
+    /// What the slot `Side` holds. To be written once for each plan.
+    pub fn side_data(&self) -> &[u8] {
+        &self.side
+    }
+
+    /// What the slot `Uniforms` holds. To be written once for each plan.
+    pub fn uniforms(&self) -> &[u8] {
+        &self.uniforms
+    }
+
+    /// Bytes of the scratch that the options bound: all but packed embeddings, sums of gradients and O(M + N) numbers.
+    pub fn bounded_bytes(&self) -> u64 {
+        self.bounded_bytes
+    }
+
+    /// Type, row stride and dimension of a tower's embeddings.
+    #[cfg(feature = "wgpu")]
+    pub(super) fn raw(&self, tower: crate::batch::Tower) -> (DType, usize, usize) {
+        let stride = self.facts.row_strides[usize::from(tower == crate::batch::Tower::Passage)];
+        (self.facts.dtype, stride, self.facts.dim)
+    }
+
+    /// Which shaders run.
+    pub fn variant(&self) -> Variant {
+        self.variant
+    }
+
+    /// Floating-point operations of the matrix products of forward and backward: 12 B²d for SamToNe on the query side.
+    pub fn flops(&self) -> f64 {
+        self.flops
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        let own = Slot::ALL.iter().filter(|s| !s.is_callers()).map(|s| self.slot_bytes(*s)).sum();
+        writeln!(
+            f,
+            "{}: {}, {} + {} dispatches, {:.1} MiB beside inputs and outputs ({:.1} MiB bounded), {:.1} GFLOP",
+            self.title,
+            self.variant,
+            self.partials.len() + self.combine.len(),
+            self.backward.len(),
+            mib(own),
+            mib(self.bounded_bytes),
+            self.flops / 1e9,
+        )?;
+        self.forward().chain(&self.backward).try_for_each(|dispatch| writeln!(f, "  {dispatch}"))
+    }
+}
+
+/// What the scratch may take: the caller's bound, and what can be bound at once.
+fn bound(problem: &Problem<'_>, capabilities: &Capabilities) -> u64 {
+    let bound = problem.options.workspace_bytes().map_or(super::DEFAULT_WORKSPACE_BYTES as u64, |b| b as u64);
+    bound.min(capabilities.max_binding_bytes).min(capabilities.max_buffer_bytes)
+}
+
+/// Scratch of a super-block, in the pass that takes more: gradients of logits and a number for each tile. Partial sums are
+/// three words for every edge of 64 elements, a tenth of that.
+pub(super) fn bounded_bytes(rows: u64, cols: u64) -> u64 {
+    4 * rows * cols + 4 * (rows / 64 + 1) * (cols / 64 + 1) + super::schedule::ALIGNMENT
+}
+
+fn flops(parts: &Parts<'_>) -> f64 {
+    let area = |s: &SuperBlock| {
+        let whole = s.ranges[0].len() as f64 * s.ranges[1].len() as f64;
+        if s.triangle { whole / 2.0 } else { whole }
+    };
+    let products = |(s, graded): (&SuperBlock, &bool)| {
+        // A square on the diagonal of a triangle is one product over the whole square, twice its tiles.
+        let gradients = s.gradients.iter().map(|g| f64::from(u8::from(*g))).sum::<f64>();
+        let backward = 1.0 + gradients * if s.triangle { 2.0 } else { 1.0 };
+        area(s) * if *graded { 1.0 + backward } else { 1.0 }
+    };
+    2.0 * parts.problem.dim as f64 * parts.blocks.iter().zip(&parts.graded).map(products).sum::<f64>()
+}

@@ -1,0 +1,207 @@
+//! From the state's bytes to results: loss and metrics summed up in f64, refusals as errors.
+
+use super::layout::{RESULT_WORDS, STATUS_BYTES};
+use super::plan::Plan;
+use crate::batch::Tower;
+use crate::error::{Error, Result};
+use crate::loss::Block;
+use crate::output::{Evaluation, Metrics, TemperatureGradient};
+use crate::partials::{ExpSum, Partials};
+use std::ops::Range;
+
+const NONE: u32 = u32::MAX;
+// Words of the results, see shaders/common/state.wgsl.
+const SHIFT: usize = 8;
+const UPSTREAM: usize = 10;
+const BETA_SUM: usize = 12;
+const SUM_WORDS: usize = 4;
+
+/// Why a call is refused: the lowest row that is wrong. Its results on the device are NaN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// An embedding with a NaN or an infinity.
+    NonFinite(Tower, usize),
+    /// An embedding of norm zero, where the options make that an error.
+    ZeroNorm(Tower, usize),
+    /// A row of weight above 0 whose softmax is empty: row and group.
+    NoNegative(usize, usize),
+}
+
+/// Numbers of the state, by word; the status first.
+struct State<'a> {
+    bytes: &'a [u8],
+}
+
+impl State<'_> {
+    fn status(&self, word: usize) -> u32 {
+        u32::from_le_bytes(self.bytes[4 * word..][..4].try_into().unwrap_or_default())
+    }
+
+    fn word(&self, word: usize) -> u32 {
+        self.status(STATUS_BYTES as usize / 4 + word)
+    }
+
+    fn float(&self, word: usize) -> f64 {
+        f64::from(f32::from_bits(self.word(word)))
+    }
+
+    fn int(&self, word: usize) -> i32 {
+        self.word(word) as i32
+    }
+
+    fn scaled(&self, word: usize) -> f64 {
+        times_power_of_two(self.float(word), self.int(word + 1))
+    }
+}
+
+/// x·2^n, where 2^n alone may leave the range of f64.
+fn times_power_of_two(x: f64, n: i32) -> f64 {
+    let n = n.clamp(-4000, 4000);
+    let third = n / 3;
+    [third, third, n - 2 * third].into_iter().fold(x, |x, n| x * 2_f64.powi(n))
+}
+
+impl Plan {
+    /// Bytes of the slot `State` that [`Plan::results`] reads: a forward call's results, in front; and where row losses and sums
+    /// lie. All of it is the simplest.
+    pub fn state_bytes(&self) -> u64 {
+        STATUS_BYTES + 4 * self.layout.state_words as u64
+    }
+
+    fn state<'a>(&self, bytes: &'a [u8]) -> Result<State<'a>> {
+        let needed = self.state_bytes();
+        if (bytes.len() as u64) < needed {
+            return Err(Error::invalid("state", format!("{} bytes", bytes.len()), format!("at least {needed}")));
+        }
+        Ok(State { bytes })
+    }
+
+    /// Why the call whose state these bytes are was refused, if it was.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for fewer bytes than [`Plan::state_bytes`].
+    pub fn refusal(&self, state: &[u8]) -> Result<Option<Refusal>> {
+        let state = self.state(state)?;
+        for (k, tower) in [Tower::Query, Tower::Passage].into_iter().enumerate() {
+            if state.status(k) != NONE {
+                return Ok(Some(Refusal::NonFinite(tower, state.status(k) as usize)));
+            }
+            if state.status(2 + k) != NONE && self.facts.zero_is_error {
+                return Ok(Some(Refusal::ZeroNorm(tower, state.status(2 + k) as usize)));
+            }
+        }
+        let row = state.status(4);
+        Ok((row != NONE).then(|| Refusal::NoNegative(row as usize, state.status(5) as usize)))
+    }
+
+    /// The error of a refusal; `find` gives column and value of the first element of a row that is not finite.
+    pub fn error_of(&self, refusal: Refusal, find: impl FnOnce(Tower, usize) -> Result<(usize, f64)>) -> Error {
+        match refusal {
+            Refusal::NonFinite(tower, row) => match find(tower, row) {
+                Ok((column, value)) => Error::NonFinite { tower, row, column, value },
+                Err(error) => error,
+            },
+            Refusal::ZeroNorm(tower, row) => Error::ZeroNorm { tower, row },
+            Refusal::NoNegative(row, group) => Error::NoNegative { loss: self.facts.loss.clone(), group, row },
+        }
+    }
+
+    /// Loss, row losses and metrics from the state after [`Plan::forward`].
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for fewer bytes than [`Plan::state_bytes`].
+    pub fn evaluation(&self, state: &[u8]) -> Result<Evaluation> {
+        let state = self.state(state)?;
+        let weights = &self.facts.weights;
+        let m = weights.len();
+        let row_losses: Vec<f64> = (0..m).map(|i| state.scaled(self.layout.row_losses + 2 * i)).collect();
+        let metrics = |block: Block| {
+            let above = |i: usize| state.word(self.sum(block, i) + 3);
+            let sum = |f: fn(u32) -> f64| (0..m).map(|i| weights[i] * f(above(i))).sum();
+            Metrics {
+                precision_at_1: sum(|above| f64::from(u8::from(above == 0))),
+                mrr: sum(|above| 1.0 / (1.0 + f64::from(above))),
+            }
+        };
+        Ok(Evaluation {
+            loss: row_losses.iter().zip(weights).map(|(l, w)| l * w).sum(),
+            query_to_passage: metrics(Block::QP),
+            passage_to_query: metrics(Block::PQ),
+            row_losses,
+        })
+    }
+
+    /// ∂L/∂τ and ∂L/∂log β from the state after [`Plan::backward`].
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for fewer bytes than [`Plan::state_bytes`].
+    pub fn temperature(&self, state: &[u8]) -> Result<TemperatureGradient> {
+        let state = self.state(state)?;
+        let sum = state.float(BETA_SUM) + state.float(BETA_SUM + 1);
+        let upstream = self.facts.upstream * state.float(UPSTREAM);
+        let grad_beta = upstream * times_power_of_two(sum, state.int(SHIFT));
+        Ok(TemperatureGradient::from_beta(grad_beta, self.facts.beta))
+    }
+
+    fn sum(&self, block: Block, row: usize) -> usize {
+        self.layout.sums + SUM_WORDS * (block.index() * self.facts.weights.len() + row)
+    }
+
+    /// The sums of this shard, to be merged with those of the others, from the state after [`Plan::partials`].
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for fewer bytes than [`Plan::state_bytes`].
+    pub fn read_partials(&self, state: &[u8]) -> Result<Partials> {
+        let state = self.state(state)?;
+        let (facts, m) = (&self.facts, self.facts.weights.len());
+        let uses = |b: Block| facts.uses[b.index()];
+        let mut partials = Partials::new(m, uses, facts.rows.clone(), facts.origin.clone());
+        for (block, sums) in Block::ALL.into_iter().zip(&mut partials.sums) {
+            for (row, sum) in sums.iter_mut().enumerate() {
+                let at = self.sum(block, row);
+                *sum = ExpSum::new(state.float(at) + state.float(at + 1), state.int(at + 2));
+            }
+        }
+        for (block, above) in [Block::QP, Block::PQ].into_iter().zip(&mut partials.above) {
+            for (row, above) in above.iter_mut().enumerate() {
+                *above = state.word(self.sum(block, row) + 3);
+            }
+        }
+        Ok(partials)
+    }
+
+    /// Where in the slot `State` merged sums go before [`Plan::combine`], and what.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for partials that do not cover all rows, [`Error::StateMismatch`] for those of another call.
+    pub fn write_partials(&self, partials: &Partials) -> Result<(Range<u64>, Vec<u8>)> {
+        partials.expect_origin(&self.facts.origin)?;
+        partials.expect_complete()?;
+        let m = self.facts.weights.len();
+        let mut words = Vec::with_capacity(SUM_WORDS * 4 * m);
+        for block in Block::ALL {
+            for row in 0..m {
+                let (sum, exponent) =
+                    partials.sums[block.index()].get(row).map_or((0.0, 0), |sum| normalized(sum.parts()));
+                let high = sum as f32;
+                let low = (sum - f64::from(high)) as f32;
+                let above = partials.above.get(block.index()).map_or(0, |above| above[row]);
+                words.extend([high.to_bits(), low.to_bits(), exponent as u32, above]);
+            }
+        }
+        let start = STATUS_BYTES + 4 * self.layout.sums as u64;
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        Ok((start..start + bytes.len() as u64, bytes))
+    }
+}
+
+/// A sum near 1 with the exponent to match: merging may have left one that f32 does not hold.
+fn normalized((sum, exponent): (f64, i32)) -> (f64, i32) {
+    if sum == 0.0 || !sum.is_normal() {
+        return (0.0, 0);
+    }
+    let own = ((sum.to_bits() >> 52) & 0x7ff) as i32 - 1023;
+    (times_power_of_two(sum, -own), exponent + own)
+}
+
+const _: () = assert!(BETA_SUM + 2 <= RESULT_WORDS);
