@@ -3,187 +3,20 @@
 //
 // Streams do nothing before they must: work is done when somebody waits, so that whoever reads too early, frees too early or
 // orders streams wrongly gets a wrong result. Pageable memory of the host is read when a copy to the device is enqueued, and
-// written when a copy from it returns, as the real driver does. While a stream is captured, copies and waits are errors.
+// written when a copy from it returns, as the real driver mostly does; `late` has it read when the stream gets there, which the
+// description of the driver's API allows. While a stream is captured, allocations, copies, waits and loading are errors, and
+// spoil the capture.
 //
 // SAMTONE_TEST_DRIVER chooses what it lacks: words separated by spaces, each name=number
 //   init=N        cuInit gives N            version=N    latest CUDA, 1000·major + 10·minor (default 12040)
 //   devices=N     (default 2)               capability=N 10·major + minor (default 80)
 //   load=N        cuModuleLoadDataEx gives N, with a log
+//   loads=N       the module after the N-th gives 218
 //   allocations=N the allocation after the N-th gives 2 (out of memory)
 //   launches=N    the launch after the N-th faults: 700 from then on
-#include "../../kernels/emulator/block.hpp"
-#include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <deque>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <string>
-#include <utility>
-#include <vector>
-
-namespace {
-using Code = int;
-enum : Code {
-    DONE = 0,
-    INVALID_VALUE = 1,
-    OUT_OF_MEMORY = 2,
-    NOT_INITIALIZED = 3,
-    INVALID_DEVICE = 101,
-    INVALID_CONTEXT = 201,
-    INVALID_HANDLE = 400,
-    NOT_FOUND = 500,
-    ILLEGAL_ADDRESS = 700,
-    CAPTURE_UNSUPPORTED = 900,
-    CAPTURE_INVALIDATED = 901
-};
-
-long setting(const char* name, long otherwise) {
-    const char* all = std::getenv("SAMTONE_TEST_DRIVER");
-    std::string text = std::string(" ") + (all == nullptr ? "" : all), wanted = std::string(" ") + name + "=";
-    std::size_t at = text.find(wanted);
-    return at == std::string::npos ? otherwise : std::strtol(text.c_str() + at + wanted.size(), nullptr, 10);
-}
-
-struct Context {
-    int device = 0, retained = 0;
-};
-
-struct Event;
-
-// One thing a stream does. Gives an error code.
-using Work = std::function<Code()>;
-
-struct Stream {
-    Context* context = nullptr;
-    std::deque<Work> work; // not done yet
-    bool capturing = false, spoiled = false;
-    std::vector<Work> captured;
-};
-
-struct Event {
-    Stream* stream = nullptr;
-    u64 marked = 0; // how many times it was recorded, and how far that is done
-    u64 done = 0;
-};
-
-struct Graph {
-    std::vector<Work> work;
-};
-
-struct Function {
-    std::string name;
-    std::vector<u32> parameters;
-    int shared_bytes = 48 << 10;
-    Context* context = nullptr;
-};
-
-struct Module {
-    std::string text;
-    Context* context = nullptr;
-    std::vector<std::unique_ptr<Function>> functions;
-};
-
-struct Allocation {
-    u64 bytes = 0;
-    Context* context = nullptr;
-};
-
-std::recursive_mutex lock;
-bool initialised = false;
-Code sticky = DONE;
-Context contexts[8];
-std::map<u64, Allocation> allocations;
-std::vector<std::unique_ptr<Stream>> streams;
-long allocated = 0, launched = 0;
-thread_local std::vector<Context*> current{nullptr};
-
-#define ENTER                                             \
-    std::lock_guard<std::recursive_mutex> guard(lock);    \
-    if (!initialised) return NOT_INITIALIZED;             \
-    if (sticky != DONE) return sticky
-
-Stream* default_stream() {
-    static Stream stream;
-    return &stream;
-}
-// One for all threads: stricter orders only fewer things.
-Stream* stream_of(void* handle) { return reinterpret_cast<u64>(handle) <= 2 ? default_stream() : static_cast<Stream*>(handle); }
-
-// Does what the stream has to do, until `enough` or until nothing is left.
-Code drain(Stream& stream, const std::function<bool()>& enough = [] { return false; }) {
-    while (sticky == DONE && !stream.work.empty() && !enough()) {
-        Work work = std::move(stream.work.front());
-        stream.work.pop_front();
-        sticky = work();
-    }
-    return sticky;
-}
-
-// Everything, the last stream first, so that nothing is ordered by chance.
-Code drain_all() {
-    for (auto stream = streams.rbegin(); stream != streams.rend(); ++stream)
-        if (Code code = drain(**stream); code != DONE) return code;
-    return drain(*default_stream());
-}
-
-Code enqueue(Stream* stream, Work work) {
-    if (stream->capturing) stream->captured.push_back(std::move(work));
-    else stream->work.push_back(std::move(work));
-    return DONE;
-}
-
-// A wait or a copy while a stream is captured fails, and the capture with it.
-Code spoil(Stream* stream) {
-    stream->spoiled = true;
-    return CAPTURE_UNSUPPORTED;
-}
-
-// Memory that holds all of these bytes, of a live allocation.
-const Allocation* find(u64 address, u64 bytes) {
-    auto next = allocations.upper_bound(address);
-    if (next == allocations.begin()) return nullptr;
-    auto found = std::prev(next);
-    return address + bytes <= found->first + found->second.bytes ? &found->second : nullptr;
-}
-
-Code fault(const std::string& sentence) {
-    std::fprintf(stderr, "test driver: %s\n", sentence.c_str());
-    return ILLEGAL_ADDRESS;
-}
-
-Code write(u64 to, const std::vector<unsigned char>& bytes) {
-    std::string error = emulator::upload(to, bytes.data(), bytes.size());
-    return error.empty() ? DONE : fault(error);
-}
-
-Code allocate(u64* pointer, std::size_t bytes) {
-    if (bytes == 0 || current.back() == nullptr) return bytes == 0 ? INVALID_VALUE : INVALID_CONTEXT;
-    if (allocated++ >= setting("allocations", 1L << 40)) return OUT_OF_MEMORY;
-    *pointer = emulator::allocate("allocation " + std::to_string(allocated), bytes);
-    allocations[*pointer] = {bytes, current.back()};
-    return DONE;
-}
-
-Code release(u64 pointer) {
-    if (allocations.erase(pointer) == 0) return INVALID_VALUE;
-    std::string error = emulator::release(pointer);
-    return error.empty() ? DONE : fault(error);
-}
-
-std::vector<u32> parameters(const std::string& list) {
-    std::vector<u32> all;
-    for (std::size_t at = list.find(".param"); at != std::string::npos; at = list.find(".param", at + 1)) {
-        std::string one = list.substr(at + 6, list.find_first_of(",)", at) - at - 6);
-        std::size_t open = one.find('['), type = one.rfind('.', open == std::string::npos ? one.size() : open);
-        u32 bits = static_cast<u32>(std::strtoul(one.c_str() + type + 2, nullptr, 10));
-        const bool array = open != std::string::npos;
-        all.push_back(bits / 8 * (array ? static_cast<u32>(std::strtoul(one.c_str() + open + 1, nullptr, 10)) : 1));
-    }
-    return all;
-}
-} // namespace
+//   refused=N     the launch after the N-th gives 1, and those after it are done again
+//   late=N        copies of N bytes or more read the host's memory late
+#include "driver.hpp"
 
 extern "C" {
 Code cuInit(unsigned) {
@@ -233,6 +66,12 @@ Code cuDevicePrimaryCtxRelease_v2(int device) {
     ENTER;
     return contexts[device].retained-- > 0 ? DONE : INVALID_CONTEXT;
 }
+Code cuDevicePrimaryCtxGetState(int device, unsigned* flags, int* active) {
+    ENTER;
+    *flags = 0;
+    *active = contexts[device].retained > 0 ? 1 : 0;
+    return DONE;
+}
 Code cuCtxGetCurrent(Context** context) {
     ENTER;
     *context = current.back();
@@ -257,23 +96,29 @@ Code cuCtxPopCurrent_v2(Context** context) {
 }
 Code cuCtxSynchronize() {
     ENTER;
+    if (Code code = unsafe_call(true); code != DONE) return code;
     return drain_all();
 }
 
 Code cuModuleLoadDataEx(Module** module, const void* image, unsigned count, int* options, void** values) {
     ENTER;
     if (current.back() == nullptr) return INVALID_CONTEXT;
+    if (Code code = unsafe_call(); code != DONE) return code;
     if (long code = setting("load", 0); code != 0) {
         for (unsigned i = 0; i < count; ++i) // the error log, and its size in the place of a pointer
             if (options[i] == 5) std::strcpy(static_cast<char*>(values[i]), "ptxas error   : planted by the test");
         return static_cast<Code>(code);
     }
-    *module = new Module{static_cast<const char*>(image), current.back(), {}};
+    if (loaded++ >= setting("loads", 1L << 40)) return INVALID_PTX;
+    *module = new Module;
+    (*module)->text = static_cast<const char*>(image);
+    (*module)->context = current.back();
     return DONE;
 }
 Code cuModuleUnload(Module* module) {
     ENTER;
-    drain_all();
+    if (Code code = unsafe_call(); code != DONE) return code;
+    *module->loaded = false; // whatever still is to run of it faults
     delete module;
     return DONE;
 }
@@ -282,13 +127,13 @@ Code cuModuleGetFunction(Function** function, Module* module, const char* name) 
     std::size_t at = module->text.find(".entry " + std::string(name) + "(");
     if (at == std::string::npos) return NOT_FOUND;
     std::string list = module->text.substr(at, module->text.find(')', at) - at + 1);
-    module->functions.push_back(std::make_unique<Function>(Function{name, parameters(list), 48 << 10, module->context}));
+    module->functions.push_back(std::make_unique<Function>(Function{name, parameters(list), 48 << 10, module->context, module->loaded}));
     *function = module->functions.back().get();
     return DONE;
 }
 Code cuFuncSetAttribute(Function* function, int attribute, int value) {
     ENTER;
-    if (attribute != 8 || value > 163 << 10) return INVALID_VALUE; // what compute capability 8.0 has
+    if (attribute != 8 || value > 99 << 10) return INVALID_VALUE; // the least of 8.0 and later: 8.6, 8.9, 12.0
     function->shared_bytes = value;
     return DONE;
 }
@@ -308,8 +153,11 @@ Code cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsi
         const auto* bytes = static_cast<const unsigned char*>(values[i]);
         launch.arguments.emplace_back(bytes, bytes + function->parameters[i]);
     }
+    if (x == 0 || y == 0 || y > 65535 || threads > 1024) return INVALID_VALUE;
+    if (launched == setting("refused", -1)) return ++launched, INVALID_VALUE;
     const bool faults = launched++ >= setting("launches", 1L << 40);
-    return enqueue(stream, [launch, faults] {
+    return enqueue(stream, [launch, faults, loaded = function->loaded] {
+        if (!*loaded) return fault("a kernel of a module that was unloaded");
         if (faults) return fault("a launch that was told to fault");
         std::string error = emulator::run(launch);
         return error.empty() ? DONE : fault(error);
@@ -318,34 +166,52 @@ Code cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsi
 
 Code cuMemAlloc_v2(u64* pointer, std::size_t bytes) {
     ENTER;
+    if (Code code = unsafe_call(); code != DONE) return code;
     return allocate(pointer, bytes);
 }
-Code cuMemAllocAsync(u64* pointer, std::size_t bytes, void*) {
+Code cuMemAllocAsync(u64* pointer, std::size_t bytes, void* stream) {
     ENTER;
+    if (stream_of(stream)->capturing) return spoil(stream_of(stream)); // it would be memory of the graph, gone between replays
     return allocate(pointer, bytes);
+}
+Code cuMemHostAlloc(void** pointer, std::size_t bytes, unsigned) {
+    ENTER;
+    *pointer = std::malloc(bytes);
+    pinned[reinterpret_cast<u64>(*pointer)] = {bytes, current.back()};
+    return DONE;
+}
+Code cuMemFreeHost(void* pointer) {
+    ENTER;
+    if (pinned.erase(reinterpret_cast<u64>(pointer)) == 0) return INVALID_VALUE;
+    std::free(pointer);
+    return DONE;
 }
 Code cuMemFree_v2(u64 pointer) {
     ENTER;
+    if (Code code = unsafe_call(); code != DONE) return code;
     if (Code code = drain_all(); code != DONE) return code;
     return release(pointer);
 }
 Code cuMemFreeAsync(u64 pointer, void* stream) {
     ENTER;
+    if (stream_of(stream)->capturing) return stream_of(stream)->spoiled = true, INVALID_VALUE; // no memory of the graph
     return enqueue(stream_of(stream), [pointer] { return release(pointer); });
 }
 Code cuMemcpyHtoDAsync_v2(u64 to, const void* from, std::size_t bytes, void* handle) {
     ENTER;
     Stream* stream = stream_of(handle);
     if (stream->capturing) return spoil(stream); // a graph would read the host's memory again, when it is gone
-    if (find(to, bytes) == nullptr) return INVALID_VALUE;
+    if (find(allocations, to, bytes) == nullptr) return INVALID_VALUE;
     const auto* start = static_cast<const unsigned char*>(from);
+    if (static_cast<long>(bytes) >= setting("late", 1L << 40))
+        return enqueue(stream, [to, start, bytes] { return write(to, std::vector<unsigned char>(start, start + bytes)); });
     return enqueue(stream, [to, content = std::vector<unsigned char>(start, start + bytes)] { return write(to, content); });
 }
 Code cuMemcpyDtoHAsync_v2(void* to, u64 from, std::size_t bytes, void* handle) {
     ENTER;
     Stream* stream = stream_of(handle);
     if (stream->capturing) return spoil(stream);
-    if (find(from, bytes) == nullptr) return INVALID_VALUE;
+    if (find(allocations, from, bytes) == nullptr) return INVALID_VALUE;
     if (Code code = drain(*stream); code != DONE) return code;
     std::vector<unsigned char> content;
     if (std::string error = emulator::download(from, bytes, content); !error.empty()) return sticky = fault(error);
@@ -354,22 +220,24 @@ Code cuMemcpyDtoHAsync_v2(void* to, u64 from, std::size_t bytes, void* handle) {
 }
 Code cuMemsetD32Async(u64 to, unsigned value, std::size_t count, void* stream) {
     ENTER;
-    if (find(to, 4 * count) == nullptr) return INVALID_VALUE;
+    if (find(allocations, to, 4 * count) == nullptr) return INVALID_VALUE;
     std::vector<unsigned char> content(4 * count);
     for (std::size_t i = 0; i < count; ++i) std::memcpy(content.data() + 4 * i, &value, 4);
     return enqueue(stream_of(stream), [to, content] { return write(to, content); });
 }
 Code cuMemsetD8Async(u64 to, unsigned char value, std::size_t count, void* stream) {
     ENTER;
-    if (find(to, count) == nullptr) return INVALID_VALUE;
+    if (find(allocations, to, count) == nullptr) return INVALID_VALUE;
     return enqueue(stream_of(stream), [to, content = std::vector<unsigned char>(count, value)] { return write(to, content); });
 }
 Code cuPointerGetAttribute(void* data, int attribute, u64 pointer) {
     ENTER;
-    const Allocation* found = find(pointer, 1);
+    const bool on_host = find(pinned, pointer, 1) != nullptr;
+    const Allocation* found = find(on_host ? pinned : allocations, pointer, 1);
     if (found == nullptr) return INVALID_VALUE;
-    const u64 start = std::prev(allocations.upper_bound(pointer))->first;
+    const u64 start = std::prev((on_host ? pinned : allocations).upper_bound(pointer))->first;
     switch (attribute) {
+    case 2: *static_cast<unsigned*>(data) = on_host ? 1 : 2; return DONE;
     case 8: *static_cast<unsigned*>(data) = 0; return DONE;
     case 9: *static_cast<int*>(data) = found->context->device; return DONE;
     case 11: *static_cast<u64*>(data) = start; return DONE;
@@ -397,6 +265,9 @@ Code cuStreamSynchronize(void* handle) {
 Code cuStreamWaitEvent(void* handle, Event* event, unsigned) {
     ENTER;
     if (event->stream == nullptr) return DONE;
+    // What comes before a capture is no part of it, nor can what is captured be waited for outside.
+    if (stream_of(handle)->capturing && !event->captured) return spoil(stream_of(handle)), CAPTURE_ISOLATION;
+    if (event->captured) return stream_of(handle)->capturing ? DONE : CAPTURED_EVENT;
     return enqueue(stream_of(handle), [event, stream = event->stream, mark = event->marked] {
         return drain(*stream, [event, mark] { return event->done >= mark; });
     });
@@ -406,11 +277,13 @@ Code cuStreamIsCapturing(void* handle, int* status) {
     *status = stream_of(handle)->capturing ? 1 : 0;
     return DONE;
 }
-Code cuStreamBeginCapture_v2(void* handle, int) {
+Code cuStreamBeginCapture_v2(void* handle, int mode) {
     ENTER;
     Stream* stream = stream_of(handle);
     if (stream == default_stream() || stream->capturing) return CAPTURE_UNSUPPORTED;
     stream->capturing = true;
+    stream->mode = mode;
+    stream->capturer = std::this_thread::get_id();
     return DONE;
 }
 Code cuStreamEndCapture(void* handle, Graph** graph) {
@@ -448,10 +321,17 @@ Code cuEventCreate(Event** event, unsigned) {
 Code cuEventRecord(Event* event, void* handle) {
     ENTER;
     event->stream = stream_of(handle);
+    if (event->captured = event->stream->capturing; event->captured) return DONE;
     return enqueue(event->stream, [event, mark = ++event->marked] {
         event->done = mark;
         return DONE;
     });
+}
+Code cuEventSynchronize(Event* event) {
+    ENTER;
+    if (event->captured) return CAPTURED_EVENT;
+    if (event->stream == nullptr) return DONE;
+    return drain(*event->stream, [event, mark = event->marked] { return event->done >= mark; });
 }
 Code cuEventDestroy_v2(Event*) { return DONE; } // waits may still be enqueued: kept until the process ends
 }

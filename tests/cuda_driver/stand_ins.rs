@@ -99,7 +99,8 @@ fn build_emulated() -> Result<PathBuf, String> {
     sources.retain(|path| !path.ends_with("server.cpp"));
     sources.extend(files("kernels", ".cu")?);
     sources.extend(files("tests/cuda_driver", ".cpp")?);
-    let headers = [files("kernels/common", ".cuh")?, files("kernels/emulator", ".hpp")?].concat();
+    let own = files("tests/cuda_driver", ".hpp")?;
+    let headers = [files("kernels/common", ".cuh")?, files("kernels/emulator", ".hpp")?, own].concat();
 
     let text = |path: &PathBuf| std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()));
     let headers = headers.iter().map(text).collect::<Result<Vec<_>, _>>()?.concat();
