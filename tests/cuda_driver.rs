@@ -7,6 +7,8 @@
 
 mod support;
 
+#[path = "cuda_driver/emulated.rs"]
+mod emulated;
 #[path = "cuda_driver/memory.rs"]
 mod memory;
 #[path = "cuda_driver/raw.rs"]
@@ -87,8 +89,8 @@ fn run_child(name: &str) -> ExitCode {
         report(panic);
         std::process::abort();
     }));
-    let lacking = LACKING.iter().map(|(name, _, run)| (*name, *run));
-    match ABSENT.iter().copied().chain(lacking).chain(on_devices()).find(|(other, _)| *other == name) {
+    let told = told().map(|(name, _, run)| (name, run));
+    match ABSENT.iter().copied().chain(told).chain(on_devices()).find(|(other, _)| *other == name) {
         Some((_, run)) => match run() {
             Ok(()) => ExitCode::SUCCESS,
             Err(sentence) => {
@@ -101,6 +103,11 @@ fn run_child(name: &str) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Checks for which the emulated driver is told something.
+fn told() -> impl Iterator<Item = (&'static str, &'static str, Body)> {
+    LACKING.iter().chain(emulated::CHECKS).chain(emulated::SLICES).copied()
 }
 
 fn on_devices() -> impl Iterator<Item = Check> {
@@ -136,7 +143,7 @@ fn trials(required: &dyn Fn(&str) -> bool) -> Vec<Trial> {
         let run = child(name, "", emulated.clone());
         add(format!("emulated: {name}"), no_emulator.clone(), required("emulator"), run);
     }
-    for (name, settings, _) in LACKING {
+    for (name, settings, _) in told() {
         let run = child(name, settings, emulated.clone());
         add(format!("emulated: {name}"), no_emulator.clone(), required("emulator"), run);
     }

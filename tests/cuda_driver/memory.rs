@@ -40,6 +40,20 @@ impl Driver {
         call!(self, cuCtxGetCurrent(&mut context => *mut u64)).map(|()| context)
     }
 
+    /// Whether anybody has the primary context of that device.
+    pub fn is_retained(&self, device: c_int) -> Result<bool, String> {
+        let (mut flags, mut active) = (0, 0);
+        call!(self, cuDevicePrimaryCtxGetState(device => c_int, &mut flags => *mut c_uint, &mut active => *mut c_int))?;
+        Ok(active != 0)
+    }
+
+    /// Page-locked memory of the host, which the driver keeps until the process ends.
+    pub fn pinned(&self, bytes: u64) -> Result<u64, String> {
+        let mut address = 0;
+        call!(self, cuMemHostAlloc(&mut address => *mut u64, bytes as usize => usize, 0 => c_uint))?;
+        Ok(address)
+    }
+
     /// Uninitialised memory.
     pub fn allocate(&self, bytes: u64) -> Result<Memory<'_>, String> {
         let mut address = 0;

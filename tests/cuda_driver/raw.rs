@@ -166,12 +166,12 @@ pub fn sample(loss: Loss, seed: u64) -> Result<Problem, String> {
 
 /// A plan with memory for all of its slots, on a stream.
 pub struct Call<'a> {
-    device: &'a Device,
-    plan: Plan,
-    readout: Readout,
-    memory: Vec<Memory<'a>>,
-    pointers: Pointers,
-    stream: Stream,
+    pub device: &'a Device,
+    pub plan: Plan,
+    pub readout: Readout,
+    pub memory: Vec<Memory<'a>>,
+    pub pointers: Pointers,
+    pub stream: Stream,
     driver: &'a Driver,
     dtype: DType,
     /// Rows and dimension of each tower's gradient.
@@ -187,7 +187,7 @@ fn bytes(buffer: &Buffer) -> Vec<u8> {
     }
 }
 
-fn with_call(
+pub fn with_call(
     problem: &Problem,
     dtype: DType,
     check: impl FnOnce(&mut Call<'_>, &Driver) -> Result<(), String>,
@@ -268,7 +268,7 @@ impl<'a> Call<'a> {
         })
     }
 
-    fn run(&self, call: unsafe fn(&Device, &Plan, &Pointers, Stream) -> samtone::Result<()>) -> Result<(), String> {
+    pub fn run(&self, call: unsafe fn(&Device, &Plan, &Pointers, Stream) -> samtone::Result<()>) -> Result<(), String> {
         // SAFETY: every slot has as many bytes as the plan says, the side data are there, and the stream is the context's.
         unsafe { call(self.device, &self.plan, &self.pointers, self.stream) }.map_err(text)
     }
@@ -278,7 +278,7 @@ impl<'a> Call<'a> {
         Ok(bytes.chunks_exact(4).map(|x| f64::from(f32::from_le_bytes([x[0], x[1], x[2], x[3]]))).collect())
     }
 
-    fn outputs(&self) -> Result<Outputs, String> {
+    pub fn outputs(&self) -> Result<Outputs, String> {
         // SAFETY: as in `run`; forward and backward are enqueued.
         let results = unsafe { self.device.results(&self.readout, &self.pointers, self.stream) };
         let (evaluation, temperature) = results.map_err(text)?;
@@ -311,6 +311,14 @@ fn pointers() -> Result<(), String> {
         let address = (host.as_ptr() as u64).next_multiple_of(256);
         let sentence = check(&Pointers { side: address, ..good }).err().map(text).unwrap_or_default();
         demand(sentence.contains("`side`"), &sentence)?;
+        let pinned = Pointers { side: driver.pinned(call.plan.slot_bytes(Slot::Side))?.next_multiple_of(256), ..good };
+        let sentence = check(&pinned).err().map(text).unwrap_or_default();
+        demand(sentence.contains("`side` belongs to the host"), &sentence)?;
+        check(&Pointers { passage: good.query, ..good }).err().map_or(Ok(()), |e| {
+            demand(e.to_string().contains("`passage` is"), &format!("{e}")) // too short, but not refused for the overlap
+        })?;
+        let sentence = check(&Pointers { state: good.workspace, ..good }).err().map(text).unwrap_or_default();
+        demand(sentence.contains("part of which is `state`") && sentence.contains("`workspace`"), &sentence)?;
         if cuda::device_count().map_err(text)? > 1 {
             let other = Device::new(1).map_err(text)?;
             let sentence = other.check_pointers(&call.plan, &good).err().map(text).unwrap_or_default();

@@ -240,11 +240,11 @@ pub const CHECKS: &[Check] = &[
 ];
 
 /// cudarc's own text needs a driver, which is here.
-fn debug(error: impl std::fmt::Debug) -> String {
+pub fn debug(error: impl std::fmt::Debug) -> String {
     format!("{error:?}")
 }
 
-fn samtone_wide() -> Result<Problem, String> {
+pub fn samtone_wide() -> Result<Problem, String> {
     use super::support::data::{Kind, problem};
     problem(Loss::samtone_both(), Kind::Trained, (70, 90, 33), 0.05, 30, 0.0).map_err(text)
 }
@@ -255,29 +255,29 @@ fn expected(problem: &Problem, upstream: f64) -> Result<Expected, String> {
 }
 
 /// A device, and a stream of its primary context.
-struct Place {
-    device: Device,
-    stream: Arc<CudaStream>,
+pub struct Place {
+    pub device: Device,
+    pub stream: Arc<CudaStream>,
 }
 
 impl Place {
-    fn new(ordinal: usize) -> Result<Self, String> {
+    pub fn new(ordinal: usize) -> Result<Self, String> {
         let device = Device::new(ordinal).map_err(text)?;
         let stream = CudaContext::new(ordinal).and_then(|context| context.new_stream()).map_err(debug)?;
         Ok(Self { device, stream })
     }
 
-    fn upload(&self, problem: &Problem) -> Result<(CudaSlice<f32>, CudaSlice<f32>), String> {
+    pub fn upload(&self, problem: &Problem) -> Result<(CudaSlice<f32>, CudaSlice<f32>), String> {
         let tower = |x: &[f64]| self.stream.clone_htod(&x.iter().map(|&x| x as f32).collect::<Vec<_>>()).map_err(debug);
         Ok((tower(&problem.query)?, tower(&problem.passage)?))
     }
 
-    fn gradients(&self, problem: &Problem) -> Result<DeviceGradients, String> {
+    pub fn gradients(&self, problem: &Problem) -> Result<DeviceGradients, String> {
         let slice = |x: &[f64]| self.stream.clone_htod(&vec![f32::NAN; x.len()]).map_err(debug);
         Ok(DeviceGradients { query: slice(&problem.query)?, passage: slice(&problem.passage)? })
     }
 
-    fn download(&self, gradients: &DeviceGradients) -> Result<[Vec<f64>; 2], String> {
+    pub fn download(&self, gradients: &DeviceGradients) -> Result<[Vec<f64>; 2], String> {
         let slice = |x: &CudaSlice<f32>| {
             let values = self.stream.clone_dtoh(x).map_err(debug)?;
             self.stream.synchronize().map_err(debug)?;
@@ -286,7 +286,7 @@ impl Place {
         Ok([slice(&gradients.query)?, slice(&gradients.passage)?])
     }
 
-    fn judge(
+    pub fn judge(
         &self,
         problem: &Problem,
         evaluation: Evaluation,
@@ -301,14 +301,14 @@ impl Place {
 }
 
 /// The pairs of a problem, whose embeddings are elsewhere.
-struct Pairs<'a>(&'a Problem);
+pub struct Pairs<'a>(&'a Problem);
 
 impl<'a> Pairs<'a> {
-    fn of(problem: &'a Problem) -> Result<Self, String> {
+    pub fn of(problem: &'a Problem) -> Result<Self, String> {
         Ok(Self(problem))
     }
 
-    fn pairs(&self) -> Result<samtone::Pairs<'a>, String> {
+    pub fn pairs(&self) -> Result<samtone::Pairs<'a>, String> {
         let pairs = samtone::Pairs::new(self.0.rows, self.0.passages).map_err(text)?;
         match &self.0.positives {
             Some(positives) => pairs.with_positives(positives).map_err(text),
@@ -316,7 +316,11 @@ impl<'a> Pairs<'a> {
         }
     }
 
-    fn batch<'b>(&self, query: &'b CudaSlice<f32>, passage: &'b CudaSlice<f32>) -> Result<DeviceBatch<'b, f32>, String>
+    pub fn batch<'b>(
+        &self,
+        query: &'b CudaSlice<f32>,
+        passage: &'b CudaSlice<f32>,
+    ) -> Result<DeviceBatch<'b, f32>, String>
     where
         'a: 'b,
     {

@@ -9,9 +9,11 @@ use std::ffi::c_void;
 pub struct Stream(u64);
 
 impl Stream {
-    /// The default stream, which waits for all others and they for it. It cannot be captured into a graph.
+    /// The default stream, which waits for all others and they for it, except for those that are made not to: the streams of
+    /// cudarc and of PyTorch are. It cannot be captured into a graph.
     pub const LEGACY: Self = Self(0);
-    /// The default stream of the calling thread.
+    /// The default stream of the calling thread: from another thread, the same number is another stream, and nothing orders the
+    /// two.
     pub const PER_THREAD: Self = Self(2);
 
     /// A stream of the device's primary context. Nothing is checked before the driver uses it.
@@ -67,9 +69,9 @@ impl Pointers {
     }
 
     /// An error unless every slot that these launches of `plan` use has an address, and a well-aligned one.
-    pub(super) fn check(&self, plan: &Plan, launches: &[Launch]) -> Result<()> {
+    pub(super) fn check<'l>(&self, plan: &Plan, launches: impl IntoIterator<Item = &'l Launch> + Clone) -> Result<()> {
         let used = |slot: Slot| {
-            let addresses = launches.iter().flat_map(|l| &l.arguments).flat_map(|a| &a.pointers);
+            let addresses = launches.clone().into_iter().flat_map(|l| &l.arguments).flat_map(|a| &a.pointers);
             addresses
                 .into_iter()
                 .any(|(_, address)| matches!(address, Address::In(id, _) if plan.arrays()[id.0].slot == slot))

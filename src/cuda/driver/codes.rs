@@ -99,7 +99,11 @@ pub(super) fn hint(code: i32) -> &'static str {
         802 => "the system is still starting; on machines with NVSwitch, is the fabric manager running?",
         803 => "the driver's library and kernel module differ; a reboot brings them together",
         804 => "this device does not support the compatibility package of CUDA that is installed",
-        900..=908 => {
+        905 => {
+            "a stream that is being captured would wait for what was enqueued before the capture; with slices of cudarc, turn its \
+             event tracking off before they are allocated"
+        }
+        900..=904 | 906..=908 => {
             "a stream is being captured into a graph, and this call cannot be part of one; load kernels and allocate before \
              the capture, read results after a replay"
         }

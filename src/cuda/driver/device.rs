@@ -4,7 +4,7 @@ use super::arguments::{Parameters, Pointers, Stream};
 use super::entry::{Driver, Handle};
 use super::probe::{self, Candidate};
 use super::{codes, ptx};
-use crate::cuda::{Launch, Plan, Slot};
+use crate::cuda::{Launch, Plan};
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
@@ -18,11 +18,6 @@ const FREE_SHARED_BYTES: u32 = 48 << 10;
 const MAX_DYNAMIC_SHARED: c_int = 8;
 /// `CU_JIT_INFO_LOG_BUFFER`, its size in bytes, `CU_JIT_ERROR_LOG_BUFFER`, its size in bytes.
 const LOG_OPTIONS: [c_int; 4] = [3, 4, 5, 6];
-/// `CU_POINTER_ATTRIBUTE_…`.
-const IS_MANAGED: c_int = 8;
-const DEVICE_ORDINAL: c_int = 9;
-const RANGE_START_ADDR: c_int = 11;
-const RANGE_SIZE: c_int = 12;
 
 /// A GPU whose kernels are compiled once, on first use, and can then be launched from any thread on any stream.
 ///
@@ -31,6 +26,9 @@ const RANGE_SIZE: c_int = 12;
 ///
 /// The driver compiles the PTX for the device when a kernel is first needed, and keeps the result on disk: some seconds on a
 /// machine's first run, far less later. [`Device::load`] does it ahead of time.
+///
+/// Dropping the last clone waits for the whole context and unloads the kernels, so a graph into which calls were captured must
+/// not be launched after it.
 #[derive(Clone)]
 pub struct Device {
     inner: Arc<Inner>,
@@ -89,9 +87,12 @@ impl Drop for Inner {
         // Failures mean that the process is ending and the driver gone before us, or that a fault has taken the context.
         let current = current(self.driver, self.context);
         let modules = self.modules.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if current.is_ok() {
+        // Kernels may still be running or waiting to run, and nothing says that unloading waits for them.
+        // SAFETY: no parameters.
+        if current.is_ok() && (modules.is_empty() || unsafe { self.driver.cuCtxSynchronize() }.is_ok()) {
             for module in modules.values() {
-                // SAFETY: this is the only owner of the module, and whoever launches holds a clone of the device.
+                // SAFETY: this is the only owner of the module, whoever launches holds a clone of the device, and what was
+                // launched is done.
                 let _ = unsafe { self.driver.cuModuleUnload(module.handle) };
             }
         }
@@ -186,6 +187,30 @@ impl Device {
         plan.forward().iter().chain(plan.backward_alone()).try_for_each(|launch| self.function(launch).map(drop))
     }
 
+    /// The function of a launch, if it is loaded and allowed to have the launch's shared memory.
+    fn loaded(modules: &HashMap<&'static str, Module>, launch: &Launch) -> Option<Function> {
+        let function = modules.get(launch.module)?.functions.get(&launch.kernel)?;
+        (launch.shared_bytes <= FREE_SHARED_BYTES.max(function.shared_bytes)).then(|| function.clone())
+    }
+
+    /// The functions of these launches, loaded if need be. The context is current.
+    fn functions<'l>(
+        &self,
+        launches: impl Iterator<Item = &'l Launch> + Clone,
+        stream: Stream,
+    ) -> Result<Vec<Function>> {
+        let loaded = {
+            let modules = self.inner.modules.lock().unwrap_or_else(PoisonError::into_inner);
+            launches.clone().map(|launch| Self::loaded(&modules, launch)).collect()
+        };
+        if let Some(functions) = loaded {
+            return Ok(functions);
+        }
+        // Loading would fail, and the capture with it.
+        self.expect_no_capture(stream, "`Device::load` loads the kernels beforehand")?;
+        launches.map(|launch| self.function(launch)).collect()
+    }
+
     /// The function of a launch, loaded and allowed to have the launch's shared memory. The context is current.
     fn function(&self, launch: &Launch) -> Result<Function> {
         let mut modules: MutexGuard<'_, _> = self.inner.modules.lock().unwrap_or_else(PoisonError::into_inner);
@@ -262,18 +287,19 @@ impl Device {
     ///
     /// # Safety
     /// As [`Device::forward`].
-    unsafe fn enqueue(&self, plan: &Plan, launches: &[Launch], pointers: &Pointers, stream: Stream) -> Result<()> {
-        pointers.check(plan, launches)?;
+    unsafe fn enqueue(&self, plan: &Plan, parts: [&[Launch]; 2], pointers: &Pointers, stream: Stream) -> Result<()> {
+        let launches = parts.into_iter().flatten();
+        pointers.check(plan, launches.clone())?;
         let _current = self.current()?;
-        let functions = launches.iter().map(|launch| self.function(launch)).collect::<Result<Vec<_>>>()?;
-        for (launch, function) in launches.iter().zip(&functions) {
+        let functions = self.functions(launches.clone(), stream)?;
+        for (launch, function) in launches.clone().zip(&functions) {
             // The driver copies as many bytes as the PTX declares, whatever the plan has.
             if !launch.arguments.iter().map(|a| a.bytes.len()).eq(function.parameters.iter().copied()) {
                 return Err(self.mismatch(launch, &format!("parameters of {:?} bytes", function.parameters)));
             }
         }
         let mut parameters = Parameters::default();
-        for (launch, function) in launches.iter().zip(&functions) {
+        for (launch, function) in launches.zip(&functions) {
             let values = parameters.fill(launch, plan.arrays(), pointers).as_mut_ptr();
             let [x, y] = launch.grid;
             // SAFETY: the function is of this context. There is a pointer to each of its parameters, which have the sizes that it
@@ -301,11 +327,13 @@ impl Device {
     /// Enqueues [`Plan::forward`]: loss, metrics and coefficients into the state.
     ///
     /// Allocates no device memory and waits for nothing, so it can be captured into a CUDA graph, once [`Device::load`] has
-    /// loaded the kernels. What the kernels find wrong with the embeddings is in the state, see [`Device::evaluation`].
+    /// loaded the kernels; the graph needs them, and so a clone of this device, for as long as it is launched. What the kernels
+    /// find wrong with the embeddings is in the state, see [`Device::evaluation`].
     ///
     /// # Errors
     /// Before anything is enqueued: [`Error::InvalidArgument`] for a null pointer, [`Error::Misaligned`], and what
-    /// [`Device::load`] gives. [`Error::Cuda`] if the driver refuses a launch, those before it being enqueued.
+    /// [`Device::load`] gives, or [`Error::InvalidArgument`] where it would have to load during a capture. [`Error::Cuda`] if the
+    /// driver refuses a launch, those before it being enqueued.
     ///
     /// # Safety
     /// - Each pointer that the launches use is memory that the device can access, of at least [`Plan::slot_bytes`] bytes, until
@@ -314,7 +342,7 @@ impl Device {
     /// - `stream` is alive and of the device's primary context, or one of the two default streams.
     pub unsafe fn forward(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.enqueue(plan, plan.forward(), pointers, stream) }
+        unsafe { self.enqueue(plan, [plan.forward(), &[]], pointers, stream) }
     }
 
     /// Enqueues [`Plan::backward`], the gradients, after [`Device::forward`] with the same pointers.
@@ -326,7 +354,7 @@ impl Device {
     /// As [`Device::forward`]; and state and workspace are as a forward call of the same plan left them.
     pub unsafe fn backward(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.enqueue(plan, plan.backward(), pointers, stream) }
+        unsafe { self.enqueue(plan, [plan.backward(), &[]], pointers, stream) }
     }
 
     /// Enqueues [`Plan::backward_alone`], the gradients, after [`Device::forward`] with the same state and embeddings, whatever
@@ -339,7 +367,7 @@ impl Device {
     /// As [`Device::forward`]; and the state is as a forward call of the same plan left it.
     pub unsafe fn backward_alone(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.enqueue(plan, plan.backward_alone(), pointers, stream) }
+        unsafe { self.enqueue(plan, [plan.backward_alone(), &[]], pointers, stream) }
     }
 
     /// [`Device::forward`], then [`Device::backward`].
@@ -350,13 +378,8 @@ impl Device {
     /// # Safety
     /// As [`Device::forward`].
     pub unsafe fn loss_and_gradients(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
-        // Both are checked before the first is enqueued.
-        pointers.check(plan, plan.backward())?;
         // SAFETY: the caller's promise; backward follows on the same stream.
-        unsafe {
-            self.forward(plan, pointers, stream)?;
-            self.backward(plan, pointers, stream)
-        }
+        unsafe { self.enqueue(plan, [plan.forward(), plan.backward()], pointers, stream) }
     }
 
     /// Enqueues [`Plan::partials`]: the sums of a shard, to be merged with those of the others before [`Device::combine`].
@@ -368,7 +391,7 @@ impl Device {
     /// As [`Device::forward`].
     pub unsafe fn partials(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.enqueue(plan, plan.partials(), pointers, stream) }
+        unsafe { self.enqueue(plan, [plan.partials(), &[]], pointers, stream) }
     }
 
     /// Enqueues [`Plan::combine`]: loss, metrics and coefficients from the sums in the state.
@@ -380,57 +403,19 @@ impl Device {
     /// As [`Device::forward`]; and the state holds what [`Device::partials`] left, or the merged sums of all shards.
     pub unsafe fn combine(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.enqueue(plan, plan.combine(), pointers, stream) }
-    }
-
-    /// Asks the driver about every pointer that is not null: whether it is memory of this device, and long enough for the plan.
-    /// For callers that get addresses from elsewhere; not to be called while a stream is being captured.
-    ///
-    /// Memory of another device, of the host, or unknown to the driver is refused, though some systems let kernels reach it.
-    ///
-    /// # Errors
-    /// [`Error::WrongDevice`], [`Error::InvalidArgument`] for memory that is unknown or too short, [`Error::Misaligned`].
-    pub fn check_pointers(&self, plan: &Plan, pointers: &Pointers) -> Result<()> {
-        let _current = self.current()?;
-        for slot in Slot::ALL.into_iter().filter(|&slot| pointers.get(slot) != 0) {
-            pointers.check_slot(plan, slot)?;
-            let address = pointers.get(slot);
-            let managed = self.pointer_attribute::<c_int>(slot, IS_MANAGED, address)? != 0;
-            let ordinal = self.pointer_attribute::<c_int>(slot, DEVICE_ORDINAL, address)?;
-            if !managed && usize::try_from(ordinal) != Ok(self.inner.ordinal) {
-                let (found, expected) = (format!("device {ordinal}"), format!("device {}", self.inner.ordinal));
-                return Err(Error::WrongDevice { argument: slot.name(), found, expected });
-            }
-            let start = self.pointer_attribute::<u64>(slot, RANGE_START_ADDR, address)?;
-            let length = self.pointer_attribute::<usize>(slot, RANGE_SIZE, address)? as u64;
-            super::arguments::check_slot_bytes(plan, slot, (start + length).saturating_sub(address))?;
-        }
-        Ok(())
-    }
-
-    /// `T` is what the driver writes for this attribute.
-    fn pointer_attribute<T: Default>(&self, slot: Slot, attribute: c_int, address: u64) -> Result<T> {
-        let mut value = T::default();
-        // SAFETY: the attributes above are written as these types; the driver looks the address up, and does not touch it.
-        let result = unsafe { self.driver().cuPointerGetAttribute((&raw mut value).cast(), attribute, address) };
-        result.map(|()| value).map_err(|error| match error {
-            Error::Cuda { code: 1, .. } => {
-                let allowed = format!("memory of device {}", self.inner.ordinal);
-                Error::invalid(slot.name(), format!("{address:#x}, which the driver does not know as memory"), allowed)
-            }
-            error => error,
-        })
+        unsafe { self.enqueue(plan, [plan.combine(), &[]], pointers, stream) }
     }
 
     /// Waits until the stream has done everything enqueued so far.
     ///
     /// # Errors
-    /// [`Error::Cuda`], also for whatever failed on the device meanwhile.
+    /// [`Error::Cuda`], also for whatever failed on the device meanwhile; [`Error::InvalidArgument`] while it is being captured.
     ///
     /// # Safety
     /// `stream` is alive and of the device's primary context, or one of the two default streams.
     pub unsafe fn synchronize(&self, stream: Stream) -> Result<()> {
         let _current = self.current()?;
+        self.expect_no_capture(stream, "a graph is waited for after its launch")?;
         // SAFETY: the caller's promise.
         unsafe { self.driver().cuStreamSynchronize(stream.handle()) }
     }

@@ -61,6 +61,7 @@ functions! {
     fn cuCtxGetCurrent(context: *mut Handle);
     fn cuCtxPushCurrent_v2(context: Handle);
     fn cuCtxPopCurrent_v2(context: *mut Handle);
+    fn cuCtxSynchronize();
     fn cuModuleLoadDataEx(module: *mut Handle, image: *const c_void, count: c_uint, options: *mut c_int, values: *mut *mut c_void);
     fn cuModuleUnload(module: Handle);
     fn cuModuleGetFunction(function: *mut Handle, module: Handle, name: *const c_char);

@@ -6,6 +6,7 @@
 //! ptx.rs        the kernels, and what their text says
 //! arguments.rs  pointers and streams as numbers → parameters of a launch     needs no driver
 //! device.rs     primary context, kernels, launches                           the raw interface
+//! memory.rs     whose memory is it, and is it enough?
 //! readout.rs    state → results, errors, partials of a shard
 //! backend.rs    batches in host memory
 //! slices/       batches in memory of cudarc                                  feature `cudarc`
@@ -17,6 +18,7 @@ mod buffer;
 mod codes;
 mod device;
 mod entry;
+mod memory;
 mod probe;
 mod ptx;
 mod readout;

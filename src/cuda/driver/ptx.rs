@@ -99,7 +99,7 @@ pub(super) fn driver_for(ptx: (u32, u32)) -> (u32, u32) {
 mod tests {
     use super::*;
     use crate::cuda::{Arithmetic, Plan, Problem, Tile};
-    use crate::{DType, Loss, Options, Pairs};
+    use crate::{Block, DType, Group, Loss, Options, Pairs};
     use std::path::Path;
 
     #[test]
@@ -163,6 +163,32 @@ mod tests {
                     let wanted = module(launch.module).unwrap().parameters(&launch.kernel);
                     let given: Vec<_> = launch.arguments.iter().map(|a| a.bytes.len()).collect();
                     assert_eq!(wanted, Some(given), "{launch}");
+                }
+            }
+        }
+    }
+
+    /// What every device and driver takes: blocks of threads, at least one, and the shared memory of the device that has least.
+    #[test]
+    fn plans_launch_what_every_device_takes() {
+        let (options, crowded) = (Options::new(0.05).unwrap(), [0, 0, 0]);
+        let only = |block| Loss::custom("only", vec![Group::new(1.0, &[block], 1).unwrap()]).unwrap();
+        let presets = Loss::PRESETS.iter().map(|(name, _)| Loss::by_name(name).unwrap());
+        for loss in presets.chain([Block::QP, Block::PQ, Block::QQ, Block::PP].map(only)) {
+            let shared = Pairs::new(3, 3).unwrap();
+            let shared = shared.with_positives(&crowded).unwrap();
+            for pairs in [Pairs::new(1, 1).unwrap(), Pairs::new(3, 200).unwrap(), shared] {
+                for rows in [0..pairs.rows(), pairs.rows() - 1..pairs.rows()] {
+                    for tile in [Tile::Small, Tile::Large] {
+                        let problem = Problem::new(&loss, &pairs, &options, DType::BF16, 1).unwrap();
+                        let problem = problem.with_rows(rows.clone()).unwrap().with_tile(tile);
+                        let plan = Plan::new(&problem).unwrap();
+                        for launch in plan.forward().iter().chain(plan.backward_alone()) {
+                            let ([x, y], threads, bytes) = (launch.grid, launch.threads, launch.shared_bytes);
+                            assert!((1..1 << 31).contains(&x) && (1..1 << 16).contains(&y), "{launch} of {plan}");
+                            assert!((1..=1024).contains(&threads) && bytes <= 99 << 10, "{launch} of {plan}");
+                        }
+                    }
                 }
             }
         }

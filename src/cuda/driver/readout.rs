@@ -39,6 +39,7 @@ pub struct Readout {
     loss: Loss,
     zero_norm: ZeroNorm,
     rows: usize,
+    passages: usize,
     shard: Range<usize>,
     dim: usize,
     dtype: DType,
@@ -82,6 +83,7 @@ impl Readout {
             loss: problem.loss.clone(),
             zero_norm: options.zero_norm(),
             rows,
+            passages,
             shard: problem.rows.clone(),
             dim,
             dtype,
@@ -112,6 +114,24 @@ impl Readout {
             }
         }
         word(NO_NEGATIVE).map(|row| Fault::NoNegative { row, group: word(NO_NEGATIVE_GROUP).unwrap_or(0) })
+    }
+
+    /// An error if a status names a row that there is not, and so is no status: the state may be of a call that was captured and
+    /// never run, or of another plan.
+    fn expect_row(&self, fault: Fault) -> Result<()> {
+        let (what, row, count) = match fault {
+            Fault::NonFinite(tower, row) | Fault::ZeroNorm(tower, row) => {
+                (tower.to_string(), row, if tower == Tower::Query { self.rows } else { self.passages })
+            }
+            Fault::NoNegative { row, .. } => (Tower::Query.to_string(), row, self.rows),
+        };
+        if row < count {
+            return Ok(());
+        }
+        Err(Error::StateMismatch {
+            saved: format!("no call that has run: it names the {what} embedding in row {row}"),
+            given: format!("{count} such rows"),
+        })
     }
 
     /// Names the first element of a row that is not finite.
@@ -284,7 +304,9 @@ impl Device {
     unsafe fn head(&self, readout: &Readout, pointers: &Pointers, stream: Stream) -> Result<Vec<u8>> {
         // SAFETY: the caller's promise; the state is at least as long.
         let head = unsafe { self.download(pointers.state, readout.head(), stream) }?;
-        match readout.fault(&head[readout.status.clone()]) {
+        let fault = readout.fault(&head[readout.status.clone()]);
+        fault.map_or(Ok(()), |fault| readout.expect_row(fault))?;
+        match fault {
             None => Ok(head),
             Some(Fault::ZeroNorm(tower, row)) => Err(Error::ZeroNorm { tower, row }),
             Some(Fault::NoNegative { row, group }) => {
@@ -295,7 +317,7 @@ impl Device {
                     Tower::Query => (pointers.query, readout.row_bytes[0]),
                     Tower::Passage => (pointers.passage, readout.row_bytes[1]),
                 };
-                // SAFETY: the caller's promise; the kernel that named the row read it.
+                // SAFETY: the caller's promise; the row is one of the embeddings.
                 let bytes = unsafe {
                     self.download(start + row as u64 * row_bytes, readout.dim * readout.dtype.bytes(), stream)
                 }?;
@@ -310,7 +332,7 @@ impl Device {
     /// So many bytes at `from` can be read, and `stream` is as [`Device::forward`] says.
     pub(super) unsafe fn download(&self, from: u64, bytes: usize, stream: Stream) -> Result<Vec<u8>> {
         let _current = self.current()?;
-        self.expect_no_capture(stream)?;
+        self.expect_no_capture(stream, "memory can be read and written after a replay")?;
         let mut to = vec![0; bytes];
         // SAFETY: `to` has so many bytes, and stays until the copy is done: also where it fails to start, the stream is waited for.
         let (copied, waited) = unsafe {
@@ -327,7 +349,7 @@ impl Device {
     /// So many bytes at `to` can be written, and `stream` is as [`Device::forward`] says.
     pub(super) unsafe fn upload(&self, to: u64, from: &[u8], stream: Stream) -> Result<()> {
         let _current = self.current()?;
-        self.expect_no_capture(stream)?;
+        self.expect_no_capture(stream, "memory can be read and written after a replay")?;
         // SAFETY: `from` stays until the copy is done: also where it fails to start, the stream is waited for.
         let (copied, waited) = unsafe {
             let driver = self.driver();
@@ -352,14 +374,15 @@ impl Device {
         unsafe { self.driver().cuMemsetD32Async(pointers.upstream, value.to_bits(), 1, stream.handle()) }
     }
 
-    /// An error while the stream is being captured: waiting for it would make the capture worthless.
-    pub(super) fn expect_no_capture(&self, stream: Stream) -> Result<()> {
+    /// An error while the stream is being captured, which waiting, allocating or loading would make worthless; `instead` says
+    /// what can be done.
+    pub(super) fn expect_no_capture(&self, stream: Stream, instead: &str) -> Result<()> {
         let _current = self.current()?;
         let mut status: c_int = 0;
         // SAFETY: one number is written; the stream is alive, as every caller promises.
         unsafe { self.driver().cuStreamIsCapturing(stream.handle(), &mut status) }?;
         if status != 0 {
-            let allowed = "a stream outside of a capture; results can be read after a replay";
+            let allowed = format!("a stream outside of a capture; {instead}");
             return Err(Error::invalid("stream", "being captured into a graph", allowed));
         }
         Ok(())
@@ -402,6 +425,10 @@ mod tests {
             .flat_map(|value| f16::from_f32(value).to_le_bytes())
             .collect();
         let readout = readout(ZeroNorm::Error);
+        assert_eq!(readout.expect_row(Fault::NonFinite(Tower::Passage, 2)), Ok(()));
+        for fault in [Fault::ZeroNorm(Tower::Query, 2), Fault::NonFinite(Tower::Passage, 3)] {
+            assert!(matches!(readout.expect_row(fault), Err(Error::StateMismatch { .. })), "{fault:?}");
+        }
         let error = readout.non_finite(Tower::Query, 7, &row);
         assert_eq!(error, Error::NonFinite { tower: Tower::Query, row: 7, column: 1, value: f64::NEG_INFINITY });
         assert!(readout.non_finite(Tower::Query, 7, &[0; 8]).to_string().contains("overwritten"));

@@ -1,7 +1,7 @@
 //! The loss in one call, or in two.
 
 use super::step::{GradientSlices, Step};
-use super::{DeviceBatch, Upstream, allocate};
+use super::{DeviceBatch, Shape, Upstream, allocate};
 use crate::cuda::driver::device::Device;
 use crate::dtype::Element;
 use crate::error::Result;
@@ -39,6 +39,7 @@ pub struct DeviceLossAndGradients {
     /// ∂L/∂q and ∂L/∂p.
     pub gradients: DeviceGradients,
     step: Step,
+    shape: Shape,
 }
 
 impl DeviceLossAndGradients {
@@ -53,8 +54,10 @@ impl DeviceLossAndGradients {
     /// Waits, then gives loss, row losses, metrics and the gradient of the temperature. `batch` is that of the call.
     ///
     /// # Errors
-    /// What was wrong with the embeddings, as [`Device::evaluation`].
+    /// What was wrong with the embeddings, as [`Device::evaluation`]; [`Error::StateMismatch`](crate::Error::StateMismatch) for a
+    /// batch of another shape or type.
     pub fn results<T: Element>(&self, batch: &DeviceBatch<'_, T>) -> Result<(Evaluation, TemperatureGradient)> {
+        self.shape.expect(batch)?;
         self.step.results(&batch.query, &batch.passage)
     }
 }
@@ -79,7 +82,7 @@ pub fn loss_and_gradients<T: Element>(
     let mut gradients = DeviceGradients::new(stream, rows, passages, batch.dim)?;
     step.loss_and_gradients(&batch.query, &batch.passage, gradients.slices(), 1.0)?;
     step.release_workspace();
-    Ok(DeviceLossAndGradients { gradients, step })
+    Ok(DeviceLossAndGradients { gradients, step, shape: batch.shape() })
 }
 
 /// Loss and metrics now, enqueued on `stream`; gradients later.
@@ -96,13 +99,14 @@ pub fn forward<T: Element>(
     let mut step = Step::new(device, stream, &batch.problem(loss, options)?)?;
     step.forward(&batch.query, &batch.passage)?;
     step.release_workspace();
-    Ok(Forward { step })
+    Ok(Forward { step, shape: batch.shape() })
 }
 
 /// What a forward call keeps for its backward call: O(M + N) numbers, no embedding.
 #[derive(Debug)]
 pub struct Forward {
     step: Step,
+    shape: Shape,
 }
 
 impl Forward {
@@ -117,20 +121,23 @@ impl Forward {
     /// Waits, then gives loss, row losses and metrics. `batch` is that of the forward call.
     ///
     /// # Errors
-    /// What was wrong with the embeddings, as [`Device::evaluation`].
+    /// As [`DeviceLossAndGradients::results`].
     pub fn evaluation<T: Element>(&self, batch: &DeviceBatch<'_, T>) -> Result<Evaluation> {
+        self.shape.expect(batch)?;
         self.step.evaluation(&batch.query, &batch.passage)
     }
 
     /// Enqueues the gradients for the batch of the forward call, unchanged since, times `upstream`, which may stay on the device.
     ///
     /// # Errors
-    /// As [`Step::backward`].
+    /// As [`Step::backward`], and [`Error::StateMismatch`](crate::Error::StateMismatch) for a batch of another shape or type.
     pub fn backward<'u, T: Element>(
         &mut self,
         batch: &DeviceBatch<'_, T>,
         upstream: impl Into<Upstream<'u>>,
     ) -> Result<DeviceGradients> {
+        self.shape.expect(batch)?;
+        self.step.expect_no_capture()?;
         let (rows, passages) = (batch.pairs.rows(), batch.pairs.passages());
         let mut gradients = DeviceGradients::new(self.step.stream(), rows, passages, batch.dim)?;
         self.backward_into(batch, gradients.slices(), upstream)?;
@@ -140,13 +147,14 @@ impl Forward {
     /// [`Forward::backward`] into slices of the caller.
     ///
     /// # Errors
-    /// As [`Step::backward`].
+    /// As [`Forward::backward`].
     pub fn backward_into<'u, T: Element>(
         &mut self,
         batch: &DeviceBatch<'_, T>,
         gradients: GradientSlices<'_, f32>,
         upstream: impl Into<Upstream<'u>>,
     ) -> Result<()> {
+        self.shape.expect(batch)?;
         self.step.backward(&batch.query, &batch.passage, gradients, upstream)?;
         self.step.release_workspace();
         Ok(())
@@ -157,6 +165,7 @@ impl Forward {
     /// # Errors
     /// As [`Forward::evaluation`], and [`Error::StateMismatch`](crate::Error::StateMismatch) without a backward call.
     pub fn temperature<T: Element>(&self, batch: &DeviceBatch<'_, T>) -> Result<TemperatureGradient> {
+        self.shape.expect(batch)?;
         self.step.results(&batch.query, &batch.passage).map(|(_, temperature)| temperature)
     }
 }

@@ -1,7 +1,8 @@
 //! The loss on slices and streams of cudarc, with memory taken from the stream.
 //!
 //! Ordering between streams is cudarc's: every slice that a call reads or writes is waited for and recorded as in cudarc's own
-//! calls. For a capture into a graph, cudarc's event tracking must be off, as its documentation says.
+//! calls, which order slices and streams of one `CudaContext` object. For a capture into a graph, cudarc's event tracking must be
+//! off, as its documentation says.
 
 mod calls;
 mod shard;
@@ -17,11 +18,12 @@ use super::codes;
 use super::device::{Device, allocation_error};
 use crate::batch::Pairs;
 use crate::cuda::Problem;
-use crate::dtype::Element;
+use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::loss::Loss;
 use crate::options::Options;
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, DeviceRepr, DriverError};
+use std::fmt;
 use std::sync::Arc;
 
 /// A batch whose embeddings are on a device: q (M × d), p (N × d), row-major, and who belongs to whom.
@@ -98,6 +100,12 @@ impl<'a, T: Element> DeviceBatch<'a, T> {
         &self.pairs
     }
 
+    fn shape(&self) -> Shape {
+        let Self { dim, row_strides, pairs, .. } = self;
+        let (rows, passages, dtype) = (pairs.rows(), pairs.passages(), T::DTYPE);
+        Shape { rows, passages, dim: *dim, row_strides: *row_strides, dtype }
+    }
+
     /// The problem of this batch, with gradients of both towers as contiguous f32.
     ///
     /// # Errors
@@ -108,6 +116,37 @@ impl<'a, T: Element> DeviceBatch<'a, T> {
     {
         let [query, passage] = self.row_strides;
         Problem::new(loss, &self.pairs, options, T::DTYPE, self.dim)?.with_row_strides(query, passage)
+    }
+}
+
+/// What the batches of several calls have in common.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Shape {
+    rows: usize,
+    passages: usize,
+    dim: usize,
+    row_strides: [usize; 2],
+    dtype: DType,
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rows, passages, dim, row_strides: [query, passage], dtype } = self;
+        write!(
+            f,
+            "{rows} queries x {passages} passages of dimension {dim}, {dtype}, {query} and {passage} elements apart"
+        )
+    }
+}
+
+impl Shape {
+    fn expect<T: Element>(&self, batch: &DeviceBatch<'_, T>) -> Result<()> {
+        let given = batch.shape();
+        if *self == given {
+            Ok(())
+        } else {
+            Err(Error::StateMismatch { saved: self.to_string(), given: given.to_string() })
+        }
     }
 }
 

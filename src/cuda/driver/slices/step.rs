@@ -9,9 +9,10 @@ use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::output::{Evaluation, TemperatureGradient};
 use crate::partials::Partials;
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice};
+use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice};
 use std::fmt;
 use std::sync::Arc;
+use std::thread::{self, ThreadId};
 
 /// Where gradients go on the device; `None` for a tower that the problem leaves out.
 #[derive(Debug)]
@@ -30,8 +31,10 @@ impl<'a, G> GradientSlices<'a, G> {
 }
 
 /// How far a step is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Progress {
+    /// The side data are not those of the plan.
+    Unprepared,
     Nothing,
     /// Sums are in the state.
     Partials,
@@ -56,6 +59,12 @@ impl Memory {
     }
 }
 
+/// What a capture wants of whoever allocates.
+const ALLOCATED_BEFORE: &str = "what a step needs is allocated beforehand";
+
+/// A call without a backward pass.
+const NO_GRADIENTS: Option<(GradientSlices<'_, f32>, Upstream<'_>)> = None;
+
 /// One of the raw calls of [`Device`].
 type Call = unsafe fn(&Device, &Plan, &Pointers, Stream) -> Result<()>;
 
@@ -63,8 +72,10 @@ type Call = unsafe fn(&Device, &Plan, &Pointers, Stream) -> Result<()>;
 /// allocates nor waits until results are asked for.
 ///
 /// To capture a step into a CUDA graph: turn cudarc's event tracking off before anything is allocated, and capture
-/// [`Step::loss_and_gradients`]. The graph uses the memory of this object, which has to outlive it, and the addresses of the
-/// slices it was captured with. Results are read after a replay as after a call.
+/// [`Step::loss_and_gradients`]. The graph uses the memory of this object, which has to outlive it, unprepared for other problems
+/// and with its workspace, and the addresses of the slices it was captured with. Results are read after a replay as after a call.
+///
+/// On the default stream of a thread, a step that comes to another thread first waits for the whole context.
 pub struct Step {
     side: Memory,
     state: Memory,
@@ -77,8 +88,20 @@ pub struct Step {
     progress: Progress,
     /// Whether the workspace has the packed embeddings of the forward call.
     packed: bool,
+    /// Recorded when the side data were copied: until then, the driver may read them from the plan.
+    side_copied: CudaEvent,
     stream: Arc<CudaStream>,
+    /// The thread of the last call, whose default stream that may be.
+    thread: ThreadId,
     device: Device,
+}
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        // A failure means that the context is lost, and what was enqueued with it.
+        let _ = self.wait_for_other_thread();
+        let _ = self.side_copied.synchronize();
+    }
 }
 
 impl fmt::Debug for Step {
@@ -103,8 +126,8 @@ impl Step {
         let problem = problem.clone().with_device_upstream();
         let plan = Plan::new(&problem)?;
         let readout = Readout::new(&problem, &plan)?;
+        device.expect_no_capture(raw(stream), ALLOCATED_BEFORE)?;
         device.load(&plan)?;
-        device.expect_no_capture(raw(stream))?;
         let memory = |slot, purpose| Memory::new(stream, plan.slot_bytes(slot) as usize, purpose);
         let mut this = Self {
             side: memory(Slot::Side, "keys and weights")?,
@@ -114,9 +137,11 @@ impl Step {
             plan,
             readout,
             outputs: problem.gradients,
-            progress: Progress::Nothing,
+            progress: Progress::Unprepared,
             packed: false,
+            side_copied: stream.context().new_event(None).map_err(failed("cuEventCreate"))?,
             stream: stream.clone(),
+            thread: thread::current().id(),
             device: device.clone(),
         };
         this.copy_side_data()?;
@@ -124,41 +149,77 @@ impl Step {
     }
 
     /// Turns to another problem, such as a batch with other ids or positives, in the memory there is; more is allocated only if
-    /// that does not hold it. To be called whenever anything but the embeddings changes.
+    /// that does not hold it. To be called whenever anything but the embeddings changes. Waits until the side data of the problem
+    /// before are copied, and so for what was enqueued before them.
     ///
     /// # Errors
-    /// As [`Step::new`].
+    /// As [`Step::new`]. For want of memory for side data or state, and during a capture, the step remains what it was.
     pub fn prepare(&mut self, problem: &Problem<'_>) -> Result<()> {
         let problem = problem.clone().with_device_upstream();
         let plan = Plan::new(&problem)?;
         let readout = Readout::new(&problem, &plan)?;
+        self.expect_no_capture()?;
         self.device.load(&plan)?;
-        self.device.expect_no_capture(raw(&self.stream))?;
-        for (slot, memory) in [(Slot::Side, &mut self.side), (Slot::State, &mut self.state)] {
+        self.follow_thread()?;
+        let larger = |memory: &Memory, slot, purpose| {
             let needed = plan.slot_bytes(slot) as usize;
-            if memory.slice.len() < needed {
-                *memory = Memory::new(&self.stream, needed, slot.name())?;
+            (memory.slice.len() < needed).then(|| Memory::new(&self.stream, needed, purpose)).transpose()
+        };
+        let side = larger(&self.side, Slot::Side, "keys and weights")?;
+        let state = larger(&self.state, Slot::State, "the state")?;
+        self.side_copied.synchronize().map_err(failed("cuEventSynchronize"))?;
+        // What can fail from here on leaves neither the one problem nor the other.
+        (self.progress, self.packed) = (Progress::Unprepared, false);
+        (self.plan, self.readout, self.outputs) = (plan, readout, problem.gradients);
+        for (memory, larger) in [(&mut self.side, side), (&mut self.state, state)] {
+            if let Some(larger) = larger {
+                *memory = larger;
             }
         }
-        self.workspace.take_if(|memory| (memory.slice.len() as u64) < plan.slot_bytes(Slot::Workspace));
-        (self.plan, self.readout, self.outputs) = (plan, readout, problem.gradients);
-        (self.progress, self.packed) = (Progress::Nothing, false);
-        self.reserve_workspace()?;
-        self.copy_side_data()
+        self.workspace.take_if(|memory| (memory.slice.len() as u64) < self.plan.slot_bytes(Slot::Workspace));
+        self.copy_side_data()?;
+        self.reserve_workspace().map(drop)
     }
 
     /// Frees the workspace, all but O(M) of the memory, until the next call needs one. A backward call after it packs the
     /// embeddings again.
+    ///
+    /// During a capture it stays: the graph uses it, and freeing it would make the capture worthless.
     pub fn release_workspace(&mut self) {
-        (self.workspace, self.packed) = (None, false);
+        if self.expect_no_capture().is_ok() {
+            (self.workspace, self.packed) = (None, false);
+        }
     }
 
     fn reserve_workspace(&mut self) -> Result<u64> {
         let memory = match self.workspace.take() {
             Some(memory) => memory,
-            None => Memory::new(&self.stream, self.plan.slot_bytes(Slot::Workspace) as usize, "the workspace")?,
+            None => {
+                self.expect_no_capture()?;
+                Memory::new(&self.stream, self.plan.slot_bytes(Slot::Workspace) as usize, "the workspace")?
+            }
         };
         Ok(self.workspace.insert(memory).address)
+    }
+
+    /// An error while memory cannot be allocated, because it would belong to the graph.
+    pub(super) fn expect_no_capture(&self) -> Result<()> {
+        self.device.expect_no_capture(raw(&self.stream), ALLOCATED_BEFORE)
+    }
+
+    /// If the stream is that of a thread, and this thread's is another than that of the last call, waits for all of them.
+    fn wait_for_other_thread(&self) -> Result<()> {
+        if raw(&self.stream) != Stream::PER_THREAD || self.thread == thread::current().id() {
+            return Ok(());
+        }
+        self.expect_no_capture()?;
+        self.stream.context().synchronize().map_err(failed("cuCtxSynchronize"))
+    }
+
+    fn follow_thread(&mut self) -> Result<()> {
+        self.wait_for_other_thread()?;
+        self.thread = thread::current().id();
+        Ok(())
     }
 
     fn copy_side_data(&mut self) -> Result<()> {
@@ -171,8 +232,16 @@ impl Step {
                 format!("{}", content.len()),
             ));
         }
-        // The driver has read pageable memory when the call returns; earlier steps have read the old content, being on this stream.
-        self.stream.memcpy_htod(content, &mut self.side.slice).map_err(failed("cuMemcpyHtoDAsync"))
+        // Earlier steps have read the old content, being on this stream. The new may be read from the plan after the call returns,
+        // though most drivers copy pageable memory at once.
+        let copied = self.stream.memcpy_htod(content, &mut self.side.slice);
+        let recorded = copied.and_then(|()| self.side_copied.record(&self.stream));
+        if recorded.is_err() {
+            let _ = self.stream.synchronize();
+        }
+        recorded.map_err(failed("cuMemcpyHtoDAsync"))?;
+        self.progress = Progress::Nothing;
+        Ok(())
     }
 
     /// What this step launches.
@@ -192,7 +261,7 @@ impl Step {
     /// short, [`Error::WrongDevice`], [`Error::Misaligned`], [`Error::Cuda`]. What is wrong with the embeddings themselves is
     /// found when results are read.
     pub fn forward<T: Element>(&mut self, query: &impl DevicePtr<T>, passage: &impl DevicePtr<T>) -> Result<()> {
-        self.enqueue(Device::forward, query, passage, None::<(GradientSlices<'_, f32>, Upstream<'_>)>)?;
+        self.enqueue(Device::forward, query, passage, NO_GRADIENTS, Progress::Nothing)?;
         (self.progress, self.packed) = (Progress::Forward, true);
         Ok(())
     }
@@ -211,7 +280,7 @@ impl Step {
     ) -> Result<()> {
         self.expect(Progress::Forward)?;
         let call: Call = if self.packed { Device::backward } else { Device::backward_alone };
-        self.enqueue(call, query, passage, Some((gradients, upstream.into())))?;
+        self.enqueue(call, query, passage, Some((gradients, upstream.into())), Progress::Forward)?;
         (self.progress, self.packed) = (Progress::Backward, true);
         Ok(())
     }
@@ -227,7 +296,8 @@ impl Step {
         gradients: GradientSlices<'_, G>,
         upstream: impl Into<Upstream<'u>>,
     ) -> Result<()> {
-        self.enqueue(Device::loss_and_gradients, query, passage, Some((gradients, upstream.into())))?;
+        let backward = Some((gradients, upstream.into()));
+        self.enqueue(Device::loss_and_gradients, query, passage, backward, Progress::Nothing)?;
         (self.progress, self.packed) = (Progress::Backward, true);
         Ok(())
     }
@@ -255,6 +325,7 @@ impl Step {
         self.check_inputs(query, passage)?;
         let ((query, _q), (passage, _p)) = (query.device_ptr(&self.stream), passage.device_ptr(&self.stream));
         let pointers = Pointers { query, passage, state: self.state.address, ..Pointers::default() };
+        self.wait_for_other_thread()?;
         // SAFETY: state and embeddings are as long as the plan says, and alive; the forward call is enqueued on this stream.
         unsafe { self.device.evaluation(&self.readout, &pointers, raw(&self.stream)) }
     }
@@ -272,6 +343,7 @@ impl Step {
         self.check_inputs(query, passage)?;
         let ((query, _q), (passage, _p)) = (query.device_ptr(&self.stream), passage.device_ptr(&self.stream));
         let pointers = Pointers { query, passage, state: self.state.address, ..Pointers::default() };
+        self.wait_for_other_thread()?;
         // SAFETY: as in `evaluation`; the backward call is enqueued on this stream.
         unsafe { self.device.results(&self.readout, &pointers, raw(&self.stream)) }
     }
@@ -296,38 +368,44 @@ impl Step {
         passage: &impl DevicePtr<T>,
         merged: &Partials,
     ) -> Result<()> {
-        if self.progress == Progress::Nothing {
+        if self.progress < Progress::Partials {
             self.enqueue_partials(query, passage)?;
         }
+        self.follow_thread()?;
         let pointers = Pointers { state: self.state.address, ..Pointers::default() };
         // SAFETY: the state is as long as the plan says; the sums are enqueued on this stream.
         unsafe { self.device.write_partials(&self.readout, merged, &pointers, raw(&self.stream)) }?;
-        self.enqueue(Device::combine, query, passage, None::<(GradientSlices<'_, f32>, Upstream<'_>)>)?;
+        self.enqueue(Device::combine, query, passage, NO_GRADIENTS, Progress::Partials)?;
         self.progress = Progress::Forward;
         Ok(())
     }
 
     fn enqueue_partials<T: Element>(&mut self, query: &impl DevicePtr<T>, passage: &impl DevicePtr<T>) -> Result<()> {
-        self.enqueue(Device::partials, query, passage, None::<(GradientSlices<'_, f32>, Upstream<'_>)>)?;
+        self.enqueue(Device::partials, query, passage, NO_GRADIENTS, Progress::Nothing)?;
         (self.progress, self.packed) = (Progress::Partials, true);
         Ok(())
     }
 
-    /// Checks what comes in, gathers addresses and calls.
+    /// Checks what comes in, gathers addresses and calls. `remains` is how far the step is if only a part of it is enqueued.
     fn enqueue<T: Element, G: Element>(
         &mut self,
         call: Call,
         query: &impl DevicePtr<T>,
         passage: &impl DevicePtr<T>,
         backward: Option<(GradientSlices<'_, G>, Upstream<'_>)>,
+        remains: Progress,
     ) -> Result<()> {
+        if self.progress == Progress::Unprepared {
+            return Err(mismatch("a step whose last `prepare` failed"));
+        }
         self.check_inputs(query, passage)?;
         if let Some((gradients, upstream)) = &backward {
             self.check_outputs(gradients)?;
             upstream.check()?;
         }
+        self.follow_thread()?;
         let workspace = self.reserve_workspace()?;
-        let Self { side, state, upstream: own_upstream, plan, stream, device, .. } = self;
+        let Self { side, state, upstream: own_upstream, plan, stream, device, progress, .. } = self;
         let (mut gradients, upstream) = match backward {
             Some((GradientSlices { query, passage }, upstream)) => ([query, passage], Some(upstream)),
             None => ([None, None], None),
@@ -351,6 +429,8 @@ impl Step {
             }
             None => (0, None),
         };
+        // A wait that failed, which cudarc only notes: what is read may not be there yet.
+        stream.context().check_err().map_err(failed("cuStreamWaitEvent"))?;
         let pointers = Pointers {
             query,
             passage,
@@ -363,7 +443,11 @@ impl Step {
         };
         // SAFETY: the slices are as long as the plan says, gradients are borrowed mutably and so overlap nothing, and cudarc frees
         // none before the stream is done with it. The side data were copied on this stream, which is of the device's context.
-        unsafe { call(device, plan, &pointers, raw(stream)) }
+        let called = unsafe { call(device, plan, &pointers, raw(stream)) };
+        if matches!(called, Err(Error::Cuda { .. })) {
+            *progress = remains;
+        }
+        called
     }
 
     fn check_inputs<T: Element>(&self, query: &impl DevicePtr<T>, passage: &impl DevicePtr<T>) -> Result<()> {
@@ -401,13 +485,7 @@ impl Step {
     }
 
     fn expect(&self, needed: Progress) -> Result<()> {
-        let rank = |progress| match progress {
-            Progress::Nothing => 0,
-            Progress::Partials => 1,
-            Progress::Forward => 2,
-            Progress::Backward => 3,
-        };
-        if rank(self.progress) < rank(needed) {
+        if self.progress < needed {
             let call = if needed == Progress::Backward { "a backward call" } else { "a forward call" };
             return Err(mismatch(&format!("a step that had no {}", call.trim_start_matches("a "))));
         }
