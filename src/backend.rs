@@ -89,7 +89,7 @@ pub fn all() -> &'static [&'static dyn Backend] {
         #[cfg(feature = "cuda")]
         &crate::cuda::Cuda,
         #[cfg(feature = "wgpu")]
-        &crate::wgpu::Wgpu { name: "wgpu", variant: None },
+        &const { crate::wgpu::Wgpu::new() },
     ]
 }
 

@@ -32,7 +32,7 @@ mod uniforms;
 
 pub use capabilities::Capabilities;
 #[cfg(feature = "wgpu")]
-pub(crate) use driver::Wgpu;
+pub use driver::Wgpu;
 #[cfg(feature = "wgpu")]
 pub use driver::{BufferRange, Buffers, Engine, Step, wgpu};
 pub use plan::Plan;

@@ -11,13 +11,36 @@ use crate::loss::Loss;
 use crate::options::Options;
 use crate::output::{Evaluation, GradientBuffers, TemperatureGradient, check_upstream};
 use crate::problem::{GradientOutput, Problem};
-use crate::wgpu::{Plan, Slot, Variant};
+use crate::wgpu::{Capabilities, Plan, Slot};
 use std::sync::{Mutex, PoisonError};
 
-/// Dispatches on the first device; with the variant that suits it, unless told otherwise.
-pub(crate) struct Wgpu {
-    pub name: &'static str,
-    pub variant: Option<Variant>,
+/// The backend `wgpu` for batches in host memory: dispatches on the first device.
+#[derive(Debug, Clone, Copy)]
+pub struct Wgpu {
+    name: &'static str,
+    choose: Option<Choose>,
+}
+
+/// From what a device allows to what is used of it.
+type Choose = fn(Capabilities) -> Capabilities;
+
+impl Wgpu {
+    /// With everything that the device has.
+    pub const fn new() -> Self {
+        Self { name: "wgpu", choose: None }
+    }
+
+    /// With what `choose` leaves of the device's limits and features, under a name of its own: for tests of variants and of
+    /// smaller devices.
+    pub const fn restricted(name: &'static str, choose: fn(Capabilities) -> Capabilities) -> Self {
+        Self { name, choose: Some(choose) }
+    }
+}
+
+impl Default for Wgpu {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 /// The device of all calls, so that shaders are compiled once; none until it is first asked for.
@@ -63,10 +86,8 @@ impl Backend for Wgpu {
             .with_gradients(output(&query), output(&passage))?
             .with_upstream(upstream)?;
         let engine = engine()?;
-        let plan = match self.variant {
-            Some(variant) => Plan::with_variant(&problem, engine.capabilities(), variant)?,
-            None => Plan::new(&problem, engine.capabilities())?,
-        };
+        let capabilities = *engine.capabilities();
+        let plan = Plan::new(&problem, &self.choose.map_or(capabilities, |choose| choose(capabilities)))?;
         let step = Step::new(&engine, plan)?;
 
         let bytes = |slot| step.plan().slot_bytes(slot);

@@ -5,7 +5,7 @@ mod buffers;
 mod engine;
 mod step;
 
-pub(crate) use backend::Wgpu;
+pub use backend::Wgpu;
 pub use buffers::{BufferRange, Buffers};
 pub use engine::Engine;
 pub use step::Step;
