@@ -1,4 +1,4 @@
-// problem.cuh: what the host tells kernels, as structs passed by value. src/cuda/abi.rs has the same structs in Rust; the
+// problem.cuh: what the host tells kernels, as structs passed by value. src/cuda/launches.rs writes them in Rust; the
 // emulator compares their sizes at every launch.
 //
 // Two index spaces: queries 0..M, and passages in the order [anchors | others | extras] of src/order.rs. An index of either

@@ -16,9 +16,9 @@ const WGPU: [Wgpu; 5] = [
     Wgpu::restricted("wgpu-large-tiles", |device| Capabilities { f16: false, subgroups: false, ..device }),
     Wgpu::restricted("wgpu-f16", |device| Capabilities { workgroup_bytes: 16 << 10, subgroups: false, ..device }),
     Wgpu::restricted("wgpu-subgroups", |device| Capabilities { workgroup_bytes: 16 << 10, f16: false, ..device }),
-    // Windows of 34 KiB, a tile and its dots; grids of 7.
+    // Windows of 256 KiB; grids of 7.
     Wgpu::restricted("wgpu-small-bindings", |device| Capabilities {
-        max_binding_bytes: 34 << 10,
+        max_binding_bytes: 256 << 10,
         max_workgroups: 7,
         workgroup_bytes: 16 << 10,
         ..device
