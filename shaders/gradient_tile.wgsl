@@ -18,8 +18,9 @@ var<workgroup> strongest: atomic<i32>;
 fn gradient_tile(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) index: u32,
+    invocation: Invocation,
 ) {
+    let index = invocation.index;
     let tile = group.y * groups.x + group.x;
     if tile >= params.tiles {
         return;
@@ -49,7 +50,7 @@ fn gradient_tile(
             }
         }
     }
-    let products = multiply(place, thread);
+    let products = multiply(place, thread, invocation);
 
     // [2] scale, [3] mask
     var s: array<Cosines, BLOCKS>;
@@ -97,10 +98,10 @@ fn gradient_tile(
                 by_row = select(0.0, by_row * row_factor, is_kept(s[b].kept.row, i, j));
                 by_col = select(0.0, by_col, is_kept(s[b].kept.col, i, j));
                 sum += by_row * (x - positives[row]) + counted * by_col * (x - positives[TILE + col]);
-                let g = bitcast<u32>((by_row + by_col) * row_scale * bitcast<f32>(candidates[TILE + col].w));
-                scratch[params.gradient + (place.row * TILE + row) * columns + place.col * TILE + col] = g;
+                let g = (by_row + by_col) * row_scale * bitcast<f32>(candidates[TILE + col].w);
+                store_gradient((place.row * TILE + row) * columns + place.col * TILE + col, g);
                 if mirrored {
-                    scratch[params.gradient + (place.col * TILE + col) * columns + place.row * TILE + row] = g;
+                    store_gradient((place.col * TILE + col) * columns + place.row * TILE + row, g);
                 }
             }
         }

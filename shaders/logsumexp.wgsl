@@ -51,8 +51,9 @@ fn largest_shared(thread: u32) -> vec4<f32> {
 fn logsumexp(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) index: u32,
+    invocation: Invocation,
 ) {
+    let index = invocation.index;
     let tile = group.y * groups.x + group.x;
     if tile >= params.tiles {
         return;
@@ -70,7 +71,7 @@ fn logsumexp(
         atomicStore(&largest, ordered(NO_COSINE));
         atomicStore(&smallest, ordered(-NO_COSINE));
     }
-    let products = multiply(place, thread);
+    let products = multiply(place, thread, invocation);
 
     // [2] scale, [3] mask
     var s: array<Cosines, BLOCKS>;

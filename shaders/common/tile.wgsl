@@ -2,8 +2,7 @@
 //
 // Threads  256 as 16 x 16: thread (y, x) has the rows y, y + 16, … and the columns x, x + 16, … of the tile, PARTS in each
 //          direction for every block of 4 x 4, of which tile_64.wgsl has one and tile_128.wgsl four
-// Shared   operands: TILE rows of the left, then of the right tower, 16 numbers of k each: four vectors, and one of padding, so
-//          that rows 16 apart lie in different banks. After the product it is scratch
+// Shared   pool: the product's (multiply_f32.wgsl, multiply_cooperative.wgsl), afterwards scratch of 512·PARTS vectors
 //          candidates, anchors: the indices of the tile's edges, rows first
 
 struct Params {
@@ -39,25 +38,19 @@ struct Params {
     results: u32,
     gradient: u32,        // f32 from the start of `scratch`
     dots: u32,
+    plane: u32,           // cooperative: numbers from the first to the second plane of the gradients; 0: one plane
     beta_head: f32,
     beta_middle: f32,
     beta_tail: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
-@group(0) @binding(1) var<storage, read> left: array<Packed>;
-@group(0) @binding(2) var<storage, read> right: array<Packed>;
 @group(0) @binding(3) var<storage, read> side: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read> state: array<u32>;
 @group(0) @binding(5) var<storage, read_write> scratch: array<u32>;
 
 const THREADS = 256u;
-const ROW_VECTORS = 5u; // of an operand in shared memory
-const OPERAND = TILE * ROW_VECTORS;
-const STEP = 4u; // vectors of k in a stage
-const FLUSH = 4u; // stages whose products are summed before they are added to the total: 64 numbers
 
-var<workgroup> pool: array<vec4<f32>, 2u * OPERAND>;
 var<workgroup> candidates: array<vec4<u32>, 2u * TILE>; // query key, passage key, owner, 2^12/‖packed‖
 var<workgroup> anchors: array<vec4<u32>, 2u * TILE>;    // query key, passage key, row, highest cosine kept
 var<workgroup> largest: atomic<i32>;                     // kept cosine of the tile, in the order of whole numbers
@@ -134,45 +127,6 @@ fn rank_bar(edge: Edge) -> f32 {
         return -NO_COSINE;
     }
     return bitcast<f32>(state[params.anchors + ANCHOR_WORDS * edge.row + 3u]);
-}
-
-// One stage of both operands: 16 numbers of k of every row; zeros beyond the edges.
-fn load_stage(place: Place, stage: u32, thread: u32) {
-    for (var k = thread; k < TILE * STEP; k += THREADS) {
-        let row = k / STEP;
-        let vector = k % STEP;
-        var a = vec4<f32>();
-        var b = vec4<f32>();
-        let left_row = place.row * TILE + row;
-        let right_row = place.col * TILE + row;
-        if left_row < params.row_end - params.row_begin {
-            a = widen(left[params.row_base + left_row * params.row_vectors + stage * STEP + vector]);
-        }
-        if right_row < params.col_end - params.col_begin {
-            b = widen(right[params.col_base + right_row * params.row_vectors + stage * STEP + vector]);
-        }
-        pool[row * ROW_VECTORS + vector] = a;
-        pool[OPERAND + row * ROW_VECTORS + vector] = b;
-    }
-}
-
-// Products of rows with columns. Ends with shared memory free.
-fn multiply(place: Place, thread: Thread) -> Totals {
-    var total = Totals();
-    var part = Totals();
-    let stages = params.row_vectors / STEP;
-    for (var stage = 0u; stage < stages; stage += 1u) {
-        load_stage(place, stage, thread.index);
-        workgroupBarrier();
-        for (var k = 0u; k < STEP; k += 1u) {
-            add_products(&part, thread.y * ROW_VECTORS + k, OPERAND + thread.x * ROW_VECTORS + k);
-        }
-        workgroupBarrier();
-        if stage % FLUSH == FLUSH - 1u || stage + 1u == stages {
-            add_totals(&total, &part);
-        }
-    }
-    return total;
 }
 
 // Bit 4 i + j of `row`: element (i, j) is a kept negative of its row's anchor; of `col`: of its column's.

@@ -224,6 +224,7 @@ impl<'a> Dispatches<'a> {
             results: 0,
             gradient: Self::first_gradient(s, tile) as u32,
             dots: 0,
+            plane: 0,
             beta_head,
             beta_middle,
             beta_tail,

@@ -92,6 +92,7 @@ impl Module {
         const LOGIT: &str = include_str!("../../shaders/common/logit.wgsl");
         const STATE: &str = include_str!("../../shaders/common/state.wgsl");
         const TILE: &str = include_str!("../../shaders/common/tile.wgsl");
+        const MULTIPLY: &str = include_str!("../../shaders/common/multiply_f32.wgsl");
         let storage = match variant.f16 {
             true => include_str!("../../shaders/common/storage_f16.wgsl"),
             false => include_str!("../../shaders/common/storage_f32.wgsl"),
@@ -107,13 +108,27 @@ impl Module {
         let project = include_str!("../../shaders/project.wgsl");
         let pieces: &[&str] = match self {
             Self::Prepare => &[NUMBERS, STATE, storage, reduce, include_str!("../../shaders/prepare.wgsl")],
-            Self::LogSumExp => {
-                &[NUMBERS, LOGIT, STATE, storage, tile_size, TILE, include_str!("../../shaders/logsumexp.wgsl")]
-            }
+            Self::LogSumExp => &[
+                NUMBERS,
+                LOGIT,
+                STATE,
+                storage,
+                tile_size,
+                TILE,
+                MULTIPLY,
+                include_str!("../../shaders/logsumexp.wgsl"),
+            ],
             Self::Combine => &[NUMBERS, LOGIT, STATE, reduce, include_str!("../../shaders/combine.wgsl")],
-            Self::GradientTile => {
-                &[NUMBERS, LOGIT, STATE, storage, tile_size, TILE, include_str!("../../shaders/gradient_tile.wgsl")]
-            }
+            Self::GradientTile => &[
+                NUMBERS,
+                LOGIT,
+                STATE,
+                storage,
+                tile_size,
+                TILE,
+                MULTIPLY,
+                include_str!("../../shaders/gradient_tile.wgsl"),
+            ],
             Self::GradientProduct => &[storage, include_str!("../../shaders/gradient_product.wgsl")],
             Self::Project => {
                 &[NUMBERS, STATE, storage, reduce, include_str!("../../shaders/common/sums_apart.wgsl"), project]

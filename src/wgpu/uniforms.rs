@@ -82,6 +82,7 @@ uniforms! {
         results: u32,
         gradient: u32,
         dots: u32,
+        plane: u32,
         beta_head: f32,
         beta_middle: f32,
         beta_tail: f32,

@@ -1,0 +1,60 @@
+// multiply_cooperative.wgsl: products of the rows of a tile with its columns on cooperative matrices: f16 operands, f32 sums. The
+// alternative is multiply_f32.wgsl. Only for tiles of 64 x 64 and f16 storage.
+//
+// Threads  subgroup s computes the fragments s, s + (number of subgroups), … of the tile's 4 x 4, each 16 x 16
+// Shared   products: the tile, row by row, for the threads to read their elements from
+// Numerics tensor cores may cut sums towards zero, so they end after 64 terms and are added to the total with rounding
+// Limits   whole tiles are read: packed rows beyond the last index exist and are finite
+
+@group(0) @binding(1) var<storage, read> left: array<f16>;
+@group(0) @binding(2) var<storage, read> right: array<f16>;
+@group(0) @binding(6) var<storage, read_write> gradients: array<f16>;
+
+const FRAGMENT = 16u;
+const FLUSH = 64u; // numbers of k
+
+var<workgroup> products: array<f32, TILE * TILE>;
+var<workgroup> pool: array<vec4<f32>, 512>;
+
+struct Invocation {
+    @builtin(local_invocation_index) index: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(num_subgroups) subgroups: u32,
+}
+
+fn multiply(place: Place, thread: Thread, invocation: Invocation) -> Totals {
+    let stride = 4u * params.row_vectors;
+    const ACROSS = TILE / FRAGMENT;
+    for (var f = invocation.subgroup; f < ACROSS * ACROSS; f += invocation.subgroups) {
+        let row = FRAGMENT * (f / ACROSS);
+        let col = FRAGMENT * (f % ACROSS);
+        let a_start = 4u * params.row_base + (place.row * TILE + row) * stride;
+        let b_start = 4u * params.col_base + (place.col * TILE + col) * stride;
+        var total = Sums();
+        for (var start = 0u; start < stride; start += FLUSH) {
+            var part = Sums();
+            for (var k = start; k < min(start + FLUSH, stride); k += FRAGMENT) {
+                part = multiply_add(rows_of_left(a_start + k, stride), columns_of_right(b_start + k, stride), part);
+            }
+            total = add_sums(total, part);
+        }
+        store_sums(total, row * TILE + col, TILE);
+    }
+    workgroupBarrier();
+    var out = Totals();
+    for (var i = 0u; i < 4u; i += 1u) {
+        for (var j = 0u; j < 4u; j += 1u) {
+            out.block[0][i][j] = products[(thread.y + 16u * i) * TILE + thread.x + 16u * j];
+        }
+    }
+    return out;
+}
+
+// Element of the matrix of gradients of a super-block: f16, and what that leaves, where there is a second plane.
+fn store_gradient(at: u32, g: f32) {
+    let high = f16(g);
+    gradients[at] = high;
+    if params.plane != 0u {
+        gradients[params.plane + at] = f16(g - f32(high));
+    }
+}

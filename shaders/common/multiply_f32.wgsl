@@ -1,0 +1,64 @@
+// multiply_f32.wgsl: products of the rows of a tile with its columns, by fused multiply-add on f32. The alternative is
+// multiply_cooperative.wgsl.
+//
+// Shared   pool: TILE rows of the left, then of the right tower, 16 numbers of k each: four vectors, and one of padding, so that
+//          rows 16 apart lie in different banks
+// Numerics sums end after 64 terms and are added to the total
+
+@group(0) @binding(1) var<storage, read> left: array<Packed>;
+@group(0) @binding(2) var<storage, read> right: array<Packed>;
+
+const ROW_VECTORS = 5u; // of an operand in shared memory
+const OPERAND = TILE * ROW_VECTORS;
+const STEP = 4u;  // vectors of k in a stage
+const FLUSH = 4u; // stages whose products are summed before they are added to the total
+
+var<workgroup> pool: array<vec4<f32>, 2u * OPERAND>;
+
+struct Invocation {
+    @builtin(local_invocation_index) index: u32,
+}
+
+// One stage of both operands: 16 numbers of k of every row; zeros beyond the edges.
+fn load_stage(place: Place, stage: u32, thread: u32) {
+    for (var k = thread; k < TILE * STEP; k += THREADS) {
+        let row = k / STEP;
+        let vector = k % STEP;
+        var a = vec4<f32>();
+        var b = vec4<f32>();
+        let left_row = place.row * TILE + row;
+        let right_row = place.col * TILE + row;
+        if left_row < params.row_end - params.row_begin {
+            a = widen(left[params.row_base + left_row * params.row_vectors + stage * STEP + vector]);
+        }
+        if right_row < params.col_end - params.col_begin {
+            b = widen(right[params.col_base + right_row * params.row_vectors + stage * STEP + vector]);
+        }
+        pool[row * ROW_VECTORS + vector] = a;
+        pool[OPERAND + row * ROW_VECTORS + vector] = b;
+    }
+}
+
+// Products of rows with columns. Ends with shared memory free.
+fn multiply(place: Place, thread: Thread, invocation: Invocation) -> Totals {
+    var total = Totals();
+    var part = Totals();
+    let stages = params.row_vectors / STEP;
+    for (var stage = 0u; stage < stages; stage += 1u) {
+        load_stage(place, stage, thread.index);
+        workgroupBarrier();
+        for (var k = 0u; k < STEP; k += 1u) {
+            add_products(&part, thread.y * ROW_VECTORS + k, OPERAND + thread.x * ROW_VECTORS + k);
+        }
+        workgroupBarrier();
+        if stage % FLUSH == FLUSH - 1u || stage + 1u == stages {
+            add_totals(&total, &part);
+        }
+    }
+    return total;
+}
+
+// Element of the matrix of gradients of a super-block.
+fn store_gradient(at: u32, g: f32) {
+    scratch[params.gradient + at] = bitcast<u32>(g);
+}
