@@ -14,6 +14,8 @@ struct Lane {
 var<workgroup> lanes: array<Pair, LANES>;
 var<workgroup> lane_maxima: array<i32, LANES>;
 
+// Every invocation has the same `size`, which browsers do not see in a member of a struct.
+@diagnostic(off, subgroup_uniformity)
 fn reduce_sum(x: Pair, lane: Lane) -> Pair {
     var sum = x;
     for (var step = 1u; step < min(lane.size, LANES); step <<= 1u) {
@@ -31,6 +33,7 @@ fn reduce_sum(x: Pair, lane: Lane) -> Pair {
     return all;
 }
 
+@diagnostic(off, subgroup_uniformity)
 fn reduce_max(x: i32, lane: Lane) -> i32 {
     var top = x;
     for (var step = 1u; step < min(lane.size, LANES); step <<= 1u) {

@@ -41,9 +41,9 @@ pub(super) struct Facts {
     pub origin: String,
     pub rows: std::ops::Range<usize>,
     pub uses: [bool; 4],
-    pub dtype: DType,
-    pub row_strides: [usize; 2],
-    pub dim: usize,
+    /// Type, row stride and dimension of the embeddings of each tower.
+    #[cfg(feature = "wgpu")]
+    pub raw: [(DType, usize, usize); 2],
 }
 
 /// What a plan is made from.
@@ -144,9 +144,8 @@ impl Plan {
             rows: problem.rows.clone(),
             uses: crate::loss::Block::ALL
                 .map(|b| problem.loss.uses(b) || matches!(b, crate::loss::Block::QP | crate::loss::Block::PQ)),
-            dtype: problem.dtype,
-            row_strides: problem.row_strides,
-            dim: d,
+            #[cfg(feature = "wgpu")]
+            raw: problem.row_strides.map(|stride| (problem.dtype, stride, d)),
         };
         let Dispatches { recorder, layout, side, partials, combine, backward, .. } = dispatches;
         let mut slot_bytes = recorder.slot_bytes;
@@ -210,8 +209,7 @@ impl Plan {
     /// Type, row stride and dimension of a tower's embeddings.
     #[cfg(feature = "wgpu")]
     pub(super) fn raw(&self, tower: crate::batch::Tower) -> (DType, usize, usize) {
-        let stride = self.facts.row_strides[usize::from(tower == crate::batch::Tower::Passage)];
-        (self.facts.dtype, stride, self.facts.dim)
+        self.facts.raw[usize::from(tower == crate::batch::Tower::Passage)]
     }
 
     /// Which shaders run.
