@@ -1,0 +1,103 @@
+//! From a run's bytes to a verdict, as `evaluate` judges the backends of this machine.
+
+use crate::export::Run;
+use crate::support::compare::{Check, against_definition, verdict};
+use crate::support::problem::Outputs;
+use anyhow::{Result, bail};
+use samtone::Error;
+use serde::Serialize;
+use std::fmt;
+
+/// What the page shows of a run; numbers as text, so that both tables read alike.
+#[derive(Debug, Clone, Serialize)]
+pub struct Verdict {
+    pub case: String,
+    pub device: &'static str,
+    pub dtype: &'static str,
+    pub loss: String,
+    pub expected_loss: String,
+    /// Relative, of the gradient that uses most of its tolerance.
+    pub gradient_error: String,
+    pub tolerance: String,
+    pub passed: bool,
+    /// Every check that failed, or why nothing was checked.
+    pub reason: String,
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let word = if self.passed { "PASS" } else { "FAIL" };
+        write!(f, "{word}  {:<11} {:<4} {:<42}", self.device, self.dtype, self.case)?;
+        if self.loss.is_empty() {
+            return write!(f, " {}", self.reason);
+        }
+        write!(f, " loss {:<12} gradients {:>8} of {:>8}", self.loss, self.gradient_error, self.tolerance)?;
+        if self.passed { Ok(()) } else { write!(f, "\n      {}", self.reason.replace('\n', "\n      ")) }
+    }
+}
+
+/// The verdict on what the page sent: the bytes of [`Run::RESULTS`], or what went wrong there.
+pub fn judge(run: &Run, answer: Result<&[u8], String>) -> Verdict {
+    let mut verdict = Verdict {
+        case: run.problem.name.clone(),
+        device: run.device,
+        dtype: run.dtype.name(),
+        loss: String::new(),
+        expected_loss: format!("{:.8}", run.expected.loss),
+        gradient_error: String::new(),
+        tolerance: String::new(),
+        passed: false,
+        reason: String::new(),
+    };
+    match answer.map_err(anyhow::Error::msg).and_then(|bytes| outputs(run, bytes)) {
+        Ok(outputs) => verdict.compare(run, &outputs),
+        Err(error) => verdict.reason = format!("{error:#}"),
+    }
+    verdict
+}
+
+impl Verdict {
+    fn compare(&mut self, run: &Run, outputs: &Outputs) {
+        let checks = against_definition(outputs, &run.expected, &run.problem, run.dtype, 1.0);
+        let used = |check: &Check| match check.difference / check.allowed {
+            used if used.is_nan() && check.passed() => 0.0, // 0 of 0
+            used if used.is_nan() => f64::INFINITY,
+            used => used,
+        };
+        let gradients = checks.iter().filter(|check| check.output.starts_with("grad"));
+        if let Some(worst) = gradients.max_by(|a, b| used(a).total_cmp(&used(b))) {
+            self.gradient_error = format!("{:.1e}", worst.relative());
+            self.tolerance = format!("{:.1e}", worst.tolerance());
+        }
+        self.loss = format!("{:.8}", outputs.evaluation.loss);
+        match verdict(&checks) {
+            Ok(()) => self.passed = true,
+            Err(reason) => self.reason = reason,
+        }
+    }
+}
+
+fn outputs(run: &Run, bytes: &[u8]) -> Result<Outputs> {
+    let plan = &run.plan;
+    let [state, query, passage] = Run::RESULTS.map(|slot| plan.slot_bytes(slot) as usize);
+    if bytes.len() != state + query + passage {
+        bail!("the page sent {} bytes; allowed: {}", bytes.len(), state + query + passage);
+    }
+    let (state, gradients) = bytes.split_at(state);
+    let (query, passage) = gradients.split_at(query);
+    if let Some(refusal) = plan.refusal(state)? {
+        let found =
+            |_, _| Err(Error::StateMismatch { saved: format!("{refusal:?}"), given: "a case of finite rows".into() });
+        return Err(plan.error_of(refusal, found).into());
+    }
+    // Slots are whole words; gradients are f32.
+    let floats = |bytes: &[u8], count: usize| -> Vec<f64> {
+        bytes.chunks_exact(4).take(count).map(|x| f64::from(bytemuck::pod_read_unaligned::<f32>(x))).collect()
+    };
+    Ok(Outputs {
+        evaluation: plan.evaluation(state)?,
+        grad_query: floats(query, run.problem.query.len()),
+        grad_passage: floats(passage, run.problem.passage.len()),
+        temperature: plan.temperature(state)?,
+    })
+}
