@@ -1,4 +1,4 @@
-// state.wgsl: where things lie in the buffer `state`, in words. src/wgpu/arrays.rs lays it out.
+// state.wgsl: where things lie in the buffer `state`, in words. src/wgpu/layout.rs lays it out.
 
 // Of an index of a tower: n = 2^12/‖packed row‖ as a Pair, and the power t of two in packed = x·2^t. n is 0 without direction.
 const NORM_WORDS = 4u;

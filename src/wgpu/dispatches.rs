@@ -15,9 +15,9 @@ use crate::super_blocks::SuperBlock;
 use std::ops::Range;
 
 /// Words of a partial sum: sum, exponent, count.
-const PARTIAL_WORDS: usize = 3;
+pub(super) const PARTIAL_WORDS: usize = 3;
 /// Edge of a tile of sums of gradients.
-const PRODUCT_EDGE: usize = 64;
+pub(super) const PRODUCT_EDGE: usize = 64;
 
 pub(super) struct Dispatches<'a> {
     parts: &'a Parts<'a>,
@@ -31,7 +31,7 @@ pub(super) struct Dispatches<'a> {
     pub backward: Vec<Dispatch>,
 }
 
-fn type_code(dtype: DType) -> u32 {
+pub(super) fn type_code(dtype: DType) -> u32 {
     match dtype {
         DType::F32 | DType::F64 => 0, // problems refuse f64
         DType::F16 => 1,

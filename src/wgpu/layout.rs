@@ -15,7 +15,7 @@ pub(super) const STATUS_BYTES: u64 = ALIGNMENT;
 /// Rows of a workgroup of `combine`, invocations of every kernel but those of tiles and products.
 pub(super) const LANES: usize = 64;
 /// Numbers of k that a stage of a tile takes: packed rows are multiples of it.
-const STAGE: usize = 16;
+pub(super) const STAGE: usize = 16;
 
 /// Offsets in words: of `state`, and of `side`.
 #[derive(Debug, Clone, Copy, Default)]

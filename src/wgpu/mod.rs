@@ -18,6 +18,8 @@
 //! [`Capabilities`]: buffers, bindings, parameters, workgroups. It needs no GPU and can be exported, which is how a page in a
 //! browser runs the same dispatches.
 
+#[cfg(test)]
+mod agreement;
 mod bindings;
 mod capabilities;
 mod dispatches;

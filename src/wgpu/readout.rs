@@ -2,6 +2,7 @@
 
 use super::layout::{RESULT_WORDS, STATUS_BYTES};
 use super::plan::Plan;
+use super::uniforms::NONE;
 use crate::batch::Tower;
 use crate::error::{Error, Result};
 use crate::loss::Block;
@@ -9,12 +10,15 @@ use crate::output::{Evaluation, Metrics, TemperatureGradient};
 use crate::partials::{ExpSum, Partials};
 use std::ops::Range;
 
-const NONE: u32 = u32::MAX;
-// Words of the results, see shaders/common/state.wgsl.
-const SHIFT: usize = 8;
-const UPSTREAM: usize = 10;
-const BETA_SUM: usize = 12;
-const SUM_WORDS: usize = 4;
+// Words of the results, of a sum, and of the status, see shaders/common/state.wgsl.
+pub(super) const SHIFT: usize = 8;
+pub(super) const UPSTREAM: usize = 10;
+pub(super) const BETA_SUM: usize = 12;
+pub(super) const SUM_WORDS: usize = 4;
+pub(super) const NON_FINITE: usize = 0; // + 1 for passages
+pub(super) const ZERO_NORM: usize = 2; // + 1 for passages
+pub(super) const NO_NEGATIVE: usize = 4;
+pub(super) const NO_NEGATIVE_GROUP: usize = 5;
 
 /// Why a call is refused: the lowest row that is wrong. Its results on the device are NaN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,15 +87,16 @@ impl Plan {
     pub fn refusal(&self, state: &[u8]) -> Result<Option<Refusal>> {
         let state = self.state(state)?;
         for (k, tower) in [Tower::Query, Tower::Passage].into_iter().enumerate() {
-            if state.status(k) != NONE {
-                return Ok(Some(Refusal::NonFinite(tower, state.status(k) as usize)));
+            let (non_finite, zero_norm) = (state.status(NON_FINITE + k), state.status(ZERO_NORM + k));
+            if non_finite != NONE {
+                return Ok(Some(Refusal::NonFinite(tower, non_finite as usize)));
             }
-            if state.status(2 + k) != NONE && self.facts.zero_is_error {
-                return Ok(Some(Refusal::ZeroNorm(tower, state.status(2 + k) as usize)));
+            if zero_norm != NONE && self.facts.zero_is_error {
+                return Ok(Some(Refusal::ZeroNorm(tower, zero_norm as usize)));
             }
         }
-        let row = state.status(4);
-        Ok((row != NONE).then(|| Refusal::NoNegative(row as usize, state.status(5) as usize)))
+        let (row, group) = (state.status(NO_NEGATIVE), state.status(NO_NEGATIVE_GROUP));
+        Ok((row != NONE).then_some(Refusal::NoNegative(row as usize, group as usize)))
     }
 
     /// The error of a refusal; `find` gives column and value of the first element of a row that is not finite.

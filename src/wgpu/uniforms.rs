@@ -1,5 +1,5 @@
 //! What each dispatch tells its shader: the structs `Params` of shaders/*.wgsl, of four-byte members only, so that both sides lay
-//! them out alike. A test compares names, types and order with the shaders.
+//! them out alike. agreement.rs compares names, types and order with the shaders.
 
 use bytemuck::{Pod, Zeroable};
 

@@ -1,0 +1,157 @@
+//! What the shaders and the host both say is the same: `Params`, sizes and places of what lies in buffers, codes, constants.
+//! Read off the shaders by the compiler of wgpu.
+#![allow(clippy::panic)] // a check that cannot be made has failed
+
+use super::dispatches::{PARTIAL_WORDS, PRODUCT_EDGE, type_code};
+use super::layout::{LANES, RESULT_WORDS, STAGE, STATUS_BYTES};
+use super::plan::Plan;
+use super::uniforms::{Combine, NONE, Prepare, Product, Project, Tiles};
+use super::{Capabilities, Module, Variant, readout};
+use crate::batch::Pairs;
+use crate::dtype::DType;
+use crate::loss::{Block, Loss};
+use crate::mask::COSINE_TIE;
+use crate::options::Options;
+use crate::problem::Problem;
+use naga::{Literal, ScalarKind, TypeInner};
+
+/// Every variant that some device gets.
+fn variants() -> impl Iterator<Item = Variant> {
+    let device = |bits: u32| Capabilities {
+        f16: bits & 1 != 0,
+        workgroup_bytes: 16 << (10 + (bits >> 1 & 1)),
+        subgroups: bits & 4 != 0,
+        ..Capabilities::default()
+    };
+    (0..8).map(move |bits| device(bits).variant(DType::F16))
+}
+
+fn parse(module: Module, variant: Variant, more: &str) -> naga::Module {
+    let source = module.source(variant, false) + more;
+    naga::front::wgsl::parse_str(&source).unwrap_or_else(|e| panic!("{}", e.emit_to_string(&source)))
+}
+
+/// A constant of a module as a number, whatever its type.
+fn constant(module: Module, variant: Variant, name: &str) -> f64 {
+    let ir = parse(module, variant, &format!("\nconst ASKED_FOR = f32({name});\n"));
+    let of_name = ir.constants.iter().find(|(_, c)| c.name.as_deref() == Some("ASKED_FOR"));
+    match of_name.map(|(_, c)| &ir.global_expressions[c.init]) {
+        Some(naga::Expression::Literal(Literal::F32(x))) => f64::from(*x),
+        other => panic!("{name} of {} is {other:?}", module.name()),
+    }
+}
+
+/// Members of a struct: name, type, offset.
+fn members(ir: &naga::Module, name: &str) -> Vec<(String, &'static str, u32)> {
+    let of_name = ir.types.iter().find(|(_, ty)| ty.name.as_deref() == Some(name));
+    let Some((_, naga::Type { inner: TypeInner::Struct { members, .. }, .. })) = of_name else {
+        panic!("no struct `{name}`");
+    };
+    let member = |m: &naga::StructMember| {
+        let ty = match ir.types[m.ty].inner {
+            TypeInner::Scalar(scalar) if scalar.width == 4 => match scalar.kind {
+                ScalarKind::Uint => "u32",
+                ScalarKind::Sint => "i32",
+                ScalarKind::Float => "f32",
+                _ => "another scalar",
+            },
+            _ => "no scalar",
+        };
+        (m.name.clone().unwrap_or_default(), ty, m.offset)
+    };
+    members.iter().map(member).collect()
+}
+
+#[test]
+fn parameters_lie_where_the_host_writes_them() {
+    for variant in variants() {
+        for module in Module::ALL {
+            let host = match module {
+                Module::Prepare => Prepare::MEMBERS,
+                Module::LogSumExp | Module::GradientTile => Tiles::MEMBERS,
+                Module::Combine => Combine::MEMBERS,
+                Module::GradientProduct => Product::MEMBERS,
+                Module::Project | Module::ProjectInPlace => Project::MEMBERS,
+            };
+            let want: Vec<_> = host.iter().zip(0..).map(|((name, ty), k)| (name.to_string(), *ty, 4 * k)).collect();
+            assert_eq!(members(&parse(module, variant, ""), "Params"), want, "{} for {variant}", module.name());
+        }
+    }
+}
+
+#[test]
+fn constants_are_the_same() {
+    let (prepare, combine) = (Module::Prepare, Module::Combine);
+    let code = |dtype| f64::from(type_code(dtype));
+    for variant in variants() {
+        let same = |module: Module, name: &str, want: f64| {
+            assert_eq!(constant(module, variant, name), want, "{name} of {} for {variant}", module.name());
+        };
+        for module in [prepare, combine, Module::Project, Module::ProjectInPlace] {
+            same(module, "LANES", LANES as f64);
+            same(module, "NONE", f64::from(NONE as f32));
+        }
+        for module in [prepare, Module::Project, Module::ProjectInPlace] {
+            same(module, "TYPE_F32", code(DType::F32));
+            same(module, "TYPE_F16", code(DType::F16));
+        }
+        same(prepare, "TYPE_BF16", code(DType::BF16));
+        same(prepare, "COSINE_TIE", f64::from(COSINE_TIE as f32));
+        for (name, want) in [
+            ("SHIFT", readout::SHIFT),
+            ("UPSTREAM", readout::UPSTREAM),
+            ("BETA_SUM", readout::BETA_SUM),
+            ("SUM_WORDS", readout::SUM_WORDS),
+            ("NON_FINITE", readout::NON_FINITE),
+            ("ZERO_NORM", readout::ZERO_NORM),
+            ("NO_NEGATIVE", readout::NO_NEGATIVE),
+            ("NO_NEGATIVE_GROUP", readout::NO_NEGATIVE_GROUP),
+            ("PARTIAL_WORDS", PARTIAL_WORDS),
+            ("BLOCKS", Block::ALL.len()),
+            ("QP", Block::QP.index()),
+            ("PQ", Block::PQ.index()),
+        ] {
+            same(combine, name, want as f64);
+        }
+        same(Module::LogSumExp, "PARTIAL_WORDS", PARTIAL_WORDS as f64);
+        for module in [Module::LogSumExp, Module::GradientTile] {
+            same(module, "TILE", variant.tile() as f64);
+            same(module, "4 * STEP", STAGE as f64);
+        }
+        same(Module::GradientProduct, "EDGE", PRODUCT_EDGE as f64);
+        assert!(4.0 * constant(combine, variant, "STATUS_WORDS") <= STATUS_BYTES as f64);
+        // As src/wgpu/driver/step.rs promises them to callers.
+        let results = ["LOSS", "PRECISION_QP", "MRR_QP", "PRECISION_PQ", "MRR_PQ", "GRAD_TAU", "GRAD_LOG_BETA"];
+        results.iter().zip(0..).for_each(|(name, k)| same(combine, name, f64::from(k)));
+        assert!(constant(combine, variant, "BETA_SUM + 2") <= RESULT_WORDS as f64);
+    }
+}
+
+/// Arrays of the state and of the side data follow each other, so their distances are the shaders' sizes times their lengths.
+#[test]
+fn arrays_have_the_sizes_that_shaders_count_in() {
+    let (m, n) = (70, 90);
+    let (loss, pairs, options) = (Loss::samtone_both(), Pairs::new(m, n).unwrap(), Options::new(0.05).unwrap());
+    let problem = Problem::new(&loss, &pairs, &options, DType::F32, 8).unwrap();
+    let plan = Plan::new(&problem, &Capabilities::default()).unwrap();
+    let layout = &plan.layout;
+    let words = |name: &str| constant(Module::Combine, plan.variant(), name) as usize;
+    for (name, count, start, end) in [
+        ("NORM_WORDS", m, layout.norms[0], layout.norms[1]),
+        ("NORM_WORDS", n, layout.norms[1], layout.anchors),
+        ("ANCHOR_WORDS", m, layout.anchors, layout.positive),
+        ("POSITIVE_WORDS", m, layout.positive, layout.sums),
+        ("SUM_WORDS", 4 * m, layout.sums, layout.coefficients),
+        ("SCALED_WORDS", 4 * m, layout.coefficients, layout.diagonal),
+        ("SCALED_WORDS", m, layout.diagonal, layout.row_losses),
+        ("SCALED_WORDS", m, layout.row_losses, layout.group_results),
+        ("RESULT_WORDS", m.div_ceil(LANES), layout.group_results, layout.state_words),
+        ("CANDIDATE_WORDS", m, layout.candidates[0] as usize, layout.candidates[1] as usize),
+        ("CANDIDATE_WORDS", n, layout.candidates[1] as usize, layout.row_keys as usize),
+        ("GROUP_WORDS", loss.groups().len(), layout.groups as usize, plan.side.len() / 4),
+    ] {
+        assert_eq!(words(name) * count, end - start, "{name}");
+    }
+    assert_eq!(layout.norms[0], RESULT_WORDS);
+    assert_eq!(plan.state_bytes(), STATUS_BYTES + 4 * layout.state_words as u64);
+}
