@@ -1,31 +1,14 @@
 // gradient_product.wgsl: products of the gradients of a super-block with the embeddings across: sums of gradients.
 // Math     rows     sum_m += Σ_k ĝ_mk·packed_k, m an index of the row edge, k one of the column edge
 //          columns  sum_m += Σ_k ĝ_km·packed_k, m an index of the column edge, k one of the row edge
-//          clear    sum ← 0, where nothing else writes
 // In/out   gradients: row-major ĝ as vectors; packed: embeddings of the edge across · sums: f32, row-major with a stride
-// Groups   64 indices x 64 numbers of an embedding each: grid (⌈d / 64⌉, ⌈indices / 64⌉); clear: 64 numbers each
+// Groups   64 indices x 64 numbers of an embedding each: grid (⌈d / 64⌉, ⌈indices / 64⌉)
 // Shared   a: 64 x 16 of ĝ, as it lies; b: 16 rows of 64 numbers
 // Numerics f32; sums end after 64 terms and are added to the total. One writer for each sum, super-blocks in the order of the
-//          dispatches: same bits on every run
+//          dispatches: same bits on every run. The alternative is gradient_product_cooperative.wgsl
 
-struct Params {
-    zero: u32,
-    indices: u32,         // of the edge
-    depth: u32,           // indices of the edge across
-    gradient_base: u32,   // vectors from the start of `gradients`
-    gradient_vectors: u32, // of a row of ĝ
-    packed_base: u32,     // vectors from the start of `packed` to the first index of the edge across
-    row_vectors: u32,
-    sums_base: u32,       // numbers from the start of `sums` to the first index of the edge
-    sums_stride: u32,
-    dim: u32,
-    accumulate: u32,      // add to what is there
-}
-
-@group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(1) var<storage, read> gradients: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> packed: array<Packed>;
-@group(0) @binding(3) var<storage, read_write> sums: array<f32>;
 
 const EDGE = 64u;
 const DEPTH = 16u;
@@ -48,16 +31,8 @@ fn load_packed(start: u32, column: u32, index: u32) {
 // Four rows first, first + step, … of sums, four numbers of each.
 fn store(total: mat4x4<f32>, first: u32, step: u32, column: u32) {
     for (var i = 0u; i < 4u; i += 1u) {
-        let m = first + step * i;
         for (var j = 0u; j < 4u; j += 1u) {
-            if m < params.indices && column + j < params.dim {
-                let at = params.sums_base + m * params.sums_stride + column + j;
-                var x = total[i][j];
-                if params.accumulate != 0u {
-                    x += sums[at];
-                }
-                sums[at] = x;
-            }
+            store_sum(first + step * i, column + j, total[i][j]);
         }
     }
 }
@@ -127,14 +102,4 @@ fn product_columns(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invoc
         }
     }
     store(total, row + 4u * y, 1u, column + 4u * x);
-}
-
-@compute @workgroup_size(64)
-fn clear(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>, @builtin(local_invocation_index) index: u32) {
-    let row = group.y * groups.x + group.x;
-    if row < params.indices {
-        for (var column = index; column < params.dim; column += 64u) {
-            sums[params.sums_base + row * params.sums_stride + column] = 0.0;
-        }
-    }
 }

@@ -16,6 +16,7 @@ struct Params {
     row_stride: u32,      // elements
     raw_base: u32,        // elements from the start of the binding to the row of index `raw_first`
     raw_first: u32,
+    limit: u32,           // indices of the tower; those beyond are packed as zeros
     order: u32,           // row behind each index, NONE for the identity
     packed_base: u32,     // vectors from the start of the binding to the first index of this part
     row_vectors: u32,
@@ -103,6 +104,12 @@ fn pack(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups
         return;
     }
     let index = params.first + local;
+    if index >= params.limit {
+        for (var vector = lane.index; vector < params.row_vectors; vector += LANES) {
+            packed[params.packed_base + local * params.row_vectors + vector] = narrow(vec4<f32>());
+        }
+        return;
+    }
     var row = index;
     if params.order != NONE {
         row = side[params.order + index];

@@ -10,6 +10,14 @@
 @group(0) @binding(2) var<storage, read> right: array<f16>;
 @group(0) @binding(6) var<storage, read_write> gradients: array<f16>;
 
+const TILE = 64u;
+const PARTS = 1u;
+const BLOCKS = 1u;
+
+struct Totals {
+    block: array<mat4x4<f32>, BLOCKS>,
+}
+
 const FRAGMENT = 16u;
 const FLUSH = 64u; // numbers of k
 
@@ -20,9 +28,12 @@ struct Invocation {
     @builtin(local_invocation_index) index: u32,
     @builtin(subgroup_id) subgroup: u32,
     @builtin(num_subgroups) subgroups: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+    @builtin(subgroup_size) lanes: u32,
 }
 
 fn multiply(place: Place, thread: Thread, invocation: Invocation) -> Totals {
+    enter(invocation);
     let stride = 4u * params.row_vectors;
     const ACROSS = TILE / FRAGMENT;
     for (var f = invocation.subgroup; f < ACROSS * ACROSS; f += invocation.subgroups) {

@@ -1,6 +1,6 @@
 //! What a device allows, in the numbers that a plan depends on.
 
-use super::shaders::Variant;
+use super::shaders::{Products, Variant};
 use crate::dtype::DType;
 
 /// Limits and features of a device. The default is what every WebGPU device has.
@@ -18,6 +18,8 @@ pub struct Capabilities {
     pub f16: bool,
     /// Whether shaders may exchange within subgroups.
     pub subgroups: bool,
+    /// Whether cooperative matrices multiply.
+    pub products: Products,
 }
 
 impl Default for Capabilities {
@@ -29,6 +31,7 @@ impl Default for Capabilities {
             workgroup_bytes: 16 << 10,
             f16: false,
             subgroups: false,
+            products: Products::Fma,
         }
     }
 }
@@ -39,10 +42,14 @@ const LARGE_TILE_BYTES: u32 = 32 << 10;
 impl Capabilities {
     /// The variant that suits the device for embeddings of a type.
     pub fn variant(&self, dtype: DType) -> Variant {
+        let large_tiles = self.workgroup_bytes >= LARGE_TILE_BYTES; // also what cooperative matrices take
+        let f16 = self.f16 && dtype.bytes() == 2;
+        let cooperative = self.products != Products::Fma && f16 && self.subgroups && large_tiles;
         Variant {
-            f16: self.f16 && dtype.bytes() == 2,
-            large_tiles: self.workgroup_bytes >= LARGE_TILE_BYTES,
+            f16,
+            large_tiles: large_tiles && !cooperative,
             subgroups: self.subgroups,
+            products: if cooperative { self.products } else { Products::Fma },
         }
     }
 
@@ -51,5 +58,6 @@ impl Capabilities {
         (self.f16 || !variant.f16)
             && (self.subgroups || !variant.subgroups)
             && (self.workgroup_bytes >= LARGE_TILE_BYTES || !variant.large_tiles)
+            && (variant.products == Products::Fma || self.variant(DType::F16) == variant)
     }
 }

@@ -4,7 +4,7 @@ use super::bindings::Recorder;
 use super::layout::{LANES, Layout, Sums, Tower};
 use super::plan::Parts;
 use super::schedule::{Binding, Dispatch, Slot};
-use super::shaders::Module;
+use super::shaders::{Module, Products};
 use super::uniforms::{Combine, NONE, Prepare, Product, Project, Tiles, scaled, split};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -16,6 +16,9 @@ use std::ops::Range;
 
 /// Words of a partial sum: sum, exponent, count.
 pub(super) const PARTIAL_WORDS: usize = 3;
+/// Batches with fewer queries take gradients of logits with 22 bits for bf16, too, as in src/cuda/problem.rs: few terms do not
+/// average rounding errors out.
+const FEW_ROWS: usize = 256;
 /// Edge of a tile of sums of gradients.
 pub(super) const PRODUCT_EDGE: usize = 64;
 
@@ -67,7 +70,7 @@ impl<'a> Dispatches<'a> {
         for tower in self.towers {
             let elements = (tower.rows - 1) * tower.row_stride + self.parts.problem.dim;
             self.recorder.reserve(tower.raw, (elements * tower.element_bytes) as u64)?;
-            self.recorder.reserve(tower.packed, (tower.indices * tower.packed_row_bytes()) as u64)?;
+            self.recorder.reserve(tower.packed, (tower.padded * tower.packed_row_bytes()) as u64)?;
         }
         for sums in self.sums.into_iter().flatten() {
             let elements = (sums.output_rows - 1) * sums.output_stride + self.parts.problem.dim;
@@ -93,6 +96,22 @@ impl<'a> Dispatches<'a> {
         Ok((window.binding, window.base))
     }
 
+    /// Packed rows of these indices, and as many more as whole tiles have, where products read those.
+    fn packed_tiles(&mut self, index: u32, tower: &Tower, range: &Range<usize>) -> Result<(Binding, u32)> {
+        let whole = range.start..range.start + range.len().next_multiple_of(self.parts.variant.tile());
+        self.packed(index, tower, if self.cooperative() { &whole } else { range })
+    }
+
+    fn cooperative(&self) -> bool {
+        self.parts.variant.products != Products::Fma
+    }
+
+    /// Planes of f16 of the gradients of logits, where they are that.
+    fn planes(&self) -> usize {
+        let problem = self.parts.problem;
+        if problem.dtype == DType::BF16 && problem.pairs.rows() >= FEW_ROWS { 1 } else { 2 }
+    }
+
     /// `count` pieces of work in parts that `most` of which can be bound at once.
     fn split(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
         let end = range.end;
@@ -112,8 +131,10 @@ impl<'a> Dispatches<'a> {
             let of_packed = self.recorder.rows_of(tower.packed_row_bytes() as u64);
             // Rows in another order than indices are all bound at once.
             let most = if tower.in_order { of_packed.min(self.recorder.rows_of(row_bytes)) } else { of_packed };
-            for range in Self::split(0..tower.indices, most) {
-                let rows = if tower.in_order { range.clone() } else { 0..tower.rows };
+            for range in Self::split(0..tower.padded, most) {
+                // What is packed as zeros reads no row, but something has to be bound.
+                let first = range.start.min(tower.rows - 1);
+                let rows = if tower.in_order { first..range.end.clamp(first + 1, tower.rows) } else { 0..tower.rows };
                 let end = (rows.end - 1) as u64 * row_bytes + (problem.dim * tower.element_bytes) as u64;
                 let raw = self.recorder.window(
                     1,
@@ -130,6 +151,7 @@ impl<'a> Dispatches<'a> {
                     row_stride: tower.row_stride as u32,
                     raw_base: raw.base,
                     raw_first: rows.start as u32,
+                    limit: tower.indices as u32,
                     order: if tower.in_order { NONE } else { layout.order },
                     packed_base,
                     row_vectors: tower.row_vectors as u32,
@@ -179,8 +201,8 @@ impl<'a> Dispatches<'a> {
         let (layout, tile) = (self.layout, self.parts.variant.tile());
         let m = problem.pairs.rows();
         let [row_tower, col_tower] = s.spaces.map(|space| self.towers[space as usize]);
-        let (left, row_base) = self.packed(1, &row_tower, &s.ranges[0])?;
-        let (right, col_base) = self.packed(2, &col_tower, &s.ranges[1])?;
+        let (left, row_base) = self.packed_tiles(1, &row_tower, &s.ranges[0])?;
+        let (right, col_base) = self.packed_tiles(2, &col_tower, &s.ranges[1])?;
         let [triangle, ranks, counted] = s.flags().map(u32::from);
         let order = &self.parts.order;
         let pairs = &problem.pairs;
@@ -224,7 +246,7 @@ impl<'a> Dispatches<'a> {
             results: 0,
             gradient: Self::first_gradient(s, tile) as u32,
             dots: 0,
-            plane: 0,
+            plane: if self.cooperative() && self.planes() == 2 { s.elements(tile) as u32 } else { 0 },
             beta_head,
             beta_middle,
             beta_tail,
@@ -325,10 +347,19 @@ impl<'a> Dispatches<'a> {
         let (blocks, graded) = (&self.parts.blocks, &self.parts.graded);
         for s in blocks.iter().zip(graded).filter(|(_, graded)| **graded).map(|(s, _)| s) {
             let (params, bindings) = self.tiles(s)?;
-            let bytes = 4 * (params.gradient as usize + s.elements(tile)) as u64;
-            let scratch = self.recorder.whole(5, Slot::Scratch, bytes)?;
+            let start = 4 * u64::from(params.gradient);
+            let planes_bytes = if self.cooperative() { 2 * self.planes() } else { 4 };
+            let bytes = start + (s.elements(tile) * planes_bytes) as u64;
+            // Dots and gradients: one array, or two of different types.
+            let scratch = match self.cooperative() {
+                false => vec![self.recorder.whole(5, Slot::Scratch, bytes)?],
+                true => vec![
+                    self.recorder.whole(5, Slot::Scratch, start)?,
+                    self.recorder.window(6, Slot::Scratch, start..bytes, 2)?.binding,
+                ],
+            };
             let grid = self.recorder.grid(s.tiles(tile));
-            let bindings = bindings.into_iter().chain([scratch]);
+            let bindings = bindings.into_iter().chain(scratch);
             self.backward.push(self.recorder.dispatch(Module::GradientTile, "gradient_tile", params, bindings, grid));
 
             let sum = Combine { tiles: params.tiles, first: first.into(), ..self.combine_params() };
@@ -337,7 +368,7 @@ impl<'a> Dispatches<'a> {
             first = false;
 
             for edge in (0..2).filter(|&edge| s.gradients[edge]) {
-                self.product(s, edge, params.gradient, bytes, &mut written)?;
+                self.product(s, edge, start..bytes, &mut written)?;
             }
         }
         self.clear(&written)?;
@@ -363,17 +394,21 @@ impl<'a> Dispatches<'a> {
         &mut self,
         s: &SuperBlock,
         edge: usize,
-        gradient: u32,
-        bytes: u64,
+        gradient: Range<u64>,
         written: &mut [Vec<Range<usize>>; 2],
     ) -> Result<()> {
         let (space, other) = (s.spaces[edge] as usize, s.spaces[1 - edge] as usize);
         let Some(sums) = self.sums[space] else { return Ok(()) };
         let (dim, tile) = (self.parts.problem.dim, self.parts.variant.tile());
         let range = &s.ranges[edge];
-        let gradients = self.recorder.window(1, Slot::Scratch, 4 * u64::from(gradient)..bytes, 16)?;
+        let (vector_bytes, plane) = match (self.cooperative(), self.planes()) {
+            (false, _) => (16, 0),
+            (true, 1) => (8, 0),
+            (true, _) => (8, s.elements(tile) as u32),
+        };
+        let gradients = self.recorder.window(1, Slot::Scratch, gradient, vector_bytes)?;
         let other = self.towers[other];
-        let (packed, packed_base) = self.packed(2, &other, &s.ranges[1 - edge])?;
+        let (packed, packed_base) = self.packed_tiles(2, &other, &s.ranges[1 - edge])?;
         let (output, sums_base) = self.sums_window(3, &sums, range)?;
         let params = Product {
             zero: 0,
@@ -387,6 +422,7 @@ impl<'a> Dispatches<'a> {
             sums_stride: sums.stride as u32,
             dim: dim as u32,
             accumulate: written[space].contains(range).into(),
+            plane,
         };
         if params.accumulate == 0 {
             written[space].push(range.clone());

@@ -2,6 +2,7 @@
 
 use super::plan::Parts;
 use super::schedule::{ALIGNMENT, Slot};
+use super::shaders::Products;
 use super::uniforms::{NONE, scaled};
 use crate::dtype::DType;
 use crate::mask::Keys;
@@ -115,6 +116,8 @@ pub(super) struct Tower {
     /// Vectors of four numbers in a packed row.
     pub row_vectors: usize,
     pub vector_bytes: usize,
+    /// Indices, and the rows of zeros behind them that whole tiles may read.
+    pub padded: usize,
     /// Whether index k is row k.
     pub in_order: bool,
 }
@@ -134,6 +137,8 @@ impl Tower {
             rows,
             row_stride: problem.row_strides[space as usize],
             element_bytes: problem.dtype.bytes(),
+            // Cooperative matrices read whole tiles, wherever those begin.
+            padded: if variant.products == Products::Fma { indices } else { indices + variant.tile() - 1 },
             row_vectors: d.next_multiple_of(STAGE) / 4,
             vector_bytes: if variant.f16 { 8 } else { 16 },
             in_order: space == Space::Query || order.passage.is_none(),

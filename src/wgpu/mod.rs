@@ -40,7 +40,7 @@ pub use driver::{BufferRange, Buffers, Engine, Step, wgpu};
 pub use plan::Plan;
 pub use readout::Refusal;
 pub use schedule::{ALIGNMENT, Binding, Dispatch, Slot};
-pub use shaders::{Module, Variant};
+pub use shaders::{Module, Products, Variant};
 
 /// Default bound on the scratch beyond packed embeddings: 128 MiB, a square of 5760² gradients of logits, as much as every
 /// device can bind.

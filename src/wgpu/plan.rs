@@ -4,7 +4,7 @@ use super::capabilities::Capabilities;
 use super::dispatches::Dispatches;
 use super::layout::Layout;
 use super::schedule::{Dispatch, Slot};
-use super::shaders::Variant;
+use super::shaders::{Products, Variant};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::order::{Occurrences, Order};
@@ -82,6 +82,10 @@ impl Plan {
             |what: String, allowed: &str| Err(Error::Unsupported { backend: "wgpu", what, allowed: allowed.into() });
         if variant.f16 && problem.dtype == DType::F32 {
             return unsupported("f16 storage of f32 embeddings".into(), "f16 storage of f16 and bf16 embeddings");
+        }
+        if variant.products != Products::Fma && !(variant.f16 && variant.subgroups && !variant.large_tiles) {
+            let allowed = "cooperative matrices with f16 storage, subgroups and small tiles";
+            return unsupported(format!("the variant {variant}"), allowed);
         }
         for (argument, output) in ["query", "passage"].into_iter().zip(problem.gradients) {
             if let Some(output) = output

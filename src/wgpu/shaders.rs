@@ -13,6 +13,21 @@ pub struct Variant {
     pub large_tiles: bool,
     /// Reductions within subgroups by exchanges instead of workgroup memory.
     pub subgroups: bool,
+    /// What multiplies.
+    pub products: Products,
+}
+
+/// What multiplies tiles of embeddings and of gradients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Products {
+    /// Fused multiply-add on f32.
+    #[default]
+    Fma,
+    /// Cooperative matrices of f16 with f32 sums, where the adapter has them and they pass a check: for f16 storage, with small
+    /// tiles and subgroups. Gradients of logits are f16, or the sum of two f16.
+    Cooperative,
+    /// The shaders of `Cooperative`, with fragments that need no such matrices: slow, for tests.
+    Emulated,
 }
 
 impl Variant {
@@ -26,7 +41,12 @@ impl fmt::Display for Variant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let storage = if self.f16 { "f16" } else { "f32" };
         let subgroups = if self.subgroups { ", subgroups" } else { "" };
-        write!(f, "{storage} storage, tiles of {t} x {t}{subgroups}", t = self.tile())
+        let products = match self.products {
+            Products::Fma => "",
+            Products::Cooperative => ", cooperative matrices",
+            Products::Emulated => ", emulated cooperative matrices",
+        };
+        write!(f, "{storage} storage, tiles of {t} x {t}{subgroups}{products}", t = self.tile())
     }
 }
 
@@ -92,7 +112,7 @@ impl Module {
         const LOGIT: &str = include_str!("../../shaders/common/logit.wgsl");
         const STATE: &str = include_str!("../../shaders/common/state.wgsl");
         const TILE: &str = include_str!("../../shaders/common/tile.wgsl");
-        const MULTIPLY: &str = include_str!("../../shaders/common/multiply_f32.wgsl");
+        const SUMS: &str = include_str!("../../shaders/common/sums.wgsl");
         let storage = match variant.f16 {
             true => include_str!("../../shaders/common/storage_f16.wgsl"),
             false => include_str!("../../shaders/common/storage_f32.wgsl"),
@@ -101,48 +121,45 @@ impl Module {
             true => include_str!("../../shaders/common/reduce_subgroup.wgsl"),
             false => include_str!("../../shaders/common/reduce_shared.wgsl"),
         };
-        let tile_size = match variant.large_tiles {
-            true => include_str!("../../shaders/common/tile_128.wgsl"),
-            false => include_str!("../../shaders/common/tile_64.wgsl"),
+        let tile_size = match (variant.products, variant.large_tiles) {
+            (Products::Fma, true) => include_str!("../../shaders/common/tile_128.wgsl"),
+            (Products::Fma, false) => include_str!("../../shaders/common/tile_64.wgsl"),
+            _ => "", // multiply_cooperative.wgsl says how large
         };
-        let project = include_str!("../../shaders/project.wgsl");
-        let pieces: &[&str] = match self {
-            Self::Prepare => &[NUMBERS, STATE, storage, reduce, include_str!("../../shaders/prepare.wgsl")],
-            Self::LogSumExp => &[
-                NUMBERS,
-                LOGIT,
-                STATE,
-                storage,
-                tile_size,
-                TILE,
-                MULTIPLY,
-                include_str!("../../shaders/logsumexp.wgsl"),
-            ],
-            Self::Combine => &[NUMBERS, LOGIT, STATE, reduce, include_str!("../../shaders/combine.wgsl")],
-            Self::GradientTile => &[
-                NUMBERS,
-                LOGIT,
-                STATE,
-                storage,
-                tile_size,
-                TILE,
-                MULTIPLY,
-                include_str!("../../shaders/gradient_tile.wgsl"),
-            ],
-            Self::GradientProduct => &[storage, include_str!("../../shaders/gradient_product.wgsl")],
-            Self::Project => {
-                &[NUMBERS, STATE, storage, reduce, include_str!("../../shaders/common/sums_apart.wgsl"), project]
+        // Fragments of cooperative matrices, if any, and what multiplies tiles of embeddings and of gradients.
+        let cooperative = [
+            include_str!("../../shaders/common/multiply_cooperative.wgsl"),
+            include_str!("../../shaders/gradient_product_cooperative.wgsl"),
+        ];
+        let (fragments, [multiply, product]) = match variant.products {
+            Products::Fma => {
+                let product = include_str!("../../shaders/gradient_product.wgsl");
+                ("", [include_str!("../../shaders/common/multiply_f32.wgsl"), product])
             }
-            Self::ProjectInPlace => {
-                &[NUMBERS, STATE, storage, reduce, include_str!("../../shaders/common/sums_in_place.wgsl"), project]
-            }
+            Products::Cooperative => (include_str!("../../shaders/common/cooperative.wgsl"), cooperative),
+            Products::Emulated => (include_str!("../../shaders/common/emulated.wgsl"), cooperative),
+        };
+        let tiles = |pass| vec![NUMBERS, LOGIT, STATE, storage, tile_size, TILE, fragments, multiply, pass];
+        let project = |sums| vec![NUMBERS, STATE, storage, reduce, sums, include_str!("../../shaders/project.wgsl")];
+        let pieces = match self {
+            Self::Prepare => vec![NUMBERS, STATE, storage, reduce, include_str!("../../shaders/prepare.wgsl")],
+            Self::LogSumExp => tiles(include_str!("../../shaders/logsumexp.wgsl")),
+            Self::Combine => vec![NUMBERS, LOGIT, STATE, reduce, include_str!("../../shaders/combine.wgsl")],
+            Self::GradientTile => tiles(include_str!("../../shaders/gradient_tile.wgsl")),
+            Self::GradientProduct => vec![storage, SUMS, fragments, product],
+            Self::Project => project(include_str!("../../shaders/common/sums_apart.wgsl")),
+            Self::ProjectInPlace => project(include_str!("../../shaders/common/sums_in_place.wgsl")),
         };
         let mut source = String::new();
         if variant.f16 && self != Self::Combine {
             source.push_str("enable f16;\n");
         }
-        if variant.subgroups && enable_subgroups && pieces.contains(&reduce) {
+        let exchanges = pieces.contains(&reduce) || (!fragments.is_empty() && pieces.contains(&fragments));
+        if variant.subgroups && enable_subgroups && exchanges {
             source.push_str("enable subgroups;\n");
+        }
+        if variant.products == Products::Cooperative && pieces.contains(&fragments) {
+            source.push_str("enable wgpu_cooperative_matrix;\n");
         }
         source.push_str(&pieces.join("\n"));
         source

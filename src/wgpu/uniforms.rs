@@ -33,6 +33,7 @@ uniforms! {
         row_stride: u32,
         raw_base: u32,
         raw_first: u32,
+        limit: u32,
         order: u32,
         packed_base: u32,
         row_vectors: u32,
@@ -137,6 +138,7 @@ uniforms! {
         sums_stride: u32,
         dim: u32,
         accumulate: u32,
+        plane: u32,
     }
 
     /// Of project.wgsl.

@@ -3,12 +3,12 @@
 use super::cuda_emulated::CudaEmulated;
 use samtone::backend::{self, Backend};
 #[cfg(feature = "wgpu")]
-use samtone::wgpu::{Capabilities, Wgpu};
+use samtone::wgpu::{Capabilities, Products, Wgpu};
 use samtone::{Error, Result};
 
 /// The WGSL backend on devices that have less than this one: every variant of the shaders, and buffers bound in many parts.
 #[cfg(feature = "wgpu")]
-const WGPU: [Wgpu; 5] = [
+const WGPU: [Wgpu; 6] = [
     Wgpu::restricted("wgpu-baseline", |device| Capabilities {
         max_workgroups: device.max_workgroups.min(65_535),
         ..Capabilities::default()
@@ -16,6 +16,7 @@ const WGPU: [Wgpu; 5] = [
     Wgpu::restricted("wgpu-large-tiles", |device| Capabilities { f16: false, subgroups: false, ..device }),
     Wgpu::restricted("wgpu-f16", |device| Capabilities { workgroup_bytes: 16 << 10, subgroups: false, ..device }),
     Wgpu::restricted("wgpu-subgroups", |device| Capabilities { workgroup_bytes: 16 << 10, f16: false, ..device }),
+    Wgpu::restricted("wgpu-cooperative-emulated", |device| Capabilities { products: Products::Emulated, ..device }),
     // Windows of 256 KiB; grids of 7.
     Wgpu::restricted("wgpu-small-bindings", |device| Capabilities {
         max_binding_bytes: 256 << 10,

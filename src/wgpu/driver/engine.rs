@@ -2,7 +2,7 @@
 
 use super::buffers::Buffers;
 use crate::error::{Error, Result};
-use crate::wgpu::{Capabilities, Dispatch, Module, Plan, Variant};
+use crate::wgpu::{Capabilities, Dispatch, Module, Plan, Products, Variant};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -42,6 +42,7 @@ impl Engine {
             workgroup_bytes: limits.max_compute_workgroup_storage_size,
             f16: features.contains(wgpu::Features::SHADER_F16),
             subgroups: features.contains(wgpu::Features::SUBGROUP),
+            products: Products::Fma,
         };
         Self {
             inner: Arc::new(Inner {
