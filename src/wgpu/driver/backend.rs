@@ -88,36 +88,46 @@ impl Backend for Wgpu {
         let engine = engine()?;
         let capabilities = *engine.capabilities();
         let plan = Plan::new(&problem, &self.choose.map_or(capabilities, |choose| choose(capabilities)))?;
-        let step = Step::new(&engine, plan)?;
-
-        let bytes = |slot| step.plan().slot_bytes(slot);
-        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC;
-        let memory = |slot: Slot| engine.allocate(slot.name(), bytes(slot), usage);
-        let slots = [Slot::Query, Slot::Passage, Slot::QueryGradient, Slot::PassageGradient];
-        let [q, p, grad_q, grad_p] = slots.map(memory);
-        let (q, p, grad_q, grad_p) = (q?, p?, grad_q?, grad_p?);
-        upload(&engine, &q, batch.query())?;
-        upload(&engine, &p, batch.passage())?;
-        let callers = [&q, &p, &grad_q, &grad_p].into_iter().zip(slots);
-        let callers = callers.fold(Buffers::new(), |buffers, (buffer, slot)| buffers.with(slot, buffer));
-        let mut encoder = engine.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        step.forward(&mut encoder, &callers)?;
-        step.backward(&mut encoder, &callers)?;
-        engine.guarded("submit", None, || engine.queue().submit([encoder.finish()]))?;
-        let results = step.results(&callers)?;
-        // Both are on the host before either is handed out.
-        let download = |wanted: bool, slot, buffer| {
-            if wanted { engine.read(buffer, 0..bytes(slot)) } else { Ok(Vec::new()) }
-        };
-        let of_query = download(query.is_some(), Slot::QueryGradient, &grad_q)?;
-        let of_passage = download(passage.is_some(), Slot::PassageGradient, &grad_p)?;
-        for (buffer, bytes) in [(query, of_query), (passage, of_passage)] {
-            if let Some(buffer) = buffer {
-                scatter(&bytes, buffer);
-            }
-        }
-        Ok(results)
+        run(&engine, plan, batch, GradientBuffers { query, passage })
     }
+}
+
+/// One call of `plan`, whose gradients are contiguous f32, on embeddings in host memory.
+pub(super) fn run(
+    engine: &Engine,
+    plan: Plan,
+    batch: &Batch<'_>,
+    GradientBuffers { query, passage }: GradientBuffers<'_>,
+) -> Result<(Evaluation, TemperatureGradient)> {
+    let step = Step::new(engine, plan)?;
+
+    let bytes = |slot| step.plan().slot_bytes(slot);
+    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC;
+    let memory = |slot: Slot| engine.allocate(slot.name(), bytes(slot), usage);
+    let slots = [Slot::Query, Slot::Passage, Slot::QueryGradient, Slot::PassageGradient];
+    let [q, p, grad_q, grad_p] = slots.map(memory);
+    let (q, p, grad_q, grad_p) = (q?, p?, grad_q?, grad_p?);
+    upload(engine, &q, batch.query())?;
+    upload(engine, &p, batch.passage())?;
+    let callers = [&q, &p, &grad_q, &grad_p].into_iter().zip(slots);
+    let callers = callers.fold(Buffers::new(), |buffers, (buffer, slot)| buffers.with(slot, buffer));
+    let mut encoder = engine.device().create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    step.forward(&mut encoder, &callers)?;
+    step.backward(&mut encoder, &callers)?;
+    engine.guarded("submit", None, || engine.queue().submit([encoder.finish()]))?;
+    let results = step.results(&callers)?;
+    // Both are on the host before either is handed out.
+    let download = |wanted: bool, slot, buffer| {
+        if wanted { engine.read(buffer, 0..bytes(slot)) } else { Ok(Vec::new()) }
+    };
+    let of_query = download(query.is_some(), Slot::QueryGradient, &grad_q)?;
+    let of_passage = download(passage.is_some(), Slot::PassageGradient, &grad_p)?;
+    for (buffer, bytes) in [(query, of_query), (passage, of_passage)] {
+        if let Some(buffer) = buffer {
+            scatter(&bytes, buffer);
+        }
+    }
+    Ok(results)
 }
 
 /// Rows as they lie, with what is between them.

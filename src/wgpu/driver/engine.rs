@@ -86,16 +86,40 @@ impl Engine {
         Err(unavailable(if reasons.is_empty() { "no adapter was found".into() } else { reasons.join("; ") }))
     }
 
-    /// On a device of its own of an adapter, with every feature and the highest limits that help.
+    /// On a device of its own of an adapter, with every feature and the highest limits that help. Cooperative matrices are used
+    /// where the adapter has them and they give, on a small batch, what plain arithmetic gives.
     ///
     /// # Errors
     /// [`Error::WgpuUnavailable`] if the adapter gives no device.
     pub fn on(adapter: &wgpu::Adapter) -> Result<Self> {
+        if has_cooperative_matrices(adapter)
+            && let Ok(mut engine) = Self::request(adapter, wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX)
+        {
+            if super::check::agrees(&engine, Products::Cooperative)
+                && let Some(inner) = Arc::get_mut(&mut engine.inner)
+            {
+                inner.capabilities.products = Products::Cooperative;
+            }
+            return Ok(engine);
+        }
+        Self::request(adapter, wgpu::Features::empty())
+    }
+
+    fn request(adapter: &wgpu::Adapter, experimental: wgpu::Features) -> Result<Self> {
         let wanted = wgpu::Features::SHADER_F16 | wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY;
+        let experimental_features = if experimental.is_empty() {
+            wgpu::ExperimentalFeatures::disabled()
+        } else {
+            // SAFETY: what may go wrong with the experimental feature that is asked for, cooperative matrices, is that a
+            // driver's are wrong or that it does not check their bounds. The first is checked before they are used; and shaders
+            // load and store whole fragments within what plans bind (`Tower::padded`, whole tiles of scratch).
+            unsafe { wgpu::ExperimentalFeatures::enabled() }
+        };
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("samtone"),
-            required_features: adapter.features() & wanted,
+            required_features: (adapter.features() & wanted) | experimental,
             required_limits: adapter.limits(),
+            experimental_features,
             ..Default::default()
         };
         let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
@@ -293,4 +317,14 @@ impl Engine {
         let (first, last) = ((bytes.start - start) as usize, (bytes.end - start) as usize);
         Ok(mapped.map_err(|error| failed(error.to_string()))?[first..last].to_vec())
     }
+}
+
+/// Whether the adapter multiplies fragments of 16 x 16 f16 into f32, as shaders/common/cooperative.wgsl does.
+fn has_cooperative_matrices(adapter: &wgpu::Adapter) -> bool {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    adapter.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX)
+        && adapter
+            .cooperative_matrix_properties()
+            .iter()
+            .any(|p| (p.m_size, p.n_size, p.k_size) == (16, 16, 16) && (p.ab_type, p.cr_type) == (F16, F32))
 }

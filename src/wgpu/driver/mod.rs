@@ -2,6 +2,7 @@
 
 mod backend;
 mod buffers;
+mod check;
 mod engine;
 mod step;
 

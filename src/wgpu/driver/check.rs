@@ -1,0 +1,76 @@
+//! Whether a device's cooperative matrices can be trusted: some drivers' are wrong.
+
+use super::backend::run;
+use super::engine::Engine;
+use crate::batch::{Batch, Embeddings, EmbeddingsMut};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::loss::Loss;
+use crate::options::Options;
+use crate::output::GradientBuffers;
+use crate::problem::Problem;
+use crate::wgpu::{Capabilities, Plan, Products};
+use half::f16;
+
+/// Two tiles in each direction, the second ragged; a ragged last fragment of k.
+const ROWS: usize = 70;
+const DIM: usize = 40;
+/// Allowed between f16 gradients of logits and f32, relative to the largest entry. Wrong layouts or types are off by about 1.
+const TOLERANCE: f32 = 2e-3;
+
+/// Whether `products` give what plain arithmetic gives; not if either fails.
+pub(super) fn agrees(engine: &Engine, products: Products) -> bool {
+    let plain = Capabilities { products: Products::Fma, ..*engine.capabilities() };
+    let checked = Capabilities { products, ..plain };
+    match (gradients(engine, &checked), gradients(engine, &plain)) {
+        (Ok(got), Ok(want)) => is_close(&got, &want),
+        _ => false,
+    }
+}
+
+fn is_close(got: &[f32], want: &[f32]) -> bool {
+    let largest = want.iter().fold(0.0_f32, |top, x| top.max(x.abs()));
+    largest > 0.0 && got.iter().zip(want).all(|(got, want)| (got - want).abs() <= TOLERANCE * largest)
+}
+
+/// The loss and both gradients of a small batch.
+fn gradients(engine: &Engine, capabilities: &Capabilities) -> Result<Vec<f32>> {
+    // Numbers without a pattern that a transposed fragment would keep.
+    let number = |k: usize| f16::from_f32(((k * k % 8191) * 7919 % 8191) as f32 / 4096.0 - 1.0);
+    let (q, p): (Vec<_>, Vec<_>) = (0..ROWS * DIM).map(|k| (number(k + 1), number(3 * k + 100_003))).unzip();
+    let batch = Batch::new(Embeddings::new(&q, ROWS, DIM)?, Embeddings::new(&p, ROWS, DIM)?)?;
+    let (loss, options) = (Loss::samtone_both(), Options::new(0.05)?);
+    let problem = Problem::new(&loss, batch.pairs(), &options, DType::F16, DIM)?;
+    let (mut of_q, mut of_p) = (vec![f32::NAN; ROWS * DIM], vec![f32::NAN; ROWS * DIM]);
+    let buffers = GradientBuffers {
+        query: Some(EmbeddingsMut::new(&mut of_q, ROWS, DIM)?),
+        passage: Some(EmbeddingsMut::new(&mut of_p, ROWS, DIM)?),
+    };
+    run(engine, Plan::new(&problem, capabilities)?, &batch, buffers)?;
+    Ok([of_q, of_p].concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_does_not_pass() {
+        let want = [1.0, -0.5, 0.25];
+        assert!(is_close(&[1.0, -0.5, 0.2505], &want));
+        assert!(!is_close(&[1.0, 0.25, -0.5], &want));
+        assert!(!is_close(&[1.0, f32::NAN, 0.25], &want));
+        assert!(!is_close(&[0.0; 3], &[0.0; 3]));
+    }
+
+    #[test]
+    fn emulated_matrices_agree() {
+        let required = std::env::var("SAMTONE_REQUIRE").is_ok_and(|names| names.split(',').any(|n| n.trim() == "wgpu"));
+        match Engine::first() {
+            Ok(engine) if engine.capabilities().f16 && engine.capabilities().subgroups => {
+                assert!(agrees(&engine, Products::Emulated));
+            }
+            _ => assert!(!required, "no device with f16 and subgroups"),
+        }
+    }
+}
