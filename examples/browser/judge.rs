@@ -36,6 +36,11 @@ impl fmt::Display for Verdict {
     }
 }
 
+/// Eight digits, without hiding how small a loss is.
+fn shown(loss: f64) -> String {
+    if loss != 0.0 && loss.abs() < 1e-3 { format!("{loss:.7e}") } else { format!("{loss:.7}") }
+}
+
 /// The verdict on what the page sent: the bytes of [`Run::RESULTS`], or what went wrong there.
 pub fn judge(run: &Run, answer: Result<&[u8], String>) -> Verdict {
     let mut verdict = Verdict {
@@ -43,7 +48,7 @@ pub fn judge(run: &Run, answer: Result<&[u8], String>) -> Verdict {
         device: run.device,
         dtype: run.dtype.name(),
         loss: String::new(),
-        expected_loss: format!("{:.8}", run.expected.loss),
+        expected_loss: shown(run.expected.loss),
         gradient_error: String::new(),
         tolerance: String::new(),
         passed: false,
@@ -69,7 +74,7 @@ impl Verdict {
             self.gradient_error = format!("{:.1e}", worst.relative());
             self.tolerance = format!("{:.1e}", worst.tolerance());
         }
-        self.loss = format!("{:.8}", outputs.evaluation.loss);
+        self.loss = shown(outputs.evaluation.loss);
         match verdict(&checks) {
             Ok(()) => self.passed = true,
             Err(reason) => self.reason = reason,

@@ -25,7 +25,7 @@ mod judge;
 mod server;
 mod site;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use chromium::Chromium;
 use clap::Parser;
 use server::{Event, Server};
@@ -33,6 +33,7 @@ use site::Site;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
 /// Runs golden files in a browser and compares every output with the definition.
@@ -88,17 +89,19 @@ fn run(arguments: &Arguments) -> Result<bool> {
     let site = Arc::new(site);
     let server = Server::start(site.clone(), arguments.port)?;
     println!("{} runs at {}", site.runs.len(), server.address);
-    let Some(chromium) = chromium else {
+    let Some(program) = chromium else {
         println!("open it in a browser with WebGPU; interrupt to end");
         loop {
-            // Pages may come and go; each prints its own summary.
-            follow(&server, &site, None, Duration::from_secs(u64::MAX / 4))?;
+            // Pages may come and go; one that fails is no reason to end.
+            if let Err(error) = follow(&site, || Ok(server.events.recv()?)) {
+                println!("{error:#}");
+            }
         }
     };
-    let mut chromium = Chromium::start(&chromium, &server.address, &[])?;
+    let mut chromium = Chromium::start(&program, &server.address, &[])?;
     let timeout = Duration::from_secs(arguments.timeout);
-    let outcome = follow(&server, &site, Some(&mut chromium), timeout);
-    let passed = outcome.with_context(|| format!("what Chromium printed last:\n{}", chromium.last_words()))?;
+    let passed = follow(&site, || news(&server, &mut chromium, timeout))
+        .map_err(|error| anyhow!("{error:#}\nChromium printed last:\n{}", chromium.last_words()))?;
     if let Some(picture) = &arguments.screenshot {
         chromium.photograph(&format!("{}?shown", server.address), picture, timeout)?;
         println!("{}", picture.display());
@@ -106,52 +109,51 @@ fn run(arguments: &Arguments) -> Result<bool> {
     Ok(passed)
 }
 
-/// Prints what the page reports until it has finished, and says whether everything passed.
-fn follow(server: &Server, site: &Site, mut chromium: Option<&mut Chromium>, timeout: Duration) -> Result<bool> {
+/// What the page reports next; an error if it cannot any more, or does not in time.
+fn news(server: &Server, chromium: &mut Chromium, timeout: Duration) -> Result<Event> {
     const TICK: Duration = Duration::from_millis(100);
-    let (mut started, mut heard) = (Instant::now(), Instant::now());
-    let (mut passed, mut failed) = (0, 0);
+    let start = Instant::now();
     loop {
-        let event = match server.events.recv_timeout(TICK) {
-            Ok(event) => event,
-            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => bail!("the server of the page ended"),
-            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
-                if let Some(status) = chromium.as_mut().map(|c| c.ended()).transpose()?.flatten() {
-                    bail!("Chromium ended before the page had finished ({status})");
-                }
-                if heard.elapsed() > timeout {
-                    bail!(
-                        "no news from the page for {} s, after {} of {} runs; a slow machine may need a higher --timeout",
-                        timeout.as_secs(),
-                        passed + failed,
-                        site.runs.len()
-                    );
-                }
-                continue;
-            }
-        };
-        heard = Instant::now();
-        match event {
+        match server.events.recv_timeout(TICK) {
+            Ok(event) => return Ok(event),
+            Err(RecvTimeoutError::Disconnected) => bail!("the server of the page ended"),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if let Some(status) = chromium.ended()? {
+            bail!("Chromium ended before the page had finished ({status})");
+        }
+        if start.elapsed() > timeout {
+            bail!("no news from the page for {} s; a slow machine may need a higher --timeout", timeout.as_secs());
+        }
+    }
+}
+
+/// Prints what a page reports until it has finished, and says whether everything passed.
+fn follow(site: &Site, mut next: impl FnMut() -> Result<Event>) -> Result<bool> {
+    let mut started = Instant::now();
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    let all = site.runs.len();
+    loop {
+        match next().with_context(|| format!("after {} of {all} runs", passed + failed + skipped))? {
             Event::Started(adapter) => {
                 println!("{adapter}");
-                (started, passed, failed) = (heard, 0, 0);
+                (started, passed, failed, skipped) = (Instant::now(), 0, 0, 0);
             }
-            Event::Skipped(device, reason) => println!("SKIP  {device}: {reason}"),
+            Event::Skipped(device, lacks) => {
+                println!("SKIP  {device}: this browser or its adapter lacks {lacks}");
+                skipped += site.runs.iter().filter(|run| run.device == device).count();
+            }
             Event::Judged(verdict) => {
                 println!("{verdict}");
                 if verdict.passed { passed += 1 } else { failed += 1 }
             }
-            Event::Failed(reason) if chromium.is_some() => bail!("the page gave up: {reason}"),
-            Event::Failed(reason) => {
-                println!("the page gave up: {reason}");
-                return Ok(false);
-            }
+            Event::Failed(reason) => bail!("the page gave up: {reason}"),
             Event::Finished => {
-                let left = site.runs.len() - passed - failed;
                 let seconds = started.elapsed().as_secs_f64();
-                println!("{passed} passed, {failed} failed, {left} skipped, in {seconds:.1} s");
-                if passed + failed == 0 {
-                    bail!("the page ran nothing");
+                println!("{passed} passed, {failed} failed, {skipped} skipped, in {seconds:.1} s");
+                // What is neither run nor skipped must not count as passed.
+                if passed + failed == 0 || passed + failed + skipped != all {
+                    bail!("the page finished, but not with all of {all} runs");
                 }
                 return Ok(failed == 0);
             }

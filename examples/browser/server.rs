@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | `GET /path` | | a file of the site, or `verdicts.json` |
 //! | `POST /started` | the adapter's name | |
-//! | `POST /skipped` | a line with the device's name, then the reason | |
+//! | `POST /skipped` | a line with the device's name, then what it takes that is not there | |
 //! | `POST /runs/K` | bytes of the results | the verdict |
 //! | `POST /runs/K/failed` | what went wrong | the verdict |
 //! | `POST /failed`, `/finished` | why nothing can be run; | |
@@ -21,7 +21,7 @@ use std::time::Duration;
 
 pub enum Event {
     Started(String),
-    /// Device and reason.
+    /// Device, and what it takes that the browser or its adapter lacks.
     Skipped(String, String),
     Judged(Verdict),
     Failed(String),
@@ -119,9 +119,10 @@ impl Handler {
             }
             ["skipped"] => {
                 let text = text(&body);
-                let (device, reason) = text.split_once('\n').context("a device, and a reason on the next line")?;
-                self.reports().skipped.push((device.into(), reason.into()));
-                Event::Skipped(device.into(), reason.into())
+                let (device, lacks) =
+                    text.split_once('\n').context("a device, and what is lacking on the next line")?;
+                self.reports().skipped.push((device.into(), lacks.into()));
+                Event::Skipped(device.into(), lacks.into())
             }
             ["failed"] => Event::Failed(text(&body)),
             ["finished"] => Event::Finished,

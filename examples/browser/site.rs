@@ -46,6 +46,7 @@ impl Site {
         let mut site = Self { files: BTreeMap::new(), runs: Vec::new() };
         for (name, content) in [
             ("index.html", include_str!("page.html")),
+            ("page.js", include_str!("page.js")),
             ("replay.js", include_str!("replay.js")),
             ("style.css", include_str!("style.css")),
         ] {
