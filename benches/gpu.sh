@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# Checks and times the CUDA backend on a machine with a GPU and without Rust.
+# Checks and times the CUDA backend, and the WGSL backend on Vulkan, on a machine with a GPU and without Rust.
 #
 #   benches/gpu.sh build           here, with cargo: stripped binaries in target/gpu, to be carried along with the repository
 #   benches/gpu.sh run [FOLDER]    there, in the repository's root: everything in one call; the record goes to FOLDER
 #                                  (default benches/record/<GPU>/<date>). Exit code 1 if any check failed
 #
-# `run` needs the driver; it also uses nvidia-smi, compute-sanitizer and python3 with PyTorch, and says so where one is missing.
+# `run` needs the driver; it also uses nvidia-smi, compute-sanitizer, python3 with PyTorch and a Vulkan driver, and says so where
+# one is missing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 build() {
   set -e
   mkdir -p target/gpu
-  cargo build --release --features cudarc --example evaluate --example bench_cuda
-  cp target/release/examples/{evaluate,bench_cuda} target/gpu/
+  cargo build --release --features cudarc,wgpu --example evaluate --example bench_cuda --example bench_wgpu
+  cp target/release/examples/{evaluate,bench_cuda,bench_wgpu} target/gpu/
   for test in conformance cuda_driver; do
-    binary=$(cargo test --release --features cudarc --test "$test" --no-run --message-format=json |
+    binary=$(cargo test --release --features cudarc,wgpu --test "$test" --no-run --message-format=json |
       sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
     cp "$binary" "target/gpu/$test"
   done
@@ -56,7 +57,17 @@ run() {
   done
   check step target/gpu/bench_cuda
   check torch python3 benches/peers/torch_cuda.py
-  cat "$folder/env.txt" "$folder/step.txt" "$folder/torch.txt"
+  target/gpu/bench_wgpu 64,16 > "$folder/wgpu-device.txt" 2>&1
+  if grep -q "wgpu is not available" "$folder/wgpu-device.txt"; then
+    grep -m 1 "wgpu is not available" "$folder/wgpu-device.txt" | tee "$folder/wgpu-step.txt"
+  else
+    check wgpu-conformance env SAMTONE_REQUIRE=wgpu target/gpu/conformance wgpu --test-threads 4
+    for dtype in f32 f16 bf16; do
+      check "wgpu-evaluate-$dtype" target/gpu/evaluate tests/golden --backend wgpu --dtype $dtype
+    done
+    check wgpu-step target/gpu/bench_wgpu
+  fi
+  cat "$folder/env.txt" "$folder/step.txt" "$folder/torch.txt" "$folder/wgpu-step.txt"
   exit $failed
 }
 
