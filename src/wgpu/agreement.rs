@@ -2,7 +2,7 @@
 //! Read off the shaders by the compiler of wgpu.
 #![allow(clippy::panic)] // a check that cannot be made has failed
 
-use super::dispatches::{PARTIAL_WORDS, PRODUCT_EDGE, type_code};
+use super::dispatches::{PARTIAL_WORDS, type_code};
 use super::layout::{LANES, RESULT_WORDS, STAGE, STATUS_BYTES};
 use super::plan::Plan;
 use super::uniforms::{Combine, NONE, Prepare, Product, Project, Tiles};
@@ -118,7 +118,7 @@ fn constants_are_the_same() {
             same(module, "TILE", variant.tile() as f64);
             same(module, "4 * STEP", STAGE as f64);
         }
-        same(Module::GradientProduct, "EDGE", PRODUCT_EDGE as f64);
+        same(Module::GradientProduct, "EDGE", variant.tile() as f64);
         assert!(4.0 * constant(combine, variant, "STATUS_WORDS") <= STATUS_BYTES as f64);
         // As src/wgpu/driver/step.rs promises them to callers.
         let results = ["LOSS", "PRECISION_QP", "MRR_QP", "PRECISION_PQ", "MRR_PQ", "GRAD_TAU", "GRAD_LOG_BETA"];

@@ -19,8 +19,6 @@ pub(super) const PARTIAL_WORDS: usize = 3;
 /// Batches with fewer queries take gradients of logits with 22 bits for bf16, too, as in src/cuda/problem.rs: few terms do not
 /// average rounding errors out.
 const FEW_ROWS: usize = 256;
-/// Edge of a tile of sums of gradients.
-pub(super) const PRODUCT_EDGE: usize = 64;
 
 pub(super) struct Dispatches<'a> {
     parts: &'a Parts<'a>,
@@ -427,7 +425,7 @@ impl<'a> Dispatches<'a> {
         if params.accumulate == 0 {
             written[space].push(range.clone());
         }
-        let grid = [dim.div_ceil(PRODUCT_EDGE) as u32, range.len().div_ceil(PRODUCT_EDGE) as u32];
+        let grid = [dim.div_ceil(tile) as u32, range.len().div_ceil(tile) as u32]; // tiles of sums are as large
         let entry = ["product_rows", "product_columns"][edge];
         let bindings = [gradients.binding, packed, output];
         self.backward.push(self.recorder.dispatch(Module::GradientProduct, entry, params, bindings, grid));

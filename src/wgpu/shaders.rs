@@ -131,6 +131,11 @@ impl Module {
             include_str!("../../shaders/common/multiply_cooperative.wgsl"),
             include_str!("../../shaders/gradient_product_cooperative.wgsl"),
         ];
+        let product_size = match (variant.products, variant.large_tiles) {
+            (Products::Fma, true) => include_str!("../../shaders/common/product_128.wgsl"),
+            (Products::Fma, false) => include_str!("../../shaders/common/product_64.wgsl"),
+            _ => "",
+        };
         let (fragments, [multiply, product]) = match variant.products {
             Products::Fma => {
                 let product = include_str!("../../shaders/gradient_product.wgsl");
@@ -146,7 +151,7 @@ impl Module {
             Self::LogSumExp => tiles(include_str!("../../shaders/logsumexp.wgsl")),
             Self::Combine => vec![NUMBERS, LOGIT, STATE, reduce, include_str!("../../shaders/combine.wgsl")],
             Self::GradientTile => tiles(include_str!("../../shaders/gradient_tile.wgsl")),
-            Self::GradientProduct => vec![storage, SUMS, fragments, product],
+            Self::GradientProduct => vec![storage, SUMS, product_size, fragments, product],
             Self::Project => project(include_str!("../../shaders/common/sums_apart.wgsl")),
             Self::ProjectInPlace => project(include_str!("../../shaders/common/sums_in_place.wgsl")),
         };
