@@ -309,7 +309,10 @@ impl Engine {
             queue.submit([encoder.finish()]);
         })?;
         let (send, receive) = std::sync::mpsc::channel();
-        staging.map_async(wgpu::MapMode::Read, .., move |result| drop(send.send(result)));
+        // Of a lost device the buffer is invalid, which wgpu would panic about.
+        self.guarded("map_async", None, || {
+            staging.map_async(wgpu::MapMode::Read, .., move |result| drop(send.send(result)));
+        })?;
         let failed = |reason: String| Error::Wgpu { call: "map_async", reason };
         device.poll(wgpu::PollType::wait_indefinitely()).map_err(|error| failed(error.to_string()))?;
         receive.recv().map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))?;

@@ -1,0 +1,65 @@
+//! The driver layer of the WGSL backend on this machine's device, be it a software one: the caller's buffers, calls in parts,
+//! shards, what the device leaves for the caller's shaders, limits, and every way to be refused.
+//!
+//! Without a device the checks are reported as ignored; `wgpu` in the variable `SAMTONE_REQUIRE` turns that into a failure.
+
+mod support;
+
+#[path = "wgpu_driver/call.rs"]
+mod call;
+#[path = "wgpu_driver/memory.rs"]
+mod memory;
+#[path = "wgpu_driver/refused.rs"]
+mod refused;
+#[path = "wgpu_driver/steps.rs"]
+mod steps;
+
+use libtest_mimic::{Arguments, Trial};
+use std::process::ExitCode;
+use support::case::Expected;
+use support::compare::{against_definition, verdict};
+use support::data::{self, Kind};
+use support::problem::{Outputs, Problem};
+
+/// A check by name; an error says what it found.
+pub type Check = (&'static str, fn() -> Result<(), String>);
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
+    let required = required.split(',').any(|name| name.trim() == "wgpu");
+    let ignored = call::engine().is_err() && !required;
+    let checks = [steps::CHECKS, memory::CHECKS, refused::CHECKS].concat();
+    let trials =
+        checks.into_iter().map(|(name, check)| Trial::test(name, move || Ok(check()?)).with_ignored_flag(ignored));
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
+
+/// An error with this text, unless the condition holds.
+pub fn demand(condition: bool, otherwise: impl FnOnce() -> String) -> Result<(), String> {
+    if condition { Ok(()) } else { Err(format!("not as demanded: {}", otherwise())) }
+}
+
+pub fn text(value: impl ToString) -> String {
+    value.to_string()
+}
+
+/// A problem with hard negatives, of an odd dimension.
+pub fn sample(loss: samtone::Loss, seed: u64) -> Result<Problem, String> {
+    sized(loss, (70, 93, 37), seed)
+}
+
+pub fn sized(loss: samtone::Loss, shape: (usize, usize, usize), seed: u64) -> Result<Problem, String> {
+    data::problem(loss, Kind::Random, shape, 0.05, seed, 0.0).map_err(text)
+}
+
+/// What the definition gives.
+pub fn expected(problem: &Problem, upstream: f64) -> Result<Expected, String> {
+    let reference = samtone::backend::by_name("reference").map_err(text)?;
+    problem.run(reference, samtone::DType::F64, upstream).map(Expected::from).map_err(text)
+}
+
+/// Whether `got` is what the definition gives for embeddings that `dtype` holds exactly.
+pub fn compare(got: &Outputs, problem: &Problem, dtype: samtone::DType, upstream: f64) -> Result<(), String> {
+    verdict(&against_definition(got, &expected(problem, upstream)?, problem, dtype, upstream))
+}

@@ -1,0 +1,238 @@
+//! Calls: types and strides, in parts, frozen, sharded, from threads.
+
+use super::call::{Call, Spec, f32_output};
+use super::{Check, compare, demand, sample, sized, text};
+use samtone::half::{bf16, f16};
+use samtone::{DType, GradientOutput, Loss, Partials};
+
+pub const CHECKS: &[Check] = &[
+    ("every type, with gaps between rows, gives what the definition gives", types),
+    ("gradients of 16 bits are those of f32, rounded", narrow),
+    ("the upstream gradient is read from the device when the backward call runs", upstream),
+    ("forward and backward apart have the bits of one submission", apart),
+    ("a backward call may be repeated", repeated),
+    ("a step takes batch after batch", batches),
+    ("a frozen tower is left out", frozen),
+    ("shards together give the whole", shards),
+    ("partials of another call are refused", foreign_partials),
+    ("two threads with a step each do not disturb each other", threads),
+    ("the same bits on every run", determinism),
+    ("results on the device are those of the host", results_on_device),
+];
+
+const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+fn types() -> Result<(), String> {
+    for dtype in TYPES {
+        let problem = sample(Loss::samtone_both(), 1)?.rounded(dtype);
+        let d = problem.dim;
+        let outputs = [f32_output(d + 3), f32_output(d + 8)];
+        let spec = Spec { strides: [d + 5, d + 2], outputs, upstream: -0.5, ..Spec::new(&problem, dtype) };
+        compare(&Call::outputs_of(&problem, spec)?, &problem, dtype, -0.5)?;
+    }
+    Ok(())
+}
+
+fn narrow() -> Result<(), String> {
+    let mut shared = sample(Loss::samtone_both(), 2)?;
+    shared.positives = Some((0..shared.rows).map(|i| (i * 7 % 50) as u32).collect());
+    for problem in [sample(Loss::samtone_both(), 2)?, shared] {
+        let problem = problem.rounded(DType::BF16);
+        let wide = Call::outputs_of(&problem, Spec::new(&problem, DType::BF16))?;
+        for dtype in [DType::F16, DType::BF16] {
+            for gap in [1, 3] {
+                let output = Some(GradientOutput { dtype, row_stride: problem.dim + gap });
+                let spec = Spec { outputs: [output; 2], ..Spec::new(&problem, DType::BF16) };
+                let got = Call::outputs_of(&problem, spec)?;
+                let pairs = [(&got.grad_query, &wide.grad_query), (&got.grad_passage, &wide.grad_passage)];
+                // From f32: `half` looks at the upper 32 bits of an f64 only.
+                let round = |x: &f64| match dtype {
+                    DType::F16 => f64::from(f16::from_f32(*x as f32)),
+                    _ => f64::from(bf16::from_f32(*x as f32)),
+                };
+                let same = pairs.iter().all(|(got, wide)| got.iter().copied().eq(wide.iter().map(round)));
+                demand(same, || format!("gradients of {dtype} with a gap of {gap} are not those of f32"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn upstream() -> Result<(), String> {
+    let problem = sample(Loss::samtone_query(), 3)?;
+    let spec = Spec { device_upstream: true, upstream: 2.0, ..Spec::new(&problem, DType::F32) };
+    let call = Call::new(&problem, spec)?;
+    call.forward()?;
+    for upstream in [1.0_f32, -0.25, 0.0, 1024.0] {
+        call.write_upstream(upstream);
+        call.backward()?;
+        compare(&call.outputs()?, &problem, DType::F32, 2.0 * f64::from(upstream))?;
+    }
+    Ok(())
+}
+
+fn apart() -> Result<(), String> {
+    let problem = sample(Loss::samtone_both(), 4)?;
+    let whole = Call::outputs_of(&problem, Spec::new(&problem, DType::F32))?;
+    let call = Call::new(&problem, Spec::new(&problem, DType::F32))?;
+    call.forward()?;
+    let (evaluation, _) = call.step.results(&call.buffers()).map_err(text)?;
+    demand(evaluation == whole.evaluation, || "another evaluation".into())?;
+    call.backward()?;
+    demand(call.outputs()? == whole, || "other bits".into())
+}
+
+fn repeated() -> Result<(), String> {
+    let problem = sample(Loss::gte(), 5)?;
+    let call = Call::new(&problem, Spec::new(&problem, DType::F32))?;
+    call.run()?;
+    let first = call.outputs()?;
+    call.backward()?;
+    demand(call.outputs()? == first, || "other bits".into())
+}
+
+fn batches() -> Result<(), String> {
+    let problems = [sample(Loss::samtone_both(), 6)?, sample(Loss::samtone_both(), 7)?];
+    let call = Call::new(&problems[0], Spec::new(&problems[0], DType::F32))?;
+    for problem in problems.iter().chain(&problems) {
+        call.write_embeddings(problem);
+        call.run()?;
+        compare(&call.outputs()?, problem, DType::F32, 1.0)?;
+    }
+    Ok(())
+}
+
+fn frozen() -> Result<(), String> {
+    let problem = sample(Loss::samtone_both(), 8)?;
+    let whole = Call::outputs_of(&problem, Spec::new(&problem, DType::F32))?;
+    let output = f32_output(problem.dim);
+    for outputs in [[None, output], [output, None], [None, None]] {
+        let spec = Spec { outputs, ..Spec::new(&problem, DType::F32) };
+        let got = Call::outputs_of(&problem, spec)?;
+        demand(got.evaluation == whole.evaluation, || "another evaluation".into())?;
+        demand(got.temperature == whole.temperature, || "another gradient of the temperature".into())?;
+        let kept =
+            [(&got.grad_query, &whole.grad_query, outputs[0]), (&got.grad_passage, &whole.grad_passage, outputs[1])];
+        for (got, whole, output) in kept {
+            demand(if output.is_some() { got == whole } else { got.is_empty() }, || {
+                format!("other bits of {outputs:?}")
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn shards() -> Result<(), String> {
+    let mut shared = sample(Loss::samtone_both(), 9)?;
+    shared.positives = Some((0..shared.rows).map(|i| (i * i % 40) as u32).collect());
+    for mut problem in [sample(Loss::samtone_both(), 9)?, shared, sample(Loss::clip(), 9)?] {
+        problem.name.push_str(" in shards");
+        let ends = [0, 1, 23, 70];
+        let calls = ends
+            .windows(2)
+            .map(|ends| Call::new(&problem, Spec { rows: ends[0]..ends[1], ..Spec::new(&problem, DType::F32) }));
+        let calls: Vec<_> = calls.collect::<Result<_, String>>()?;
+        let mut merged: Option<Partials> = None;
+        for call in &calls {
+            call.submit(|encoder| call.step.partials(encoder, &call.buffers()))?;
+            let partials = call.step.read_partials(&call.buffers()).map_err(text)?;
+            match &mut merged {
+                Some(merged) => merged.merge(&partials).map_err(text)?,
+                None => merged = Some(partials),
+            }
+        }
+        let merged = merged.ok_or("no shard")?;
+        let mut sum: Option<super::Outputs> = None;
+        for call in &calls {
+            call.step.write_partials(&merged).map_err(text)?;
+            call.submit(|encoder| {
+                call.step.combine(encoder)?;
+                call.step.backward(encoder, &call.buffers())
+            })?;
+            let outputs = call.outputs()?;
+            match &mut sum {
+                None => sum = Some(outputs),
+                Some(sum) => {
+                    demand(sum.evaluation == outputs.evaluation, || "shards evaluate differently".into())?;
+                    sum.grad_query.extend(outputs.grad_query);
+                    sum.grad_passage.iter_mut().zip(outputs.grad_passage).for_each(|(a, b)| *a += b);
+                    sum.temperature.tau += outputs.temperature.tau;
+                    sum.temperature.log_beta += outputs.temperature.log_beta;
+                }
+            }
+        }
+        compare(&sum.ok_or("no shard")?, &problem, DType::F32, 1.0).map_err(|e| format!("{}: {e}", problem.name))?;
+    }
+    Ok(())
+}
+
+fn foreign_partials() -> Result<(), String> {
+    let problem = sample(Loss::samtone_both(), 10)?;
+    let shard = Call::new(&problem, Spec { rows: 0..30, ..Spec::new(&problem, DType::F32) })?;
+    shard.submit(|encoder| shard.step.partials(encoder, &shard.buffers()))?;
+    let partials = shard.step.read_partials(&shard.buffers()).map_err(text)?;
+    let incomplete = shard.step.write_partials(&partials).err().map(text).unwrap_or_default();
+    demand(incomplete.contains("0..70"), || incomplete.clone())?;
+    let other = sample(Loss::info_nce(), 10)?;
+    let other = Call::new(&other, Spec::new(&other, DType::F32))?;
+    let foreign = other.step.write_partials(&partials).err().map(text).unwrap_or_default();
+    demand(foreign.contains("saved state"), || foreign.clone())
+}
+
+fn threads() -> Result<(), String> {
+    let problems = [sample(Loss::samtone_both(), 11)?, sample(Loss::info_nce(), 12)?];
+    let alone = problems.iter().map(|p| Call::outputs_of(p, Spec::new(p, DType::F32)));
+    let alone: Vec<_> = alone.collect::<Result<_, String>>()?;
+    std::thread::scope(|scope| {
+        let runs = problems.iter().zip(&alone).map(|(problem, alone)| {
+            scope.spawn(move || {
+                let call = Call::new(problem, Spec::new(problem, DType::F32))?;
+                for _ in 0..5 {
+                    call.run()?;
+                    demand(call.outputs()? == *alone, || format!("{}: other bits", problem.name))?;
+                }
+                Ok(())
+            })
+        });
+        let runs: Vec<_> = runs.collect();
+        runs.into_iter().try_for_each(|run| run.join().map_err(|_| "a thread panicked".to_string())?)
+    })
+}
+
+fn determinism() -> Result<(), String> {
+    let problem = sized(Loss::samtone_both(), (130, 150, 24), 13)?;
+    let call = Call::new(&problem, Spec::new(&problem, DType::F32))?;
+    call.run()?;
+    let first = call.outputs()?;
+    for _ in 1..20 {
+        call.run()?;
+        demand(call.outputs()? == first, || "other bits".into())?;
+    }
+    Ok(())
+}
+
+/// The f32 from byte 256 of the state on.
+pub fn on_device(call: &Call) -> Result<[f32; 7], String> {
+    let state = call.step.state().ok_or("no state")?;
+    let bytes = call.engine.read(state, 256..256 + 28).map_err(text)?;
+    let mut words = [0.0; 7];
+    words.iter_mut().zip(bytes.chunks(4)).for_each(|(w, b)| *w = f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    Ok(words)
+}
+
+fn results_on_device() -> Result<(), String> {
+    for loss in [Loss::samtone_both(), Loss::clip()] {
+        let problem = sized(loss, (150, 190, 20), 14)?;
+        let call = Call::new(&problem, Spec { upstream: 3.0, ..Spec::new(&problem, DType::F32) })?;
+        call.run()?;
+        let outputs = call.outputs()?;
+        let [there_p, there_m, back_p, back_m] = outputs.metrics();
+        let (tau, log_beta) = (outputs.temperature.tau, outputs.temperature.log_beta);
+        let host = [outputs.evaluation.loss, there_p, there_m, back_p, back_m, tau, log_beta];
+        for (k, (got, want)) in on_device(&call)?.into_iter().zip(host).enumerate() {
+            let off = (f64::from(got) - want).abs() / want.abs().max(f64::MIN_POSITIVE);
+            demand(off <= 1e-6, || format!("word {k} is {got:e} instead of {want:e}"))?;
+        }
+    }
+    Ok(())
+}
