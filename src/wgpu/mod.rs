@@ -25,6 +25,7 @@ mod capabilities;
 mod dispatches;
 #[cfg(feature = "wgpu")]
 mod driver;
+mod embeddings;
 mod layout;
 mod plan;
 mod readout;

@@ -1,0 +1,164 @@
+//! Dispatches that read or write embeddings, in parts that can be bound: packing before the passes over tiles, projection after
+//! them.
+
+use super::dispatches::{Dispatches, type_code};
+use super::layout::{LANES, Tower};
+use super::shaders::Module;
+use super::uniforms::{NONE, Prepare, Project, scaled};
+use crate::error::Result;
+use crate::mask::COSINE_TIE;
+
+impl Dispatches<'_> {
+    pub(super) fn prepare(&mut self) -> Result<()> {
+        let problem = self.parts.problem;
+        let (m, layout) = (problem.pairs.rows(), self.layout);
+        let reset = Prepare { count: (16 * m) as u32, first: layout.sums as u32, ..Prepare::default() };
+        let bindings = [self.state(3)?, self.recorder.status(4)?];
+        let grid = self.recorder.grid((16 * m).div_ceil(LANES));
+        self.partials.push(self.recorder.dispatch(Module::Prepare, "reset", reset, bindings, grid));
+
+        for (k, tower) in self.towers.into_iter().enumerate() {
+            let row_bytes = (tower.row_stride * tower.element_bytes) as u64;
+            let of_packed = self.recorder.rows_of(tower.packed_row_bytes() as u64);
+            // Rows in another order than indices are all bound at once.
+            let most = if tower.in_order { of_packed.min(self.recorder.rows_of(row_bytes)) } else { of_packed };
+            for range in Self::split(0..tower.padded, most) {
+                // What is packed as zeros reads no row, but something has to be bound.
+                let first = range.start.min(tower.rows - 1);
+                let rows = if tower.in_order { first..range.end.clamp(first + 1, tower.rows) } else { 0..tower.rows };
+                let end = (rows.end - 1) as u64 * row_bytes + (problem.dim * tower.element_bytes) as u64;
+                let raw = self.recorder.window(
+                    1,
+                    tower.raw,
+                    rows.start as u64 * row_bytes..end,
+                    tower.element_bytes as u64,
+                )?;
+                let (packed, packed_base) = self.packed(5, &tower, &range)?;
+                let params = Prepare {
+                    count: range.len() as u32,
+                    first: range.start as u32,
+                    dim: problem.dim as u32,
+                    dtype: type_code(problem.dtype),
+                    row_stride: tower.row_stride as u32,
+                    raw_base: raw.base,
+                    raw_first: rows.start as u32,
+                    limit: tower.indices as u32,
+                    order: if tower.in_order { NONE } else { layout.order },
+                    packed_base,
+                    row_vectors: tower.row_vectors as u32,
+                    norms: layout.norms[k] as u32,
+                    passage: k as u32,
+                    ..Prepare::default()
+                };
+                let bindings = [raw.binding, self.side(2)?, self.state(3)?, self.recorder.status(4)?, packed];
+                let grid = self.recorder.grid(range.len());
+                self.partials.push(self.recorder.dispatch(Module::Prepare, "pack", params, bindings, grid));
+            }
+        }
+
+        let [query, passage] = self.towers;
+        let most = self.recorder.rows_of(query.packed_row_bytes() as u64);
+        for range in Self::split(0..m, most) {
+            let others = if passage.in_order { range.clone() } else { 0..passage.indices };
+            let (left, packed_base) = self.packed(6, &query, &range)?;
+            let (right, other_base) = self.packed(7, &passage, &others)?;
+            let params = Prepare {
+                count: range.len() as u32,
+                first: range.start as u32,
+                packed_base,
+                row_vectors: query.row_vectors as u32,
+                norms: layout.norms[0] as u32,
+                other_base,
+                other_first: others.start as u32,
+                other_norms: layout.norms[1] as u32,
+                positives: layout.positives,
+                row_keys: layout.row_keys,
+                positive: layout.positive as u32,
+                anchors: layout.anchors as u32,
+                // No cosine is above 4.
+                margin: problem.options.margin().map_or(4.0, |m| (m + COSINE_TIE).clamp(-8.0, 8.0) as f32),
+                ..Prepare::default()
+            };
+            let bindings = [self.side(2)?, self.state(3)?, left, right];
+            let grid = self.recorder.grid(range.len());
+            self.partials.push(self.recorder.dispatch(Module::Prepare, "positives", params, bindings, grid));
+        }
+        Ok(())
+    }
+
+    pub(super) fn projection(&mut self) -> Result<()> {
+        let problem = self.parts.problem;
+        let (layout, rows) = (self.layout, problem.rows.clone());
+        let (factor, factor_exponent) = scaled(problem.upstream * problem.options.beta());
+        for k in 0..2 {
+            let Some(sums) = self.sums[k] else { continue };
+            let (own, other) = (self.towers[k], self.towers[1 - k]);
+            let passages_in_order = self.towers[1].in_order;
+            let out_row = (sums.output_stride * sums.dtype.bytes()) as u64;
+            let row_bytes = out_row.max(own.packed_row_bytes() as u64).max(4 * sums.stride as u64);
+            let first = if k == 0 { rows.start } else { 0 };
+            let most = self.recorder.rows_of(row_bytes);
+            for part in Self::split(first..first + sums.output_rows, most) {
+                // Indices that these rows meet. Passages beyond the last query are nobody's positives.
+                let all = |tower: &Tower| 0..tower.indices;
+                let own_range = if own.in_order { part.clone() } else { all(&own) };
+                let sums_range = if own.in_order { part.clone() } else { sums.first..sums.first + sums.rows };
+                let m = problem.pairs.rows();
+                let other_range = match (passages_in_order, part.start.min(m - 1)..part.end.min(m)) {
+                    (true, range) if !range.is_empty() => range,
+                    (true, _) => 0..1,
+                    (false, _) => all(&other),
+                };
+                let (own_binding, own_base) = self.packed(3, &own, &own_range)?;
+                let (other_binding, other_base) = self.packed(4, &other, &other_range)?;
+                let start = (part.start - first) as u64 * out_row;
+                let end = (part.end - 1 - first) as u64 * out_row + (problem.dim * sums.dtype.bytes()) as u64;
+                let out = self.recorder.window(5, sums.output, start..end, sums.dtype.bytes() as u64)?;
+                let (sums_binding, sums_base, module) = if sums.in_place() {
+                    (None, out.base, Module::ProjectInPlace)
+                } else {
+                    let (binding, base) = self.sums_window(6, &sums, &sums_range)?;
+                    (Some(binding), base, Module::Project)
+                };
+                let params = Project {
+                    zero: 0,
+                    count: part.len() as u32,
+                    first: part.start as u32,
+                    dim: problem.dim as u32,
+                    row_vectors: own.row_vectors as u32,
+                    own_base,
+                    own_first: own_range.start as u32,
+                    other_base,
+                    other_first: other_range.start as u32,
+                    sums_base,
+                    sums_first: sums_range.start as u32,
+                    sums_stride: sums.stride as u32,
+                    out_base: out.base,
+                    out_stride: sums.output_stride as u32,
+                    out_type: type_code(sums.dtype),
+                    norms: layout.norms[k] as u32,
+                    other_norms: layout.norms[1 - k] as u32,
+                    diagonal: layout.diagonal as u32,
+                    results: 0,
+                    passage: k as u32,
+                    positives: layout.positives,
+                    candidates: layout.candidates[1],
+                    occurrence_start: layout.occurrence_start,
+                    occurrences: layout.occurrences,
+                    row_begin: rows.start as u32,
+                    row_end: rows.end as u32,
+                    factor,
+                    factor_exponent,
+                };
+                let bindings = [self.side(1)?, self.state(2)?, own_binding, other_binding, out.binding];
+                let bindings = bindings.into_iter().chain(sums_binding);
+                let grid = self.recorder.grid(part.len());
+                self.backward.push(self.recorder.dispatch(module, "project", params, bindings, grid));
+            }
+        }
+        let params = self.combine_params();
+        let bindings = [self.state(2)?];
+        self.backward.push(self.recorder.dispatch(Module::Combine, "finish_backward", params, bindings, [1, 1]));
+        Ok(())
+    }
+}
