@@ -248,7 +248,7 @@ impl<'a> Shard<'a> {
     }
 }
 
-fn gradient_vectors(rows: usize, batch: &Batch<'_>) -> Result<(Vec<f32>, Vec<f32>)> {
+pub(crate) fn gradient_vectors(rows: usize, batch: &Batch<'_>) -> Result<(Vec<f32>, Vec<f32>)> {
     let vector = |rows: usize| {
         let mut vector = Vec::new();
         workspace::reserve(&mut vector, rows * batch.dim(), "the gradients").map(|()| vector)
@@ -256,7 +256,7 @@ fn gradient_vectors(rows: usize, batch: &Batch<'_>) -> Result<(Vec<f32>, Vec<f32
     Ok((vector(rows)?, vector(batch.passages())?))
 }
 
-fn buffers<'a>(query: &'a mut [f32], passage: &'a mut [f32], batch: &Batch<'_>) -> Result<GradientBuffers<'a>> {
+pub(crate) fn buffers<'a>(query: &'a mut [f32], passage: &'a mut [f32], batch: &Batch<'_>) -> Result<GradientBuffers<'a>> {
     Ok(GradientBuffers {
         query: Some(EmbeddingsMut::new(query, batch.rows(), batch.dim())?),
         passage: Some(EmbeddingsMut::new(passage, batch.passages(), batch.dim())?),

@@ -37,7 +37,7 @@ pub use capabilities::Capabilities;
 #[cfg(feature = "wgpu")]
 pub use driver::Wgpu;
 #[cfg(feature = "wgpu")]
-pub use driver::{BufferRange, Buffers, Engine, Step, wgpu};
+pub use driver::{BufferRange, Buffers, Engine, Step, loss_and_gradients, wgpu};
 pub use plan::Plan;
 pub use readout::Refusal;
 pub use schedule::{ALIGNMENT, Binding, Dispatch, Slot};

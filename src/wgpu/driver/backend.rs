@@ -5,11 +5,12 @@ use super::engine::Engine;
 use super::step::Step;
 use crate::backend::Backend;
 use crate::batch::{Batch, Embeddings, EmbeddingsMut, for_each_dtype};
+use crate::cpu::{buffers, gradient_vectors};
 use crate::dtype::{DType, Element};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::loss::Loss;
 use crate::options::Options;
-use crate::output::{Evaluation, GradientBuffers, TemperatureGradient, check_upstream};
+use crate::output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, TemperatureGradient, check_upstream};
 use crate::problem::{GradientOutput, Problem};
 use crate::wgpu::{Capabilities, Plan, Slot};
 use std::sync::{Mutex, PoisonError};
@@ -43,14 +44,32 @@ impl Default for Wgpu {
     }
 }
 
-/// The device of all calls, so that shaders are compiled once; none until it is first asked for.
+/// The device of all calls, so that shaders are compiled once; none until it is first asked for, or after it was lost. Where
+/// there is none, that is not looked for again: it takes its time.
+static ENGINE: Mutex<Option<Result<Engine>>> = Mutex::new(None);
+
 fn engine() -> Result<Engine> {
-    static ENGINE: Mutex<Option<Engine>> = Mutex::new(None);
-    let mut engine = ENGINE.lock().unwrap_or_else(PoisonError::into_inner);
-    match &*engine {
-        Some(engine) => Ok(engine.clone()),
-        None => Ok(engine.insert(Engine::first()?).clone()),
-    }
+    ENGINE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(Engine::first).clone()
+}
+
+/// Loss, metrics and gradients of a batch in host memory, in one call on the first device. For embeddings on a device see
+/// [`Step`](crate::wgpu::Step).
+///
+/// q is M × d, p is N × d, in f32, f16 or bf16; gradients come back as f32, multiplied by `upstream`.
+///
+/// # Errors
+/// [`Error::WgpuUnavailable`] where no device is; [`Error::Wgpu`] if it was lost, and the next call takes a new one; and those of
+/// [`cpu::loss_and_gradients`](crate::cpu::loss_and_gradients).
+pub fn loss_and_gradients(
+    loss: &Loss,
+    batch: &Batch<'_>,
+    options: &Options,
+    upstream: f64,
+) -> Result<LossAndGradients> {
+    let (mut query, mut passage) = gradient_vectors(batch.rows(), batch)?;
+    let buffers = buffers(&mut query, &mut passage, batch)?;
+    let (evaluation, temperature) = Wgpu::new().loss_and_gradients_into(loss, batch, options, upstream, buffers)?;
+    Ok(LossAndGradients { evaluation, gradients: Gradients { query, passage, temperature } })
 }
 
 impl Backend for Wgpu {
@@ -88,7 +107,11 @@ impl Backend for Wgpu {
         let engine = engine()?;
         let capabilities = *engine.capabilities();
         let plan = Plan::new(&problem, &self.choose.map_or(capabilities, |choose| choose(capabilities)))?;
-        run(&engine, plan, batch, GradientBuffers { query, passage })
+        let result = run(&engine, plan, batch, GradientBuffers { query, passage });
+        if let Err(Error::Wgpu { .. }) = result {
+            *ENGINE.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+        result
     }
 }
 

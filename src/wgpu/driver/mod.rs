@@ -6,7 +6,7 @@ mod check;
 mod engine;
 mod step;
 
-pub use backend::Wgpu;
+pub use backend::{Wgpu, loss_and_gradients};
 pub use buffers::{BufferRange, Buffers};
 pub use engine::Engine;
 pub use step::Step;
