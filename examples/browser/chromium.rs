@@ -75,6 +75,9 @@ impl Chromium {
         let text = self.folder.as_ref().and_then(|folder| std::fs::read(folder.path().join("stderr")).ok());
         let text = text.map(|text| String::from_utf8_lossy(&text).into_owned()).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
+        if lines.is_empty() {
+            return "  nothing\n".into();
+        }
         lines[lines.len().saturating_sub(LINES)..].iter().map(|line| format!("  {line}\n")).collect()
     }
 
