@@ -1,6 +1,6 @@
 //! Plans of many kinds of calls, for what must hold of every dispatch.
 
-use samtone::wgpu::{Capabilities, Plan};
+use samtone::wgpu::{Capabilities, Plan, Products};
 use samtone::{DType, GradientOutput, Loss, Options, Pairs, Problem, Scope};
 
 /// A plan by what is special about it, with what it was allowed.
@@ -49,8 +49,8 @@ const CHANGES: [(&str, Change); 9] = [
     }),
 ];
 
-/// The smallest device, one with everything, and one that binds little at once.
-pub fn devices() -> [(&'static str, Capabilities); 3] {
+/// The smallest device, one with everything, also with matrix units, and one that binds little at once.
+pub fn devices() -> [(&'static str, Capabilities); 4] {
     let baseline = Capabilities::default();
     let large = Capabilities {
         max_binding_bytes: 1 << 31,
@@ -60,8 +60,9 @@ pub fn devices() -> [(&'static str, Capabilities); 3] {
         subgroups: true,
         ..baseline
     };
+    let cooperative = Capabilities { products: Products::Cooperative, ..large };
     let small = Capabilities { max_binding_bytes: 40 << 10, max_buffer_bytes: 4 << 20, ..baseline };
-    [("baseline", baseline), ("large", large), ("small bindings", small)]
+    [("baseline", baseline), ("large", large), ("cooperative", cooperative), ("small bindings", small)]
 }
 
 /// Every change on every shape, with positives in order, permuted and shared, for every device; those that a device cannot bind

@@ -5,7 +5,7 @@ use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy};
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 use naga::{AddressSpace, GlobalVariable, Handle, ShaderStage, StorageAccess};
 use samtone::DType;
-use samtone::wgpu::{Module, Variant};
+use samtone::wgpu::{Module, Products, Variant};
 
 /// A module of one variant, parsed and validated.
 pub struct Shader {
@@ -16,23 +16,34 @@ pub struct Shader {
 }
 
 /// Every variant that some device gets: all combinations of what devices have.
-pub fn variants() -> impl Iterator<Item = Variant> {
-    let baseline = samtone::wgpu::Capabilities::default();
-    let devices = (0..8).map(move |bits| samtone::wgpu::Capabilities {
-        f16: bits & 1 != 0,
-        workgroup_bytes: if bits & 2 != 0 { 32 << 10 } else { baseline.workgroup_bytes },
-        subgroups: bits & 4 != 0,
-        ..baseline
-    });
-    devices.map(|device| device.variant(DType::F16))
+pub fn variants() -> Vec<Variant> {
+    let mut variants = Vec::new();
+    for products in [Products::Fma, Products::Cooperative, Products::Emulated] {
+        for bits in 0..8 {
+            let device = samtone::wgpu::Capabilities {
+                f16: bits & 1 != 0,
+                workgroup_bytes: 16 << (10 + (bits >> 1 & 1)),
+                subgroups: bits & 4 != 0,
+                products,
+                ..samtone::wgpu::Capabilities::default()
+            };
+            let variant = device.variant(DType::F16);
+            if !variants.contains(&variant) {
+                variants.push(variant);
+            }
+        }
+    }
+    variants
 }
 
 /// What a module of a variant may ask of a device.
 pub fn needed(module: Module, variant: Variant) -> Capabilities {
-    let reduces = !matches!(module, Module::LogSumExp | Module::GradientTile | Module::GradientProduct);
+    let multiplies = matches!(module, Module::LogSumExp | Module::GradientTile | Module::GradientProduct);
     let mut needed = Capabilities::empty();
     needed.set(Capabilities::SHADER_FLOAT16, variant.f16 && module != Module::Combine);
-    needed.set(Capabilities::SUBGROUP, variant.subgroups && reduces);
+    let exchanges = if multiplies { variant.products != Products::Fma } else { variant.subgroups };
+    needed.set(Capabilities::SUBGROUP, exchanges);
+    needed.set(Capabilities::COOPERATIVE_MATRIX, multiplies && variant.products == Products::Cooperative);
     needed
 }
 
@@ -49,8 +60,13 @@ impl Shader {
 
     /// Every module of every variant.
     pub fn all() -> Result<Vec<Self>, String> {
-        let all = variants().flat_map(|variant| Module::ALL.map(|module| (module, variant)));
+        let all = variants().into_iter().flat_map(|variant| Module::ALL.map(|module| (module, variant)));
         all.map(|(module, variant)| Self::new(module, variant, needed(module, variant))).collect()
+    }
+
+    /// Whether it has cooperative matrices, which are an extension of wgpu for Vulkan and Metal.
+    pub fn is_cooperative(&self) -> bool {
+        needed(self.module, self.variant).contains(Capabilities::COOPERATIVE_MATRIX)
     }
 
     pub fn name(&self) -> String {
