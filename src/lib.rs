@@ -5,13 +5,13 @@
 //!            │                            │                           │
 //!        batch.rs  ── validation      loss.rs                    options.rs
 //!            └──────────────┬─────────────┴───────────────────────────┘
-//!           backend: reference (f64, dense) · cpu (tiled, f32) · cuda (tiled, tensor cores)
+//!           backend: reference (f64, dense) · cpu (tiled, f32) · cuda (tiled, tensor cores) · wgpu (tiled, WGSL)
 //!                           │
 //!        loss, row losses, P@1, MRR, ∂L/∂q, ∂L/∂p, ∂L/∂τ        never a B × B matrix beyond the workspace bound
 //! ```
 //!
-//! Start with [`loss_and_gradients`]; [`cpu`] has the split, sharded and memory-reusing forms, [`cuda`] those on device memory. The definition is in docs/loss.md
-//! of the repository, and [`mod@reference`] is its executable form.
+//! Start with [`loss_and_gradients`]; [`cpu`] has the split, sharded and memory-reusing forms, [`cuda`] and [`mod@wgpu`] those on
+//! device memory. The definition is in docs/loss.md of the repository, and [`mod@reference`] is its executable form.
 
 #![warn(missing_docs, clippy::undocumented_unsafe_blocks, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -58,3 +58,8 @@ struct Readme;
 #[cfg(doctest)]
 #[doc = include_str!("../docs/cuda.md")]
 struct CudaGuide;
+
+/// And of the WGSL guide.
+#[cfg(all(doctest, feature = "wgpu"))]
+#[doc = include_str!("../docs/wgpu.md")]
+struct WgpuGuide;
