@@ -256,7 +256,11 @@ pub(crate) fn gradient_vectors(rows: usize, batch: &Batch<'_>) -> Result<(Vec<f3
     Ok((vector(rows)?, vector(batch.passages())?))
 }
 
-pub(crate) fn buffers<'a>(query: &'a mut [f32], passage: &'a mut [f32], batch: &Batch<'_>) -> Result<GradientBuffers<'a>> {
+pub(crate) fn buffers<'a>(
+    query: &'a mut [f32],
+    passage: &'a mut [f32],
+    batch: &Batch<'_>,
+) -> Result<GradientBuffers<'a>> {
     Ok(GradientBuffers {
         query: Some(EmbeddingsMut::new(query, batch.rows(), batch.dim())?),
         passage: Some(EmbeddingsMut::new(passage, batch.passages(), batch.dim())?),
