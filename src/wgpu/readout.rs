@@ -66,8 +66,7 @@ fn times_power_of_two(x: f64, n: i32) -> f64 {
 }
 
 impl Plan {
-    /// Bytes of the slot `State` that [`Plan::results`] reads: a forward call's results, in front; and where row losses and sums
-    /// lie. All of it is the simplest.
+    /// Bytes of the slot `State` that [`Plan::evaluation`] and the others read: all of it.
     pub fn state_bytes(&self) -> u64 {
         STATUS_BYTES + 4 * self.layout.state_words as u64
     }

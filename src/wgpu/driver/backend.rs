@@ -53,7 +53,7 @@ fn engine() -> Result<Engine> {
 }
 
 /// Loss, metrics and gradients of a batch in host memory, in one call on the first device. For embeddings on a device see
-/// [`Step`](crate::wgpu::Step).
+/// [`Step`].
 ///
 /// q is M × d, p is N × d, in f32, f16 or bf16; gradients come back as f32, multiplied by `upstream`.
 ///
