@@ -43,7 +43,8 @@ fn trials(backends: &[&'static dyn Backend], required: &[&str]) -> Result<Vec<Tr
         Trial::test("absent backends are ignored unless required", absent_backends),
         Trial::test("a wrong backend fails every output", wrong_backend),
     ];
-    let elsewhere = |name: &str| name == "emulator"; // demanded of tests/emulator, which is no backend
+    // Demanded of tests/emulator and of tests/shaders.rs, and no backends.
+    let elsewhere = |name: &str| matches!(name, "emulator" | "spirv-val" | "tint");
     for name in required.iter().filter(|name| !elsewhere(name) && !backends.iter().any(|b| b.name() == **name)) {
         let message = format!("SAMTONE_REQUIRE names `{name}`, which is not in this build");
         trials.push(Trial::test(format!("{name} is in this build"), move || Err(message.into())));
