@@ -1,12 +1,16 @@
 //! From a run's bytes to a verdict, as `evaluate` judges the backends of this machine.
 
 use crate::export::Run;
-use crate::support::compare::{Check, against_definition, verdict};
+use crate::support::compare::{Check, against_definition, entrywise, verdict};
 use crate::support::problem::Outputs;
 use anyhow::{Result, bail};
 use samtone::Error;
 use serde::Serialize;
 use std::fmt;
+
+/// Of the f32 results at byte 256 of the state, which pages and shaders read, relative to those that the host reads there.
+const OF_DEVICE: f64 = 2e-6;
+const OF_DEVICE_AT: usize = 256;
 
 /// What the page shows of a run; numbers as text, so that both tables read alike.
 #[derive(Debug, Clone, Serialize)]
@@ -55,15 +59,15 @@ pub fn judge(run: &Run, answer: Result<&[u8], String>) -> Verdict {
         reason: String::new(),
     };
     match answer.map_err(anyhow::Error::msg).and_then(|bytes| outputs(run, bytes)) {
-        Ok(outputs) => verdict.compare(run, &outputs),
+        Ok((outputs, of_device)) => verdict.compare(run, &outputs, of_device),
         Err(error) => verdict.reason = format!("{error:#}"),
     }
     verdict
 }
 
 impl Verdict {
-    fn compare(&mut self, run: &Run, outputs: &Outputs) {
-        let checks = against_definition(outputs, &run.expected, &run.problem, run.dtype, 1.0);
+    fn compare(&mut self, run: &Run, outputs: &Outputs, of_device: Vec<Check>) {
+        let mut checks = against_definition(outputs, &run.expected, &run.problem, run.dtype, 1.0);
         let used = |check: &Check| match check.difference / check.allowed {
             used if used.is_nan() && check.passed() => 0.0, // 0 of 0
             used if used.is_nan() => f64::INFINITY,
@@ -74,6 +78,7 @@ impl Verdict {
             self.gradient_error = format!("{:.1e}", worst.relative());
             self.tolerance = format!("{:.1e}", worst.tolerance());
         }
+        checks.extend(of_device);
         self.loss = shown(outputs.evaluation.loss);
         match verdict(&checks) {
             Ok(()) => self.passed = true,
@@ -82,7 +87,8 @@ impl Verdict {
     }
 }
 
-fn outputs(run: &Run, bytes: &[u8]) -> Result<Outputs> {
+/// What the host reads, and how the f32 results compare with it.
+fn outputs(run: &Run, bytes: &[u8]) -> Result<(Outputs, Vec<Check>)> {
     let plan = &run.plan;
     let [state, query, passage] = Run::RESULTS.map(|slot| plan.slot_bytes(slot) as usize);
     if bytes.len() != state + query + passage {
@@ -99,10 +105,23 @@ fn outputs(run: &Run, bytes: &[u8]) -> Result<Outputs> {
     let floats = |bytes: &[u8], count: usize| -> Vec<f64> {
         bytes.chunks_exact(4).take(count).map(|x| f64::from(bytemuck::pod_read_unaligned::<f32>(x))).collect()
     };
-    Ok(Outputs {
+    let outputs = Outputs {
         evaluation: plan.evaluation(state)?,
         grad_query: floats(query, run.problem.query.len()),
         grad_passage: floats(passage, run.problem.passage.len()),
         temperature: plan.temperature(state)?,
-    })
+    };
+    let [qp, qp_mrr, pq, pq_mrr] = outputs.metrics();
+    let results = floats(state.get(OF_DEVICE_AT..).unwrap_or_default(), 7);
+    let host = [outputs.evaluation.loss, qp, qp_mrr, pq, pq_mrr, outputs.temperature.tau, outputs.temperature.log_beta];
+    let check = |output, k: std::ops::Range<usize>| {
+        entrywise(output, results.get(k.clone()).unwrap_or_default(), &host[k], OF_DEVICE)
+    };
+    let of_device = vec![
+        check("loss as f32", 0..1),
+        check("metrics as f32", 1..5),
+        check("grad_temperature as f32", 5..6),
+        check("grad_log_beta as f32", 6..7),
+    ];
+    Ok((outputs, of_device))
 }
