@@ -2,16 +2,15 @@
 //!
 //!     cargo run --release --features wgpu --example wgpu_program
 //!
-//! Two linear encoders learn which passages belong to which queries. One step of training is one command encoder and one
-//! submission, and nothing is read back between steps:
+//! Two linear encoders learn which passages belong to which queries. A step is one command encoder and one submission, and nothing
+//! is read back between steps:
 //!
 //! ```text
 //! features ─ encode (here) ─→ embeddings ─ forward, backward (samtone) ─→ gradients ─ update (here) ─→ weights
 //!                                               └ loss: copied to its place in a history, read once at the end
 //! ```
 //!
-//! Then the last step is compared with the definition in f64. Exit code: 0 if it agrees and the loss fell, 1 if not, 2 where there
-//! is no device.
+//! Then the last step is compared with the definition in f64. Exit code: 0 if it agrees and the loss fell, 1 if not, 2 without device.
 
 use anyhow::Context;
 use rand::rngs::ChaCha8Rng;
@@ -152,7 +151,6 @@ fn train() -> anyhow::Result<bool> {
     let (device, queue) = device()?;
     let program = Program::new(&device);
 
-    // The caller's buffers.
     let mut source = ChaCha8Rng::seed_from_u64(1);
     let features = features(&mut source);
     let vocabulary = 2 * PLACES * WORDS;
