@@ -31,9 +31,8 @@ struct Compiled {
     pipelines: HashMap<Entry, wgpu::ComputePipeline>,
 }
 
-impl Engine {
-    /// On a device and queue of the caller. Whatever features and limits the device was asked for are used.
-    pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Self {
+impl Inner {
+    fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Self {
         let (features, limits) = (device.features(), device.limits());
         let capabilities = Capabilities {
             max_binding_bytes: limits.max_storage_buffer_binding_size,
@@ -45,16 +44,22 @@ impl Engine {
             products: Products::Fma,
         };
         Self {
-            inner: Arc::new(Inner {
-                device: device.clone(),
-                queue: queue.clone(),
-                capabilities,
-                alignment: u64::from(
-                    limits.min_storage_buffer_offset_alignment.max(limits.min_uniform_buffer_offset_alignment),
-                ),
-                compiled: Mutex::default(),
-            }),
+            device: device.clone(),
+            queue: queue.clone(),
+            capabilities,
+            alignment: u64::from(
+                limits.min_storage_buffer_offset_alignment.max(limits.min_uniform_buffer_offset_alignment),
+            ),
+            compiled: Mutex::default(),
         }
+    }
+}
+
+impl Engine {
+    /// On a device and queue of the caller. Whatever features and limits the device was asked for are used; cooperative matrices
+    /// after [`Engine::with_cooperative_matrices`], because only the adapter knows which ones there are.
+    pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Self {
+        Self { inner: Arc::new(Inner::new(device, queue)) }
     }
 
     /// On the first device found, discrete GPUs before integrated ones before software; with every feature and the highest limits
@@ -93,16 +98,24 @@ impl Engine {
     /// [`Error::WgpuUnavailable`] if the adapter gives no device.
     pub fn on(adapter: &wgpu::Adapter) -> Result<Self> {
         if has_cooperative_matrices(adapter)
-            && let Ok(mut engine) = Self::request(adapter, wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX)
+            && let Ok(engine) = Self::request(adapter, wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX)
         {
-            if super::check::agrees(&engine, Products::Cooperative)
-                && let Some(inner) = Arc::get_mut(&mut engine.inner)
-            {
-                inner.capabilities.products = Products::Cooperative;
-            }
-            return Ok(engine);
+            return Ok(engine.with_cooperative_matrices(adapter));
         }
         Self::request(adapter, wgpu::Features::empty())
+    }
+
+    /// With cooperative matrices, if the device was asked for the feature, its adapter multiplies the fragments that the shaders
+    /// need, and they give on a small batch what plain arithmetic gives; else as it was. For clones made earlier, nothing changes.
+    pub fn with_cooperative_matrices(self, adapter: &wgpu::Adapter) -> Self {
+        let Inner { device, queue, .. } = &*self.inner;
+        let asked = device.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+        if !asked || !has_cooperative_matrices(adapter) || !super::check::agrees(&self, Products::Cooperative) {
+            return self;
+        }
+        let mut inner = Inner::new(device, queue);
+        inner.capabilities.products = Products::Cooperative;
+        Self { inner: Arc::new(inner) }
     }
 
     fn request(adapter: &wgpu::Adapter, experimental: wgpu::Features) -> Result<Self> {
