@@ -12,14 +12,15 @@ mod translate;
 
 use libtest_mimic::{Arguments, Trial};
 use naga::valid::Capabilities;
-use samtone::wgpu::{ALIGNMENT, Binding, Dispatch, Module, Products, Slot, Variant};
+use samtone::wgpu::{self, ALIGNMENT, Binding, Dispatch, Module, Products, Slot, Variant};
+use samtone::{DType, Loss, Options, Pairs, Problem};
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::{Command, ExitCode};
 use translate::{Shader, needed, storage, variants};
 
 type Check = fn() -> Result<(), String>;
 
-const CHECKS: [(&str, Check); 8] = [
+const CHECKS: [(&str, Check); 9] = [
     ("every module of every variant needs no more than its variant", valid),
     ("entry points are those that the modules name", entries),
     ("SPIR-V", || each(|shader| shader.spirv().map(drop))),
@@ -28,6 +29,7 @@ const CHECKS: [(&str, Check); 8] = [
     ("GLSL ES", glsl),
     ("workgroups keep the limits of every device", limits),
     ("dispatches bind what their entry points use", bindings),
+    ("nothing is bound that u32 does not count", beyond_u32),
 ];
 
 fn main() -> ExitCode {
@@ -168,6 +170,19 @@ fn bindings() -> Result<(), String> {
     }
     let all: BTreeSet<_> = Module::ALL.iter().flat_map(|m| m.entries().iter().map(|e| (*m, *e))).collect();
     demand(seen == all, || format!("no plan dispatches {:?}", all.difference(&seen).collect::<Vec<_>>()))
+}
+
+/// Also on a device that binds more.
+fn beyond_u32() -> Result<(), String> {
+    let limits = wgpu::Capabilities { max_binding_bytes: 1 << 40, max_buffer_bytes: 1 << 40, ..Default::default() };
+    let plan = || {
+        let (loss, pairs, options) = (Loss::samtone_both(), Pairs::new(3, 5)?, Options::new(0.05)?);
+        let problem = Problem::new(&loss, &pairs, &options, DType::F32, 8)?.with_row_strides(1 << 30, 1 << 30)?;
+        wgpu::Plan::new(&problem, &limits)
+    };
+    let plan = plan().map_err(|e| e.to_string())?;
+    let bytes = plan.forward().chain(plan.backward()).flat_map(|d| &d.bindings).map(|b| b.bytes);
+    demand(bytes.max() <= Some(u32::MAX.into()), || format!("{plan}"))
 }
 
 /// What [`Slot`] promises: a buffer is read or written within a dispatch, not both, also where the caller's slots share one; and

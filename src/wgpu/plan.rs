@@ -3,7 +3,7 @@
 use super::capabilities::Capabilities;
 use super::dispatches::Dispatches;
 use super::layout::Layout;
-use super::schedule::{Dispatch, Slot};
+use super::schedule::{ALIGNMENT, Dispatch, Slot};
 use super::shaders::{Products, Variant};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -77,6 +77,9 @@ impl Plan {
     /// embeddings of 32 bits, for gradients of 16 bits with an odd row stride, and where a buffer would exceed what the device
     /// can bind or allocate.
     pub fn with_variant(problem: &Problem<'_>, capabilities: &Capabilities, variant: Variant) -> Result<Self> {
+        // Shaders count bytes in u32, also where a device binds more.
+        let max_binding_bytes = capabilities.max_binding_bytes.min(u64::from(u32::MAX) / ALIGNMENT * ALIGNMENT);
+        let capabilities = &Capabilities { max_binding_bytes, ..*capabilities };
         let (m, n, d) = problem.shape();
         let unsupported =
             |what: String, allowed: &str| Err(Error::Unsupported { backend: "wgpu", what, allowed: allowed.into() });
@@ -107,11 +110,10 @@ impl Plan {
         }
         // Both edges of a super-block are bound, packed, beside its matrix.
         let row_bytes = (d.next_multiple_of(16) * if variant.f16 { 2 } else { 4 }) as u64;
-        let bindable = capabilities.max_binding_bytes.saturating_sub(super::schedule::ALIGNMENT) / row_bytes;
+        let bindable = capabilities.max_binding_bytes.saturating_sub(ALIGNMENT) / row_bytes;
         let sums_row_bytes =
             problem.gradients.iter().flatten().map(|g| g.row_stride.max(d) as u64 * 4).max().unwrap_or(4);
-        let bindable =
-            bindable.min(capabilities.max_binding_bytes.saturating_sub(super::schedule::ALIGNMENT) / sums_row_bytes);
+        let bindable = bindable.min(capabilities.max_binding_bytes.saturating_sub(ALIGNMENT) / sums_row_bytes);
         let mut longest = tile as u64;
         while bounded_bytes(2 * longest, 2 * longest) <= bound {
             longest *= 2;
@@ -255,7 +257,7 @@ fn bound(problem: &Problem<'_>, capabilities: &Capabilities) -> u64 {
 /// Scratch of a super-block, in the pass that takes more: gradients of logits and a number for each tile. Partial sums are
 /// three words for every edge of 64 elements, a tenth of that.
 pub(super) fn bounded_bytes(rows: u64, cols: u64) -> u64 {
-    4 * rows * cols + 4 * (rows / 64 + 1) * (cols / 64 + 1) + super::schedule::ALIGNMENT
+    4 * rows * cols + 4 * (rows / 64 + 1) * (cols / 64 + 1) + ALIGNMENT
 }
 
 fn flops(parts: &Parts<'_>) -> f64 {

@@ -3,15 +3,18 @@
 use super::call::{Call, Memory, Spec, f32_output};
 use super::steps::on_device;
 use super::{Check, compare, demand, sample, sized, text};
-use samtone::wgpu::wgpu::{BufferUsages, CommandEncoderDescriptor};
-use samtone::wgpu::{BufferRange, Buffers, Capabilities, Engine, Slot, Step};
+use samtone::wgpu::wgpu::{BufferDescriptor, BufferUsages, CommandEncoderDescriptor};
+use samtone::wgpu::{BufferRange, Buffers, Capabilities, Engine, Slot, Step, wgpu};
 use samtone::{DType, Error, GradientOutput, Loss, Options, ZeroNorm};
 
 pub const CHECKS: &[Check] = &[
     ("buffers that are missing, small, misplaced or of another use", buffers),
+    ("a recording that is refused leaves the encoder as it was", encoder),
+    ("ranges to read", ranges),
     ("what the backend does not take", unsupported),
     ("what the device cannot hold", limits),
     ("numbers that are not finite", non_finite),
+    ("numbers that are not finite, in a buffer that cannot be read", unreadable),
     ("subnormal numbers are numbers", subnormal),
     ("norms of zero", zero_norm),
     ("rows without a negative", no_negative),
@@ -60,6 +63,40 @@ fn buffers() -> Result<(), String> {
     // The step is as good as before.
     call.run()?;
     compare(&call.outputs()?, &problem, DType::F32, 1.0)
+}
+
+/// Only wgpu notices a buffer of another device.
+fn encoder() -> Result<(), String> {
+    let problem = sample(Loss::samtone_both(), 40)?;
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
+    let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default()));
+    let adapter = adapter.map_err(text)?;
+    let [engine, other] = [Engine::on(&adapter).map_err(text)?, Engine::on(&adapter).map_err(text)?];
+    let call = Call::on(&engine, &problem, Spec::new(&problem, DType::F32))?;
+    let foreign = Memory::storage(&other, call.memory(Slot::Query).ok_or("no memory")?.bytes);
+    call.submit(|encoder| {
+        let refused = call.step.forward(encoder, &call.buffers().with(Slot::Query, foreign.range()));
+        if !matches!(refused, Err(Error::Wgpu { .. })) {
+            return refused;
+        }
+        call.step.forward(encoder, &call.buffers())?;
+        call.step.backward(encoder, &call.buffers())
+    })?;
+    compare(&call.outputs()?, &problem, DType::F32, 1.0)
+}
+
+fn ranges() -> Result<(), String> {
+    let engine = super::call::engine()?;
+    let memory = Memory::storage(&engine, 64);
+    let size = memory.buffer.size();
+    for (start, end) in [(8, 4), (0, size + 1), (u64::MAX - 1, u64::MAX), (u64::MAX, 0)] {
+        sentence(engine.read(&memory.buffer, start..end), &["`bytes`", &format!("0..{size}")])?;
+    }
+    for (start, end) in [(0, 0), (size, size), (3, 6), (size - 1, size)] {
+        let bytes = engine.read(&memory.buffer, start..end).map_err(text)?;
+        demand(bytes.len() as u64 == end - start, || format!("{} bytes of {start}..{end}", bytes.len()))?;
+    }
+    Ok(())
 }
 
 fn unsupported() -> Result<(), String> {
@@ -122,6 +159,21 @@ fn non_finite() -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+fn unreadable() -> Result<(), String> {
+    let mut problem = sample(Loss::samtone_query(), 41)?;
+    problem.query[3 * 37] = f64::NAN;
+    let call = Call::new(&problem, Spec::new(&problem, DType::F32))?;
+    call.run()?;
+    let descriptor = BufferDescriptor {
+        label: None,
+        size: call.memory(Slot::Query).ok_or("no memory")?.bytes,
+        usage: BufferUsages::STORAGE,
+        mapped_at_creation: false,
+    };
+    let unreadable = call.engine.device().create_buffer(&descriptor);
+    sentence(call.step.results(&call.buffers().with(Slot::Query, &unreadable)), &["`query`", "row 3", "COPY_SRC"])
 }
 
 fn subnormal() -> Result<(), String> {

@@ -270,16 +270,18 @@ impl Engine {
             }
             bound.push((dispatch, pipeline, entries));
         }
-        self.guarded("encode", None, || {
-            let groups: Vec<_> = (bound.iter())
-                .map(|(dispatch, pipeline, entries)| {
-                    self.inner.device.create_bind_group(&wgpu::BindGroupDescriptor {
-                        label: Some(dispatch.entry),
-                        layout: &pipeline.get_bind_group_layout(0),
-                        entries,
-                    })
+        // First, because a recording that has failed spoils the caller's encoder.
+        let groups: Vec<_> = self.guarded("create_bind_group", None, || {
+            let group = |(dispatch, pipeline, entries): &(&Dispatch, wgpu::ComputePipeline, Vec<_>)| {
+                self.inner.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                    label: Some(dispatch.entry),
+                    layout: &pipeline.get_bind_group_layout(0),
+                    entries,
                 })
-                .collect();
+            };
+            bound.iter().map(group).collect()
+        })?;
+        self.guarded("encode", None, || {
             let mut pass =
                 encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: Some("samtone"), timestamp_writes });
             for ((dispatch, pipeline, _), group) in bound.iter().zip(&groups) {
@@ -308,10 +310,13 @@ impl Engine {
     /// Waits for everything submitted, and gives the content of a buffer with the usage `COPY_SRC`.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`]; [`Error::Wgpu`] if the device was lost.
+    /// [`Error::InvalidArgument`] for a range beyond the buffer; [`Error::OutOfMemory`]; [`Error::Wgpu`] if the device was lost.
     pub fn read(&self, buffer: &wgpu::Buffer, bytes: std::ops::Range<u64>) -> Result<Vec<u8>> {
         use wgpu::BufferUsages;
         let Inner { device, queue, .. } = &*self.inner;
+        if bytes.start > bytes.end || bytes.end > buffer.size() {
+            return Err(Error::invalid("bytes", format!("{bytes:?}"), format!("a range within 0..{}", buffer.size())));
+        }
         let start = bytes.start / 4 * 4;
         let len = (bytes.end - start).next_multiple_of(4);
         let usage = BufferUsages::COPY_DST | BufferUsages::MAP_READ;

@@ -101,7 +101,7 @@ impl Step {
     }
 
     /// Waits, and gives loss and metrics of the last forward call, and the temperature's gradient of the last backward call.
-    /// `embeddings` are those of the call, for the error that names what is not finite.
+    /// `embeddings` are those of the call, for the error that names what is not finite: it needs the usage `COPY_SRC`.
     ///
     /// # Errors
     /// What was wrong with the embeddings: [`Error::NonFinite`], [`Error::ZeroNorm`], [`Error::NoNegative`]; [`Error::Wgpu`] if
@@ -118,6 +118,14 @@ impl Step {
     fn find(&self, tower: Tower, row: usize, embeddings: &Buffers<'_>) -> Result<(usize, f64)> {
         let slot = if tower == Tower::Query { Slot::Query } else { Slot::Passage };
         let BufferRange { buffer, offset, .. } = embeddings.get(slot, &self.plan, 1)?;
+        if !buffer.usage().contains(wgpu::BufferUsages::COPY_SRC) {
+            let value = format!("a buffer that cannot be read, with a value that is not finite in row {row}");
+            return Err(Error::invalid(
+                slot.name(),
+                value,
+                "finite numbers; the usage COPY_SRC, to learn which one is not",
+            ));
+        }
         let (dtype, stride, dim) = self.plan.raw(tower);
         let start = offset + (row * stride * dtype.bytes()) as u64;
         let bytes = self.engine.read(buffer, start..start + (dim * dtype.bytes()) as u64)?;
