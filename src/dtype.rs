@@ -72,10 +72,40 @@ macro_rules! element {
 element! {
     f64 F64 |x: f64| x, |x: f64| x;
     f32 F32 f64::from, |x: f64| x as f32;
-    f16 F16 f16::to_f64, f16::from_f64;
-    bf16 BF16 bf16::to_f64, bf16::from_f64;
+    f16 F16 f16::to_f64, |x| f16::from_f32(to_odd(x));
+    bf16 BF16 bf16::to_f64, |x| bf16::from_f32(to_odd(x));
+}
+
+/// x as f32, rounded such that rounding it again to 16 bits gives what rounding x once would: where f32 does not hold x, to the
+/// neighbour whose last bit is 1, which no tie of the second rounding can have.
+fn to_odd(x: f64) -> f32 {
+    let nearest = x as f32;
+    let bits = nearest.to_bits();
+    if f64::from(nearest) == x || x.is_nan() || bits & 1 == 1 {
+        return nearest;
+    }
+    f32::from_bits(if f64::from(nearest).abs() < x.abs() { bits + 1 } else { bits - 1 })
 }
 
 mod sealed {
     pub trait Sealed {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_looks_at_every_bit() {
+        let (tie, hair) = (1.0 + 2_f64.powi(-8), 2_f64.powi(-45));
+        assert_eq!(<bf16 as Element>::from_f64(tie).to_f64(), 1.0);
+        assert_eq!(<bf16 as Element>::from_f64(tie + hair).to_f64(), 1.0 + 2_f64.powi(-7));
+        assert_eq!(<bf16 as Element>::from_f64(-tie - hair).to_f64(), -1.0 - 2_f64.powi(-7));
+        assert_eq!(<f16 as Element>::from_f64(1.0 + 2_f64.powi(-11) + hair).to_f64(), 1.0 + 2_f64.powi(-10));
+        assert_eq!(<f16 as Element>::from_f64(1.0 + 3.0 * 2_f64.powi(-11) - hair).to_f64(), 1.0 + 2_f64.powi(-10));
+        assert_eq!(<f16 as Element>::from_f64(1e300), f16::INFINITY);
+        assert_eq!(<bf16 as Element>::from_f64(-f64::INFINITY), bf16::NEG_INFINITY);
+        assert!(<f16 as Element>::from_f64(f64::NAN).is_nan());
+        assert_eq!(<f16 as Element>::from_f64(1e-300).to_bits(), 0);
+    }
 }

@@ -84,7 +84,8 @@ fn on_exact_buffers(engine: &Engine, problem: &Problem, spec: &Spec) -> Result<(
     let buffers = memory.iter().fold(Buffers::new(), |buffers, (slot, memory)| buffers.with(*slot, memory.range()));
     let submit = |dispatches: Vec<&Dispatch>| {
         let mut encoder = engine.device().create_command_encoder(&CommandEncoderDescriptor::default());
-        engine.encode(&plan, dispatches, &buffers, &mut encoder).map_err(text)?;
+        // SAFETY: uniforms and side data are written above, and nothing but the dispatches writes to the other slots of the plan.
+        unsafe { engine.encode(&plan, dispatches, &buffers, &mut encoder, None) }.map_err(text)?;
         engine.queue().submit([encoder.finish()]);
         Ok::<_, String>(())
     };

@@ -224,30 +224,24 @@ impl Engine {
         // Counters that end every loop keep compilers from unrolling. Accesses stay checked.
         let checks = wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..wgpu::ShaderRuntimeChecks::checked() };
         // SAFETY: every loop of the shaders ends: its bound is a constant, or a member of `Params` or the lengths of the lists in
-        // `side`, which plans write, and its counter only grows towards it.
+        // `side`, which hold what plans say (`encode`), and its counter only grows towards it.
         unsafe { self.inner.device.create_shader_module_trusted(descriptor, checks) }
     }
 
-    /// Records dispatches of a plan. Allocates no memory of the device.
+    /// Records dispatches of a plan, with timestamps around them if wanted. Allocates no memory of the device. [`Step`] does it on
+    /// buffers of its own, and is safe.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] and [`Error::Misaligned`] for a buffer that is missing, too small, misplaced or of the wrong
     /// usage; [`Error::Wgpu`] with the words of wgpu. Nothing is recorded then.
-    pub fn encode<'d>(
-        &self,
-        plan: &Plan,
-        dispatches: impl IntoIterator<Item = &'d Dispatch>,
-        buffers: &Buffers<'_>,
-        encoder: &mut wgpu::CommandEncoder,
-    ) -> Result<()> {
-        self.encode_timed(plan, dispatches, buffers, encoder, None)
-    }
-
-    /// As [`Engine::encode`], with timestamps around the dispatches.
     ///
-    /// # Errors
-    /// As [`Engine::encode`].
-    pub fn encode_timed<'d>(
+    /// # Safety
+    /// When the dispatches run, the slots `Uniforms` and `Side` hold [`Plan::uniforms`] and [`Plan::side_data`] of this plan, and
+    /// the plan's other own slots what only its earlier dispatches have written: the shaders' loops end, and their fragments lie
+    /// within what is bound, because of what is there.
+    ///
+    /// [`Step`]: crate::wgpu::Step
+    pub unsafe fn encode<'d>(
         &self,
         plan: &Plan,
         dispatches: impl IntoIterator<Item = &'d Dispatch>,

@@ -7,7 +7,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::output::{Evaluation, TemperatureGradient};
 use crate::partials::Partials;
-use crate::wgpu::{Plan, Slot};
+use crate::wgpu::{Dispatch, Plan, Slot};
 
 /// A plan whose own buffers are allocated once and used by call after call. The caller brings embeddings and gradients.
 ///
@@ -61,12 +61,40 @@ impl Step {
         self.own.iter().find(|(slot, _)| *slot == Slot::State).map(|(_, buffer)| buffer)
     }
 
+    fn encode<'d>(
+        &self,
+        dispatches: impl IntoIterator<Item = &'d Dispatch>,
+        callers: &Buffers<'_>,
+        encoder: &mut wgpu::CommandEncoder,
+        timestamp_writes: Option<wgpu::ComputePassTimestampWrites<'_>>,
+    ) -> Result<()> {
+        let buffers = self.buffers().or(callers);
+        // SAFETY: the plan's own slots are this step's buffers, also where the caller names others for them. `new` has written
+        // `Uniforms` and `Side`, which nobody else reaches; of the others only the state is handed out, whose numbers decide no
+        // loop and no place.
+        unsafe { self.engine.encode(&self.plan, dispatches, &buffers, encoder, timestamp_writes) }
+    }
+
+    /// Records [`Step::forward`] and [`Step::backward`] at once, with timestamps around them if wanted.
+    ///
+    /// # Errors
+    /// As [`Engine::encode`].
+    pub fn loss_and_gradients(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        callers: &Buffers<'_>,
+        timestamp_writes: Option<wgpu::ComputePassTimestampWrites<'_>>,
+    ) -> Result<()> {
+        let dispatches = self.plan.forward().chain(self.plan.backward());
+        self.encode(dispatches, callers, encoder, timestamp_writes)
+    }
+
     /// Records loss, metrics and coefficients of the embeddings in the slots `Query` and `Passage`.
     ///
     /// # Errors
     /// As [`Engine::encode`].
     pub fn forward(&self, encoder: &mut wgpu::CommandEncoder, callers: &Buffers<'_>) -> Result<()> {
-        self.engine.encode(&self.plan, self.plan.forward(), &callers.or(&self.buffers()), encoder)
+        self.encode(self.plan.forward(), callers, encoder, None)
     }
 
     /// Records the first part of [`Step::forward`]: the sums of a shard.
@@ -74,7 +102,7 @@ impl Step {
     /// # Errors
     /// As [`Engine::encode`].
     pub fn partials(&self, encoder: &mut wgpu::CommandEncoder, callers: &Buffers<'_>) -> Result<()> {
-        self.engine.encode(&self.plan, self.plan.partials(), &callers.or(&self.buffers()), encoder)
+        self.encode(self.plan.partials(), callers, encoder, None)
     }
 
     /// Records the second part of [`Step::forward`].
@@ -82,7 +110,7 @@ impl Step {
     /// # Errors
     /// As [`Engine::encode`].
     pub fn combine(&self, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
-        self.engine.encode(&self.plan, self.plan.combine(), &self.buffers(), encoder)
+        self.encode(self.plan.combine(), &Buffers::new(), encoder, None)
     }
 
     /// Records gradients, into the slots `QueryGradient` and `PassageGradient`, after [`Step::forward`].
@@ -90,7 +118,7 @@ impl Step {
     /// # Errors
     /// As [`Engine::encode`].
     pub fn backward(&self, encoder: &mut wgpu::CommandEncoder, callers: &Buffers<'_>) -> Result<()> {
-        self.engine.encode(&self.plan, self.plan.backward(), &callers.or(&self.buffers()), encoder)
+        self.encode(self.plan.backward(), callers, encoder, None)
     }
 
     fn read_state(&self) -> Result<Vec<u8>> {
