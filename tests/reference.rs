@@ -6,7 +6,8 @@ mod support;
 use samtone::half::f16;
 use samtone::reference::{ReferenceOutput, loss_and_gradients};
 use samtone::{
-    Block, DType, Embeddings, EmbeddingsMut, Error, GradientBuffers, Group, Loss, Options, Scope, Tower, ZeroNorm,
+    Block, DType, Element, Embeddings, EmbeddingsMut, Error, GradientBuffers, Group, Loss, Options, Scope, Tower,
+    ZeroNorm,
 };
 use support::compare::{against_golden, entrywise, verdict};
 use support::data::{Kind, problem};
@@ -351,7 +352,7 @@ fn buffers_may_be_strided_and_narrow() -> Outcome {
     assert_eq!((evaluation, temperature), (want.evaluation, want.temperature));
     for (k, got) in grad.iter().enumerate() {
         match (k / 4, k % 4) {
-            (i, column @ 0..2) => assert_eq!(*got, f16::from_f64(want.grad_query[2 * i + column])),
+            (i, column @ 0..2) => assert_eq!(*got, <f16 as Element>::from_f64(want.grad_query[2 * i + column])),
             _ => assert!(got.is_nan(), "element {k} between the rows was written"),
         }
     }

@@ -109,7 +109,8 @@ pub const CHECKS: &[Check] = &[
     ("slices: other element types, frozen towers, gradients in f16", || {
         let at = Place::new(0)?;
         let problem = sample(Loss::samtone_both(), 26)?.rounded(DType::F16);
-        let bits = |x: &[f64]| x.iter().map(|&x| f16::from_f64(x).to_bits()).collect::<Vec<u16>>();
+        let bits =
+            |x: &[f64]| x.iter().map(|&x| <f16 as samtone::Element>::from_f64(x).to_bits()).collect::<Vec<u16>>();
         let query = at.stream.clone_htod(&bits(&problem.query)).map_err(debug)?;
         let passage = at.stream.clone_htod(&bits(&problem.passage)).map_err(debug)?;
         // SAFETY: the bits are those of f16.

@@ -4,7 +4,7 @@ use samtone::backend::Backend;
 use samtone::half::{bf16, f16};
 use samtone::mask::COSINE_TIE;
 use samtone::{
-    Batch, DType, Embeddings, EmbeddingsMut, Evaluation, GradientBuffers, Loss, Options, Result, Scope,
+    Batch, DType, Element, Embeddings, EmbeddingsMut, Evaluation, GradientBuffers, Loss, Options, Result, Scope,
     TemperatureGradient,
 };
 
@@ -58,8 +58,8 @@ impl Buffer {
         match dtype {
             DType::F64 => Self::F64(x.to_vec()),
             DType::F32 => Self::F32(x.iter().map(|&v| v as f32).collect()),
-            DType::F16 => Self::F16(x.iter().map(|&v| f16::from_f64(v)).collect()),
-            DType::BF16 => Self::BF16(x.iter().map(|&v| bf16::from_f64(v)).collect()),
+            DType::F16 => Self::F16(x.iter().map(|&v| Element::from_f64(v)).collect()),
+            DType::BF16 => Self::BF16(x.iter().map(|&v| Element::from_f64(v)).collect()),
         }
     }
 
