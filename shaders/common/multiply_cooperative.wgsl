@@ -10,14 +10,6 @@
 @group(0) @binding(2) var<storage, read> right: array<f16>;
 @group(0) @binding(6) var<storage, read_write> gradients: array<f16>;
 
-const TILE = 64u;
-const PARTS = 1u;
-const BLOCKS = 1u;
-
-struct Totals {
-    block: array<mat4x4<f32>, BLOCKS>,
-}
-
 const FRAGMENT = 16u;
 const FLUSH = 64u; // numbers of k
 

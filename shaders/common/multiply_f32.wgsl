@@ -39,6 +39,16 @@ fn load_stage(place: Place, stage: u32, thread: u32) {
     }
 }
 
+// Products of four rows with four columns over one vector of k.
+fn products_of(a0: vec4<f32>, a1: vec4<f32>, a2: vec4<f32>, a3: vec4<f32>, b0: vec4<f32>, b1: vec4<f32>, b2: vec4<f32>, b3: vec4<f32>) -> mat4x4<f32> {
+    return mat4x4<f32>(
+        dot(a0, b0), dot(a0, b1), dot(a0, b2), dot(a0, b3),
+        dot(a1, b0), dot(a1, b1), dot(a1, b2), dot(a1, b3),
+        dot(a2, b0), dot(a2, b1), dot(a2, b2), dot(a2, b3),
+        dot(a3, b0), dot(a3, b1), dot(a3, b2), dot(a3, b3),
+    );
+}
+
 // Products of rows with columns. Ends with shared memory free.
 fn multiply(place: Place, thread: Thread, invocation: Invocation) -> Totals {
     var total = Totals();

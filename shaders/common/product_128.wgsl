@@ -1,12 +1,6 @@
 // product_128.wgsl: sums of 128 indices x 128 numbers, four blocks of 4 x 4 for each thread: half the traffic for each product. The
 // alternative is product_64.wgsl.
 
-const PARTS = 2u;
-
-struct Totals {
-    block: array<mat4x4<f32>, 4>,
-}
-
 // part += products over four k of rows at + 16 A_ROW i of a with twice four numbers of b.
 fn add_row_products(part: ptr<function, Totals>, at: u32, from_b: u32) {
     const STRIDE = 16u * A_ROW;
@@ -42,13 +36,4 @@ fn add_column_products(part: ptr<function, Totals>, from_a: u32, from_b: u32) {
     (*part).block[1] = add_outer((*part).block[1], m, further_n);
     (*part).block[2] = add_outer((*part).block[2], further_m, n);
     (*part).block[3] = add_outer((*part).block[3], further_m, further_n);
-}
-
-// total += part, part ← 0.
-fn add_totals(total: ptr<function, Totals>, part: ptr<function, Totals>) {
-    (*total).block[0] += (*part).block[0];
-    (*total).block[1] += (*part).block[1];
-    (*total).block[2] += (*part).block[2];
-    (*total).block[3] += (*part).block[3];
-    *part = Totals();
 }

@@ -1,11 +1,5 @@
 // product_64.wgsl: sums of 64 indices x 64 numbers, 4 x 4 for each thread. The alternative is product_128.wgsl.
 
-const PARTS = 1u;
-
-struct Totals {
-    block: array<mat4x4<f32>, 1>,
-}
-
 // part += products over four k of rows at + 16 A_ROW i of a with four numbers of b.
 fn add_row_products(part: ptr<function, Totals>, at: u32, from_b: u32) {
     const STRIDE = 16u * A_ROW;
@@ -19,10 +13,4 @@ fn add_row_products(part: ptr<function, Totals>, at: u32, from_b: u32) {
 // part += products over one k.
 fn add_column_products(part: ptr<function, Totals>, from_a: u32, from_b: u32) {
     (*part).block[0] = add_outer((*part).block[0], a[from_a], b[from_b]);
-}
-
-// total += part, part ← 0.
-fn add_totals(total: ptr<function, Totals>, part: ptr<function, Totals>) {
-    (*total).block[0] += (*part).block[0];
-    *part = Totals();
 }

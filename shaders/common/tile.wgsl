@@ -1,7 +1,7 @@
 // tile.wgsl: the two passes over tiles of cosines: which tile, its edges, its product, its mask.
 //
 // Threads  256 as 16 x 16: thread (y, x) has the rows y, y + 16, … and the columns x, x + 16, … of the tile, PARTS in each
-//          direction for every block of 4 x 4, of which tile_64.wgsl has one and tile_128.wgsl four
+//          direction for every block of 4 x 4, of which blocks_1.wgsl has one and blocks_4.wgsl four
 // Shared   pool: the product's (multiply_f32.wgsl, multiply_cooperative.wgsl), afterwards scratch of 512·PARTS vectors
 //          candidates, anchors: the indices of the tile's edges, rows first
 
@@ -49,6 +49,7 @@ struct Params {
 @group(0) @binding(4) var<storage, read> state: array<u32>;
 @group(0) @binding(5) var<storage, read_write> scratch: array<u32>;
 
+const TILE = 64u * PARTS;
 const THREADS = 256u;
 
 var<workgroup> candidates: array<vec4<u32>, 2u * TILE>; // query key, passage key, owner, 2^12/‖packed‖

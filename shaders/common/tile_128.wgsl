@@ -1,23 +1,6 @@
 // tile_128.wgsl: tiles of 128 x 128, four blocks of 4 x 4 elements for each thread: 31 KiB of workgroup memory, half the traffic
 // for each product. The alternative is tile_64.wgsl.
 
-const TILE = 128u;
-const PARTS = 2u;
-const BLOCKS = 4u;
-
-struct Totals {
-    block: array<mat4x4<f32>, BLOCKS>,
-}
-
-fn products_of(a0: vec4<f32>, a1: vec4<f32>, a2: vec4<f32>, a3: vec4<f32>, b0: vec4<f32>, b1: vec4<f32>, b2: vec4<f32>, b3: vec4<f32>) -> mat4x4<f32> {
-    return mat4x4<f32>(
-        dot(a0, b0), dot(a0, b1), dot(a0, b2), dot(a0, b3),
-        dot(a1, b0), dot(a1, b1), dot(a1, b2), dot(a1, b3),
-        dot(a2, b0), dot(a2, b1), dot(a2, b2), dot(a2, b3),
-        dot(a3, b0), dot(a3, b1), dot(a3, b2), dot(a3, b3),
-    );
-}
-
 // part += products over one vector of k of rows a, a + 16, … with columns b, b + 16, …
 fn add_products(part: ptr<function, Totals>, a: u32, b: u32) {
     const STRIDE = 16u * ROW_VECTORS;
@@ -41,13 +24,4 @@ fn add_products(part: ptr<function, Totals>, a: u32, b: u32) {
     let a7 = pool[a + 7u * STRIDE];
     (*part).block[2] += products_of(a4, a5, a6, a7, b0, b1, b2, b3);
     (*part).block[3] += products_of(a4, a5, a6, a7, b4, b5, b6, b7);
-}
-
-// total += part, part ← 0.
-fn add_totals(total: ptr<function, Totals>, part: ptr<function, Totals>) {
-    (*total).block[0] += (*part).block[0];
-    (*total).block[1] += (*part).block[1];
-    (*total).block[2] += (*part).block[2];
-    (*total).block[3] += (*part).block[3];
-    *part = Totals();
 }

@@ -121,37 +121,48 @@ impl Module {
             true => include_str!("../../shaders/common/reduce_subgroup.wgsl"),
             false => include_str!("../../shaders/common/reduce_shared.wgsl"),
         };
-        let tile_size = match (variant.products, variant.large_tiles) {
-            (Products::Fma, true) => include_str!("../../shaders/common/tile_128.wgsl"),
-            (Products::Fma, false) => include_str!("../../shaders/common/tile_64.wgsl"),
-            _ => "", // multiply_cooperative.wgsl says how large
+        let blocks = match variant.large_tiles {
+            true => include_str!("../../shaders/common/blocks_4.wgsl"),
+            false => include_str!("../../shaders/common/blocks_1.wgsl"),
         };
-        // Fragments of cooperative matrices, if any, and what multiplies tiles of embeddings and of gradients.
+        // What a tile of 64 or 128 is for fused multiply-add, and fragments for cooperative matrices; then what multiplies. Of tiles
+        // of embeddings, and of gradients.
+        let plain = [
+            include_str!("../../shaders/common/multiply_f32.wgsl"),
+            include_str!("../../shaders/gradient_product.wgsl"),
+        ];
         let cooperative = [
             include_str!("../../shaders/common/multiply_cooperative.wgsl"),
             include_str!("../../shaders/gradient_product_cooperative.wgsl"),
         ];
-        let product_size = match (variant.products, variant.large_tiles) {
-            (Products::Fma, true) => include_str!("../../shaders/common/product_128.wgsl"),
-            (Products::Fma, false) => include_str!("../../shaders/common/product_64.wgsl"),
-            _ => "",
+        const MATRICES: &str = include_str!("../../shaders/common/cooperative.wgsl");
+        const EMULATED: &str = include_str!("../../shaders/common/emulated.wgsl");
+        let ([tile_parts, product_parts], [multiply, product]) = match (variant.products, variant.large_tiles) {
+            (Products::Fma, true) => (
+                [
+                    include_str!("../../shaders/common/tile_128.wgsl"),
+                    include_str!("../../shaders/common/product_128.wgsl"),
+                ],
+                plain,
+            ),
+            (Products::Fma, false) => (
+                [
+                    include_str!("../../shaders/common/tile_64.wgsl"),
+                    include_str!("../../shaders/common/product_64.wgsl"),
+                ],
+                plain,
+            ),
+            (Products::Cooperative, _) => ([MATRICES; 2], cooperative),
+            (Products::Emulated, _) => ([EMULATED; 2], cooperative),
         };
-        let (fragments, [multiply, product]) = match variant.products {
-            Products::Fma => {
-                let product = include_str!("../../shaders/gradient_product.wgsl");
-                ("", [include_str!("../../shaders/common/multiply_f32.wgsl"), product])
-            }
-            Products::Cooperative => (include_str!("../../shaders/common/cooperative.wgsl"), cooperative),
-            Products::Emulated => (include_str!("../../shaders/common/emulated.wgsl"), cooperative),
-        };
-        let tiles = |pass| vec![NUMBERS, LOGIT, STATE, storage, tile_size, TILE, fragments, multiply, pass];
+        let tiles = |pass| vec![NUMBERS, LOGIT, STATE, storage, blocks, TILE, tile_parts, multiply, pass];
         let project = |sums| vec![NUMBERS, STATE, storage, reduce, sums, include_str!("../../shaders/project.wgsl")];
         let pieces = match self {
             Self::Prepare => vec![NUMBERS, STATE, storage, reduce, include_str!("../../shaders/prepare.wgsl")],
             Self::LogSumExp => tiles(include_str!("../../shaders/logsumexp.wgsl")),
             Self::Combine => vec![NUMBERS, LOGIT, STATE, reduce, include_str!("../../shaders/combine.wgsl")],
             Self::GradientTile => tiles(include_str!("../../shaders/gradient_tile.wgsl")),
-            Self::GradientProduct => vec![storage, SUMS, product_size, fragments, product],
+            Self::GradientProduct => vec![storage, SUMS, blocks, product_parts, product],
             Self::Project => project(include_str!("../../shaders/common/sums_apart.wgsl")),
             Self::ProjectInPlace => project(include_str!("../../shaders/common/sums_in_place.wgsl")),
         };
@@ -159,11 +170,12 @@ impl Module {
         if variant.f16 && self != Self::Combine {
             source.push_str("enable f16;\n");
         }
-        let exchanges = pieces.contains(&reduce) || (!fragments.is_empty() && pieces.contains(&fragments));
+        // Cooperative matrices are dealt out by subgroup.
+        let exchanges = [reduce, MATRICES, EMULATED].iter().any(|piece| pieces.contains(piece));
         if variant.subgroups && enable_subgroups && exchanges {
             source.push_str("enable subgroups;\n");
         }
-        if variant.products == Products::Cooperative && pieces.contains(&fragments) {
+        if pieces.contains(&MATRICES) {
             source.push_str("enable wgpu_cooperative_matrix;\n");
         }
         source.push_str(&pieces.join("\n"));
