@@ -233,6 +233,12 @@ impl<'a> EmbeddingsMut<'a> {
     }
 }
 
+/// Numbers of contiguous rows into rows of `dim` elements, `row_stride` apart; what is between rows stays as it is.
+#[cfg(any(feature = "cuda", feature = "wgpu"))]
+pub(crate) fn copy_rows<T>(values: impl Iterator<Item = T>, to: &mut [T], dim: usize, row_stride: usize) {
+    to.chunks_mut(row_stride).flat_map(|row| row.iter_mut().take(dim)).zip(values).for_each(|(to, value)| *to = value);
+}
+
 /// A validated batch: the embeddings of M queries and N ≥ M passages, and their [`Pairs`], whose methods it has too.
 #[derive(Debug, Clone, Copy)]
 pub struct Batch<'a> {

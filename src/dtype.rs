@@ -29,6 +29,15 @@ impl DType {
         }
     }
 
+    /// `TYPE_F32` and the others of the shaders and kernels, which take no f64.
+    pub(crate) const fn code(self) -> u32 {
+        match self {
+            Self::F32 | Self::F64 => 0,
+            Self::F16 => 1,
+            Self::BF16 => 2,
+        }
+    }
+
     /// Name as in Rust: `f64`, `f32`, `f16`, `bf16`.
     pub const fn name(self) -> &'static str {
         match self {

@@ -18,6 +18,7 @@
 
 pub mod backend;
 pub mod batch;
+mod candidates;
 mod combine;
 pub mod cpu;
 pub mod cuda;

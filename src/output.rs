@@ -52,6 +52,27 @@ pub struct Gradients {
     pub temperature: TemperatureGradient,
 }
 
+impl Gradients {
+    /// Those that `compute` writes for a shard of `rows` rows of a batch, and what else it gives, into vectors made for them.
+    pub(crate) fn computed<T>(
+        rows: usize,
+        batch: &Batch<'_>,
+        compute: impl FnOnce(GradientBuffers<'_>) -> Result<(T, TemperatureGradient)>,
+    ) -> Result<(T, Self)> {
+        let vector = |rows: usize| {
+            let mut vector = Vec::new();
+            crate::cpu::reserve(&mut vector, rows * batch.dim(), "the gradients").map(|()| vector)
+        };
+        let (mut query, mut passage) = (vector(rows)?, vector(batch.passages())?);
+        let buffers = GradientBuffers {
+            query: Some(EmbeddingsMut::new(&mut query, rows, batch.dim())?),
+            passage: Some(EmbeddingsMut::new(&mut passage, batch.passages(), batch.dim())?),
+        };
+        let (result, temperature) = compute(buffers)?;
+        Ok((result, Self { query, passage, temperature }))
+    }
+}
+
 /// Everything at once.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LossAndGradients {

@@ -41,7 +41,7 @@ impl<'a> Problem<'a> {
         const MAX_DIM: usize = 1 << 20;
         const MAX_PASSAGES: usize = 1 << 26;
         if dtype == DType::F64 {
-            return Err(Error::dtype("gpu", DType::F64, "f32, f16 and bf16; the reference takes f64"));
+            return Err(Error::dtype("cuda, wgpu", DType::F64, "f32, f16 and bf16; the reference takes f64"));
         }
         if dim == 0 || dim > MAX_DIM {
             return Err(Error::invalid("dim", dim.to_string(), format!("1 to {MAX_DIM}")));
@@ -108,7 +108,7 @@ impl<'a> Problem<'a> {
             let Some(output) = output else { continue };
             if output.dtype == DType::F64 {
                 let (what, allowed) = (format!("`{argument}` of type f64"), "f32, f16 and bf16".into());
-                return Err(Error::Unsupported { backend: "gpu", what, allowed });
+                return Err(Error::Unsupported { backend: "cuda, wgpu", what, allowed });
             }
             self.check_stride(argument, output.row_stride)?;
         }
@@ -130,6 +130,12 @@ impl<'a> Problem<'a> {
     pub fn with_device_upstream(mut self) -> Self {
         self.device_upstream = true;
         self
+    }
+
+    /// Whether gradients of logits of bf16 batches may be rounded to f16: enough terms average the rounding errors out. In a smaller
+    /// batch launches, not products, decide how long it takes, so it takes 22 bits as f16 batches do.
+    pub(crate) fn averages_rounding(&self) -> bool {
+        self.dtype == DType::BF16 && self.pairs.rows() >= 256
     }
 
     /// M, N, d.

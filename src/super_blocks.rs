@@ -1,6 +1,6 @@
 //! Super-blocks: pieces of regions whose gradients of logits fit a bounded workspace.
 
-use crate::loss::Block;
+use crate::loss::{Block, Loss};
 use crate::order::Space;
 use crate::problem::Problem;
 use crate::regions::Region;
@@ -38,6 +38,24 @@ impl SuperBlock {
     pub(crate) fn partials(&self, tile: usize) -> [usize; 2] {
         let [rows, cols] = [0, 1].map(|edge| self.tiles_along(edge, tile));
         [cols * rows * tile, rows * cols * tile]
+    }
+
+    /// Whether an anchor here has a coefficient in the loss, and so the cosines gradients.
+    pub(crate) fn has_coefficients(&self, loss: &Loss) -> bool {
+        (0..2).any(|edge| self.anchors[edge] && loss.uses(self.blocks[edge]))
+    }
+
+    /// Floating-point operations of the cosines of dimension `dim`.
+    pub(crate) fn forward_flops(&self, dim: usize) -> f64 {
+        let whole = self.ranges[0].len() as f64 * self.ranges[1].len() as f64;
+        2.0 * dim as f64 * if self.triangle { whole / 2.0 } else { whole }
+    }
+
+    /// Floating-point operations of the cosines again, and of the products of their gradients with the embeddings.
+    pub(crate) fn backward_flops(&self, dim: usize) -> f64 {
+        let products = self.gradients.iter().map(|g| f64::from(u8::from(*g))).sum::<f64>();
+        // A square on the diagonal of a triangle is one product over the whole square, twice its tiles.
+        self.forward_flops(dim) * (1.0 + products * if self.triangle { 2.0 } else { 1.0 })
     }
 
     fn ranks(&self) -> bool {

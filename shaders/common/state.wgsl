@@ -36,4 +36,5 @@ const NON_FINITE = 0u; // + 1 for passages
 const ZERO_NORM = 2u;  // + 1 for passages
 const NO_NEGATIVE = 4u;
 const NO_NEGATIVE_GROUP = 5u;
+const RAN = 7u; // NONE after any forward call
 const STATUS_WORDS = 8u;

@@ -26,8 +26,9 @@ mod workspace;
 
 pub use plan::Plan;
 pub use workspace::Workspace;
+pub(crate) use workspace::reserve;
 
-use crate::batch::{Batch, EmbeddingsMut};
+use crate::batch::Batch;
 use crate::combine::Combined;
 use crate::error::Result;
 use crate::loss::Loss;
@@ -63,10 +64,9 @@ pub fn loss_and_gradients(
     options: &Options,
     upstream: f64,
 ) -> Result<LossAndGradients> {
-    let (mut query, mut passage) = gradient_vectors(batch.rows(), batch)?;
-    let buffers = buffers(&mut query, &mut passage, batch)?;
-    let (evaluation, temperature) = loss_and_gradients_into(loss, batch, options, upstream, buffers)?;
-    Ok(LossAndGradients { evaluation, gradients: Gradients { query, passage, temperature } })
+    let compute = |buffers: GradientBuffers<'_>| loss_and_gradients_into(loss, batch, options, upstream, buffers);
+    let (evaluation, gradients) = Gradients::computed(batch.rows(), batch, compute)?;
+    Ok(LossAndGradients { evaluation, gradients })
 }
 
 /// [`loss_and_gradients`] into buffers of the caller, of any type and row stride; a tower without a buffer is not computed.
@@ -161,9 +161,8 @@ impl Forward {
     /// [`Error::StateMismatch`](crate::Error::StateMismatch) for a batch of another shape or type; otherwise as
     /// [`loss_and_gradients`].
     pub fn backward(&self, batch: &Batch<'_>, upstream: f64) -> Result<Gradients> {
-        let (mut query, mut passage) = gradient_vectors(batch.rows(), batch)?;
-        let temperature = self.backward_into(batch, upstream, buffers(&mut query, &mut passage, batch)?)?;
-        Ok(Gradients { query, passage, temperature })
+        let compute = |buffers: GradientBuffers<'_>| Ok(((), self.backward_into(batch, upstream, buffers)?));
+        Gradients::computed(batch.rows(), batch, compute).map(|((), gradients)| gradients)
     }
 
     /// [`Forward::backward`] into buffers of the caller.
@@ -238,31 +237,9 @@ impl<'a> Shard<'a> {
         check_upstream(upstream)?;
         let combined = self.state.combine(merged)?;
         let rows = self.state.rows.len();
-        let (mut query, mut passage) = gradient_vectors(rows, &self.batch)?;
-        let buffers = GradientBuffers {
-            query: Some(EmbeddingsMut::new(&mut query, rows, self.batch.dim())?),
-            passage: Some(EmbeddingsMut::new(&mut passage, self.batch.passages(), self.batch.dim())?),
+        let compute = |buffers: GradientBuffers<'_>| {
+            Ok(((), Workspace::new().backward(self.call(), &combined, false, upstream, buffers)?))
         };
-        let temperature = Workspace::new().backward(self.call(), &combined, false, upstream, buffers)?;
-        Ok(Gradients { query, passage, temperature })
+        Gradients::computed(rows, &self.batch, compute).map(|((), gradients)| gradients)
     }
-}
-
-pub(crate) fn gradient_vectors(rows: usize, batch: &Batch<'_>) -> Result<(Vec<f32>, Vec<f32>)> {
-    let vector = |rows: usize| {
-        let mut vector = Vec::new();
-        workspace::reserve(&mut vector, rows * batch.dim(), "the gradients").map(|()| vector)
-    };
-    Ok((vector(rows)?, vector(batch.passages())?))
-}
-
-pub(crate) fn buffers<'a>(
-    query: &'a mut [f32],
-    passage: &'a mut [f32],
-    batch: &Batch<'_>,
-) -> Result<GradientBuffers<'a>> {
-    Ok(GradientBuffers {
-        query: Some(EmbeddingsMut::new(query, batch.rows(), batch.dim())?),
-        passage: Some(EmbeddingsMut::new(passage, batch.passages(), batch.dim())?),
-    })
 }

@@ -35,7 +35,7 @@ impl Workspace {
 }
 
 /// Makes `buffer` hold `len` numbers of any value, or gives an error instead of aborting.
-pub(super) fn reserve(buffer: &mut Vec<f32>, len: usize, purpose: &'static str) -> Result<()> {
+pub(crate) fn reserve(buffer: &mut Vec<f32>, len: usize, purpose: &'static str) -> Result<()> {
     if buffer.len() < len {
         buffer.clear(); // nothing of the old content is worth copying
         let bytes = len.saturating_mul(size_of::<f32>());

@@ -3,14 +3,12 @@
 use super::launches::{Launches, REDUCE_THREADS, ROWS_PER_BLOCK, at};
 use super::plan::Layouts;
 use super::schedule::{Address, ArrayId, Slot};
+use crate::candidates::candidates;
 use crate::dtype::DType;
 use crate::mask::Keys;
 use crate::order::Space;
 use crate::problem::GradientOutput;
 use bytemuck::{NoUninit, Pod};
-
-/// `NONE` of kernels/common/problem.cuh.
-const NONE: u32 = u32::MAX;
 
 /// One tower on the device.
 pub(super) struct TowerArrays {
@@ -132,18 +130,7 @@ impl Launches<'_> {
             Space::Query => (m, m),
             Space::Passage => (n, order.len()),
         };
-        let candidates: Vec<[u32; 4]> = match space {
-            Space::Query => keys.rows.iter().zip(0..).map(|(k, row)| [k.query, k.passage, NONE, row]).collect(),
-            Space::Passage => {
-                let owners = problem.pairs.exclusive_owners();
-                let owner = |n: usize| owners.map_or(NONE, |o| u32::try_from(o[n]).unwrap_or(NONE));
-                let of = |k: usize| {
-                    let n = order.passage(k);
-                    [keys.passages[n].query, keys.passages[n].passage, owner(n), order.anchor_row[k]]
-                };
-                (0..indices).map(of).collect()
-            }
-        };
+        let candidates = candidates(problem, order, &keys, space);
         let (slot, names) = match space {
             Space::Query => {
                 (Slot::Query, ["query", "query_candidates", "query_packed", "query_inverse", "query_inverse_norm"])

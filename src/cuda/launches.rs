@@ -4,7 +4,6 @@ use super::arrays::{Common, Sums, TowerArrays};
 use super::plan::{Layout, Layouts, MAX_SUPER_BLOCKS, Wave};
 use super::problem::Arithmetic;
 use super::schedule::{Address, Argument, ArrayId, Launch, Slot};
-use crate::dtype::DType;
 use crate::error::Result;
 use crate::loss::Block;
 use crate::options::ZeroNorm;
@@ -32,14 +31,6 @@ pub(super) struct Launches<'a> {
 
 pub(super) fn at(id: ArrayId) -> Address {
     Address::In(id, 0)
-}
-
-fn type_code(dtype: DType) -> u32 {
-    match dtype {
-        DType::F32 | DType::F64 => 0, // problems refuse f64
-        DType::F16 => 1,
-        DType::BF16 => 2,
-    }
 }
 
 impl<'a> Launches<'a> {
@@ -94,7 +85,7 @@ impl<'a> Launches<'a> {
 
     fn raw(&self, tower: &TowerArrays) -> Argument {
         let problem = self.layouts.problem;
-        Argument::new().pointer(at(tower.raw)).u64(tower.row_bytes).u32(problem.dim).u32(type_code(problem.dtype))
+        Argument::new().pointer(at(tower.raw)).u64(tower.row_bytes).u32(problem.dim).u32(problem.dtype.code())
     }
 
     fn prepare(&mut self, towers: &[TowerArrays; 2], common: &Common) {
@@ -172,10 +163,7 @@ impl<'a> Launches<'a> {
     }
 
     fn towers(&self, towers: &[TowerArrays; 2]) -> Argument {
-        let Layouts { problem, order, .. } = self.layouts;
-        let pairs = &problem.pairs;
-        let trivial = pairs.query_ids().is_none() && pairs.passage_ids().is_none() && order.len() == order.passages;
-        let masked = !trivial || problem.options.margin().is_some() || pairs.exclusive_owners().is_some();
+        let masked = crate::candidates::may_mask(self.layouts.problem, &self.layouts.order);
         let tower = |argument: Argument, t: &TowerArrays| {
             argument.pointer(at(t.packed)).u64(t.plane).pointer(at(t.inverse)).pointer(at(t.candidates))
         };
@@ -363,7 +351,7 @@ impl<'a> Launches<'a> {
                 .pointer(at(sums.output))
                 .u64((output.row_stride * output.dtype.bytes()) as u64)
                 .f64(problem.upstream * beta)
-                .u32(type_code(output.dtype))
+                .u32(output.dtype.code())
                 .u32(out_rows)
                 .u32(if k == 0 { rows.start } else { 0 })
                 .u32(rows.start)

@@ -108,15 +108,11 @@ impl Plan {
         let regions = regions::regions(problem.loss, &problem.rows, &order, m);
         let longest = longest_edge(problem.arithmetic(), tile, bound);
         let blocks = super_blocks(problem, &regions, &regions::cuts(&problem.rows, &order, m), tile.edge(), longest);
-        let with_coefficients = |s: &&SuperBlock| (0..2).any(|e| s.anchors[e] && problem.loss.uses(s.blocks[e]));
+        let with_coefficients = |s: &&SuperBlock| s.has_coefficients(problem.loss);
         let forward_waves = waves(blocks.iter().cloned(), tile, problem.arithmetic(), bound);
         let backward_waves = waves(blocks.iter().filter(with_coefficients).cloned(), tile, problem.arithmetic(), bound);
-        let flops = flops(&forward_waves, d, |_| 1.0)
-            + flops(&backward_waves, d, |s| {
-                // A square on the diagonal of a triangle is one product over the whole square, twice its tiles.
-                1.0 + s.gradients.iter().map(|g| f64::from(u8::from(*g))).sum::<f64>()
-                    * if s.triangle { 2.0 } else { 1.0 }
-            });
+        let flops = forward_waves.iter().flatten().map(|s| s.forward_flops(d)).sum::<f64>()
+            + backward_waves.iter().flatten().map(|s| s.backward_flops(d)).sum::<f64>();
 
         let layouts =
             Layouts { problem, occurrences: Occurrences::new(&order), order, tile, forward_waves, backward_waves };
@@ -287,15 +283,6 @@ fn waves(blocks: impl Iterator<Item = SuperBlock>, tile: Tile, arithmetic: Arith
         }
     }
     waves
-}
-
-/// Operations of `products(block)` products for each tile of the waves.
-fn flops(waves: &[Wave], dim: usize, products: impl Fn(&SuperBlock) -> f64) -> f64 {
-    let area = |s: &SuperBlock| {
-        let whole = s.ranges[0].len() as f64 * s.ranges[1].len() as f64;
-        if s.triangle { whole / 2.0 } else { whole }
-    };
-    waves.iter().flatten().map(|s| 2.0 * area(s) * dim as f64 * products(s)).sum()
 }
 
 #[cfg(test)]

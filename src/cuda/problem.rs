@@ -99,10 +99,6 @@ pub(crate) struct Choice {
     tile: Option<Tile>,
 }
 
-/// Batches with fewer queries take gradients of logits with 22 bits for bf16, too: launches, not products, decide how long they
-/// take, and few terms do not average rounding errors out.
-const FEW_ROWS: usize = 256;
-
 /// How the CUDA backend computes it.
 impl Problem<'_> {
     /// Another arithmetic than the default of the type: `F16x3` and `Exact` hold every type, `F16` and `F16x2` round f32.
@@ -120,7 +116,7 @@ impl Problem<'_> {
     pub(super) fn arithmetic(&self) -> Arithmetic {
         self.cuda.arithmetic.unwrap_or(match self.dtype {
             DType::F32 | DType::F64 => Arithmetic::F16x3, // problems refuse f64
-            DType::BF16 if self.pairs.rows() >= FEW_ROWS => Arithmetic::F16,
+            DType::BF16 if self.averages_rounding() => Arithmetic::F16,
             DType::F16 | DType::BF16 => Arithmetic::F16x2,
         })
     }

@@ -2,12 +2,13 @@
 //! Read off the shaders by the compiler of wgpu.
 #![allow(clippy::panic)] // a check that cannot be made has failed
 
-use super::dispatches::{PARTIAL_WORDS, type_code};
+use super::dispatches::PARTIAL_WORDS;
 use super::layout::{LANES, RESULT_WORDS, STAGE, STATUS_BYTES};
 use super::plan::Plan;
-use super::uniforms::{Combine, NONE, Prepare, Product, Project, Tiles};
+use super::uniforms::{Combine, Prepare, Product, Project, Tiles};
 use super::{Capabilities, Module, Variant, readout};
 use crate::batch::Pairs;
+use crate::candidates::NONE;
 use crate::dtype::DType;
 use crate::loss::{Block, Loss};
 use crate::mask::COSINE_TIE;
@@ -82,7 +83,7 @@ fn parameters_lie_where_the_host_writes_them() {
 #[test]
 fn constants_are_the_same() {
     let (prepare, combine) = (Module::Prepare, Module::Combine);
-    let code = |dtype| f64::from(type_code(dtype));
+    let code = |dtype: DType| f64::from(dtype.code());
     for variant in variants() {
         let same = |module: Module, name: &str, want: f64| {
             assert_eq!(constant(module, variant, name), want, "{name} of {} for {variant}", module.name());
@@ -106,6 +107,7 @@ fn constants_are_the_same() {
             ("ZERO_NORM", readout::ZERO_NORM),
             ("NO_NEGATIVE", readout::NO_NEGATIVE),
             ("NO_NEGATIVE_GROUP", readout::NO_NEGATIVE_GROUP),
+            ("RAN", readout::RAN),
             ("PARTIAL_WORDS", PARTIAL_WORDS),
             ("BLOCKS", Block::ALL.len()),
             ("QP", Block::QP.index()),

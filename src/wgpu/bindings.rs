@@ -104,7 +104,7 @@ impl Recorder {
     }
 }
 
-fn beyond(slot: Slot, bytes: u64, what: &str, limit: u64) -> Error {
+pub(super) fn beyond(slot: Slot, bytes: u64, what: &str, limit: u64) -> Error {
     Error::Unsupported {
         backend: "wgpu",
         what: format!("a part of {bytes} bytes of the buffer `{}`", slot.name()),

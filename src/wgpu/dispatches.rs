@@ -6,7 +6,6 @@ use super::plan::Parts;
 use super::schedule::{Binding, Dispatch, Slot};
 use super::shaders::{Module, Products};
 use super::uniforms::{Combine, Product, Tiles, scaled, split};
-use crate::dtype::DType;
 use crate::error::Result;
 use crate::options::ZeroNorm;
 use crate::order::Space;
@@ -15,9 +14,6 @@ use std::ops::Range;
 
 /// Words of a partial sum: sum, exponent, count.
 pub(super) const PARTIAL_WORDS: usize = 3;
-/// Batches with fewer queries take gradients of logits with 22 bits for bf16, too, as in src/cuda/problem.rs: few terms do not
-/// average rounding errors out.
-const FEW_ROWS: usize = 256;
 
 pub(super) struct Dispatches<'a> {
     pub parts: &'a Parts<'a>,
@@ -29,14 +25,6 @@ pub(super) struct Dispatches<'a> {
     pub partials: Vec<Dispatch>,
     pub combine: Vec<Dispatch>,
     pub backward: Vec<Dispatch>,
-}
-
-pub(super) fn type_code(dtype: DType) -> u32 {
-    match dtype {
-        DType::F32 | DType::F64 => 0, // problems refuse f64
-        DType::F16 => 1,
-        DType::BF16 => 2,
-    }
 }
 
 impl<'a> Dispatches<'a> {
@@ -105,8 +93,7 @@ impl<'a> Dispatches<'a> {
 
     /// Planes of f16 of the gradients of logits, where they are that.
     fn planes(&self) -> usize {
-        let problem = self.parts.problem;
-        if problem.dtype == DType::BF16 && problem.pairs.rows() >= FEW_ROWS { 1 } else { 2 }
+        if self.parts.problem.averages_rounding() { 1 } else { 2 }
     }
 
     /// `count` pieces of work in parts that `most` of which can be bound at once.
@@ -124,10 +111,7 @@ impl<'a> Dispatches<'a> {
         let (left, row_base) = self.packed_tiles(1, &row_tower, &s.ranges[0])?;
         let (right, col_base) = self.packed_tiles(2, &col_tower, &s.ranges[1])?;
         let [triangle, ranks, counted] = s.flags().map(u32::from);
-        let order = &self.parts.order;
-        let pairs = &problem.pairs;
-        let plain = pairs.query_ids().is_none() && pairs.passage_ids().is_none() && order.len() == order.passages;
-        let masked = !plain || problem.options.margin().is_some() || pairs.exclusive_owners().is_some();
+        let masked = crate::candidates::may_mask(problem, &self.parts.order);
         let [row_partials, _] = s.partials(tile);
         let candidates = s.spaces.map(|space| layout.candidates[space as usize] / 4);
         let norms = s.spaces.map(|space| layout.norms[space as usize] as u32);

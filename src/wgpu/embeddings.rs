@@ -1,10 +1,11 @@
 //! Dispatches that read or write embeddings, in parts that can be bound: packing before the passes over tiles, projection after
 //! them.
 
-use super::dispatches::{Dispatches, type_code};
+use super::dispatches::Dispatches;
 use super::layout::{LANES, Tower};
 use super::shaders::Module;
-use super::uniforms::{NONE, Prepare, Project, scaled};
+use super::uniforms::{Prepare, Project, scaled};
+use crate::candidates::NONE;
 use crate::error::Result;
 use crate::mask::COSINE_TIE;
 
@@ -38,7 +39,7 @@ impl Dispatches<'_> {
                     count: range.len() as u32,
                     first: range.start as u32,
                     dim: problem.dim as u32,
-                    dtype: type_code(problem.dtype),
+                    dtype: problem.dtype.code(),
                     row_stride: tower.row_stride as u32,
                     raw_base: raw.base,
                     raw_first: rows.start as u32,
@@ -135,7 +136,7 @@ impl Dispatches<'_> {
                     sums_stride: sums.stride as u32,
                     out_base: out.base,
                     out_stride: sums.output_stride as u32,
-                    out_type: type_code(sums.dtype),
+                    out_type: sums.dtype.code(),
                     norms: layout.norms[k] as u32,
                     other_norms: layout.norms[1 - k] as u32,
                     diagonal: layout.diagonal as u32,

@@ -3,7 +3,8 @@
 use super::plan::Parts;
 use super::schedule::{ALIGNMENT, Slot};
 use super::shaders::Products;
-use super::uniforms::{NONE, scaled};
+use super::uniforms::scaled;
+use crate::candidates::{NONE, candidates};
 use crate::dtype::DType;
 use crate::mask::Keys;
 use crate::order::Space;
@@ -67,15 +68,9 @@ impl Layout {
 
         let mut side = Vec::new();
         let keys = Keys::new(pairs);
-        let query_candidates = keys.rows.iter().zip(0_u32..).map(|(k, row)| [k.query, k.passage, NONE, row]);
-        layout.candidates[0] = append(&mut side, &query_candidates.collect::<Vec<_>>());
-        let owners = pairs.exclusive_owners();
-        let owner = |n: usize| owners.map_or(NONE, |o| u32::try_from(o[n]).unwrap_or(NONE));
-        let passage_candidates = (0..order.len()).map(|k| {
-            let n = order.passage(k);
-            [keys.passages[n].query, keys.passages[n].passage, owner(n), order.anchor_row[k]]
-        });
-        layout.candidates[1] = append(&mut side, &passage_candidates.collect::<Vec<_>>());
+        for space in [Space::Query, Space::Passage] {
+            layout.candidates[space as usize] = append(&mut side, &candidates(problem, order, &keys, space));
+        }
         layout.row_keys = append(&mut side, &keys.rows.iter().map(|k| [k.query, k.passage]).collect::<Vec<_>>());
         let weights = pairs.normalized_weights().into_iter().map(scaled);
         layout.weights = append(&mut side, &weights.map(|(w, e)| [w.to_bits(), e as u32]).collect::<Vec<_>>());

@@ -1,5 +1,6 @@
 //! What will run: super-blocks, buffers, dispatches. A pure function of the problem and of what the device allows.
 
+use super::bindings::beyond;
 use super::capabilities::Capabilities;
 use super::dispatches::Dispatches;
 use super::layout::Layout;
@@ -105,8 +106,12 @@ impl Plan {
         let tile = variant.tile();
         let needed = bounded_bytes(tile as u64, tile as u64);
         if needed > bound {
-            let (given, needed) = (bound as usize, needed as usize);
-            return Err(Error::WorkspaceTooSmall { given, needed, rows: m, passages: n, dim: d });
+            return Err(match problem.options.workspace_bytes() {
+                Some(given) if needed > given as u64 => {
+                    Error::WorkspaceTooSmall { given, needed: needed as usize, rows: m, passages: n, dim: d }
+                }
+                _ => beyond(Slot::Scratch, needed, "bindings and buffers", bound),
+            });
         }
         // Both edges of a super-block are bound, packed, beside its matrix.
         let row_bytes = (d.next_multiple_of(16) * if variant.f16 { 2 } else { 4 }) as u64;
@@ -126,8 +131,7 @@ impl Plan {
         let order = Order::new(&problem.pairs);
         let regions = regions::regions(problem.loss, &problem.rows, &order, m);
         let blocks = super_blocks(problem, &regions, &regions::cuts(&problem.rows, &order, m), tile, longest);
-        let graded: Vec<bool> =
-            blocks.iter().map(|s| (0..2).any(|e| s.anchors[e] && problem.loss.uses(s.blocks[e]))).collect();
+        let graded = blocks.iter().map(|s| s.has_coefficients(problem.loss)).collect();
         let parts = Parts {
             problem,
             occurrences: Occurrences::new(&order),
@@ -261,15 +265,8 @@ pub(super) fn bounded_bytes(rows: u64, cols: u64) -> u64 {
 }
 
 fn flops(parts: &Parts<'_>) -> f64 {
-    let area = |s: &SuperBlock| {
-        let whole = s.ranges[0].len() as f64 * s.ranges[1].len() as f64;
-        if s.triangle { whole / 2.0 } else { whole }
-    };
-    let products = |(s, graded): (&SuperBlock, &bool)| {
-        // A square on the diagonal of a triangle is one product over the whole square, twice its tiles.
-        let gradients = s.gradients.iter().map(|g| f64::from(u8::from(*g))).sum::<f64>();
-        let backward = 1.0 + gradients * if s.triangle { 2.0 } else { 1.0 };
-        area(s) * if *graded { 1.0 + backward } else { 1.0 }
-    };
-    2.0 * parts.problem.dim as f64 * parts.blocks.iter().zip(&parts.graded).map(products).sum::<f64>()
+    let dim = parts.problem.dim;
+    let of =
+        |(s, graded): (&SuperBlock, &bool)| s.forward_flops(dim) + if *graded { s.backward_flops(dim) } else { 0.0 };
+    parts.blocks.iter().zip(&parts.graded).map(of).sum()
 }

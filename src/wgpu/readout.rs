@@ -2,8 +2,8 @@
 
 use super::layout::{RESULT_WORDS, STATUS_BYTES};
 use super::plan::Plan;
-use super::uniforms::NONE;
 use crate::batch::Tower;
+use crate::candidates::NONE;
 use crate::error::{Error, Result};
 use crate::loss::Block;
 use crate::output::{Evaluation, Metrics, TemperatureGradient};
@@ -19,6 +19,9 @@ pub(super) const NON_FINITE: usize = 0; // + 1 for passages
 pub(super) const ZERO_NORM: usize = 2; // + 1 for passages
 pub(super) const NO_NEGATIVE: usize = 4;
 pub(super) const NO_NEGATIVE_GROUP: usize = 5;
+
+/// A word of the status that every forward call sets to [`NONE`], and buffers start with as 0.
+pub(super) const RAN: usize = 7;
 
 /// Why a call is refused: the lowest row that is wrong. Its results on the device are NaN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,13 +79,19 @@ impl Plan {
         if (bytes.len() as u64) < needed {
             return Err(Error::invalid("state", format!("{} bytes", bytes.len()), format!("at least {needed}")));
         }
-        Ok(State { bytes })
+        let state = State { bytes };
+        if state.status(RAN) != NONE {
+            let (saved, given) = ("no forward call".into(), "a state that none has run on".into());
+            return Err(Error::StateMismatch { saved, given });
+        }
+        Ok(state)
     }
 
     /// Why the call whose state these bytes are was refused, if it was.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for fewer bytes than [`Plan::state_bytes`].
+    /// [`Error::InvalidArgument`] for fewer bytes than [`Plan::state_bytes`], [`Error::StateMismatch`] for those of a state on which no
+    /// forward call has run.
     pub fn refusal(&self, state: &[u8]) -> Result<Option<Refusal>> {
         let state = self.state(state)?;
         for (k, tower) in [Tower::Query, Tower::Passage].into_iter().enumerate() {
@@ -113,7 +122,8 @@ impl Plan {
     /// Loss, row losses and metrics from the state after [`Plan::forward`].
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for fewer bytes than [`Plan::state_bytes`].
+    /// [`Error::InvalidArgument`] for fewer bytes than [`Plan::state_bytes`], [`Error::StateMismatch`] for those of a state on which no
+    /// forward call has run.
     pub fn evaluation(&self, state: &[u8]) -> Result<Evaluation> {
         let state = self.state(state)?;
         let weights = &self.facts.weights;
@@ -138,7 +148,8 @@ impl Plan {
     /// ∂L/∂τ and ∂L/∂log β from the state after [`Plan::backward`].
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for fewer bytes than [`Plan::state_bytes`].
+    /// [`Error::InvalidArgument`] for fewer bytes than [`Plan::state_bytes`], [`Error::StateMismatch`] for those of a state on which no
+    /// forward call has run.
     pub fn temperature(&self, state: &[u8]) -> Result<TemperatureGradient> {
         let state = self.state(state)?;
         let sum = state.float(BETA_SUM) + state.float(BETA_SUM + 1);
@@ -154,7 +165,8 @@ impl Plan {
     /// The sums of this shard, to be merged with those of the others, from the state after [`Plan::partials`].
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for fewer bytes than [`Plan::state_bytes`].
+    /// [`Error::InvalidArgument`] for fewer bytes than [`Plan::state_bytes`], [`Error::StateMismatch`] for those of a state on which no
+    /// forward call has run.
     pub fn read_partials(&self, state: &[u8]) -> Result<Partials> {
         let state = self.state(state)?;
         let (facts, m) = (&self.facts, self.facts.weights.len());

@@ -3,9 +3,6 @@
 
 use bytemuck::{Pod, Zeroable};
 
-/// `NONE` of shaders/common/numbers.wgsl.
-pub(super) const NONE: u32 = u32::MAX;
-
 macro_rules! uniforms {
     ($($(#[$doc:meta])* struct $name:ident { $($field:ident: $type:ty,)* })*) => {$(
         $(#[$doc])*

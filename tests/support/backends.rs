@@ -1,6 +1,8 @@
 //! Every backend of the library, and those that only tests have.
 
 use super::cuda_emulated::CudaEmulated;
+#[cfg(feature = "wgpu")]
+use samtone::DType;
 use samtone::backend::{self, Backend};
 #[cfg(feature = "wgpu")]
 use samtone::wgpu::{Capabilities, Products, Wgpu};
@@ -9,22 +11,33 @@ use samtone::{Error, Result};
 /// The WGSL backend on devices that have less than this one: every variant of the shaders, and buffers bound in many parts.
 #[cfg(feature = "wgpu")]
 const WGPU: [Wgpu; 6] = [
-    Wgpu::restricted("wgpu-baseline", |device| Capabilities {
-        max_workgroups: device.max_workgroups.min(65_535),
-        ..Capabilities::default()
+    Wgpu::restricted("wgpu-baseline", |device| {
+        let max_workgroups = device.max_workgroups.min(65_535);
+        Some(Capabilities { max_workgroups, ..Capabilities::default() })
     }),
-    Wgpu::restricted("wgpu-large-tiles", |device| Capabilities { f16: false, subgroups: false, ..device }),
-    Wgpu::restricted("wgpu-f16", |device| Capabilities { workgroup_bytes: 16 << 10, subgroups: false, ..device }),
-    Wgpu::restricted("wgpu-subgroups", |device| Capabilities { workgroup_bytes: 16 << 10, f16: false, ..device }),
-    Wgpu::restricted("wgpu-cooperative-emulated", |device| Capabilities { products: Products::Emulated, ..device }),
+    Wgpu::restricted("wgpu-large-tiles", |device| {
+        let chosen = Capabilities { f16: false, subgroups: false, ..device };
+        chosen.variant(DType::F32).large_tiles.then_some(chosen)
+    }),
+    Wgpu::restricted("wgpu-f16", |device| {
+        device.f16.then_some(Capabilities { workgroup_bytes: SMALL, subgroups: false, ..device })
+    }),
+    Wgpu::restricted("wgpu-subgroups", |device| {
+        device.subgroups.then_some(Capabilities { workgroup_bytes: SMALL, f16: false, ..device })
+    }),
+    Wgpu::restricted("wgpu-cooperative-emulated", |device| {
+        let chosen = Capabilities { products: Products::Emulated, ..device };
+        (chosen.variant(DType::F16).products == Products::Emulated).then_some(chosen)
+    }),
     // Windows of 256 KiB; grids of 7.
-    Wgpu::restricted("wgpu-small-bindings", |device| Capabilities {
-        max_binding_bytes: 256 << 10,
-        max_workgroups: 7,
-        workgroup_bytes: 16 << 10,
-        ..device
+    Wgpu::restricted("wgpu-small-bindings", |device| {
+        Some(Capabilities { max_binding_bytes: 256 << 10, max_workgroups: 7, workgroup_bytes: SMALL, ..device })
     }),
 ];
+
+/// Workgroup memory that every device has.
+#[cfg(feature = "wgpu")]
+const SMALL: u32 = 16 << 10;
 
 /// The reference first.
 pub fn all() -> Vec<&'static dyn Backend> {

@@ -17,6 +17,7 @@ pub const CHECKS: &[Check] = &[
     ("numbers that are not finite, in a buffer that cannot be read", unreadable),
     ("subnormal numbers are numbers", subnormal),
     ("norms of zero", zero_norm),
+    ("results of a step on which nothing has run", nothing_ran),
     ("rows without a negative", no_negative),
     ("a refused call leaves NaN on the device, and the next one works", nan),
     ("a lost device", lost),
@@ -285,4 +286,13 @@ fn lost() -> Result<(), String> {
     let other = Call::new(&problem, Spec::new(&problem, DType::F32))?;
     other.run()?;
     compare(&other.outputs()?, &problem, DType::F32, 1.0)
+}
+
+fn nothing_ran() -> Result<(), String> {
+    let problem = sample(Loss::samtone_both(), 41)?;
+    let call = Call::new(&problem, Spec::new(&problem, DType::F32))?;
+    sentence(call.step.results(&call.buffers()), &["no forward call"])?;
+    sentence(call.step.read_partials(&call.buffers()), &["no forward call"])?;
+    call.run()?;
+    compare(&call.outputs()?, &problem, DType::F32, 1.0)
 }

@@ -3,6 +3,7 @@
 use super::call::{Call, Spec, f32_output};
 use super::{Check, compare, demand, sample, sized, text};
 use samtone::half::{bf16, f16};
+use samtone::wgpu::{Capabilities, Engine, Products, wgpu};
 use samtone::{DType, GradientOutput, Loss, Partials};
 
 pub const CHECKS: &[Check] = &[
@@ -18,6 +19,7 @@ pub const CHECKS: &[Check] = &[
     ("two threads with a step each do not disturb each other", threads),
     ("the same bits on every run", determinism),
     ("results on the device are those of the host", results_on_device),
+    ("products are checked against plain arithmetic", products),
 ];
 
 const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -235,4 +237,22 @@ fn results_on_device() -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Emulated matrices pass where the device has what they need, and nothing passes by falling back on plain arithmetic.
+fn products() -> Result<(), String> {
+    let engine = super::call::engine()?;
+    let needed = Capabilities { products: Products::Emulated, ..*engine.capabilities() };
+    let possible = needed.variant(DType::F16).products == Products::Emulated;
+    demand(engine.agrees(Products::Emulated) == possible, || format!("emulated matrices, possible: {possible}"))?;
+    let small = wgpu::Limits { max_compute_workgroup_storage_size: 16 << 10, ..engine.device().limits() };
+    let descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    let instance = wgpu::Instance::new(descriptor);
+    let adapter =
+        pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())).map_err(text)?;
+    let descriptor = wgpu::DeviceDescriptor { required_limits: small, ..Default::default() };
+    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).map_err(text)?;
+    let bare = Engine::new(&device, &queue);
+    demand(!bare.agrees(Products::Emulated), || "without f16 and subgroups".into())?;
+    demand(bare.agrees(Products::Fma), || "plain arithmetic against itself".into())
 }

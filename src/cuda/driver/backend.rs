@@ -6,7 +6,7 @@ use super::device::Device;
 use super::probe;
 use super::readout::Readout;
 use crate::backend::Backend;
-use crate::batch::{Batch, DataMut, Embeddings, EmbeddingsMut, for_each_dtype};
+use crate::batch::{Batch, DataMut, Embeddings, EmbeddingsMut, copy_rows, for_each_dtype};
 use crate::cuda::{GradientOutput, Plan, Problem, Slot};
 use crate::dtype::{DType, Element};
 use crate::error::Result;
@@ -115,18 +115,15 @@ fn upload(buffer: &Buffer<'_>, x: Embeddings<'_>) -> Result<()> {
 
 /// Contiguous rows into a buffer of any row stride.
 fn scatter(bytes: &[u8], mut buffer: EmbeddingsMut<'_>) {
-    fn copy<T: Element>(values: impl Iterator<Item = T>, to: &mut [T], dim: usize, stride: usize) {
-        to.chunks_mut(stride).flat_map(|row| row.iter_mut().take(dim)).zip(values).for_each(|(to, value)| *to = value);
-    }
     fn values<T: Element>(bytes: &[u8]) -> impl Iterator<Item = T> {
         bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned)
     }
     let (dim, stride) = (buffer.dim(), buffer.row_stride());
     match buffer.data_mut() {
-        DataMut::F64(to) => copy(values::<f32>(bytes).map(f64::from), to, dim, stride),
-        DataMut::F32(to) => copy(values(bytes), to, dim, stride),
-        DataMut::F16(to) => copy(values(bytes), to, dim, stride),
-        DataMut::BF16(to) => copy(values(bytes), to, dim, stride),
+        DataMut::F64(to) => copy_rows(values::<f32>(bytes).map(f64::from), to, dim, stride),
+        DataMut::F32(to) => copy_rows(values(bytes), to, dim, stride),
+        DataMut::F16(to) => copy_rows(values(bytes), to, dim, stride),
+        DataMut::BF16(to) => copy_rows(values(bytes), to, dim, stride),
     }
 }
 

@@ -4,8 +4,7 @@ use super::buffers::Buffers;
 use super::engine::Engine;
 use super::step::Step;
 use crate::backend::Backend;
-use crate::batch::{Batch, Embeddings, EmbeddingsMut, for_each_dtype};
-use crate::cpu::{buffers, gradient_vectors};
+use crate::batch::{Batch, Embeddings, EmbeddingsMut, copy_rows, for_each_dtype};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::loss::Loss;
@@ -22,8 +21,8 @@ pub struct Wgpu {
     choose: Option<Choose>,
 }
 
-/// From what a device allows to what is used of it.
-type Choose = fn(Capabilities) -> Capabilities;
+/// From what a device allows to what is used of it; `None` where the device does not have what it is about.
+type Choose = fn(Capabilities) -> Option<Capabilities>;
 
 impl Wgpu {
     /// With everything that the device has.
@@ -32,9 +31,21 @@ impl Wgpu {
     }
 
     /// With what `choose` leaves of the device's limits and features, under a name of its own: for tests of variants and of
-    /// smaller devices.
-    pub const fn restricted(name: &'static str, choose: fn(Capabilities) -> Capabilities) -> Self {
+    /// smaller devices. Where `choose` gives none, the backend is not available, rather than another variant in its place.
+    pub const fn restricted(name: &'static str, choose: fn(Capabilities) -> Option<Capabilities>) -> Self {
         Self { name, choose: Some(choose) }
+    }
+}
+
+impl Wgpu {
+    fn capabilities(&self, engine: &Engine) -> Result<Capabilities> {
+        let device = *engine.capabilities();
+        let Some(choose) = self.choose else { return Ok(device) };
+        choose(device).ok_or_else(|| Error::Unsupported {
+            backend: self.name,
+            what: "this device".into(),
+            allowed: "devices with the features and limits of its variant".into(),
+        })
     }
 }
 
@@ -52,7 +63,7 @@ fn engine() -> Result<Engine> {
     ENGINE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(Engine::first).clone()
 }
 
-/// Loss, metrics and gradients of a batch in host memory, in one call on the first device. For embeddings on a device see
+/// Loss, metrics and gradients of a batch in host memory, in one call on the first device; formulas at [`mod@crate::reference`]. For embeddings on a device see
 /// [`Step`].
 ///
 /// q is M × d, p is N × d, in f32, f16 or bf16; gradients come back as f32, multiplied by `upstream`.
@@ -66,10 +77,11 @@ pub fn loss_and_gradients(
     options: &Options,
     upstream: f64,
 ) -> Result<LossAndGradients> {
-    let (mut query, mut passage) = gradient_vectors(batch.rows(), batch)?;
-    let buffers = buffers(&mut query, &mut passage, batch)?;
-    let (evaluation, temperature) = Wgpu::new().loss_and_gradients_into(loss, batch, options, upstream, buffers)?;
-    Ok(LossAndGradients { evaluation, gradients: Gradients { query, passage, temperature } })
+    let backend = Wgpu::new();
+    let compute =
+        |buffers: GradientBuffers<'_>| backend.loss_and_gradients_into(loss, batch, options, upstream, buffers);
+    let (evaluation, gradients) = Gradients::computed(batch.rows(), batch, compute)?;
+    Ok(LossAndGradients { evaluation, gradients })
 }
 
 impl Backend for Wgpu {
@@ -82,7 +94,7 @@ impl Backend for Wgpu {
     }
 
     fn available(&self) -> Result<()> {
-        engine().map(drop)
+        self.capabilities(&engine()?).map(drop)
     }
 
     fn loss_and_gradients_into(
@@ -105,8 +117,7 @@ impl Backend for Wgpu {
             .with_gradients(output(&query), output(&passage))?
             .with_upstream(upstream)?;
         let engine = engine()?;
-        let capabilities = *engine.capabilities();
-        let plan = Plan::new(&problem, &self.choose.map_or(capabilities, |choose| choose(capabilities)))?;
+        let plan = Plan::new(&problem, &self.capabilities(&engine)?)?;
         let result = run(&engine, plan, batch, GradientBuffers { query, passage });
         if let Err(Error::Wgpu { .. }) = result {
             *ENGINE.lock().unwrap_or_else(PoisonError::into_inner) = None;
@@ -163,13 +174,9 @@ fn upload(engine: &Engine, buffer: &wgpu::Buffer, x: Embeddings<'_>) -> Result<(
 
 /// Contiguous rows of f32 into a buffer of any type and row stride.
 fn scatter(bytes: &[u8], mut buffer: EmbeddingsMut<'_>) {
-    fn copy<T: Element>(bytes: &[u8], to: &mut [T], dim: usize, stride: usize) {
-        let values = bytes.chunks_exact(4).map(|x| f64::from(bytemuck::pod_read_unaligned::<f32>(x)));
-        to.chunks_mut(stride)
-            .flat_map(|row| row.iter_mut().take(dim))
-            .zip(values)
-            .for_each(|(to, value)| *to = T::from_f64(value));
+    fn values<T: Element>(bytes: &[u8]) -> impl Iterator<Item = T> {
+        bytes.chunks_exact(4).map(|x| T::from_f64(f64::from(bytemuck::pod_read_unaligned::<f32>(x))))
     }
     let (dim, stride) = (buffer.dim(), buffer.row_stride());
-    for_each_dtype!(DataMut, buffer.data_mut(), to => copy(bytes, to, dim, stride));
+    for_each_dtype!(DataMut, buffer.data_mut(), to => copy_rows(values(bytes), to, dim, stride));
 }

