@@ -9,9 +9,9 @@ use std::fmt;
 /// its own. Query, passage and upstream may share one; so may the two gradients, with each other and with those.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Slot {
-    /// q, the raw query embeddings.
+    /// q, the raw query embeddings, M × d of the problem's type and row stride.
     Query,
-    /// p, the raw passage embeddings.
+    /// p, the raw passage embeddings, N × d likewise.
     Passage,
     /// Parameters of the dispatches, [`Plan::uniforms`](super::Plan::uniforms), written once for each plan. The only uniform buffer.
     Uniforms,
@@ -29,9 +29,9 @@ pub enum Slot {
     QuerySums,
     /// Sums of the passages' gradients, where they cannot lie in the output.
     PassageSums,
-    /// ∂L/∂q.
+    /// ∂L/∂q, the shard's rows × d, of the type and row stride that the problem asks for.
     QueryGradient,
-    /// ∂L/∂p.
+    /// ∂L/∂p, N × d likewise.
     PassageGradient,
     /// One f32: the upstream gradient, where it is on the device.
     Upstream,

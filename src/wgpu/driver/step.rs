@@ -75,7 +75,8 @@ impl Step {
         unsafe { self.engine.encode(&self.plan, dispatches, &buffers, encoder, timestamp_writes) }
     }
 
-    /// Records [`Step::forward`] and [`Step::backward`] at once, with timestamps around them if wanted.
+    /// Records [`Step::forward`] and [`Step::backward`] at once, with timestamps around them if wanted: L, its metrics, ∂L/∂q
+    /// (M × d), ∂L/∂p (N × d) and ∂L/∂τ by the formulas of [`mod@crate::reference`].
     ///
     /// # Errors
     /// As [`Engine::encode`].
