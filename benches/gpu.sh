@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 
 build() {
   set -e
-  mkdir -p target/gpu
+  rm -rf target/gpu && mkdir -p target/gpu
   cargo build --release --features cudarc,wgpu --example evaluate --example bench_cuda --example bench_wgpu
   cp target/release/examples/{evaluate,bench_cuda,bench_wgpu} target/gpu/
   for test in conformance cuda_driver; do
