@@ -4,6 +4,7 @@
 // SAMTONE_EMULATED is defined, to C++ that runs on the emulator. Only this file and instructions.cuh know the difference.
 //
 //   KERNEL(name, threads, parameters…)   an entry point for blocks of at most `threads` threads
+//   KERNEL_CLUSTER(name, threads, blocks, parameters…)   the same for clusters of so many blocks; grids are a multiple
 //   SYNC(S1, call)                       a barrier or a wait, with the label its kernel's header explains; an emulated
 //                                        launch can leave out every call of one label, to see that a test fails
 //   MUTANT(name)                         false; true in an emulated launch that asks for this defect (tests of the emulator)
@@ -64,6 +65,10 @@ constexpr u32 ALL_LANES = 0xffffffffu;
     extern "C" void name(__VA_ARGS__);                                                \
     static const emulator::Registration name##_registration(#name, (threads), &name); \
     extern "C" void name(__VA_ARGS__)
+#define KERNEL_CLUSTER(name, threads, blocks, ...)                                              \
+    extern "C" void name(__VA_ARGS__);                                                          \
+    static const emulator::Registration name##_registration(#name, (threads), &name, (blocks)); \
+    extern "C" void name(__VA_ARGS__)
 #define SYNC(label, ...)                    \
     do {                                    \
         if (!emulator::mutant(#label)) {    \
@@ -87,6 +92,8 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 #define SAMTONE_SITE
 
 #define KERNEL(name, threads, ...) extern "C" __global__ void __launch_bounds__(threads, 1) name(__VA_ARGS__)
+#define KERNEL_CLUSTER(name, threads, blocks, ...) \
+    extern "C" __global__ void __cluster_dims__(blocks, 1, 1) __launch_bounds__(threads, 1) name(__VA_ARGS__)
 #define SYNC(label, ...) __VA_ARGS__
 #define MUTANT(name) false
 #define UNROLL _Pragma("unroll")

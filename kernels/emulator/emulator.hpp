@@ -47,6 +47,30 @@ void cp_async(shared_address to, const void* from, u32 bytes, u32 source_bytes, 
 void cp_async_commit_group();
 void cp_async_wait_group(u32 pending);
 
+// ---- compute capability 9.0 (common/hopper.cuh)
+u32 cluster_rank();
+void cluster_sync(Site site);
+void setmaxnreg(bool increase, u32 registers, Site site);
+void bar_sync_named(u32 id, u32 threads, Site site);
+void mbarrier_init(shared_address barrier, u32 count, Site site);
+void fence_mbarrier_init(Site site);
+void mbarrier_arrive(shared_address barrier, Site site);
+void mbarrier_arrive_expect_tx(shared_address barrier, u32 bytes, Site site);
+void mbarrier_arrive_cluster(shared_address barrier, u32 rank, Site site);
+void mbarrier_wait(shared_address barrier, u32 parity, Site site);
+// `ranks`: bits of the blocks of the cluster that get it; 0: this block alone.
+void cp_async_bulk_load(shared_address to, const void* from, u32 bytes, shared_address barrier, u32 ranks, Site site);
+void cp_async_bulk_store(void* to, shared_address from, u32 bytes, Site site);
+void cp_async_bulk_commit_group(Site site);
+void cp_async_bulk_wait_group(u32 pending, bool read, Site site);
+void fence_proxy_async(Site site);
+void stmatrix(shared_address row, const u32* fragment, u32 matrices, bool transposed, Site site);
+void wgmma_fence(Site site);
+void wgmma_commit_group(Site site);
+void wgmma_wait_group(u32 pending, Site site);
+// d: 64 sums of columns 0..127 in `low`; of columns 128..255 in `high`, null if there are none.
+void wgmma(float* low, float* high, u32 columns, u64 a, u64 b, bool accumulate, bool a_transposed, bool b_transposed, Site site);
+
 template <class T> T load_shared(shared_address address, const char* operation, Site site) {
     T value;
     read_shared(address, &value, sizeof value, operation, site);
@@ -92,6 +116,7 @@ float f32_of_f16(u16 bits);
 // ---- entry points: KERNEL makes a static Registration
 struct Kernel {
     u32 max_threads;
+    u32 cluster; // blocks of a cluster
     std::vector<u32> argument_bytes;
     std::function<void(const unsigned char* const*)> call;
 };
@@ -99,9 +124,11 @@ struct Kernel {
 void add_kernel(const char* name, Kernel kernel);
 
 struct Registration {
-    template <class... Parameters> Registration(const char* name, u32 max_threads, void (*function)(Parameters...)) {
+    template <class... Parameters>
+    Registration(const char* name, u32 max_threads, void (*function)(Parameters...), u32 cluster = 1) {
         static_assert((std::is_trivially_copyable_v<Parameters> && ...), "a kernel's parameters are copied as bytes");
         add_kernel(name, Kernel{max_threads,
+                                cluster,
                                 {static_cast<u32>(sizeof(Parameters))...},
                                 [function](const unsigned char* const* bytes) {
                                     unpack(function, bytes, std::index_sequence_for<Parameters...>{});
