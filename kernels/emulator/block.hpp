@@ -1,14 +1,17 @@
 // block.hpp: the state of a launch, shared by the emulator's own files. Kernels never see it.
 #pragma once
 #include "../common/platform.cuh"
+#include "memory.hpp"
 #include <array>
 #include <csetjmp>
-#include <deque>
+#include <map>
 #include <memory>
 #include <string>
 #include <ucontext.h>
 
 namespace emulator {
+
+constexpr u32 WARPGROUP_THREADS = 128;
 
 // splitmix64: small, and the same on every machine.
 struct Random {
@@ -17,21 +20,11 @@ struct Random {
     u32 below(u32 bound) { return static_cast<u32>((next() >> 32) * bound >> 32); }
 };
 
-// Where in the kernel an access was, as a small number.
-using SiteNumber = u16;
 SiteNumber number_of(Site site);
 std::string place(Site site);
 std::string place(SiteNumber number);
 
-// One access to a cell of memory: enough to ask whether a barrier lies between it and now.
-struct Access {
-    u32 serial = 0; // of the block; 0: none, 1: the host
-    u32 epoch = 0;  // block barriers passed
-    u32 clock = 0;  // warp barriers passed
-    u16 thread = 0;
-    SiteNumber site = 0;
-};
-
+// cp.async
 struct Copy {
     shared_address to;
     const void* from;
@@ -41,27 +34,60 @@ struct Copy {
     Site site;
 };
 
-// Who goes on: anybody; or mostly the thread, or a thread of the warp, that ranks highest, so that some run far ahead.
-enum class Order { uniform, by_thread, by_warp };
+// cp.async.bulk from shared to global memory.
+struct Store {
+    Place to, from;
+    u32 bytes;
+    Site site;
+    std::vector<unsigned char> read; // what lay in shared memory, once that has been read
+};
+struct StoreGroup {
+    u32 number;
+    std::vector<Store> stores;
+};
 
-enum class State { ready, collective, barrier, exited };
+// Who goes on: anybody; or mostly the thread, or a thread of the group (warp, warpgroup, block), that ranks highest, so that
+// some run far ahead.
+enum class Order { uniform, by_thread, by_group };
 
-// One CUDA thread.
-struct Thread {
-    u32 index = 0;
+enum class State { ready, collective, barrier, cluster_barrier, named_barrier, mbarrier, warpgroup, exited };
+
+struct Block;
+
+// What a thread has done in its block so far.
+struct Progress {
     State state = State::exited;
     u64 priority = 0;
-    u32 epoch = 0, clock = 0;
-    std::array<u32, WARP> seen{}; // per lane of the own warp: accesses up to this clock are ordered before ours
+    u32 clock = 1;
+    Known known;
+    std::vector<u32> fences; // clocks up to which its stores are for asynchronous reads, too
 
-    // while it waits in a collective or barrier
+    // while it waits
     const char* operation = nullptr;
     u32 mask = 0;
     Site site;
     void* operand = nullptr;
+    u32 waits_at = 0, waits_for = 0; // mbarrier or named barrier, and parity or group
 
     std::vector<Copy> uncommitted;
-    std::deque<std::vector<Copy>> groups;
+    std::vector<std::vector<Copy>> groups;
+
+    Party store_agent = NOBODY; // and the next: of reading, and of writing
+    u32 store_groups = 0;       // committed
+    std::vector<Store> uncommitted_stores;
+    std::vector<StoreGroup> stores;
+
+    u32 wgmmas = 0, wgmma_groups = 0, wgmma_waited = 0, last_wgmma_group = 0;
+    bool wgmma_fenced = false;
+    Site wgmma_site;
+    u32 register_changes = 0;
+};
+
+// One CUDA thread.
+struct Thread : Progress {
+    u32 index = 0;
+    Party party = 0;
+    Block* block = nullptr;
 
     ucontext_t start{};
     jmp_buf context{};
@@ -77,6 +103,48 @@ struct Meeting {
     u32 present = 0;
 };
 
+struct NamedBarrier {
+    u32 threads = 0; // that shall meet, as the first to arrive says
+    std::vector<Thread*> arrived;
+};
+
+struct Mbarrier {
+    u32 offset = 0, count = 0;
+    u32 phase = 0, pending = 0;
+    i64 bytes = 0; // expected and not yet copied; negative: copied and not yet expected
+    Party agent = NOBODY, maker = NOBODY;
+    u32 made_at = 0; // clock of its maker
+    bool fenced = false;
+    Site site;
+    Join arrivals;
+    Known done; // by the phases before
+    std::vector<std::pair<Known, Known>> waited; // what a thread knew before it waited for the phase, and then
+    std::vector<Thread*> waiters;
+};
+
+struct Warpgroup;
+
+struct Block {
+    Index index;
+    u32 rank = 0;
+    std::vector<Thread*> threads;
+    u32 live = 0; // threads that have not ended
+    Memory shared;
+    u32 arrived = 0;               // at bar.sync
+    std::vector<Meeting> meetings; // per warp, the one that began when there was no other
+    std::array<NamedBarrier, 16> named;
+    std::map<u32, Mbarrier> mbarriers; // by offset
+    std::vector<std::shared_ptr<Warpgroup>> warpgroups;
+};
+
+// Who acts behind a thread's back: an mbarrier, for the copies that it counts; the products of a warpgroup, one entry for
+// each warp that waits for them; a thread's bulk stores, reading and writing.
+struct Agent {
+    enum Kind { mbarrier, wgmma, store_reads, store_writes } kind;
+    const Block* block;
+    u32 number; // offset, warpgroup or thread
+};
+
 struct Launch {
     std::string kernel;
     Index grid;
@@ -87,43 +155,109 @@ struct Launch {
     std::vector<std::vector<unsigned char>> arguments;
 };
 
+// A part of a bulk copy, into one block.
+struct Load {
+    Block* block;
+    u32 to;
+    Place from;
+    u32 bytes;
+    Mbarrier* mbarrier;
+    const Thread* thread;
+    Site site;
+};
+
 struct Current {
     Launch launch;
     const Kernel* kernel = nullptr;
     std::vector<const unsigned char*> arguments;
-    std::vector<Thread*> threads;
+    std::vector<Block*> blocks;   // of the cluster
+    std::vector<Thread*> threads; // of all of them: by party
+    std::vector<Agent> agents;    // the parties after the threads
     std::vector<Thread*> ready;
-    std::vector<Meeting> meetings; // per warp, the one that began when there was no other
+    std::vector<Load> loads;   // under way
+    std::vector<Store> stores; // read, and not written yet
     Thread* running = nullptr;
-    Index block;
-    u32 first_serial = 2, serial = 1; // of the launch's first block, and of this block
+    u32 first_serial = 2, serial = 1; // of the launch's first cluster, and of this cluster
     Random random;
     Order order = Order::uniform;
     u32 preemption = 0, until_preemption = 0; // mean number of accesses between two preemptions; 0: never
     bool lazy_copies = true;                  // asynchronous copies land when they must, else perhaps at once
     u64 mutant_hits = 0;
-    u32 arrived = 0; // at the block barrier
+    u32 cluster_arrived = 0; // at barrier.cluster
     std::string error;
 };
 
 extern Current now;
 
+// ---- scheduler.cpp
 // Ends the launch with a sentence about a thread. Does not return, runs no destructors of the kernel.
 [[noreturn]] void fail(const Thread& thread, const std::string& what);
-
 // Lets another thread run, now and then, where memory is touched.
 void maybe_preempt();
-
+// The running thread gives way: until somebody makes it ready.
+void suspend();
+void make_ready(Thread& thread);
+// The running thread is about to wait.
+void wait(Thread& self, State state, const char* operation, u32 mask, Site site, void* operand);
+std::string waits(const Thread& thread);
+// As other threads' sentences name it.
+std::string name_of(const Thread& thread, const Thread& to);
+std::string name_of(const Block& block);
+bool same_text(const char* a, const char* b);
+bool same_site(Site a, Site b);
 // Runs the launch; gives the sentence, empty if all went well.
 std::string run(const Launch& launch);
 
+// ---- barriers.cpp
+// Lanes of a warp meet. The last to arrive computes for all: `complete` gets all lanes of the warp.
+void rendezvous(const char* operation, u32 mask, Site site, void* operand, void (*complete)(Thread* const*));
+// Everybody's past is before everybody's future.
+void meet(Thread* const* threads, std::size_t count);
+// Fails if somebody waits for this thread, which ends.
+void nobody_waits_for(const Thread& self);
+
 // ---- memory.cpp
-void start_shared(u32 bytes);
+// Who accesses memory, and what is noted of it.
+struct Actor {
+    const Thread& thread; // whom sentences name
+    const Clock& known;
+    Party self;      // whose own accesses are ordered anyway
+    bool async;      // reads by the asynchronous proxy
+    Access access;
+};
+Actor actor_of(const Thread& thread, Site site);
+Party add_agent(Agent::Kind kind, const Block& block, u32 number);
+void start_shared(Block& block, u32 bytes);
+Place shared_place(const Thread& thread, Block& block, shared_address address, u32 bytes, u32 alignment, const char* operation,
+                   const char* what, Site site);
+Place global_place(const Thread& thread, const void* address, u32 bytes, u32 alignment, const char* operation, const char* what,
+                   Site site);
+void note_read(const Actor& actor, Place at, u32 bytes, Way way, const char* operation, Site site);
+// `what` says how: writes, or copies.
+void note_write(const Actor& actor, Place at, u32 bytes, const char* operation, const char* what, Site site);
+// The bytes' only history.
+void set_writer(Place at, u32 bytes, const Access& access);
+std::string bytes_at(u32 bytes, const char* what, Place at);
 void check_read_shared(const Thread& thread, shared_address address, void* to, u32 bytes, const char* operation, Site site);
-void thread_exits(const Thread& thread);
+void check_write_shared(const Thread& thread, shared_address address, const void* from, u32 bytes, const char* operation, Site site);
+
+// ---- what a thread must not leave behind, and what happens behind its back
+void copies_exit(const Thread& thread);    // copies.cpp
+void stores_exit(Thread& thread);          // bulk.cpp
+void loads_exit(const Thread& last);       // bulk.cpp: of a block
+bool land_one();                           // bulk.cpp: false: none is under way
+void write_stores();                       // bulk.cpp: at the end of a cluster
+void mbarriers_exit(const Thread& last);   // mbarrier.cpp
+Mbarrier& mbarrier_for_copy(const Thread& self, Block& block, shared_address address, const char* operation, Site site);
+void copied(const Thread& thread, Block& block, Mbarrier& mbarrier, u32 bytes, Site site); // mbarrier.cpp
+std::string waits_for_mbarrier(const Thread& thread);
+void warpgroup_exit(const Thread& thread); // warpgroup.cpp
+
+// ---- host.cpp
 u64 allocate(const std::string& name, u64 bytes);
 std::string release(u64 address);
 std::string upload(u64 address, const unsigned char* bytes, u64 count);
 std::string download(u64 address, u64 count, std::vector<unsigned char>& bytes);
+Place find(u64 address);
 
 } // namespace emulator

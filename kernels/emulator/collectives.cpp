@@ -1,11 +1,9 @@
-// collectives.cpp: what the lanes of a warp do together: exchanges, ldmatrix, mma.sync.
+// collectives.cpp: what the lanes of a warp do together: exchanges, ldmatrix, stmatrix, mma.sync.
 #include "block.hpp"
 #include <algorithm>
 #include <cmath>
 
 namespace emulator {
-
-void rendezvous(const char* operation, u32 mask, Site site, void* operand, void (*complete)(Thread* const*));
 
 namespace {
 bool takes_part(const Thread& thread, u32 mask) { return (mask >> thread.lane() & 1) != 0; }
@@ -48,20 +46,12 @@ void ballot(Thread* const* warp) {
         if ((mask >> lane & 1) != 0) operand<Exchange>(warp, lane).result = bits;
 }
 
-// What was seen by any of them is seen by all, and each starts a new clock.
 void join(Thread* const* warp) {
-    u32 mask = now.running->mask;
-    std::array<u32, WARP> seen{};
-    for (u32 lane = 0; lane < WARP; ++lane) {
-        if ((mask >> lane & 1) == 0) continue;
-        for (u32 i = 0; i < WARP; ++i) seen[i] = std::max(seen[i], warp[lane]->seen[i]);
-        seen[lane] = std::max(seen[lane], warp[lane]->clock);
-    }
-    for (u32 lane = 0; lane < WARP; ++lane) {
-        if ((mask >> lane & 1) == 0) continue;
-        warp[lane]->seen = seen;
-        ++warp[lane]->clock;
-    }
+    std::array<Thread*, WARP> lanes;
+    u32 count = 0;
+    for (u32 lane = 0; lane < WARP; ++lane)
+        if ((now.running->mask >> lane & 1) != 0) lanes[count++] = warp[lane];
+    meet(lanes.data(), count);
 }
 
 struct Fragments {
@@ -87,6 +77,29 @@ void load_matrices(Thread* const* warp) {
             u32 high = mine.transposed ? matrix[2 * t + 1][g] : matrix[g][2 * t + 1];
             mine.r[i] = low | high << 16;
         }
+    }
+}
+
+struct Stored {
+    const u32* r;
+    u32 matrices;
+    bool transposed;
+    shared_address row;
+};
+
+void store_matrices(Thread* const* warp) {
+    const Thread& last = *now.running;
+    const u32 matrices = operand<Stored>(warp, 0).matrices;
+    for (u32 i = 0; i < matrices; ++i) {
+        u16 matrix[8][8];
+        for (u32 lane = 0; lane < WARP; ++lane) {
+            const Stored& mine = operand<Stored>(warp, lane);
+            u32 g = lane / 4, t = lane % 4;
+            for (u32 k = 0; k < 2; ++k)
+                (mine.transposed ? matrix[2 * t + k][g] : matrix[g][2 * t + k]) = static_cast<u16>(mine.r[i] >> 16 * k);
+        }
+        for (u32 row = 0; row < 8; ++row)
+            check_write_shared(*warp[8 * i + row], operand<Stored>(warp, 8 * i + row).row, matrix[row], 16, last.operation, last.site);
     }
 }
 
@@ -160,6 +173,11 @@ void ldmatrix(u32* fragment, u32 matrices, bool transposed, shared_address row, 
                                          {"ldmatrix.x1.trans", "ldmatrix.x2.trans", "ldmatrix.x4.trans"}};
     Fragments fragments{fragment, matrices, transposed, row};
     rendezvous(NAMES[transposed ? 1 : 0][matrices / 2], ALL_LANES, site, &fragments, load_matrices);
+}
+
+void stmatrix(shared_address row, const u32* fragment, u32 matrices, bool transposed, Site site) {
+    Stored stored{fragment, matrices, transposed, row};
+    rendezvous(transposed ? "stmatrix.x4.trans" : "stmatrix.x4", ALL_LANES, site, &stored, store_matrices);
 }
 
 void mma_m16n8k16(float* d, const u32* a, const u32* b, Half type, Site site) {

@@ -1,50 +1,16 @@
 // memory.cpp: shared and global memory in which every access is checked: bounds, alignment, whether anything was ever
-// written there, and whether a barrier lies between conflicting accesses. Asynchronous copies.
+// written there, and whether conflicting accesses are ordered.
 #include "block.hpp"
-#include <algorithm>
-#include <map>
 
 namespace emulator {
 
-namespace {
-// History of two bytes, the smallest access. Two readers are remembered, of different warps if there are: whoever writes
-// next conflicts with at least one of them if it conflicts with a reader of another warp at all.
-struct Cell {
-    Access writer, reader, other_reader;
-    Access copy; // an asynchronous copy that nobody has waited for
-};
-constexpr u32 CELL_BYTES = 2;
-constexpr unsigned char POISON = 0xff; // every pattern of these is a NaN: f32, f16, bf16, f64
-
-struct Memory {
-    std::string name;
-    std::vector<unsigned char> bytes;
-    std::vector<Cell> cells;
-    bool shared = false;
-};
-
-Memory shared_memory{"shared memory", {}, {}, true};
-std::vector<std::unique_ptr<Memory>> buffers;
-
-// An address in global memory is TAG, the number of the buffer, and the offset from the middle of a range, so that it is no
-// valid pointer of this process, and an index somewhat too small or too large still belongs to its buffer.
-constexpr u64 TAG = 0x5a5aull << 48;
-constexpr u64 TAG_MASK = 0xffffull << 48;
-constexpr u32 OFFSET_BITS = 34;
-constexpr u64 MIDDLE = 1ull << (OFFSET_BITS - 1);
-
-struct Place {
-    Memory* memory = nullptr;
-    i64 offset = 0;
-};
-
-Place find(u64 address) {
-    if ((address & TAG_MASK) != TAG) return {};
-    u64 number = (address & ~TAG_MASK) >> OFFSET_BITS;
-    if (number >= buffers.size() || buffers[number] == nullptr) return {};
-    return {buffers[number].get(), static_cast<i64>(address & ((1ull << OFFSET_BITS) - 1)) - static_cast<i64>(MIDDLE)};
+void Memory::resize(u64 count) {
+    constexpr unsigned char POISON = 0xff; // every pattern of these is a NaN: f32, f16, bf16, f64
+    bytes.assign(count, POISON);
+    if (chunks.size() < count / CHUNK_BYTES + 1) chunks.resize(count / CHUNK_BYTES + 1);
 }
 
+namespace {
 struct SiteTable {
     static constexpr u32 SIZE = 1 << 14;
     std::vector<Site> sites = std::vector<Site>(SIZE);
@@ -52,29 +18,102 @@ struct SiteTable {
 };
 SiteTable table;
 
-std::string bytes_at(u32 bytes, const char* what, const Memory& memory, i64 offset) {
-    return std::string(what) + " " + std::to_string(bytes) + " bytes at offset " + std::to_string(offset) + " of " +
-           (memory.shared ? memory.name : "`" + memory.name + "`");
-}
-
-std::string accessed(const char* operation, u32 bytes, const char* what, const Memory& memory, i64 offset, Site site) {
-    return std::string(operation) + " " + bytes_at(bytes, what, memory, offset) + " (" + place(site) + ")";
+std::string accessed(const char* operation, u32 bytes, const char* what, Place at, Site site) {
+    return std::string(operation) + " " + bytes_at(bytes, what, at) + " (" + place(site) + ")";
 }
 
 void check_range(const Thread& thread, Place at, u32 bytes, u32 alignment, const char* operation, const char* what,
                  Site site) {
     if (at.offset % static_cast<i64>(alignment) != 0)
-        fail(thread, accessed(operation, bytes, what, *at.memory, at.offset, site) + ": not a multiple of " +
-                         std::to_string(alignment));
+        fail(thread, accessed(operation, bytes, what, at, site) + ": not a multiple of " + std::to_string(alignment));
     if (at.offset < 0 || at.offset + static_cast<i64>(bytes) > static_cast<i64>(at.memory->bytes.size()))
-        fail(thread, accessed(operation, bytes, what, *at.memory, at.offset, site) + ": out of bounds, it has " +
+        fail(thread, accessed(operation, bytes, what, at, site) + ": out of bounds, it has " +
                          std::to_string(at.memory->bytes.size()));
 }
 
-Place shared_place(const Thread& thread, shared_address address, u32 bytes, const char* operation, const char* what,
-                   Site site) {
-    Place at{&shared_memory, static_cast<i64>(address) - static_cast<i64>(SHARED_BASE)};
-    check_range(thread, at, bytes, bytes, operation, what, site);
+bool is_thread(Party party) { return party < now.threads.size(); }
+const Agent& agent_of(Party party) { return now.agents[party - now.threads.size()]; }
+
+// A history that still matters: that of shared memory ends with its block, that of global memory with the launch.
+bool matters(const Access& access, bool shared) {
+    return shared ? access.serial == now.serial : access.serial >= now.first_serial;
+}
+
+// Is `earlier` before what the actor does now?
+bool ordered(const Access& earlier, const Actor& me) {
+    if (earlier.serial < now.first_serial) return true;
+    if (earlier.serial != now.serial) return false;
+    if (earlier.party == me.self) return true;
+    if (clock_of(me.known, earlier.party) < earlier.clock) return false;
+    if (is_thread(earlier.party) || agent_of(earlier.party).kind != Agent::wgmma) return true;
+    for (u32 warp = 1; warp < WARPGROUP_THREADS / WARP; ++warp)
+        if (clock_of(me.known, static_cast<Party>(earlier.party + warp)) < earlier.clock) return false;
+    return true;
+}
+
+// Are stores of then for asynchronous reads of now: has their thread fenced since, before what is known of it?
+bool fenced(const Access& store, const Actor& me) {
+    const std::vector<u32>& fences = now.threads[store.party]->fences;
+    auto fence = std::lower_bound(fences.begin(), fences.end(), store.clock);
+    return fence != fences.end() && (store.party == me.self || clock_of(me.known, store.party) > *fence);
+}
+
+[[noreturn]] void race(const Actor& me, const std::string& mine, const Access& earlier, const char* what) {
+    const std::string at = " (" + place(earlier.site) + ")";
+    if (earlier.serial != now.serial)
+        fail(me.thread, mine + ", which another block " + what + at + " with no barrier between them");
+    if (is_thread(earlier.party))
+        fail(me.thread, mine + ", which " + name_of(*now.threads[earlier.party], me.thread) + " " + what + at +
+                            " with no barrier between them");
+    const Agent& agent = agent_of(earlier.party);
+    const std::string elsewhere = agent.block == me.thread.block ? "" : " of " + name_of(*agent.block);
+    const std::string number = std::to_string(agent.number);
+    switch (agent.kind) {
+    case Agent::mbarrier:
+        fail(me.thread, mine + ", where a bulk copy" + at + " has not been waited for at the mbarrier at offset " + number + elsewhere);
+    case Agent::wgmma:
+        fail(me.thread, mine + ", which wgmma of warpgroup " + number + elsewhere + " " + what + at + " with no wait and no barrier between them");
+    default:
+        fail(me.thread, mine + ", which a bulk copy of thread " + number + elsewhere + " " + what + at + " with no wait and no barrier between them");
+    }
+}
+
+void check_special(const Actor& me, const Access& writer, const std::function<std::string()>& mine) {
+    if (writer.clock == IS_MBARRIER) fail(me.thread, mine() + ", which is an mbarrier (" + place(writer.site) + ")");
+    fail(me.thread, mine() + ", where an asynchronous copy of " + name_of(*now.threads[writer.party], me.thread) +
+                        " has not been waited for (" + place(writer.site) + ")");
+}
+
+void read_by(const Actor& me, Cell& cell, bool shared) {
+    // The reader before is kept as the other one, unless whoever is ordered after this one is ordered after that one too.
+    const Access before = cell.reader;
+    cell.reader = me.access;
+    if (before.serial == me.access.serial && before.party == me.access.party) return;
+    if (!matters(before, shared) || ordered(before, me)) return;
+    const bool elsewhere = before.serial != now.serial || before.party / WARP != me.access.party / WARP;
+    if (elsewhere || !matters(cell.other_reader, shared) || ordered(cell.other_reader, me)) cell.other_reader = before;
+}
+} // namespace
+
+std::string bytes_at(u32 bytes, const char* what, Place at) {
+    const std::string& name = at.memory->name;
+    return std::string(what) + " " + std::to_string(bytes) + " bytes at offset " + std::to_string(at.offset) + " of " +
+           (at.memory->block != nullptr ? name : "`" + name + "`");
+}
+
+Party add_agent(Agent::Kind kind, const Block& block, u32 number) {
+    now.agents.push_back({kind, &block, number});
+    return static_cast<Party>(now.threads.size() + now.agents.size() - 1);
+}
+
+Actor actor_of(const Thread& thread, Site site) {
+    return {thread, *thread.known, thread.party, false, {now.serial, thread.clock, thread.party, number_of(site)}};
+}
+
+Place shared_place(const Thread& thread, Block& block, shared_address address, u32 bytes, u32 alignment, const char* operation,
+                   const char* what, Site site) {
+    Place at{&block.shared, static_cast<i64>(address) - static_cast<i64>(SHARED_BASE)};
+    check_range(thread, at, bytes, alignment, operation, what, site);
     return at;
 }
 
@@ -87,98 +126,45 @@ Place global_place(const Thread& thread, const void* address, u32 bytes, u32 ali
     return at;
 }
 
-Access access_of(const Thread& thread, Site site) {
-    return {now.serial, thread.epoch, thread.clock, static_cast<u16>(thread.index), number_of(site)};
-}
-
-bool same_block(const Access& access) { return access.serial == now.serial; }
-
-// Does a barrier, or the end of a launch, order `earlier` before what `thread` does now?
-bool ordered(const Access& earlier, const Thread& thread) {
-    if (earlier.serial < now.first_serial) return true;
-    if (!same_block(earlier)) return false;
-    if (earlier.thread == thread.index || earlier.epoch < thread.epoch) return true;
-    return earlier.thread / WARP == thread.warp() && thread.seen[earlier.thread % WARP] >= earlier.clock;
-}
-
-[[noreturn]] void race(const Thread& thread, const std::string& mine, const Access& earlier, const char* what) {
-    std::string who = same_block(earlier) ? "thread " + std::to_string(earlier.thread) : "another block";
-    fail(thread, mine + ", which " + who + " " + what + " (" + place(earlier.site) + ") with no barrier between them");
-}
-
-void check_copy(const Thread& thread, const Cell& cell, const std::function<std::string()>& mine) {
-    if (cell.copy.serial != now.serial) return;
-    fail(thread, mine() + ", where an asynchronous copy of thread " + std::to_string(cell.copy.thread) +
-                     " has not been waited for (" + place(cell.copy.site) + ")");
-}
-
-void note_read(const Thread& thread, Place at, u32 bytes, Way way, const char* operation, Site site) {
+void note_read(const Actor& me, Place at, u32 bytes, Way way, const char* operation, Site site) {
     if (!now.launch.detect_races) return;
-    auto mine = [&] { return accessed(operation, bytes, "reads", *at.memory, at.offset, site); };
-    const Access access = access_of(thread, site);
-    const auto first = static_cast<std::size_t>(at.offset) / CELL_BYTES;
-    for (std::size_t i = first; i < first + bytes / CELL_BYTES; ++i) {
-        Cell& cell = at.memory->cells[i];
-        if (at.memory->shared) {
-            check_copy(thread, cell, mine);
-            if (!same_block(cell.writer)) fail(thread, mine() + ", which nobody has written");
-        } else {
-            if (cell.writer.serial == 0) fail(thread, mine() + ", which nobody has written");
-            if (way == Way::read_only && cell.writer.serial >= now.first_serial)
-                fail(thread, mine() + ", which this launch wrote (" + place(cell.writer.site) +
-                                 "): not read-only memory");
+    const bool shared = at.memory->block != nullptr;
+    auto mine = [&] { return accessed(operation, bytes, "reads", at, site); };
+    each_cell(at, bytes, false, [&](Cell& cell) {
+        const Access& writer = cell.writer;
+        if (shared ? writer.serial != now.serial : writer.serial == 0) fail(me.thread, mine() + ", which nobody has written");
+        if (shared && writer.clock >= IS_MBARRIER) check_special(me, writer, mine);
+        if (way == Way::read_only && writer.serial >= now.first_serial)
+            fail(me.thread, mine() + ", which this launch wrote (" + place(writer.site) + "): not read-only memory");
+        if (!ordered(writer, me)) race(me, mine(), writer, "wrote");
+        if (me.async && shared && is_thread(writer.party) && !fenced(writer, me))
+            fail(me.thread, mine() + ", which " + name_of(*now.threads[writer.party], me.thread) + " wrote (" + place(writer.site) +
+                                ") with no fence.proxy.async of that thread and barrier between them");
+        read_by(me, cell, shared);
+    });
+}
+
+void note_write(const Actor& me, Place at, u32 bytes, const char* operation, const char* what, Site site) {
+    if (!now.launch.detect_races) return;
+    const bool shared = at.memory->block != nullptr;
+    auto mine = [&] { return accessed(operation, bytes, what, at, site); };
+    each_cell(at, bytes, true, [&](Cell& cell) {
+        const Access& writer = cell.writer;
+        if (matters(writer, shared)) {
+            if (shared && writer.clock >= IS_MBARRIER) check_special(me, writer, mine);
+            if (!ordered(writer, me)) race(me, mine(), writer, "wrote");
         }
-        if (!ordered(cell.writer, thread)) race(thread, mine(), cell.writer, "wrote");
-        // The reader before is kept as the other one if it is of another warp, or as long as there is none.
-        bool previous_is_current = same_block(cell.reader) && cell.reader.epoch == access.epoch;
-        if (previous_is_current && cell.reader.thread / WARP != thread.warp()) cell.other_reader = cell.reader;
-        else if (previous_is_current && cell.reader.thread != thread.index && !same_block(cell.other_reader))
-            cell.other_reader = cell.reader;
-        else if (cell.reader.serial >= now.first_serial && !same_block(cell.reader)) cell.other_reader = cell.reader;
-        cell.reader = access;
-    }
-}
-
-// `what` says how: writes, or will write.
-void note_write(const Thread& thread, Place at, u32 bytes, const char* operation, const char* what, bool copy, Site site) {
-    if (!now.launch.detect_races) return;
-    auto mine = [&] { return accessed(operation, bytes, what, *at.memory, at.offset, site); };
-    const Access access = access_of(thread, site);
-    const auto first = static_cast<std::size_t>(at.offset) / CELL_BYTES;
-    for (std::size_t i = first; i < first + bytes / CELL_BYTES; ++i) {
-        Cell& cell = at.memory->cells[i];
-        if (at.memory->shared) check_copy(thread, cell, mine);
-        const bool fresh = at.memory->shared; // what other blocks did to their shared memory is no concern of this block
-        if ((!fresh || same_block(cell.writer)) && !ordered(cell.writer, thread)) race(thread, mine(), cell.writer, "wrote");
         for (const Access& reader : {cell.reader, cell.other_reader})
-            if ((!fresh || same_block(reader)) && !ordered(reader, thread)) race(thread, mine(), reader, "reads");
-        if (copy) cell.copy = access;
-        else cell.writer = access;
-    }
+            if (matters(reader, shared) && !ordered(reader, me)) race(me, mine(), reader, "reads");
+        // Who is ordered after this write is ordered after what it is ordered after.
+        cell = {me.access, {}, {}};
+    });
 }
 
-void land(Copy& copy) {
-    if (copy.landed) return;
-    copy.landed = true;
-    unsigned char* to = &shared_memory.bytes[copy.to - SHARED_BASE];
-    std::memset(to, 0, copy.bytes);
-    if (copy.source_bytes == 0) return;
-    Place from = find(reinterpret_cast<u64>(copy.from));
-    std::memcpy(to, &from.memory->bytes[static_cast<std::size_t>(from.offset)], copy.source_bytes);
-}
-
-// From here on the copied bytes are as if `thread` had just stored them.
-void complete(const Thread& thread, Copy& copy) {
-    land(copy);
+void set_writer(Place at, u32 bytes, const Access& access) {
     if (!now.launch.detect_races) return;
-    const Access access = access_of(thread, copy.site);
-    for (u32 i = 0; i < copy.bytes / CELL_BYTES; ++i) {
-        Cell& cell = shared_memory.cells[(copy.to - SHARED_BASE) / CELL_BYTES + i];
-        cell.copy = {};
-        cell.writer = access;
-    }
+    each_cell(at, bytes, true, [&](Cell& cell) { cell = {access, {}, {}}; });
 }
-} // namespace
 
 SiteNumber number_of(Site site) {
     u64 mixed = reinterpret_cast<u64>(site.file_name()) ^ static_cast<u64>(site.line()) * 0x9e3779b97f4a7c15ull;
@@ -200,15 +186,22 @@ std::string place(Site site) {
 
 std::string place(SiteNumber number) { return place(table.sites[number]); }
 
-void start_shared(u32 bytes) {
-    shared_memory.bytes.assign(bytes, POISON);
-    if (shared_memory.cells.size() < bytes / CELL_BYTES + 1) shared_memory.cells.resize(bytes / CELL_BYTES + 1);
+void start_shared(Block& block, u32 bytes) {
+    block.shared.name = now.blocks.size() == 1 ? "shared memory" : "shared memory of " + name_of(block);
+    block.shared.block = &block;
+    block.shared.resize(bytes);
 }
 
 void check_read_shared(const Thread& thread, shared_address address, void* to, u32 bytes, const char* operation, Site site) {
-    Place at = shared_place(thread, address, bytes, operation, "reads", site);
-    note_read(thread, at, bytes, Way::plain, operation, site);
-    std::memcpy(to, &shared_memory.bytes[static_cast<std::size_t>(at.offset)], bytes);
+    Place at = shared_place(thread, *thread.block, address, bytes, bytes, operation, "reads", site);
+    note_read(actor_of(thread, site), at, bytes, Way::plain, operation, site);
+    std::memcpy(to, at.bytes(), bytes);
+}
+
+void check_write_shared(const Thread& thread, shared_address address, const void* from, u32 bytes, const char* operation, Site site) {
+    Place at = shared_place(thread, *thread.block, address, bytes, bytes, operation, "writes", site);
+    note_write(actor_of(thread, site), at, bytes, operation, "writes", site);
+    std::memcpy(at.bytes(), from, bytes);
 }
 
 void read_shared(shared_address address, void* to, u32 bytes, const char* operation, Site site) {
@@ -218,23 +211,21 @@ void read_shared(shared_address address, void* to, u32 bytes, const char* operat
 
 void write_shared(shared_address address, const void* from, u32 bytes, const char* operation, Site site) {
     maybe_preempt();
-    Place at = shared_place(*now.running, address, bytes, operation, "writes", site);
-    note_write(*now.running, at, bytes, operation, "writes", false, site);
-    std::memcpy(&shared_memory.bytes[static_cast<std::size_t>(at.offset)], from, bytes);
+    check_write_shared(*now.running, address, from, bytes, operation, site);
 }
 
 void read_global(const void* address, void* to, u32 bytes, Way way, const char* operation, Site site) {
     maybe_preempt();
     Place at = global_place(*now.running, address, bytes, bytes, operation, "reads", site);
-    note_read(*now.running, at, bytes, way, operation, site);
-    std::memcpy(to, &at.memory->bytes[static_cast<std::size_t>(at.offset)], bytes);
+    note_read(actor_of(*now.running, site), at, bytes, way, operation, site);
+    std::memcpy(to, at.bytes(), bytes);
 }
 
 void write_global(void* address, const void* from, u32 bytes, const char* operation, Site site) {
     maybe_preempt();
     Place at = global_place(*now.running, address, bytes, bytes, operation, "writes", site);
-    note_write(*now.running, at, bytes, operation, "writes", false, site);
-    std::memcpy(&at.memory->bytes[static_cast<std::size_t>(at.offset)], from, bytes);
+    note_write(actor_of(*now.running, site), at, bytes, operation, "writes", site);
+    std::memcpy(at.bytes(), from, bytes);
 }
 
 u32 atomic(void* address, u32 value, Atomic what, Site site) {
@@ -243,17 +234,15 @@ u32 atomic(void* address, u32 value, Atomic what, Site site) {
     const char* operation = NAMES[static_cast<u32>(what)];
     Place at = global_place(*now.running, address, sizeof value, sizeof value, operation, "changes", site);
     u32 before = 0;
-    unsigned char* bytes = &at.memory->bytes[static_cast<std::size_t>(at.offset)];
-    std::memcpy(&before, bytes, sizeof before);
+    std::memcpy(&before, at.bytes(), sizeof before);
     if (now.launch.detect_races) {
         // Atomics do not conflict with each other, so they leave no trace for others to find.
-        const auto first = static_cast<std::size_t>(at.offset) / CELL_BYTES;
-        for (std::size_t i = first; i < first + sizeof value / CELL_BYTES; ++i) {
-            const Cell& cell = at.memory->cells[i];
-            auto mine = [&] { return accessed(operation, sizeof value, "changes", *at.memory, at.offset, site); };
-            if (cell.writer.serial == 0) fail(*now.running, mine() + ", which nobody has written");
-            if (!ordered(cell.writer, *now.running)) race(*now.running, mine(), cell.writer, "wrote");
-        }
+        const Actor me = actor_of(*now.running, site);
+        each_cell(at, sizeof value, false, [&](const Cell& cell) {
+            auto mine = [&] { return accessed(operation, sizeof value, "changes", at, site); };
+            if (cell.writer.serial == 0) fail(me.thread, mine() + ", which nobody has written");
+            if (!ordered(cell.writer, me)) race(me, mine(), cell.writer, "wrote");
+        });
     }
     u32 after = before;
     switch (what) {
@@ -261,105 +250,8 @@ u32 atomic(void* address, u32 value, Atomic what, Site site) {
     case Atomic::min: after = std::min(before, value); break;
     case Atomic::bit_or: after = before | value; break;
     }
-    std::memcpy(bytes, &after, sizeof after);
+    std::memcpy(at.bytes(), &after, sizeof after);
     return before;
-}
-
-void cp_async(shared_address to, const void* from, u32 bytes, u32 source_bytes, const char* operation, Site site) {
-    maybe_preempt();
-    Thread& self = *now.running;
-    if (source_bytes > bytes)
-        fail(self, std::string(operation) + " copies " + std::to_string(source_bytes) + " bytes into " +
-                       std::to_string(bytes) + " (" + place(site) + ")");
-    Place target = shared_place(self, to, bytes, operation, "writes", site);
-    if (source_bytes > 0) {
-        Place source = global_place(self, from, source_bytes, bytes, operation, "reads", site);
-        if (source_bytes % CELL_BYTES != 0)
-            fail(self, accessed(operation, source_bytes, "reads", *source.memory, source.offset, site) + ": an odd number");
-        note_read(self, source, source_bytes, Way::plain, operation, site);
-    } else if (reinterpret_cast<u64>(from) % bytes != 0) {
-        fail(self, std::string(operation) + " is given a source that is not a multiple of " + std::to_string(bytes) + " (" +
-                       place(site) + ")");
-    }
-    note_write(self, target, bytes, operation, "copies", true, site);
-    self.uncommitted.push_back({to, from, bytes, source_bytes, false, operation, site});
-    if (!now.lazy_copies && now.random.below(2) == 0) land(self.uncommitted.back());
-}
-
-void cp_async_commit_group() {
-    Thread& self = *now.running;
-    self.groups.push_back(std::move(self.uncommitted));
-    self.uncommitted.clear();
-}
-
-void cp_async_wait_group(u32 pending) {
-    Thread& self = *now.running;
-    std::vector<Copy> due;
-    while (self.groups.size() > pending) {
-        due.insert(due.end(), self.groups.front().begin(), self.groups.front().end());
-        self.groups.pop_front();
-    }
-    for (std::size_t left = due.size(); left > 0; --left) {
-        std::swap(due[left - 1], due[now.random.below(static_cast<u32>(left))]);
-        complete(self, due[left - 1]);
-    }
-}
-
-void thread_exits(const Thread& thread) {
-    if (!now.launch.detect_races) return;
-    auto forgotten = [&](const Copy& copy) {
-        fail(thread, "ends without having waited for its " + std::string(copy.operation) + " (" + place(copy.site) + ")");
-    };
-    if (!thread.uncommitted.empty()) forgotten(thread.uncommitted.front());
-    for (const auto& group : thread.groups)
-        if (!group.empty()) forgotten(group.front());
-}
-
-// ---- what the host does
-
-u64 allocate(const std::string& name, u64 bytes) {
-    auto memory = std::make_unique<Memory>();
-    memory->name = name;
-    memory->bytes.assign(bytes, POISON);
-    memory->cells.resize(bytes / CELL_BYTES + 1);
-    buffers.push_back(std::move(memory));
-    return TAG | (buffers.size() - 1) << OFFSET_BITS | MIDDLE;
-}
-
-std::string release(u64 address) {
-    Place at = find(address);
-    if (at.memory == nullptr || at.offset != 0) return "not the address of a buffer";
-    buffers[(address & ~TAG_MASK) >> OFFSET_BITS].reset();
-    return {};
-}
-
-namespace {
-std::string host_range(Place at, u64 count) {
-    if (at.memory == nullptr) return "not an address of a buffer";
-    if (at.offset < 0 || static_cast<u64>(at.offset) + count > at.memory->bytes.size())
-        return std::to_string(count) + " bytes at offset " + std::to_string(at.offset) + " of `" + at.memory->name +
-               "` are out of bounds, it has " + std::to_string(at.memory->bytes.size());
-    return {};
-}
-} // namespace
-
-std::string upload(u64 address, const unsigned char* bytes, u64 count) {
-    Place at = find(address);
-    if (std::string error = host_range(at, count); !error.empty()) return error;
-    const auto offset = static_cast<std::size_t>(at.offset);
-    std::copy(bytes, bytes + count, at.memory->bytes.begin() + at.offset);
-    for (std::size_t i = offset / CELL_BYTES; i * CELL_BYTES < offset + count; ++i) {
-        at.memory->cells[i] = {};
-        at.memory->cells[i].writer.serial = 1;
-    }
-    return {};
-}
-
-std::string download(u64 address, u64 count, std::vector<unsigned char>& bytes) {
-    Place at = find(address);
-    if (std::string error = host_range(at, count); !error.empty()) return error;
-    bytes.assign(at.memory->bytes.begin() + at.offset, at.memory->bytes.begin() + at.offset + static_cast<i64>(count));
-    return {};
 }
 
 } // namespace emulator

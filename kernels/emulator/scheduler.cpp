@@ -1,7 +1,6 @@
-// scheduler.cpp: threads as fibers that one scheduler resumes in seeded random order; barriers; how a launch ends.
+// scheduler.cpp: threads as fibers that one scheduler resumes in seeded random order; how a launch begins and ends.
 #include "block.hpp"
 #include <algorithm>
-#include <map>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -13,9 +12,11 @@ Current now;
 
 namespace {
 constexpr std::size_t STACK_BYTES = 256 << 10;
+constexpr u32 MAX_CLUSTER = 8;
 
 jmp_buf scheduler;
 std::vector<std::unique_ptr<Thread>> all_threads;
+std::vector<std::unique_ptr<Block>> all_blocks;
 
 std::map<std::string, Kernel>& kernels() {
     static std::map<std::string, Kernel> table;
@@ -26,15 +27,14 @@ std::map<std::string, Kernel>& kernels() {
     for (;;) {
         now.kernel->call(now.arguments.data());
         Thread& self = *now.running;
-        thread_exits(self);
+        copies_exit(self);
+        stores_exit(self);
+        warpgroup_exit(self);
         self.state = State::exited;
-        for (const Thread* other : now.threads) {
-            bool waits_for_me = (other->state == State::barrier) ||
-                                (other->state == State::collective && other->warp() == self.warp() &&
-                                 (other->mask >> self.lane() & 1) != 0);
-            if (waits_for_me)
-                fail(self, "ends while thread " + std::to_string(other->index) + " waits for it at " + other->operation +
-                               " (" + place(other->site) + ")");
+        nobody_waits_for(self);
+        if (--self.block->live == 0) {
+            loads_exit(self);
+            mbarriers_exit(self);
         }
         if (_setjmp(self.context) == 0) _longjmp(scheduler, 1);
     }
@@ -56,6 +56,7 @@ void give_stack(Thread& thread) {
 [[gnu::noinline]] void resume(Thread& thread) {
     now.running = &thread;
     threadIdx = {thread.index, 0, 0};
+    blockIdx = thread.block->index;
     if (_setjmp(scheduler) != 0) return;
     if (thread.has_context) _longjmp(thread.context, 1);
     thread.has_context = true;
@@ -68,37 +69,10 @@ void give_stack(Thread& thread) {
     setcontext(&thread.start);
 }
 
-[[gnu::noinline]] void suspend() {
-    if (_setjmp(now.running->context) == 0) _longjmp(scheduler, 1);
-}
-
-void make_ready(Thread& thread) {
-    thread.state = State::ready;
-    now.ready.push_back(&thread);
-}
-
 std::string lanes(u32 mask) {
     char text[16];
     std::snprintf(text, sizeof text, "0x%08x", mask);
     return text;
-}
-
-std::string waits(const Thread& thread) {
-    return "thread " + std::to_string(thread.index) + " is at " + thread.operation +
-           (thread.state == State::collective ? " of lanes " + lanes(thread.mask) : "") + " (" + place(thread.site) + ")";
-}
-
-// Usually one literal, whose address says so.
-bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
-
-bool same_site(Site a, Site b) { return a.line() == b.line() && same_text(a.file_name(), b.file_name()); }
-
-void wait(Thread& self, State state, const char* operation, u32 mask, Site site, void* operand) {
-    self.state = state;
-    self.operation = operation;
-    self.mask = mask;
-    self.site = site;
-    self.operand = operand;
 }
 
 // Index of the ready thread that goes on. Now and then any may, so that nobody waits for ever.
@@ -110,42 +84,140 @@ u32 choose() {
     return best;
 }
 
-void run_block() {
+// Threads of so many rank alike.
+u32 group_size() {
+    const u32 cluster = static_cast<u32>(now.blocks.size());
+    std::vector<u32> sizes{WARP};
+    if (now.launch.threads > WARPGROUP_THREADS) sizes.push_back(WARPGROUP_THREADS);
+    if (cluster > 1) sizes.push_back(now.launch.threads);
+    return sizes[(now.launch.seed / 18 + now.launch.seed / 3) % sizes.size()];
+}
+
+void start_block(Block& block) {
+    block.live = now.launch.threads;
+    block.arrived = 0;
+    block.meetings.assign(now.launch.threads / WARP, {});
+    block.named.fill({});
+    block.mbarriers.clear();
+    block.warpgroups.clear();
+    start_shared(block, now.launch.shared_bytes);
+    const u32 group = now.order == Order::by_group ? group_size() : 1;
+    for (Thread* thread : block.threads) {
+        static_cast<Progress&>(*thread) = {};
+        thread->known = nothing_known();
+        const bool ranks_as_before = thread->index % group != 0;
+        thread->priority = ranks_as_before ? block.threads[thread->index - 1]->priority : now.random.next();
+        make_ready(*thread);
+    }
+}
+
+// Nobody can go on, and no copy will land: who waits for what, each kind of waiting once.
+void deadlock() {
+    std::string sentence;
+    std::vector<const Thread*> told;
+    for (const Thread* thread : now.threads) {
+        auto same = [&](const Thread* other) {
+            return other->block == thread->block && same_text(other->operation, thread->operation) &&
+                   same_site(other->site, thread->site) && other->waits_at == thread->waits_at;
+        };
+        if (thread->state == State::exited || std::any_of(told.begin(), told.end(), same)) continue;
+        told.push_back(thread);
+        sentence += (sentence.empty() ? "" : "; ") + name_of(*thread, *now.threads[0]) + waits(*thread).substr(waits(*thread).find(" is at "));
+    }
+    if (!told.empty()) now.error = "kernel `" + now.launch.kernel + "` is deadlocked: " + sentence;
+}
+
+void run_cluster(u64 number) {
     now.random.state = now.launch.seed * 0x9e3779b97f4a7c15ull + now.serial - now.first_serial;
     // 18 seeds in a row see every combination of the three.
-    constexpr Order ORDERS[] = {Order::uniform, Order::by_thread, Order::by_warp};
+    constexpr Order ORDERS[] = {Order::uniform, Order::by_thread, Order::by_group};
     constexpr u32 PREEMPTIONS[] = {0, 24, 200};
     now.order = ORDERS[now.launch.seed % 3];
     now.preemption = PREEMPTIONS[now.launch.seed / 6 % 3];
     now.until_preemption = now.preemption;
     now.lazy_copies = now.launch.seed % 2 == 0;
-    now.arrived = 0;
+    now.cluster_arrived = 0;
     now.ready.clear();
-    now.meetings.assign(now.launch.threads / WARP, {});
-    start_shared(now.launch.shared_bytes);
-    for (Thread* thread : now.threads) {
-        thread->epoch = 0;
-        thread->clock = 1;
-        thread->seen.fill(0);
-        thread->uncommitted.clear();
-        thread->groups.clear();
-        bool ranks_as_before = now.order == Order::by_warp && thread->lane() != 0;
-        thread->priority = ranks_as_before ? now.threads[thread->index - 1]->priority : now.random.next();
-        make_ready(*thread);
-    }
-    while (!now.ready.empty() && now.error.empty()) {
+    now.agents.clear();
+    now.loads.clear();
+    now.stores.clear();
+    const Index grid = now.launch.grid;
+    const u32 cluster = static_cast<u32>(now.blocks.size()), across = grid.x / cluster;
+    for (Block* block : now.blocks)
+        block->index = {static_cast<u32>(number % across) * cluster + block->rank, static_cast<u32>(number / across % grid.y),
+                        static_cast<u32>(number / across / grid.y)};
+    for (Block* block : now.blocks) start_block(*block);
+    for (;;) {
+        // A late copy lands when nothing else can happen, or, seldom, before.
+        const bool lands = !now.loads.empty() && (now.ready.empty() || now.random.below(now.lazy_copies ? 512 : 16) == 0);
+        if (lands) {
+            if (_setjmp(scheduler) == 0) land_one();
+        }
+        if (!now.error.empty()) return;
+        if (now.ready.empty()) {
+            if (now.loads.empty()) break;
+            continue;
+        }
         u32 i = choose();
         Thread* next = now.ready[i];
         now.ready[i] = now.ready.back();
         now.ready.pop_back();
         resume(*next);
+        if (!now.error.empty()) return;
     }
-    if (!now.error.empty()) return;
-    for (const Thread* thread : now.threads) {
-        if (thread->state == State::exited) continue;
-        // The rules above end a launch at the first thread that cannot meet the others; this is for what they miss.
-        now.error = "kernel `" + now.launch.kernel + "` is deadlocked: " + waits(*thread);
-        return;
+    write_stores();
+    deadlock();
+}
+
+std::string refusal(const Launch& launch, const Kernel& kernel) {
+    const std::string about = "kernel `" + launch.kernel + "` ";
+    const u64 blocks = static_cast<u64>(launch.grid.x) * launch.grid.y * launch.grid.z;
+    if (launch.threads == 0 || launch.threads % WARP != 0 || launch.threads > kernel.max_threads)
+        return about + "takes blocks of up to " + std::to_string(kernel.max_threads) + " threads, in whole warps; got " +
+               std::to_string(launch.threads);
+    if (blocks == 0 || launch.grid.y > 65535 || launch.grid.z > 65535 || blocks > 1u << 24)
+        return about + "cannot be launched on a grid of " + std::to_string(launch.grid.x) + " x " +
+               std::to_string(launch.grid.y) + " x " + std::to_string(launch.grid.z);
+    if (kernel.cluster == 0 || kernel.cluster > MAX_CLUSTER)
+        return about + "is of clusters of " + std::to_string(kernel.cluster) + " blocks; no device has more than " +
+               std::to_string(MAX_CLUSTER);
+    if (launch.grid.x % kernel.cluster != 0)
+        return about + "is of clusters of " + std::to_string(kernel.cluster) + " blocks, and cannot be launched on a grid of " +
+               std::to_string(launch.grid.x) + " across";
+    if (launch.shared_bytes > 227 << 10)
+        return about + "asks for " + std::to_string(launch.shared_bytes) +
+               " bytes of shared memory; no device has more than " + std::to_string(227 << 10);
+    if (launch.arguments.size() != kernel.argument_bytes.size())
+        return about + "takes " + std::to_string(kernel.argument_bytes.size()) + " arguments; got " +
+               std::to_string(launch.arguments.size());
+    for (std::size_t i = 0; i < launch.arguments.size(); ++i)
+        if (launch.arguments[i].size() != kernel.argument_bytes[i])
+            return about + "takes " + std::to_string(kernel.argument_bytes[i]) + " bytes as argument " + std::to_string(i) +
+                   "; got " + std::to_string(launch.arguments[i].size());
+    return {};
+}
+
+void make_cluster(u32 blocks, u32 threads) {
+    while (all_blocks.size() < blocks) all_blocks.push_back(std::make_unique<Block>());
+    while (all_threads.size() < static_cast<std::size_t>(blocks) * threads) {
+        all_threads.push_back(std::make_unique<Thread>());
+        give_stack(*all_threads.back());
+    }
+    now.blocks.clear();
+    now.threads.clear();
+    for (u32 rank = 0; rank < blocks; ++rank) {
+        Block& block = *all_blocks[rank];
+        now.blocks.push_back(&block);
+        block.rank = rank;
+        block.threads.clear();
+        for (u32 i = 0; i < threads; ++i) {
+            Thread& thread = *all_threads[now.threads.size()];
+            thread.index = i;
+            thread.party = static_cast<Party>(now.threads.size());
+            thread.block = &block;
+            block.threads.push_back(&thread);
+            now.threads.push_back(&thread);
+        }
     }
 }
 } // namespace
@@ -167,9 +239,7 @@ bool mutant(const char* name) {
 }
 
 void fail(const Thread& thread, const std::string& what) {
-    now.error = "kernel `" + now.launch.kernel + "`, block (" + std::to_string(now.block.x) + ", " +
-                std::to_string(now.block.y) + ", " + std::to_string(now.block.z) + "), thread " +
-                std::to_string(thread.index) + ": " + what;
+    now.error = "kernel `" + now.launch.kernel + "`, " + name_of(*thread.block) + ", thread " + std::to_string(thread.index) + ": " + what;
     _longjmp(scheduler, 1);
 }
 
@@ -181,84 +251,49 @@ void maybe_preempt() {
     suspend();
 }
 
-void fence(Site) { maybe_preempt(); }
-
-void bar_sync(Site site) {
-    Thread& self = *now.running;
-    wait(self, State::barrier, "bar.sync", ALL_LANES, site, nullptr);
-    for (const Thread* other : now.threads) {
-        if (other->state == State::exited)
-            fail(self, waits(self) + ", which thread " + std::to_string(other->index) + " never reaches: it has ended");
-        bool stuck = other->state == State::collective && other->warp() == self.warp() &&
-                     (other->mask >> self.lane() & 1) != 0;
-        bool elsewhere = other->state == State::barrier && !same_site(other->site, site);
-        if (stuck || elsewhere) fail(self, "the threads of the block diverge: " + waits(self) + ", " + waits(*other));
-    }
-    if (++now.arrived < now.launch.threads) return suspend();
-    now.arrived = 0;
-    for (Thread* thread : now.threads) {
-        ++thread->epoch;
-        make_ready(*thread);
-    }
-    suspend();
+[[gnu::noinline]] void suspend() {
+    if (_setjmp(now.running->context) == 0) _longjmp(scheduler, 1);
 }
 
-// Lanes of a warp meet. The last to arrive computes for all: `complete` gets the operand of every lane in mask.
-void rendezvous(const char* operation, u32 mask, Site site, void* operand, void (*complete)(Thread* const*)) {
-    Thread& self = *now.running;
-    wait(self, State::collective, operation, mask, site, operand);
-    if ((mask >> self.lane() & 1) == 0) fail(self, waits(self) + ", which do not include its own");
-    Thread* const* warp = &now.threads[self.warp() * WARP];
-    // Who joins the lanes that already wait here finds what they found: later arrivals elsewhere looked at them.
-    Meeting& meeting = now.meetings[self.warp()];
-    const bool joins = meeting.present != 0 && meeting.first->mask == mask &&
-                       same_text(meeting.first->operation, operation) && same_site(meeting.first->site, site);
-    u32 present = joins ? meeting.present | 1u << self.lane() : 0;
-    for (u32 lane = 0; lane < WARP && !joins; ++lane) {
-        const Thread& other = *warp[lane];
-        bool named = (mask >> lane & 1) != 0;
-        bool names_me = other.state == State::collective && (other.mask >> self.lane() & 1) != 0;
-        if (named && other.state == State::exited)
-            fail(self, waits(self) + ", which thread " + std::to_string(other.index) + " never reaches: it has ended");
-        if (named && other.state == State::barrier)
-            fail(self, "the lanes of the warp diverge: " + waits(self) + ", " + waits(other));
-        if ((named && other.state == State::collective) || names_me) {
-            bool meets_me = other.mask == mask && same_text(other.operation, operation) && same_site(other.site, site);
-            if (!meets_me) fail(self, "the lanes of the warp diverge: " + waits(self) + ", " + waits(other));
-            present |= 1u << lane;
-        }
-    }
-    if (joins || meeting.present == 0) meeting = {joins ? meeting.first : &self, present};
-    if (present != mask) return suspend();
-    if (meeting.first->mask == mask) meeting = {};
-    complete(warp);
-    for (u32 lane = 0; lane < WARP; ++lane)
-        if ((mask >> lane & 1) != 0) make_ready(*warp[lane]);
-    suspend();
+void make_ready(Thread& thread) {
+    thread.state = State::ready;
+    now.ready.push_back(&thread);
 }
+
+void wait(Thread& self, State state, const char* operation, u32 mask, Site site, void* operand) {
+    self.state = state;
+    self.operation = operation;
+    self.mask = mask;
+    self.site = site;
+    self.operand = operand;
+    self.waits_at = 0;
+}
+
+std::string name_of(const Block& block) {
+    return "block (" + std::to_string(block.index.x) + ", " + std::to_string(block.index.y) + ", " + std::to_string(block.index.z) + ")";
+}
+
+std::string name_of(const Thread& thread, const Thread& to) {
+    return "thread " + std::to_string(thread.index) + (thread.block == to.block ? "" : " of " + name_of(*thread.block));
+}
+
+std::string waits(const Thread& thread) {
+    std::string at = thread.state == State::collective  ? " of lanes " + lanes(thread.mask)
+                     : thread.state == State::mbarrier  ? waits_for_mbarrier(thread)
+                                                        : "";
+    return "thread " + std::to_string(thread.index) + " is at " + thread.operation + at + " (" + place(thread.site) + ")";
+}
+
+// Usually one literal, whose address says so.
+bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
+bool same_site(Site a, Site b) { return a.line() == b.line() && same_text(a.file_name(), b.file_name()); }
 
 std::string run(const Launch& launch) {
     auto found = kernels().find(launch.kernel);
     if (found == kernels().end()) return "there is no kernel `" + launch.kernel + "` here";
     const Kernel& kernel = found->second;
-    const std::string about = "kernel `" + launch.kernel + "` ";
-    const u64 blocks = static_cast<u64>(launch.grid.x) * launch.grid.y * launch.grid.z;
-    if (launch.threads == 0 || launch.threads % WARP != 0 || launch.threads > kernel.max_threads)
-        return about + "takes blocks of up to " + std::to_string(kernel.max_threads) + " threads, in whole warps; got " +
-               std::to_string(launch.threads);
-    if (blocks == 0 || launch.grid.y > 65535 || launch.grid.z > 65535 || blocks > 1u << 24)
-        return about + "cannot be launched on a grid of " + std::to_string(launch.grid.x) + " x " +
-               std::to_string(launch.grid.y) + " x " + std::to_string(launch.grid.z);
-    if (launch.shared_bytes > 227 << 10)
-        return about + "asks for " + std::to_string(launch.shared_bytes) +
-               " bytes of shared memory; no device has more than " + std::to_string(227 << 10);
-    if (launch.arguments.size() != kernel.argument_bytes.size())
-        return about + "takes " + std::to_string(kernel.argument_bytes.size()) + " arguments; got " +
-               std::to_string(launch.arguments.size());
-    for (std::size_t i = 0; i < launch.arguments.size(); ++i)
-        if (launch.arguments[i].size() != kernel.argument_bytes[i])
-            return about + "takes " + std::to_string(kernel.argument_bytes[i]) + " bytes as argument " + std::to_string(i) +
-                   "; got " + std::to_string(launch.arguments[i].size());
+    if (std::string refused = refusal(launch, kernel); !refused.empty()) return refused;
 
     now.launch = launch;
     now.kernel = &kernel;
@@ -266,35 +301,28 @@ std::string run(const Launch& launch) {
     now.mutant_hits = 0;
     now.arguments.clear();
     for (const auto& argument : now.launch.arguments) now.arguments.push_back(argument.data());
-    while (all_threads.size() < launch.threads) {
-        all_threads.push_back(std::make_unique<Thread>());
-        all_threads.back()->index = static_cast<u32>(all_threads.size() - 1);
-        give_stack(*all_threads.back());
-    }
-    now.threads.clear();
-    for (u32 i = 0; i < launch.threads; ++i) now.threads.push_back(all_threads[i].get());
+    make_cluster(kernel.cluster, launch.threads);
     blockDim = {launch.threads, 1, 1};
     gridDim = launch.grid;
 
-    std::vector<u64> order(blocks);
-    for (u64 i = 0; i < blocks; ++i) order[i] = i;
+    const u64 clusters = static_cast<u64>(launch.grid.x) * launch.grid.y * launch.grid.z / kernel.cluster;
+    std::vector<u64> order(clusters);
+    for (u64 i = 0; i < clusters; ++i) order[i] = i;
     Random random{launch.seed};
-    for (u64 i = blocks; i > 1; --i) std::swap(order[i - 1], order[random.below(static_cast<u32>(i))]);
+    for (u64 i = clusters; i > 1; --i) std::swap(order[i - 1], order[random.below(static_cast<u32>(i))]);
 
     now.first_serial = now.serial + 1;
-    for (u64 block : order) {
+    for (u64 number : order) {
         ++now.serial;
-        now.block = {static_cast<u32>(block % launch.grid.x), static_cast<u32>(block / launch.grid.x % launch.grid.y),
-                     static_cast<u32>(block / launch.grid.x / launch.grid.y)};
-        blockIdx = now.block;
-        run_block();
+        run_cluster(number);
         if (!now.error.empty()) {
             for (auto& thread : all_threads) thread->has_context = false; // their stacks hold unfinished kernels
             return now.error;
         }
     }
     // A name that begins with ? may be one of another kernel.
-    if (!launch.mutant.empty() && launch.mutant[0] != '?' && now.mutant_hits == 0) return about + "never reaches `" + launch.mutant + "`";
+    if (!launch.mutant.empty() && launch.mutant[0] != '?' && now.mutant_hits == 0)
+        return "kernel `" + launch.kernel + "` never reaches `" + launch.mutant + "`";
     return {};
 }
 

@@ -76,8 +76,7 @@ void on_signal(int signal) {
                                          : "touched memory other than by instructions.cuh (a plain use of a pointer to "
                                            "global memory, or too many local variables)";
     int length = std::snprintf(text, sizeof text, "kernel `%s`, block (%u, %u, %u), thread %u: %s\n",
-                               now.launch.kernel.c_str(), now.block.x, now.block.y, now.block.z,
-                               now.running == nullptr ? 0 : now.running->index, what);
+                               now.launch.kernel.c_str(), blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, what);
     [[maybe_unused]] auto written = write(STDERR_FILENO, text, static_cast<std::size_t>(length));
     _exit(1);
 }

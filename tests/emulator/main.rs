@@ -6,6 +6,7 @@
 #[path = "../support/emulator.rs"]
 mod emulator;
 mod faults;
+mod hopper;
 mod instructions;
 mod kernels;
 
@@ -42,7 +43,7 @@ fn main() -> ExitCode {
     let required = required.split(',').any(|name| name.trim() == "emulator");
     let emulators = Arc::new(Emulators { compiler: Compiler::find(), built: Mutex::default() });
     let absent = emulators.compiler.is_err();
-    let checks = [kernels::checks(), instructions::checks(), faults::checks()].into_iter().flatten();
+    let checks = [kernels::checks(), instructions::checks(), hopper::checks(), faults::checks()].into_iter().flatten();
     let trials = checks.map(|(name, check): (String, Check)| {
         let emulators = emulators.clone();
         Trial::test(name, move || Ok(check(&emulators)?)).with_ignored_flag(absent && !required)

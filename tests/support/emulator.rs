@@ -41,11 +41,12 @@ impl Compiler {
     /// The executable `name` that emulates the kernels of all these files together, on the same buffers.
     pub fn build_all(&self, name: &str, files: &[&str]) -> Result<PathBuf, String> {
         std::fs::create_dir_all(&self.built).map_err(|e| format!("{}: {e}", self.built.display()))?;
-        let parts = ["arithmetic", "collectives", "memory", "scheduler", "server"];
         let shared = self.files_of(&["common", "emulator"])?;
+        let stem = |path: &PathBuf| path.file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        let parts = shared.iter().filter(|path| path.extension().is_some_and(|extension| extension == "cpp"));
         // Sanitised, because an overflowing index or a register array left at its end is a defect of the kernel.
         let kernel = ["-c", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-x", "c++"];
-        let sources = (parts.iter().map(|part| (format!("emulator/{part}.cpp"), &["-c", "-O2"][..])))
+        let sources = (parts.filter_map(stem).map(|part| (format!("emulator/{part}.cpp"), &["-c", "-O2"][..])))
             .chain(files.iter().map(|file| (file.to_string(), &kernel[..])));
         let objects: Result<Vec<_>, String> = std::thread::scope(|scope| {
             let builds: Vec<_> = sources

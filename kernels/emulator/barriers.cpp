@@ -1,0 +1,138 @@
+// barriers.cpp: where threads meet: lanes of a warp, named barriers, blocks, clusters.
+#include "block.hpp"
+
+namespace emulator {
+
+void meet(Thread* const* threads, std::size_t count) {
+    Join join;
+    for (std::size_t i = 0; i < count; ++i) {
+        join.add(threads[i]->known);
+        join.set(threads[i]->party, threads[i]->clock);
+    }
+    const Known known = join.take();
+    for (std::size_t i = 0; i < count; ++i) {
+        threads[i]->known = known;
+        ++threads[i]->clock;
+    }
+}
+
+namespace {
+bool is_whole(State state) { return state == State::barrier || state == State::cluster_barrier; }
+
+// All of these threads meet at one line.
+void all_meet(State state, const char* operation, Site site, const std::vector<Thread*>& threads, u32& arrived) {
+    Thread& self = *now.running;
+    wait(self, state, operation, ALL_LANES, site, nullptr);
+    for (const Thread* other : threads) {
+        if (other->state == State::exited)
+            fail(self, waits(self) + ", which " + name_of(*other, self) + " never reaches: it has ended");
+        bool stuck = other->state == State::collective && other->block == self.block && other->warp() == self.warp() &&
+                     (other->mask >> self.lane() & 1) != 0;
+        bool elsewhere = is_whole(other->state) && (other->state != state || !same_site(other->site, site));
+        if (stuck || (elsewhere && (other->block == self.block || other->state == state)))
+            fail(self, "the threads of the block diverge: " + waits(self) + ", " + waits(*other));
+    }
+    if (++arrived < threads.size()) return suspend();
+    arrived = 0;
+    meet(threads.data(), threads.size());
+    for (Thread* thread : threads) make_ready(*thread);
+    suspend();
+}
+} // namespace
+
+void fence(Site) { maybe_preempt(); }
+
+void bar_sync(Site site) {
+    Block& block = *now.running->block;
+    all_meet(State::barrier, "bar.sync", site, block.threads, block.arrived);
+}
+
+void cluster_sync(Site site) { all_meet(State::cluster_barrier, "barrier.cluster", site, now.threads, now.cluster_arrived); }
+
+u32 cluster_rank() { return now.running->block->rank; }
+
+void bar_sync_named(u32 id, u32 threads, Site site) {
+    Thread& self = *now.running;
+    auto mine = [&] { return "bar.sync " + std::to_string(id) + ", " + std::to_string(threads) + " (" + place(site) + ")"; };
+    if (id == 0 || id >= self.block->named.size()) fail(self, mine() + ": named barriers are 1 to 15");
+    if (threads == 0 || threads % WARP != 0 || threads > now.launch.threads)
+        fail(self, mine() + ": not a number of whole warps of the block");
+    NamedBarrier& barrier = self.block->named[id];
+    if (barrier.arrived.empty()) barrier.threads = threads;
+    else if (barrier.threads != threads)
+        fail(self, mine() + ", where " + name_of(*barrier.arrived[0], self) + " waits for " + std::to_string(barrier.threads) +
+                       " threads (" + place(barrier.arrived[0]->site) + ")");
+    wait(self, State::named_barrier, "bar.sync of a named barrier", ALL_LANES, site, nullptr);
+    self.waits_at = id;
+    barrier.arrived.push_back(&self);
+    for (u32 lane = 0; lane < WARP; ++lane) {
+        const Thread& other = *self.block->threads[self.warp() * WARP + lane];
+        const bool stuck = other.state == State::collective && (other.mask >> self.lane() & 1) != 0;
+        const bool elsewhere = (is_whole(other.state) || other.state == State::named_barrier) &&
+                               (other.waits_at != id || !same_site(other.site, site));
+        if (stuck || elsewhere) fail(self, "the lanes of the warp diverge: " + waits(self) + ", " + waits(other));
+        if (other.state == State::exited)
+            fail(self, waits(self) + ", which thread " + std::to_string(other.index) + " never reaches: it has ended");
+    }
+    if (barrier.arrived.size() < threads) return suspend();
+    std::vector<Thread*> arrived;
+    arrived.swap(barrier.arrived);
+    std::vector<u32> of_warp(now.launch.threads / WARP);
+    for (const Thread* thread : arrived) ++of_warp[thread->warp()];
+    for (const Thread* thread : arrived)
+        if (of_warp[thread->warp()] != WARP)
+            fail(*thread, mine() + " is reached by " + std::to_string(of_warp[thread->warp()]) + " lanes of its warp when " +
+                              std::to_string(threads) + " threads have arrived: not by whole warps");
+    meet(arrived.data(), arrived.size());
+    for (Thread* thread : arrived) make_ready(*thread);
+    suspend();
+}
+
+// Lanes of a warp meet. The last to arrive computes for all: `complete` gets the operand of every lane in mask.
+void rendezvous(const char* operation, u32 mask, Site site, void* operand, void (*complete)(Thread* const*)) {
+    Thread& self = *now.running;
+    wait(self, State::collective, operation, mask, site, operand);
+    if ((mask >> self.lane() & 1) == 0) fail(self, waits(self) + ", which do not include its own");
+    Thread* const* warp = &self.block->threads[self.warp() * WARP];
+    // Who joins the lanes that already wait here finds what they found: later arrivals elsewhere looked at them.
+    Meeting& meeting = self.block->meetings[self.warp()];
+    const bool joins = meeting.present != 0 && meeting.first->mask == mask &&
+                       same_text(meeting.first->operation, operation) && same_site(meeting.first->site, site);
+    u32 present = joins ? meeting.present | 1u << self.lane() : 0;
+    for (u32 lane = 0; lane < WARP && !joins; ++lane) {
+        const Thread& other = *warp[lane];
+        bool named = (mask >> lane & 1) != 0;
+        bool names_me = other.state == State::collective && (other.mask >> self.lane() & 1) != 0;
+        if (named && other.state == State::exited)
+            fail(self, waits(self) + ", which thread " + std::to_string(other.index) + " never reaches: it has ended");
+        if (named && (is_whole(other.state) || other.state == State::named_barrier))
+            fail(self, "the lanes of the warp diverge: " + waits(self) + ", " + waits(other));
+        if ((named && other.state == State::collective) || names_me) {
+            bool meets_me = other.mask == mask && same_text(other.operation, operation) && same_site(other.site, site);
+            if (!meets_me) fail(self, "the lanes of the warp diverge: " + waits(self) + ", " + waits(other));
+            present |= 1u << lane;
+        }
+    }
+    if (joins || meeting.present == 0) meeting = {joins ? meeting.first : &self, present};
+    if (present != mask) return suspend();
+    if (meeting.first->mask == mask) meeting = {};
+    complete(warp);
+    for (u32 lane = 0; lane < WARP; ++lane)
+        if ((mask >> lane & 1) != 0) make_ready(*warp[lane]);
+    suspend();
+}
+
+void nobody_waits_for(const Thread& self) {
+    for (const Thread* other : now.threads) {
+        const bool mine = other->block == self.block;
+        bool waits_for_me = other->state == State::cluster_barrier || (mine && other->state == State::barrier) ||
+                            (mine && other->state == State::collective && other->warp() == self.warp() &&
+                             (other->mask >> self.lane() & 1) != 0) ||
+                            (mine && other->state == State::named_barrier && other->warp() == self.warp());
+        if (waits_for_me)
+            fail(self, "ends while " + name_of(*other, self) + " waits for it at " + other->operation + " (" +
+                           place(other->site) + ")");
+    }
+}
+
+} // namespace emulator
