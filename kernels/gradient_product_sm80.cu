@@ -9,36 +9,18 @@
 // Sync     P1, P2, P3 product.cuh
 // Numerics f32 sums as in product.cuh; one writer for each sum, super-blocks in the order of the wave: same bits on every run
 // Limits   stride even, sums aligned to 8 bytes
+#include "common/outputs.cuh"
 #include "common/product.cuh"
-
-constexpr u32 MAX_CUTS = 8;
-struct Outputs {
-    u32 count, blocks;           // of cuts; of blocks of rows: 0 for a space without gradients
-    u32 cuts[MAX_CUTS];          // where the parts of the space begin; the last is its end
-    u32 first_block[MAX_CUTS];   // the first block of each part
-    float* sums;
-    u64 stride;                  // elements
-};
-struct Product {
-    Outputs of[2];
-    u32 dim, tiles_along_dim;
-    u32 accumulate; // add to what is there
-    u32 padding;
-};
 
 template <u32 TILE, Arithmetic A>
 SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, const unsigned char* gradients, u64 plane,
                                      const Product& product) {
     constexpr u32 BYTES = Numbers<A>::BYTES, SEGMENTS = Numbers<A>::GRADIENT_SEGMENTS;
     // [1] which sums
-    u32 row_block = blockIdx.x / product.tiles_along_dim;
     const u32 column = blockIdx.x % product.tiles_along_dim * TILE;
-    const u32 space = row_block < product.of[0].blocks ? 0 : 1;
-    if (space == 1) row_block -= product.of[0].blocks;
-    const Outputs& outputs = product.of[space];
-    u32 part = 0;
-    while (part + 2 < outputs.count && row_block >= outputs.first_block[part + 1]) ++part;
-    const u32 begin = outputs.cuts[part] + (row_block - outputs.first_block[part]) * TILE, end = outputs.cuts[part + 1];
+    const OutputRows rows = rows_of<TILE>(product, blockIdx.x / product.tiles_along_dim);
+    const Outputs& outputs = product.of[rows.space];
+    const u32 space = rows.space, begin = rows.begin, end = rows.end;
 
     // [2] multiply
     float total[Shape<TILE>::FRAGMENTS][4][4] = {};
@@ -52,7 +34,7 @@ SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, con
             if (edge.gradients == 0 || edge.space != space || begin < edge.begin || begin >= edge.end) continue;
             const Tower& tower = tower_of(towers, other.space);
             const u32 steps = other.tiles * TILE / Numbers<A>::DEPTH;
-            const Source x = by_depth<TILE, A>(tower.packed, towers.row_bytes, tower.plane, other.begin, column * BYTES);
+            const Source x = by_depth<TILE, A>(tower.packed, towers.row_bytes, tower.plane, other.packed, column * BYTES);
             if (side == 0)
                 multiply<TILE, A, SEGMENTS, Layout::rows, Layout::depth>(total, by_rows<TILE>(matrix, row_bytes, plane, begin - edge.begin), x,
                                                                steps);
@@ -73,17 +55,7 @@ SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, con
         float* to = outputs.sums + row * outputs.stride;
         UNROLL
         for (u32 j = 0; j < 4; ++j) {
-            const u32 c = column0 + 8 * j;
-            f32x2 sum{total[i / 2][j][i % 2 * 2], total[i / 2][j][i % 2 * 2 + 1]};
-            if (c + 1 < product.dim) {
-                if (product.accumulate != 0) {
-                    const f32x2 before = ld_global_f32x2(to + c);
-                    sum = {before.x + sum.x, before.y + sum.y};
-                }
-                st_global_f32x2(to + c, sum);
-            } else if (c < product.dim) {
-                st_global_f32(to + c, product.accumulate != 0 ? ld_global_f32(to + c) + sum.x : sum.x);
-            }
+            store_sums(product, to, column0 + 8 * j, total[i / 2][j][i % 2 * 2], total[i / 2][j][i % 2 * 2 + 1]);
         }
     }
 }

@@ -71,8 +71,8 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
     const Tower &left = tower_of(towers, block.row.space), &right = tower_of(towers, block.col.space);
     float x[Shape<TILE>::FRAGMENTS][4][4] = {};
     multiply<TILE, A, Numbers<A>::COSINE_SEGMENTS, Layout::rows, Layout::rows>(
-        x, by_rows<TILE>(left.packed, towers.row_bytes, left.plane, block.row.begin + at.row * TILE),
-        by_rows<TILE>(right.packed, towers.row_bytes, right.plane, block.col.begin + at.col * TILE),
+        x, by_rows<TILE>(left.packed, towers.row_bytes, left.plane, block.row.packed + at.row * TILE),
+        by_rows<TILE>(right.packed, towers.row_bytes, right.plane, block.col.packed + at.col * TILE),
         towers.row_bytes / 128);
 
     // [2] scale, [3] mask

@@ -3,7 +3,8 @@
 //          pack       n = ‖x‖ (f64); packed = x·2^e with norm in [2^12, 2^13), as f16, two f16 or f32; inverse = 2^12/‖packed‖
 //          positives  s⁺ᵢ = q̂ᵢ·p̂_{π(i)} from the raw embeddings, in f64; thresholds of margin and rank
 // In/out   raw embeddings of f32, f16 or bf16 with any row stride; order: row behind each index, or null for the identity ·
-//          packed rows with zeros up to 128 bytes; norms; anchor keys
+//          packed rows with zeros up to 128 bytes, in either layout of
+//          problem.cuh; norms; anchor keys
 // Tiles    grid (⌈indices / 8⌉) or (⌈rows / 8⌉)
 // Threads  256: one warp per index
 // Shared   none
@@ -16,6 +17,7 @@
 #include "common/reduce.cuh"
 
 constexpr u32 ROWS_PER_BLOCK = REDUCE_THREADS / WARP;
+constexpr u32 MAX_PARTS = 8;
 enum : u32 { PACK_F16 = 0, PACK_F16X3 = 1, PACK_F32 = 2 };
 
 struct Packing {
@@ -26,7 +28,10 @@ struct Packing {
     float* inverse;
     double* inverse_norm;
     u32* status; // of this tower: [0] not finite, [2] zero
+    u64 row_pitch, panel; // bytes from row to row of a panel, and from 128 bytes of a row to the next (problem.cuh)
     u32 indices, padded, row_bytes, format;
+    u32 swizzled, parts;
+    u32 index[MAX_PARTS], row[MAX_PARTS]; // of each part of the space: its first index, and the packed row of that
 };
 
 KERNEL(reset, WARP, u32* status) {
@@ -34,9 +39,12 @@ KERNEL(reset, WARP, u32* status) {
 }
 
 KERNEL(pack, REDUCE_THREADS, BY_VALUE(Packing) p) {
-    const u32 index = blockIdx.x * ROWS_PER_BLOCK + warp_id();
-    if (index >= p.padded) return;
-    const bool exists = index < p.indices, aligned = is_aligned(p.raw);
+    const u32 packed_row = blockIdx.x * ROWS_PER_BLOCK + warp_id();
+    if (packed_row >= p.padded) return;
+    u32 part = 0;
+    while (part + 1 < p.parts && packed_row >= p.row[part + 1]) ++part;
+    const u32 index = p.index[part] + packed_row - p.row[part], end = part + 1 < p.parts ? p.index[part + 1] : p.indices;
+    const bool exists = index < end, aligned = is_aligned(p.raw);
     u32 row = index;
     if (exists && p.order != nullptr) row = ld_global_nc_u32(p.order + index);
     const unsigned char* x = p.raw.data + row * p.raw.row_bytes;
@@ -67,7 +75,9 @@ KERNEL(pack, REDUCE_THREADS, BY_VALUE(Packing) p) {
         }
     }
     // [2] pack
-    unsigned char* out = p.packed + static_cast<u64>(index) * p.row_bytes;
+    unsigned char* out = p.packed + packed_row * p.row_pitch;
+    const u32 swizzle = p.swizzled != 0 ? packed_row % 8 : 0;
+    auto chunk = [&](u32 byte) { return out + byte / 128 * p.panel + (byte / 16 % 8 ^ swizzle) * 16; };
     const u32 columns = p.row_bytes / (p.format == PACK_F32 ? 4 : 2);
     for (u32 column = 8 * lane_id(); column < columns; column += 8 * WARP) {
         float v[8];
@@ -77,8 +87,8 @@ KERNEL(pack, REDUCE_THREADS, BY_VALUE(Packing) p) {
         UNROLL
         for (u32 i = 0; i < 8; ++i) v[i] = static_cast<float>(v[i] * scale); // in f64: the power alone may exceed f32
         if (p.format == PACK_F32) {
-            st_global_f32x4(out + 4 * column, {v[0], v[1], v[2], v[3]});
-            st_global_f32x4(out + 4 * column + 16, {v[4], v[5], v[6], v[7]});
+            st_global_f32x4(chunk(4 * column), {v[0], v[1], v[2], v[3]});
+            st_global_f32x4(chunk(4 * column + 16), {v[4], v[5], v[6], v[7]});
             continue;
         }
         u32 high[4], low[4];
@@ -87,8 +97,8 @@ KERNEL(pack, REDUCE_THREADS, BY_VALUE(Packing) p) {
             high[i] = cvt_rn_f16x2_f32(v[2 * i], v[2 * i + 1]);
             low[i] = cvt_rn_f16x2_f32(v[2 * i] - low_half(high[i], TYPE_F16), v[2 * i + 1] - high_half(high[i], TYPE_F16));
         }
-        st_global_u32x4(out + 2 * column, {high[0], high[1], high[2], high[3]});
-        if (p.format == PACK_F16X3) st_global_u32x4(out + p.plane + 2 * column, {low[0], low[1], low[2], low[3]});
+        st_global_u32x4(chunk(2 * column), {high[0], high[1], high[2], high[3]});
+        if (p.format == PACK_F16X3) st_global_u32x4(chunk(2 * column) + p.plane, {low[0], low[1], low[2], low[3]});
     }
 }
 

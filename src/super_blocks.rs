@@ -19,25 +19,42 @@ pub(crate) struct SuperBlock {
     pub counted: bool,
 }
 
+/// Tiles of `edge` indices, visited so many at once along either edge: every edge has a multiple of that.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tiling {
+    pub edge: usize,
+    pub together: usize,
+}
+
+impl From<usize> for Tiling {
+    fn from(edge: usize) -> Self {
+        Self { edge, together: 1 }
+    }
+}
+
 impl SuperBlock {
-    pub(crate) fn tiles_along(&self, edge: usize, tile: usize) -> usize {
-        self.ranges[edge].len().div_ceil(tile)
+    pub(crate) fn tiles_along(&self, edge: usize, tile: impl Into<Tiling>) -> usize {
+        let tile = tile.into();
+        self.ranges[edge].len().div_ceil(tile.edge * tile.together) * tile.together
     }
 
-    pub(crate) fn tiles(&self, tile: usize) -> usize {
+    pub(crate) fn tiles(&self, tile: impl Into<Tiling>) -> usize {
+        let tile = tile.into();
         let [rows, cols] = [0, 1].map(|edge| self.tiles_along(edge, tile));
         if self.triangle { rows * (rows + 1) / 2 } else { rows * cols }
     }
 
     /// Elements of the matrix of gradients, padded to whole tiles.
-    pub(crate) fn elements(&self, tile: usize) -> usize {
-        self.tiles_along(0, tile) * self.tiles_along(1, tile) * tile * tile
+    pub(crate) fn elements(&self, tile: impl Into<Tiling>) -> usize {
+        let tile = tile.into();
+        self.tiles_along(0, tile) * self.tiles_along(1, tile) * tile.edge * tile.edge
     }
 
     /// Partial sums along rows and down columns.
-    pub(crate) fn partials(&self, tile: usize) -> [usize; 2] {
+    pub(crate) fn partials(&self, tile: impl Into<Tiling>) -> [usize; 2] {
+        let tile = tile.into();
         let [rows, cols] = [0, 1].map(|edge| self.tiles_along(edge, tile));
-        [cols * rows * tile, rows * cols * tile]
+        [cols * rows * tile.edge, rows * cols * tile.edge]
     }
 
     /// Whether an anchor here has a coefficient in the loss, and so the cosines gradients.

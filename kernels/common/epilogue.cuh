@@ -16,16 +16,13 @@ struct TilePlace {
     u32 block, row, col;
 };
 
-// Tiles of a rectangle go in bands of eight rows of tiles, column by column, so that blocks that run together share both
-// operands in the cache; those of a triangle row by row.
-SAMTONE_DEVICE TilePlace place_of(const Wave& wave, u32 tile) {
-    u32 b = 0;
-    while (b + 1 < wave.count && tile >= wave.blocks[b + 1].first_tile) ++b;
-    const SuperBlock& block = wave.blocks[b];
-    const u32 k = tile - block.first_tile, rows = block.row.tiles, cols = block.col.tiles;
-    if (block.triangle == 0) {
+// Place k of a rectangle of rows x cols, or of the part of a square on and right of its diagonal. Those of a rectangle go in bands
+// of eight rows, column by column, so that blocks that run together share both operands in the cache; those of a triangle row by
+// row.
+SAMTONE_DEVICE u32x2 place_in(u32 rows, u32 cols, bool triangle, u32 k) {
+    if (!triangle) {
         const u32 band = k / (8 * cols), in_band = k % (8 * cols), height = rows - 8 * band < 8 ? rows - 8 * band : 8;
-        return {b, 8 * band + in_band % height, in_band / height};
+        return {8 * band + in_band % height, in_band / height};
     }
     // Row r begins at r·cols − r (r − 1) / 2: solve for r in f64, which is exact enough to be off by one at most.
     const double side = 2.0 * cols + 1;
@@ -33,7 +30,15 @@ SAMTONE_DEVICE TilePlace place_of(const Wave& wave, u32 tile) {
     auto start = [cols](u32 row) { return row * cols - row * (row - 1) / 2; };
     if (r > 0 && start(r) > k) --r;
     if (start(r + 1) <= k) ++r;
-    return {b, r, r + k - start(r)};
+    return {r, r + k - start(r)};
+}
+
+SAMTONE_DEVICE TilePlace place_of(const Wave& wave, u32 tile) {
+    u32 b = 0;
+    while (b + 1 < wave.count && tile >= wave.blocks[b + 1].first_tile) ++b;
+    const SuperBlock& block = wave.blocks[b];
+    const u32x2 place = place_in(block.row.tiles, block.col.tiles, block.triangle != 0, tile - block.first_tile);
+    return {b, place.x, place.y};
 }
 
 // One index of an edge of the tile, held by one thread.
@@ -43,13 +48,8 @@ struct EdgeEntry {
     bool live;
 };
 
-template <u32 TILE> SAMTONE_DEVICE bool holds_row() { return threadIdx.x < TILE; }
-
-// This thread's index: thread k < TILE holds row k, thread TILE + k column k.
-template <u32 TILE>
-SAMTONE_DEVICE EdgeEntry load_edge(const SuperBlock& block, const TilePlace& at, const Towers& towers, const AnchorKeys* rows) {
-    const Edge& edge = holds_row<TILE>() ? block.row : block.col;
-    const u32 index = edge.begin + (holds_row<TILE>() ? at.row : at.col) * TILE + threadIdx.x % TILE;
+// An index of an edge.
+SAMTONE_DEVICE EdgeEntry load_entry(const Edge& edge, u32 index, const Towers& towers, const AnchorKeys* rows) {
     EdgeEntry entry{{NONE, NONE, NONE, 0}, {NONE, NONE, NONE, 0}, NONE, index < edge.end};
     if (!entry.live) return entry;
     const Tower& tower = tower_of(towers, edge.space);
@@ -61,6 +61,15 @@ SAMTONE_DEVICE EdgeEntry load_edge(const SuperBlock& block, const TilePlace& at,
         entry.anchor = {keys.x, keys.y, entry.row, keys.z};
     }
     return entry;
+}
+
+template <u32 TILE> SAMTONE_DEVICE bool holds_row() { return threadIdx.x < TILE; }
+
+// This thread's index: thread k < TILE holds row k, thread TILE + k column k.
+template <u32 TILE>
+SAMTONE_DEVICE EdgeEntry load_edge(const SuperBlock& block, const TilePlace& at, const Towers& towers, const AnchorKeys* rows) {
+    const Edge& edge = holds_row<TILE>() ? block.row : block.col;
+    return load_entry(edge, edge.begin + (holds_row<TILE>() ? at.row : at.col) * TILE + threadIdx.x % TILE, towers, rows);
 }
 
 template <u32 TILE> SAMTONE_DEVICE void store_edge(shared_address edges, const EdgeEntry& entry, const u32x4& of_pass) {
@@ -82,6 +91,14 @@ template <u32 TILE> struct Elements {
 };
 template <u32 TILE> SAMTONE_DEVICE float& element(Totals<TILE>& x, u32 i, u32 j) { return x[i / 2][j / 2][i % 2 * 2 + j % 2]; }
 
+// The rule of src/mask.rs: whether the candidate at cosine s is a negative of the anchor. Without branches: all of it is in registers.
+SAMTONE_DEVICE bool keys_differ(const u32x4& candidate, const u32x4& anchor) {
+    return (candidate.x != anchor.x) & (candidate.y != anchor.y) & ((candidate.z == NONE) | (candidate.z == anchor.z));
+}
+SAMTONE_DEVICE bool is_negative(const u32x4& candidate, const u32x4& anchor, float s) {
+    return keys_differ(candidate, anchor) & (s <= float_of(anchor.w));
+}
+
 // Which of the thread's elements are kept negatives of their row's and of their column's anchor: bit 8 i + j.
 struct Kept {
     u64 row, col;
@@ -95,14 +112,14 @@ struct TileMask {
 
 template <u32 TILE> SAMTONE_DEVICE TileMask mask_of(const SuperBlock& block, const TilePlace& at, const Towers& towers) {
     const u32 row = block.row.begin + at.row * TILE, col = block.col.begin + at.col * TILE;
-    const u32 rows = block.row.end - row, cols = block.col.end - col;
+    const u32 rows = row < block.row.end ? block.row.end - row : 0, cols = col < block.col.end ? block.col.end - col : 0;
     // Default keys mask a pair only where both indices are the same: the order of the passages sees to it.
     const bool overlap = row < col + TILE && col < row + TILE;
     return {block.row.anchors != 0, block.col.anchors != 0, towers.masked != 0 || overlap, rows < TILE ? rows : TILE,
             cols < TILE ? cols : TILE};
 }
 
-// [2] scale: products → cosines, in place. [3] mask: the rule of src/mask.rs.
+// [2] scale: products → cosines, in place. [3] mask.
 template <u32 TILE> SAMTONE_DEVICE Kept scale_and_mask(Totals<TILE>& x, shared_address edges, const TileMask& tile) {
     using E = Elements<TILE>;
     const E elements = E::of_this_thread();
@@ -124,13 +141,9 @@ template <u32 TILE> SAMTONE_DEVICE Kept scale_and_mask(Totals<TILE>& x, shared_a
             s = s * scale * float_of(c.w);
             if (checked) {
                 const u32x4 other = ld_shared_u32x4(cols + column * EDGE_BYTES + 16);
-                const bool live = row < tile.live_rows && column < tile.live_cols;
-                const bool by_row = live && c.x != anchor.x && c.y != anchor.y && (c.z == NONE || c.z == anchor.z) &&
-                                    s <= float_of(anchor.w);
-                const bool by_col = live && r.x != other.x && r.y != other.y && (r.z == NONE || r.z == other.z) &&
-                                    s <= float_of(other.w);
-                if (!by_row) kept.row &= ~(1ull << (8 * i + j));
-                if (!by_col) kept.col &= ~(1ull << (8 * i + j));
+                const bool live = (row < tile.live_rows) & (column < tile.live_cols);
+                if (!(live & is_negative(c, anchor, s))) kept.row &= ~(1ull << (8 * i + j));
+                if (!(live & is_negative(r, other, s))) kept.col &= ~(1ull << (8 * i + j));
             }
         }
     }

@@ -72,17 +72,18 @@ SAMTONE_DEVICE void mbarrier_arrive_expect_tx(shared_address barrier, u32 bytes 
     SAMTONE_EMULATED_AS(emulator::mbarrier_arrive_expect_tx(barrier, bytes, site));
 }
 
-// mapa, mbarrier.arrive.release.cluster: of the barrier at this address in block `rank` of the cluster.
+// mapa, mbarrier.arrive: of the barrier at this address in block `rank` of the cluster. Its release is of this block: enough for
+// who has read by wgmma alone, whose reads wgmma_wait_group has ended; .release.cluster would flush the caches' writes each time.
 SAMTONE_DEVICE void mbarrier_arrive_cluster(shared_address barrier, u32 rank SAMTONE_SITE) {
     SAMTONE_PTX("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
-                "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];}" ::"r"(barrier), "r"(rank) : "memory");
+                "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier), "r"(rank) : "memory");
     SAMTONE_EMULATED_AS(emulator::mbarrier_arrive_cluster(barrier, rank, site));
 }
 
 // mbarrier.try_wait.parity until the phase of that parity has ended. What was done before the arrivals is seen afterwards.
 SAMTONE_DEVICE void mbarrier_wait(shared_address barrier, u32 parity SAMTONE_SITE) {
     SAMTONE_PTX("{\n\t.reg .pred done;\n\t"
-                "WAIT:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n\t@done bra DONE;\n\tbra WAIT;\n\t"
+                "WAIT:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t@done bra DONE;\n\tbra WAIT;\n\t"
                 "DONE:\n\t}" ::"r"(barrier), "r"(parity) : "memory");
     SAMTONE_EMULATED_AS(emulator::mbarrier_wait(barrier, parity, site));
 }
@@ -160,6 +161,9 @@ SAMTONE_DEVICE u64 wgmma_operand(shared_address start, u32 leading, u32 stride) 
     return SWIZZLE_128 | static_cast<u64>(stride / 16) << 32 | static_cast<u64>(leading / 16) << 16 | (start & 0x3ffff) / 16;
 }
 
+// The same operand, so many bytes on.
+SAMTONE_DEVICE u64 advanced(u64 operand, u32 bytes) { return operand + bytes / 16; }
+
 // wgmma.fence: before the first wgmma, and whenever a register of theirs was used by other instructions since.
 SAMTONE_DEVICE void wgmma_fence(SAMTONE_SITE_ONLY) {
     SAMTONE_PTX("wgmma.fence.sync.aligned;" ::: "memory");
@@ -180,6 +184,13 @@ template <u32 pending> SAMTONE_DEVICE void wgmma_wait_group(SAMTONE_SITE_ONLY) {
 template <u32 N> SAMTONE_DEVICE void hold(float (&d)[N]) {
     UNROLL
     for (u32 i = 0; i < N; ++i) SAMTONE_PTX("" : "+f"(d[i])::"memory");
+}
+
+// The same number, of which the compiler knows nothing: what is computed from it is computed here and not in advance, where it
+// would occupy registers for long.
+SAMTONE_DEVICE u32 only_here(u32 x) {
+    SAMTONE_PTX("" : "+r"(x));
+    return x;
 }
 
 template <bool A_TRANSPOSED, bool B_TRANSPOSED>

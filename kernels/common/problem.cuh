@@ -19,7 +19,8 @@ struct Edge {
     u32 anchors;    // whether its indices anchor rows here
     u32 sums;       // whether the sums of its anchors are taken here
     u32 gradients;  // whether gradients of its embeddings are added here
-    u32 tiles;      // ⌈(end − begin) / TILE⌉
+    u32 tiles;      // ⌈(end − begin) / TILE⌉; for kernels of 9.0, which visit pairs of tiles, the next even number
+    u32 packed;     // row of `begin` in the packed embeddings
 };
 
 // A rectangle of one matrix of cosines whose gradient tile fits the workspace; or a square on the diagonal of a symmetric one.
@@ -44,10 +45,13 @@ struct Wave {
 };
 
 // The packed embeddings of one index space: row k is its raw embedding times a power of two, of norm 2^12 … 2^13, as f16, as
-// the sum of two f16 (planes), or as f32. At least 128 rows beyond the last exist, and columns up to a multiple of 128 bytes.
+// the sum of two f16 (planes), or as f32. Columns go on as zeros up to a multiple of 128 bytes, and rows to whole tiles.
+// Two layouts: row-major for kernels of 8.0; for those of 9.0 panels of 128 bytes of every row, in which the 16-byte chunk c of row
+// r is at c ^ r % 8: any eight rows that begin at a multiple of eight are what wgmma reads, and a tile is one bulk copy.
 struct Tower {
     const unsigned char* packed;
     u64 plane;               // bytes from the first to the second plane
+    u64 panel;               // bytes from the first to the second 128 bytes of a row
     const float* inverse;    // 2^12 / norm of the packed row: above 1/2 up to 1; 0 for a row without direction
     const u32x4* candidates; // as a candidate: query key, passage key, owner (NONE: everyone's); the row it anchors, or NONE
 };

@@ -2,6 +2,7 @@
 
 use super::launches::{Launches, REDUCE_THREADS, ROWS_PER_BLOCK, at};
 use super::plan::Layouts;
+use super::problem::Tile;
 use super::schedule::{Address, ArrayId, Slot};
 use crate::candidates::candidates;
 use crate::dtype::DType;
@@ -19,9 +20,25 @@ pub(super) struct TowerArrays {
     pub(super) padded: usize,
     pub(super) packed: ArrayId,
     pub(super) plane: u64,
+    pub(super) row_pitch: u64,
+    pub(super) panel: u64,
+    pub(super) parts: Vec<Part>,
     pub(super) inverse: ArrayId,
     pub(super) inverse_norm: ArrayId,
     pub(super) candidates: ArrayId,
+}
+
+/// Indices of a space from a cut (src/regions.rs) to the next, and where they begin among the packed rows.
+pub(super) struct Part {
+    pub(super) index: usize,
+    pub(super) row: usize,
+}
+
+impl TowerArrays {
+    /// The packed row of an index.
+    pub(super) fn packed_row(&self, index: usize) -> usize {
+        self.parts.iter().rev().find(|p| p.index <= index).map_or(index, |p| p.row + index - p.index)
+    }
 }
 
 /// Arrays of the state and the side data.
@@ -145,19 +162,42 @@ impl Launches<'_> {
         let raw = self.layout.add(slot, names[0], raw_bytes);
         let candidates = self.side_array(names[1], &candidates);
         let passage_order = order.passage.as_ref().filter(|_| space == Space::Passage);
-        let order = passage_order.map_or(Address::Null, |o| at(self.side_array("order", o)));
+        let visited = passage_order.map_or(Address::Null, |o| at(self.side_array("order", o)));
         let planes = problem.arithmetic().planes();
-        // A tile that begins at the last index reads a tile's rows from there on.
-        let padded = (indices + tile.edge()).next_multiple_of(ROWS_PER_BLOCK);
-        let plane = padded * self.packed_row_bytes();
+        let (parts, padded) = match tile {
+            // A tile that begins at the last index reads a tile's rows from there on.
+            Tile::Small | Tile::Large => {
+                (vec![Part { index: 0, row: 0 }], (indices + tile.edge()).next_multiple_of(ROWS_PER_BLOCK))
+            }
+            // Every part begins at a whole square, so that tiles are whole eights of rows.
+            Tile::Cluster => {
+                let cuts = &crate::regions::cuts(&problem.rows, order, m)[space as usize];
+                let mut row = 0;
+                let mut part = |ends: &[usize]| {
+                    let part = Part { index: ends[0], row };
+                    row += (ends[1] - ends[0]).next_multiple_of(tile.step());
+                    part
+                };
+                (cuts.windows(2).map(&mut part).collect(), row)
+            }
+        };
+        let row_bytes_packed = self.packed_row_bytes();
+        let plane = padded * row_bytes_packed;
+        let (row_pitch, panel) = match tile {
+            Tile::Small | Tile::Large => (row_bytes_packed, 128),
+            Tile::Cluster => (128, 128 * padded),
+        };
         TowerArrays {
             raw,
             row_bytes,
-            order,
+            order: visited,
             indices,
             padded,
             packed: self.layout.add(Slot::Workspace, names[2], plane * planes),
             plane: plane as u64,
+            row_pitch: row_pitch as u64,
+            panel: panel as u64,
+            parts,
             inverse: self.layout.add(Slot::Workspace, names[3], 4 * indices),
             inverse_norm: self.layout.add(Slot::Workspace, names[4], 8 * indices),
             candidates,

@@ -1,16 +1,16 @@
 //! From a plan's waves to launches: arguments in the order of the kernels' parameters.
 
-use super::arrays::{Common, Sums, TowerArrays};
+use super::arrays::{Common, Part, Sums, TowerArrays};
 use super::plan::{Layout, Layouts, MAX_SUPER_BLOCKS, Wave};
-use super::problem::Arithmetic;
+use super::problem::{Arithmetic, Pass, Tile};
 use super::schedule::{Address, Argument, ArrayId, Launch, Slot};
 use crate::error::Result;
 use crate::loss::Block;
 use crate::options::ZeroNorm;
 use crate::order::Space;
-use crate::super_blocks::SuperBlock;
+use crate::super_blocks::{SuperBlock, Tiling};
 
-/// Cut points in `Outputs` of kernels/gradient_product_sm80.cu.
+/// Cut points in `Outputs` of kernels/common/outputs.cuh.
 const MAX_CUTS: usize = 8;
 /// Warps, and so rows, of a block of `pack`, `positives` and `project`.
 pub(super) const ROWS_PER_BLOCK: usize = 8;
@@ -49,8 +49,8 @@ impl<'a> Launches<'a> {
         let common = this.common();
         let towers = [Space::Query, Space::Passage].map(|space| this.tower(space));
         let sums = [0, 1].map(|k| this.sums(k));
-        let tile = layouts.tile.edge();
-        let most = |waves: &[Wave], f: fn(&SuperBlock, usize) -> usize| {
+        let tile = layouts.tile.tiling();
+        let most = |waves: &[Wave], f: fn(&SuperBlock, Tiling) -> usize| {
             waves.iter().map(|w| w.iter().map(|s| f(s, tile)).sum::<usize>()).max().unwrap_or(0).max(1)
         };
         let partial_count = most(&layouts.forward_waves, |s, tile| s.partials(tile).iter().sum());
@@ -105,10 +105,18 @@ impl<'a> Launches<'a> {
                 .pointer(at(tower.inverse))
                 .pointer(at(tower.inverse_norm))
                 .pointer(Address::In(common.status, 4 * k as i64))
+                .u64(tower.row_pitch)
+                .u64(tower.panel)
                 .u32(tower.indices)
                 .u32(tower.padded)
                 .u32(self.packed_row_bytes())
-                .u32(format);
+                .u32(format)
+                .flag(self.layouts.tile == Tile::Cluster)
+                .u32(tower.parts.len());
+            let parts = |a: Argument, of: fn(&Part) -> usize| {
+                (0..MAX_CUTS).fold(a, |a, p| a.u32(tower.parts.get(p).map_or(0, of)))
+            };
+            let packing = parts(parts(packing, |p| p.index), |p| p.row);
             let grid = [tower.padded.div_ceil(ROWS_PER_BLOCK) as u32, 1];
             self.repack.push(Launch::new("prepare", "pack", grid, 256).argument(packing));
         }
@@ -131,8 +139,9 @@ impl<'a> Launches<'a> {
         self.partials.push(Launch::new("prepare", "positives", grid, 256).argument(positives));
     }
 
-    fn wave(&self, wave: &Wave) -> (Argument, usize) {
-        let tile = self.layouts.tile.edge();
+    /// The argument, and the number of tiles.
+    fn wave(&self, wave: &Wave, towers: &[TowerArrays; 2]) -> (Argument, usize) {
+        let tile = self.layouts.tile.tiling();
         let (mut first_tile, mut partial, mut element) = (0, 0, 0);
         let mut blocks = Argument::new();
         for s in wave {
@@ -146,7 +155,8 @@ impl<'a> Launches<'a> {
                     .flag(s.anchors[edge])
                     .flag(s.sums[edge])
                     .flag(s.gradients[edge])
-                    .u32(s.tiles_along(edge, tile));
+                    .u32(s.tiles_along(edge, tile))
+                    .u32(towers[s.spaces[edge] as usize].packed_row(s.ranges[edge].start));
             }
             let [triangle, ranks, counted] = s.flags();
             let [row_partials, col_partials] = s.partials(tile);
@@ -157,7 +167,7 @@ impl<'a> Launches<'a> {
             partial += row_partials + col_partials;
             element += s.elements(tile);
         }
-        const SUPER_BLOCK_BYTES: usize = 112;
+        const SUPER_BLOCK_BYTES: usize = 120;
         let blocks = blocks.padded_to(MAX_SUPER_BLOCKS * SUPER_BLOCK_BYTES);
         (Argument::new().u32(wave.len()).u32(first_tile).nested(&blocks), first_tile)
     }
@@ -165,7 +175,7 @@ impl<'a> Launches<'a> {
     fn towers(&self, towers: &[TowerArrays; 2]) -> Argument {
         let masked = crate::candidates::may_mask(self.layouts.problem, &self.layouts.order);
         let tower = |argument: Argument, t: &TowerArrays| {
-            argument.pointer(at(t.packed)).u64(t.plane).pointer(at(t.inverse)).pointer(at(t.candidates))
+            argument.pointer(at(t.packed)).u64(t.plane).u64(t.panel).pointer(at(t.inverse)).pointer(at(t.candidates))
         };
         towers.iter().fold(Argument::new(), tower).u32(self.packed_row_bytes()).flag(masked)
     }
@@ -177,20 +187,29 @@ impl<'a> Launches<'a> {
         Argument::new().f32(high).f32((exact - f64::from(high)) as f32)
     }
 
-    /// A launch of a kernel that is compiled for every arithmetic and tile.
-    fn tiled(&self, module: &'static str, pass: &str, arithmetic: Arithmetic, blocks: usize) -> Launch {
+    /// A launch of a kernel that is compiled for every arithmetic and tile; clusters take `squares` in turn.
+    fn tiled(&self, pass: Pass, arithmetic: Arithmetic, tiles: usize, squares: usize) -> Launch {
         let tile = self.layouts.tile;
-        let kernel = format!("{pass}_{}_{}", arithmetic.suffix(), tile.edge());
-        Launch::new(module, kernel, [blocks as u32, 1], tile.threads()).shared(tile.shared_bytes())
+        let (kernel, module) = pass.kernel(arithmetic, tile);
+        let blocks = match tile {
+            Tile::Small | Tile::Large => tiles,
+            Tile::Cluster => 2 * squares.min(self.layouts.problem.clusters()),
+        };
+        Launch::new(module, kernel, [blocks as u32, 1], tile.threads()).shared(tile.shared_bytes(pass))
+    }
+
+    /// Squares of 256 x 256 in a wave.
+    fn squares(&self, wave: &Wave) -> usize {
+        wave.iter().map(|s| s.tiles(self.layouts.tile.step())).sum()
     }
 
     fn sum_pass(&mut self, towers: &[TowerArrays; 2], common: &Common, partials: ArrayId, counts: ArrayId) {
         let m = self.layouts.problem.pairs.rows();
         let tower_argument = self.towers(towers);
         for (k, wave) in self.layouts.forward_waves.iter().enumerate() {
-            let (argument, tiles) = self.wave(wave);
-            let launch =
-                self.tiled("logsumexp_sm80", "logsumexp", self.layouts.problem.arithmetic().of_cosines(), tiles);
+            let (argument, tiles) = self.wave(wave, towers);
+            let arithmetic = self.layouts.problem.arithmetic().of_cosines();
+            let launch = self.tiled(Pass::LogSumExp, arithmetic, tiles, self.squares(wave));
             self.partials.push(
                 launch
                     .argument(argument.clone())
@@ -260,9 +279,10 @@ impl<'a> Launches<'a> {
         let Layouts { problem, backward_waves, .. } = self.layouts;
         let tower_argument = self.towers(towers);
         for (k, wave) in backward_waves.iter().enumerate() {
-            let (argument, tiles) = self.wave(wave);
+            let (argument, tiles) = self.wave(wave, towers);
+            let squares = self.squares(wave);
             if tiles > 0 {
-                let launch = self.tiled("gradient_tile_sm80", "gradient_tile", problem.arithmetic(), tiles);
+                let launch = self.tiled(Pass::GradientTile, problem.arithmetic(), tiles, squares);
                 self.backward.push(
                     launch
                         .argument(argument.clone())
@@ -279,10 +299,11 @@ impl<'a> Launches<'a> {
                 );
             }
             let dot_launch = Launch::new("combine", "sum_dots", [1, 1], REDUCE_THREADS as u32).shared(REDUCE_BYTES);
-            self.backward.push(dot_launch.pointer(at(dots)).pointer(at(common.results)).u32(tiles).flag(k == 0));
+            let dot_count = if self.layouts.tile == Tile::Cluster { 2 * squares } else { tiles };
+            self.backward.push(dot_launch.pointer(at(dots)).pointer(at(common.results)).u32(dot_count).flag(k == 0));
             let (product, blocks) = self.product(sums, k > 0);
             if blocks > 0 {
-                let launch = self.tiled("gradient_product_sm80", "gradient_product", problem.arithmetic(), blocks);
+                let launch = self.tiled(Pass::GradientProduct, problem.arithmetic(), blocks, blocks);
                 self.backward.push(
                     launch
                         .argument(argument)
@@ -295,10 +316,10 @@ impl<'a> Launches<'a> {
         }
     }
 
-    /// Outputs of the products, and the number of blocks of threads.
+    /// Outputs of the products, and the number of blocks of threads, or of squares of clusters.
     fn product(&self, sums: &[Option<Sums>; 2], accumulate: bool) -> (Argument, usize) {
         let Layouts { problem, order, tile, .. } = self.layouts;
-        let tile = tile.edge();
+        let tile = tile.step();
         let cuts = crate::regions::cuts(&problem.rows, order, problem.pairs.rows());
         let mut argument = Argument::new();
         let mut row_blocks = 0;

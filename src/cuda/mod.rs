@@ -1,13 +1,13 @@
-//! The CUDA backend: hand-written kernels for every NVIDIA GPU of compute capability 8.0 and later.
+//! The CUDA backend: hand-written kernels for every NVIDIA GPU of compute capability 8.0 and later, and others for 9.0 alone.
 //!
 //! ```text
 //! Problem    loss, pairs, options, types, strides, rows of the shard      validated                       problem.rs
 //! Plan       tile, super-blocks, waves, arrays, launches: all as data     no GPU needed, prints itself    plan.rs, launches.rs
 //! prepare    pack: norms, powers of two, f16; positives in f64            O((M+N)·d)                      prepare.cu
-//! [1] sums       products → cosines → mask → exponential sums, ranks      3 B²d (one same-tower block)    logsumexp_sm80.cu
+//! [1] sums       products → cosines → mask → exponential sums, ranks      3 B²d (one same-tower block)    logsumexp_sm*.cu
 //! [2] combine    loss, row losses, metrics, coefficients, f64             O(M)                            combine.cu
-//! [3] gradients  products again → gradient tiles in a super-block         3 B²d                           gradient_tile_sm80.cu
-//!                products of the super-block with Q and P                 6 B²d                           gradient_product_sm80.cu
+//! [3] gradients  products again → gradient tiles in a super-block         3 B²d                           gradient_tile_sm*.cu
+//!                products of the super-block with Q and P                 6 B²d                           gradient_product_sm*.cu
 //! [4] project    diagonal, tangent, β, output type                        O((M+N)·d)                      project.cu
 //! ```
 //!
@@ -31,7 +31,7 @@ pub use crate::problem::{GradientOutput, Problem};
 pub use driver::*;
 pub use plan::Plan;
 pub(crate) use problem::Choice;
-pub use problem::{Arithmetic, Tile};
+pub use problem::{Architecture, Arithmetic, Tile};
 pub use schedule::{Address, Argument, Array, ArrayId, Launch, Slot};
 
 /// Default bound on the workspace beyond packed embeddings: 512 MiB, a square of 16384² gradients of logits in 16 bits.

@@ -14,10 +14,6 @@ use crate::regions;
 use crate::super_blocks::{SuperBlock, super_blocks};
 use std::fmt;
 
-/// Batches of as many queries or more take large tiles; below, small tiles give four times as many blocks of threads to share
-/// among the multiprocessors. From the counts alone (2048² are 256 large tiles, two for each multiprocessor of the largest
-/// GPUs); not measured yet.
-const LARGE_TILE_ROWS: usize = 2048;
 /// Super-blocks of a launch: the size of the array in `Wave` of kernels/common/problem.cuh.
 pub(super) const MAX_SUPER_BLOCKS: usize = 8;
 /// Bytes of a partial sum and of a count.
@@ -93,21 +89,16 @@ impl Plan {
     /// [`Error::WorkspaceTooSmall`] if the bound of the options does not hold one tile.
     pub fn new(problem: &Problem<'_>) -> Result<Self> {
         let (m, n, d) = problem.shape();
-        let tile = match (problem.tile(), problem.arithmetic()) {
-            (_, Arithmetic::Exact) => Tile::Small, // the only one it is compiled for
-            (Some(tile), _) => tile,
-            (None, _) if m >= LARGE_TILE_ROWS => Tile::Large,
-            (None, _) => Tile::Small,
-        };
+        let tile = problem.tile()?;
         let bound = problem.options.workspace_bytes().unwrap_or(DEFAULT_WORKSPACE_BYTES);
-        let needed = bounded_bytes(tile.edge(), tile.edge(), problem.arithmetic());
+        let needed = bounded_bytes(tile.step(), tile.step(), problem.arithmetic());
         if needed > bound {
             return Err(Error::WorkspaceTooSmall { given: bound, needed, rows: m, passages: n, dim: d });
         }
         let order = Order::new(&problem.pairs);
         let regions = regions::regions(problem.loss, &problem.rows, &order, m);
         let longest = longest_edge(problem.arithmetic(), tile, bound);
-        let blocks = super_blocks(problem, &regions, &regions::cuts(&problem.rows, &order, m), tile.edge(), longest);
+        let blocks = super_blocks(problem, &regions, &regions::cuts(&problem.rows, &order, m), tile.step(), longest);
         let with_coefficients = |s: &&SuperBlock| s.has_coefficients(problem.loss);
         let forward_waves = waves(blocks.iter().cloned(), tile, problem.arithmetic(), bound);
         let backward_waves = waves(blocks.iter().filter(with_coefficients).cloned(), tile, problem.arithmetic(), bound);
@@ -227,8 +218,9 @@ impl fmt::Display for Plan {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         writeln!(
             f,
-            "{}: tiles of {t} x {t}, {}, {} + {} waves, workspace {:.1} MiB ({:.1} MiB bounded), {:.1} GFLOP",
+            "{}: tiles of {t} x {t}{}, {}, {} + {} waves, workspace {:.1} MiB ({:.1} MiB bounded), {:.1} GFLOP",
             self.title,
+            if self.tile == Tile::Cluster { " by clusters" } else { "" },
             self.arithmetic.suffix(),
             self.waves[0],
             self.waves[1],
@@ -252,7 +244,7 @@ fn bounded_bytes(rows: usize, cols: usize, arithmetic: Arithmetic) -> usize {
 
 /// The longest edge, in indices, of a square super-block that the bound holds.
 fn longest_edge(arithmetic: Arithmetic, tile: Tile, bound: usize) -> usize {
-    let step = tile.edge();
+    let step = tile.step();
     let fits = |edge: usize| bounded_bytes(edge, edge, arithmetic) <= bound;
     let (mut low, mut high) = (1, (1 << 26) / step); // in tiles: a super-block of `low` fits, one of `high` is out of reach
     while high - low > 1 {
@@ -265,7 +257,7 @@ fn longest_edge(arithmetic: Arithmetic, tile: Tile, bound: usize) -> usize {
 /// Super-blocks in order, as many in each wave as the bound and a launch allow; at least one wave, which may be empty.
 fn waves(blocks: impl Iterator<Item = SuperBlock>, tile: Tile, arithmetic: Arithmetic, bound: usize) -> Vec<Wave> {
     let bytes = |s: &SuperBlock| {
-        let [rows, cols] = [0, 1].map(|edge| s.tiles_along(edge, tile.edge()) * tile.edge());
+        let [rows, cols] = [0, 1].map(|edge| s.tiles_along(edge, tile.tiling()) * tile.edge());
         bounded_bytes(rows, cols, arithmetic)
     };
     let mut waves = vec![Wave::new()];
@@ -289,6 +281,7 @@ fn waves(blocks: impl Iterator<Item = SuperBlock>, tile: Tile, arithmetic: Arith
 mod tests {
     use super::*;
     use crate::batch::Pairs;
+    use crate::cuda::Architecture;
     use crate::dtype::DType;
     use crate::loss::Loss;
     use crate::options::Options;
@@ -312,8 +305,11 @@ mod tests {
             (64, DType::F32),
             (4096, DType::F32),
         ] {
-            for change in
-                [|p| p, |p: Problem<'_>| p.with_arithmetic(Arithmetic::Exact)] as [fn(Problem<'_>) -> Problem<'_>; 2]
+            for change in [
+                |p| p,
+                |p: Problem<'_>| p.with_arithmetic(Arithmetic::Exact),
+                |p: Problem<'_>| p.with_architecture(Architecture::Sm90a { multiprocessors: 132 }).with_tile(Tile::Cluster),
+            ] as [fn(Problem<'_>) -> Problem<'_>; 3]
             {
                 let plan = plan(rows, dtype, change);
                 for launch in plan.forward().iter().chain(plan.backward()) {

@@ -1,7 +1,9 @@
 //! What is particular to CUDA in a problem: what multiplies, and in tiles of which size.
 
 use crate::dtype::DType;
+use crate::error::{Error, Result};
 use crate::problem::Problem;
+use crate::super_blocks::Tiling;
 
 /// What multiplies. Sums of products are f32, rounded to nearest at least every 64 terms, whatever multiplies them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -63,13 +65,28 @@ impl Arithmetic {
     }
 }
 
-/// Edge of a tile of cosines, which one block of threads computes.
+/// Which kernels a plan may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Architecture {
+    /// Those of compute capability 8.0, which run on every later device too.
+    #[default]
+    Sm80,
+    /// Also those of 9.0 (H100, H200), which run on no other device.
+    Sm90a {
+        /// Multiprocessors of the device, two of which make a cluster: how many clusters share the work. Any number is right.
+        multiprocessors: u32,
+    },
+}
+
+/// Tile of cosines, which one block of threads computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Tile {
-    /// 64: more blocks for small batches.
+    /// 64 x 64: more blocks for small batches.
     Small,
-    /// 128: half the traffic for each product.
+    /// 128 x 128: half the traffic for each product.
     Large,
+    /// 256 x 256 by a cluster of two blocks, in tiles of 128 x 128: only for [`Architecture::Sm90a`].
+    Cluster,
 }
 
 impl Tile {
@@ -77,26 +94,78 @@ impl Tile {
     pub const fn edge(self) -> usize {
         match self {
             Self::Small => 64,
-            Self::Large => 128,
+            Self::Large | Self::Cluster => 128,
         }
+    }
+
+    pub(super) const fn tiling(self) -> Tiling {
+        Tiling { edge: self.edge(), together: if matches!(self, Self::Cluster) { 2 } else { 1 } }
+    }
+
+    /// What edges of super-blocks, blocks of rows of the sums, and tiles along the dimension are multiples of.
+    pub(super) const fn step(self) -> usize {
+        self.edge() * self.tiling().together
     }
 
     /// Threads of a block.
     pub(super) const fn threads(self) -> u32 {
-        2 * self.edge() as u32
+        match self {
+            Self::Small => 128,
+            Self::Large => 256,
+            Self::Cluster => 384, // one warpgroup copies, two multiply
+        }
     }
 
-    /// Three stages of both operands, 128 bytes of each row.
-    pub(super) const fn shared_bytes(self) -> u32 {
-        3 * 2 * 128 * self.edge() as u32
+    /// Dynamic shared memory of a block of a pass.
+    pub(super) const fn shared_bytes(self, pass: Pass) -> u32 {
+        match (self, pass) {
+            // Three stages of both operands, 128 bytes of each row.
+            (Self::Small | Self::Large, _) => 3 * 2 * 128 * self.edge() as u32,
+            // Stages of 48 KiB, and what the headers of the kernels list.
+            (Self::Cluster, Pass::LogSumExp) => 231_504,
+            (Self::Cluster, Pass::GradientTile) => 200_848,
+            (Self::Cluster, Pass::GradientProduct) => 196_672,
+        }
     }
 }
+
+/// The passes that multiply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pass {
+    LogSumExp,
+    GradientTile,
+    GradientProduct,
+}
+
+impl Pass {
+    /// Kernel and its file, without `.cu`.
+    pub(super) fn kernel(self, arithmetic: Arithmetic, tile: Tile) -> (String, &'static str) {
+        let (name, sm80, sm90a) = match self {
+            Self::LogSumExp => ("logsumexp", "logsumexp_sm80", "logsumexp_sm90a"),
+            Self::GradientTile => ("gradient_tile", "gradient_tile_sm80", "gradient_tile_sm90a"),
+            Self::GradientProduct => ("gradient_product", "gradient_product_sm80", "gradient_product_sm90a"),
+        };
+        let suffix = arithmetic.suffix();
+        match tile {
+            Tile::Small | Tile::Large => (format!("{name}_{suffix}_{}", tile.edge()), sm80),
+            Tile::Cluster => (format!("{name}_{suffix}_sm90a"), sm90a),
+        }
+    }
+}
+
+/// Batches of as many queries or more take large tiles; below, small tiles give four times as many blocks of threads to share
+/// among the multiprocessors. From the counts alone (2048² are 256 large tiles, two for each multiprocessor of the largest
+/// GPUs); not measured yet.
+const LARGE_TILE_ROWS: usize = 2048;
+/// Likewise for clusters: 2048² are 64 squares, about as many as there are clusters.
+const CLUSTER_ROWS: usize = 2048;
 
 /// What a caller may choose; the plan does otherwise.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Choice {
     arithmetic: Option<Arithmetic>,
     tile: Option<Tile>,
+    architecture: Architecture,
 }
 
 /// How the CUDA backend computes it.
@@ -121,7 +190,32 @@ impl Problem<'_> {
         })
     }
 
-    pub(super) fn tile(&self) -> Option<Tile> {
-        self.cuda.tile
+    /// Kernels that a plan may take; those of 8.0 unless told. A device's own is `Device::architecture`.
+    pub fn with_architecture(mut self, architecture: Architecture) -> Self {
+        self.cuda.architecture = architecture;
+        self
+    }
+
+    /// Clusters that share the work of kernels of 9.0.
+    pub(super) fn clusters(&self) -> usize {
+        match self.cuda.architecture {
+            Architecture::Sm80 => 0,
+            Architecture::Sm90a { multiprocessors } => (multiprocessors as usize / 2).max(1),
+        }
+    }
+
+    pub(super) fn tile(&self) -> Result<Tile> {
+        let (hopper, m) = (self.clusters() > 0, self.pairs.rows());
+        Ok(match (self.cuda.tile, self.arithmetic()) {
+            (_, Arithmetic::Exact) => Tile::Small, // the only one it is compiled for
+            (Some(Tile::Cluster), _) if !hopper => {
+                let allowed = "Small and Large; Cluster with Architecture::Sm90a, on a device of compute capability 9.0";
+                return Err(Error::invalid("tile", "Cluster", allowed));
+            }
+            (Some(tile), _) => tile,
+            (None, _) if hopper && m >= CLUSTER_ROWS => Tile::Cluster,
+            (None, _) if m >= LARGE_TILE_ROWS => Tile::Large,
+            (None, _) => Tile::Small,
+        })
     }
 }

@@ -1,0 +1,47 @@
+// outputs.cuh: where the sums of the gradient products go.
+#pragma once
+#include "problem.cuh"
+
+constexpr u32 MAX_CUTS = 8;
+struct Outputs {
+    u32 count, blocks;           // of cuts; of blocks of rows: 0 for a space without gradients
+    u32 cuts[MAX_CUTS];          // where the parts of the space begin; the last is its end
+    u32 first_block[MAX_CUTS];   // the first block of each part
+    float* sums;
+    u64 stride;                  // elements
+};
+struct Product {
+    Outputs of[2];
+    u32 dim, tiles_along_dim;
+    u32 accumulate; // add to what is there
+    u32 padding;
+};
+
+// A block of rows of sums: those of one space from `begin` on, up to `end` at the most.
+struct OutputRows {
+    u32 space, begin, end;
+};
+
+template <u32 ROWS> SAMTONE_DEVICE OutputRows rows_of(const Product& product, u32 row_block) {
+    const u32 space = row_block < product.of[0].blocks ? 0 : 1;
+    if (space == 1) row_block -= product.of[0].blocks;
+    const Outputs& outputs = product.of[space];
+    u32 part = 0;
+    while (part + 2 < outputs.count && row_block >= outputs.first_block[part + 1]) ++part;
+    return {space, outputs.cuts[part] + (row_block - outputs.first_block[part]) * ROWS, outputs.cuts[part + 1]};
+}
+
+// Stores or adds the sums of columns c and c + 1 of a row; c is even.
+SAMTONE_DEVICE void store_sums(const Product& product, float* row, u32 c, float first, float second SAMTONE_SITE) {
+    if (c + 1 < product.dim) {
+        f32x2 sum{first, second};
+        if (product.accumulate != 0) {
+            const f32x2 before = ld_global_f32x2(row + c SAMTONE_EMULATED_AS(, site));
+            sum = {before.x + sum.x, before.y + sum.y};
+        }
+        st_global_f32x2(row + c, sum SAMTONE_EMULATED_AS(, site));
+    } else if (c < product.dim) {
+        const float before = product.accumulate != 0 ? ld_global_f32(row + c SAMTONE_EMULATED_AS(, site)) : 0.0f;
+        st_global_f32(row + c, before + first SAMTONE_EMULATED_AS(, site));
+    }
+}

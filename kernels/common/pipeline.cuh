@@ -1,0 +1,286 @@
+// pipeline.cuh: the mainloop of the heavy kernels of compute capability 9.0: clusters of two blocks, in each of which one thread
+// copies and two warpgroups multiply.
+//
+// Math     a cluster computes a square of 256 x 256 elements: block `rank` its rows 128 rank … 128 rank + 127, warpgroup `consumer` of it
+//          64 of those, a thread the elements that wgmma gives it: see hopper.cuh. Columns 0..127 and 128..255 are two halves
+// Threads  384: warp 0 copies (one lane), warps 1..3 may load what an epilogue needs, warps 4..11 multiply
+// Shared   STAGES slots of 48 KiB, each 64 of k: A of this block, 16 KiB, then B of the cluster, 32 KiB, of which each block copies
+//          one half to both; then two mbarriers for each slot, `full` and `empty`
+// Sync     P1 the slot is free in both blocks: all 16 warps that multiply have released it
+//          P2 the slot is full: this block's A and both blocks' halves of B have landed
+//          P3 this warp's products no longer read the slot: told to both blocks
+//          P4 mbarriers of both blocks are ready before either uses them
+//          P5 no block ends while the other may still write to it or arrive at its mbarriers
+// Numerics Tensor cores cut every partial sum towards zero: see product.cuh. Cosines are therefore added up over 64 terms (16 of
+//          split f32) in tensor cores, and the sums of these rounded to nearest
+#pragma once
+#include "epilogue.cuh"
+#include "hopper.cuh"
+
+constexpr u32 CLUSTER = 2, CONSUMERS = 2 * WARPGROUP, PIPELINE_THREADS = WARPGROUP + CONSUMERS;
+constexpr u32 HALF = 128, PAIR = 256; // columns, or rows, of a tile and of two
+constexpr u32 A_BYTES = 128 * HALF, B_BYTES = 128 * PAIR, STAGE_BYTES = A_BYTES + B_BYTES;
+// Registers of a thread that copies, and of one that multiplies: 128·56 + 256·224 are what 384 threads of 168 have.
+constexpr u32 COPY_REGISTERS = 56, MULTIPLY_REGISTERS = 224;
+constexpr u16 BOTH_BLOCKS = 3;
+
+// Sums of one half: element(x, i, j) is row slot i of 2, column slot j of 32.
+using HalfSums = float[64];
+SAMTONE_DEVICE float& element(HalfSums& x, u32 i, u32 j) { return x[j / 2 * 4 + i * 2 + j % 2]; }
+
+SAMTONE_DEVICE void move_half(HalfSums (&x)[2]) {
+    UNROLL
+    for (u32 i = 0; i < 64; ++i) x[0][i] = x[1][i];
+}
+
+SAMTONE_DEVICE u32 consumer() { return warpgroup_id() - 1; }
+SAMTONE_DEVICE u32 consumer_warp() { return warp_id() - WARPGROUP / WARP; } // of 8
+// Row of the block's 128, column of the half's 128.
+SAMTONE_DEVICE u32 slot_row(u32 i) { return consumer_warp() * 16 + 8 * i + lane_id() / 4; }
+SAMTONE_DEVICE u32 slot_column(u32 j) { return j / 2 * 8 + lane_id() % 4 * 2 + j % 2; }
+
+// The ring of slots, as one thread goes around it.
+template <u32 STAGES> struct Ring {
+    static constexpr u32 BARRIERS = STAGES * STAGE_BYTES, END = BARRIERS + 16 * STAGES;
+    u32 slot, parity; // of the phase that `full` completes next
+    SAMTONE_MEMBER shared_address stage() const { return shared_base() + slot * STAGE_BYTES; }
+    SAMTONE_MEMBER shared_address full() const { return shared_base() + BARRIERS + 16 * slot; }
+    SAMTONE_MEMBER shared_address empty() const { return full() + 8; }
+    SAMTONE_MEMBER void next() {
+        slot = slot + 1 < STAGES ? slot + 1 : 0;
+        if (slot == 0) parity ^= 1;
+    }
+};
+
+// All threads of the cluster, first of all. `more`: makes the kernel's own mbarriers.
+template <u32 STAGES, class Make> SAMTONE_DEVICE void start_pipeline(Make more) {
+    if (threadIdx.x == 0) {
+        for (Ring<STAGES> ring{0, 0}; ring.slot < STAGES; ++ring.slot) {
+            mbarrier_init(ring.full(), 1);
+            mbarrier_init(ring.empty(), CLUSTER * CONSUMERS / WARP);
+        }
+        more();
+        fence_mbarrier_init();
+    }
+    SYNC(P4, cluster_sync());
+}
+
+// All threads of the cluster, last of all.
+SAMTONE_DEVICE void end_pipeline() {
+    bar_warp_sync(ALL_LANES); // lanes that had nothing to copy wait for the one that had
+    SYNC(P5, cluster_sync());
+}
+
+// The copying thread: waits for a free slot and says how many bytes will fill it.
+template <u32 STAGES> SAMTONE_DEVICE shared_address begin_stage(const Ring<STAGES>& ring) {
+    SYNC(P1, mbarrier_wait(ring.empty(), ring.parity ^ 1));
+    mbarrier_arrive_expect_tx(ring.full(), STAGE_BYTES);
+    return ring.stage();
+}
+
+template <u32 STAGES> SAMTONE_DEVICE void wait_full(const Ring<STAGES>& ring SAMTONE_SITE) {
+    SYNC(P2, mbarrier_wait(ring.full(), ring.parity SAMTONE_EMULATED_AS(, site)));
+}
+
+// A warp that multiplies: done with the slot.
+template <u32 STAGES> SAMTONE_DEVICE void release(const Ring<STAGES>& ring SAMTONE_SITE) {
+    if (lane_id() < CLUSTER) SYNC(P3, mbarrier_arrive_cluster(ring.empty(), lane_id() SAMTONE_EMULATED_AS(, site)));
+}
+
+// ---- squares of a wave, which clusters share out among themselves
+
+SAMTONE_DEVICE u32 cluster_id() { return blockIdx.x / CLUSTER; }
+SAMTONE_DEVICE u32 clusters() { return gridDim.x / CLUSTER; }
+
+SAMTONE_DEVICE u32 squares_of(const SuperBlock& block) {
+    const u32 rows = block.row.tiles / 2, cols = block.col.tiles / 2;
+    return block.triangle != 0 ? rows * (rows + 1) / 2 : rows * cols;
+}
+SAMTONE_DEVICE u32 squares_of(const Wave& wave) {
+    u32 all = 0;
+    for (u32 b = 0; b < wave.count; ++b) all += squares_of(wave.blocks[b]);
+    return all;
+}
+
+// This block's part of square k: its tile of rows, and the first of its two tiles of columns.
+SAMTONE_DEVICE TilePlace square_of(const Wave& wave, u32 k) {
+    u32 b = 0;
+    for (u32 squares = squares_of(wave.blocks[0]); k >= squares; squares = squares_of(wave.blocks[b])) {
+        k -= squares;
+        ++b;
+    }
+    const SuperBlock& block = wave.blocks[b];
+    const u32x2 place = place_in(block.row.tiles / 2, block.col.tiles / 2, block.triangle != 0, k);
+    return {b, 2 * place.x + cluster_rank(), 2 * place.y};
+}
+
+// ---- cosines
+
+// The copying thread: embeddings of a square, all segments of k. Of split f32 the planes are lo·hi, hi·lo, hi·hi.
+template <Arithmetic A, u32 STAGES>
+SAMTONE_DEVICE void copy_square(Ring<STAGES>& ring, const SuperBlock& block, const TilePlace& at, const Towers& towers) {
+    const Tower &left = tower_of(towers, block.row.space), &right = tower_of(towers, block.col.space);
+    const u32 half = cluster_rank() * (B_BYTES / 2);
+    const unsigned char* a_rows = left.packed + static_cast<u64>(block.row.packed + at.row * HALF) * 128;
+    const unsigned char* b_rows = right.packed + static_cast<u64>(block.col.packed + at.col * HALF) * 128 + half;
+    for (u32 segment = 0; segment < Numbers<A>::COSINE_SEGMENTS; ++segment) {
+        const unsigned char* a = a_rows + (Numbers<A>::SPLIT && segment == 0 ? left.plane : 0);
+        const unsigned char* b = b_rows + (Numbers<A>::SPLIT && segment == 1 ? right.plane : 0);
+        for (u32 column = 0; column < towers.row_bytes; column += 128) {
+            const shared_address slot = begin_stage(ring);
+            cp_async_bulk_load(slot, a, A_BYTES, ring.full());
+            cp_async_bulk_load_multicast(slot + A_BYTES + half, b, B_BYTES / 2, ring.full(), BOTH_BLOCKS);
+            ring.next();
+            a += left.panel;
+            b += right.panel;
+        }
+    }
+}
+
+// The multiplying warpgroups: sums of both halves along `steps` slots.
+template <Arithmetic A, u32 STAGES> SAMTONE_DEVICE void multiply_cosines(HalfSums (&total)[2], Ring<STAGES>& ring, u32 steps) {
+    constexpr u32 PARTS = Numbers<A>::PARTS;
+    for (u32 step = 0; step < steps; ++step) {
+        wait_full(ring);
+        const u64 a = wgmma_operand(ring.stage() + consumer() * (64 * 128), 0, 1024), b = wgmma_operand(ring.stage() + A_BYTES, 0, 1024);
+        UNROLL
+        for (u32 half = 0; half < 2; ++half) {
+            UNROLL
+            for (u32 part = 0; part < PARTS; ++part) {
+                HalfSums sums;
+                wgmma_fence();
+                UNROLL
+                for (u32 k = part * (4 / PARTS); k < (part + 1) * (4 / PARTS); ++k)
+                    wgmma_m64n128k16_f16<false, false>(sums, advanced(a, 32 * k), advanced(b, half * A_BYTES + 32 * k),
+                                                       k > part * (4 / PARTS));
+                wgmma_commit_group();
+                wgmma_wait_group<0>();
+                hold(sums);
+                UNROLL
+                for (u32 i = 0; i < 64; ++i) total[half][i] += sums[i];
+                hold(total[half]); // before the next products take the registers of `sums`: there is no room for two
+            }
+        }
+        release(ring);
+        ring.next();
+    }
+}
+
+// ---- edges of a square: what the epilogue must know of its 128 rows and 256 columns
+//
+//      0  f32[384]    2^12/‖x‖                                    rows first
+//   1536  f32[3][384] of the pass: see its kernel
+//   6144  u32x4[384]  as a candidate: query key, passage key, owner
+//  12288  u32x4[384]  as an anchor: query key, passage key, row, highest cosine kept
+//
+// Sync     E1 the square before is done with: all warps that multiply have said so
+//          E2 all entries are written before any is read
+//          E3 this warp has read the entries
+constexpr u32 EDGE_ENTRIES = HALF + PAIR, EDGES_BYTES = 48 * EDGE_ENTRIES, EDGE_LOADERS = WARPGROUP - WARP;
+struct Edges {
+    shared_address at;
+    u32 parity;
+    SAMTONE_MEMBER shared_address full() const { return at + EDGES_BYTES; }
+    SAMTONE_MEMBER shared_address empty() const { return full() + 8; }
+    SAMTONE_MEMBER shared_address scale(u32 entry) const { return at + 4 * entry; }
+    SAMTONE_MEMBER shared_address of_pass(u32 k, u32 entry) const { return at + 4 * (EDGE_ENTRIES * (1 + k) + entry); }
+    SAMTONE_MEMBER shared_address candidate(u32 entry) const { return at + 16 * (EDGE_ENTRIES + entry); }
+    SAMTONE_MEMBER shared_address anchor(u32 entry) const { return at + 16 * (2 * EDGE_ENTRIES + entry); }
+};
+
+SAMTONE_DEVICE void make_edges(const Edges& edges) {
+    mbarrier_init(edges.full(), EDGE_LOADERS);
+    mbarrier_init(edges.empty(), CONSUMERS / WARP);
+}
+
+// Warps 1..3: the entries of a square. `of_pass(entry, is row)` gives three numbers for each.
+template <class OfPass>
+SAMTONE_DEVICE void load_edges(Edges& edges, const SuperBlock& block, const TilePlace& at, const Towers& towers, const AnchorKeys* rows,
+                               OfPass of_pass) {
+    SYNC(E1, mbarrier_wait(edges.empty(), edges.parity ^ 1));
+    for (u32 e = threadIdx.x - WARP; e < EDGE_ENTRIES; e += EDGE_LOADERS) {
+        const bool row = e < HALF;
+        const Edge& edge = row ? block.row : block.col;
+        const EdgeEntry entry = load_entry(edge, edge.begin + (row ? at.row * HALF + e : at.col * HALF + e - HALF), towers, rows);
+        float numbers[3];
+        of_pass(numbers, entry, row);
+        st_shared_u32(edges.scale(e), entry.candidate.w);
+        UNROLL
+        for (u32 k = 0; k < 3; ++k) st_shared_f32(edges.of_pass(k, e), numbers[k]);
+        st_shared_u32x4(edges.candidate(e), entry.candidate);
+        st_shared_u32x4(edges.anchor(e), entry.anchor);
+    }
+    SYNC(E2, mbarrier_arrive(edges.full()));
+    edges.parity ^= 1;
+}
+
+SAMTONE_DEVICE void wait_edges(const Edges& edges SAMTONE_SITE) {
+    SYNC(E2, mbarrier_wait(edges.full(), edges.parity SAMTONE_EMULATED_AS(, site)));
+}
+SAMTONE_DEVICE void release_edges(Edges& edges SAMTONE_SITE) {
+    SYNC(E3, bar_warp_sync(ALL_LANES SAMTONE_EMULATED_AS(, site)));
+    if (lane_id() == 0) mbarrier_arrive(edges.empty() SAMTONE_EMULATED_AS(, site));
+    edges.parity ^= 1;
+}
+
+// [2] scale: products of one half → cosines, in place.
+SAMTONE_DEVICE void scale_half(HalfSums& x, const Edges& edges, u32 half) {
+    float scale[2];
+    UNROLL
+    for (u32 i = 0; i < 2; ++i) scale[i] = ld_shared_f32(edges.scale(slot_row(i))) * 0x1p-24f;
+    UNROLL
+    for (u32 j = 0; j < 32; j += 2) {
+        const f32x2 column = ld_shared_f32x2(edges.scale(HALF + half * HALF + slot_column(j)));
+        UNROLL
+        for (u32 i = 0; i < 2; ++i) {
+            element(x, i, j) *= scale[i] * column.x;
+            element(x, i, j + 1) *= scale[i] * column.y;
+        }
+    }
+}
+
+// Which of the thread's elements of a half are kept negatives of their row's and of their column's anchor: a word for each row slot.
+struct KeptSlots {
+    u32 row[2], col[2];
+};
+SAMTONE_DEVICE bool is_kept_slot(const u32 (&bits)[2], u32 i, u32 j) { return (bits[i] >> j & 1) != 0; }
+
+// Of one half, as `mask_of` of a tile.
+SAMTONE_DEVICE TileMask mask_of_half(const SuperBlock& block, const TilePlace& at, u32 half, const Towers& towers) {
+    return mask_of<HALF>(block, {at.block, at.row, at.col + half}, towers);
+}
+
+// [3] mask.
+SAMTONE_DEVICE KeptSlots mask_half(HalfSums& x, const Edges& edges, u32 half, const TileMask& tile) {
+    KeptSlots kept{{0, 0}, {0, 0}};
+    u32x4 r[2], anchor[2];
+    bool live[2];
+    UNROLL
+    for (u32 i = 0; i < 2; ++i) {
+        r[i] = ld_shared_u32x4(edges.candidate(slot_row(i)));
+        anchor[i] = ld_shared_u32x4(edges.anchor(slot_row(i)));
+        live[i] = slot_row(i) < tile.live_rows;
+    }
+    KEEP_LOOP // keys need no element of x; unrolled, all of them would be loaded at once
+    for (u32 j = 0; j < 32; ++j) {
+        const u32 column = slot_column(j), entry = HALF + half * HALF + column;
+        const u32x4 c = ld_shared_u32x4(edges.candidate(entry)), other = ld_shared_u32x4(edges.anchor(entry));
+        UNROLL
+        for (u32 i = 0; i < 2; ++i) {
+            const bool exists = live[i] & (column < tile.live_cols);
+            kept.row[i] |= static_cast<u32>(exists & tile.row_anchors & keys_differ(c, anchor[i])) << j;
+            kept.col[i] |= static_cast<u32>(exists & tile.col_anchors & keys_differ(r[i], other)) << j;
+        }
+    }
+    UNROLL
+    for (u32 j = 0; j < 32; ++j) {
+        const float highest = ld_shared_f32(edges.anchor(HALF + half * HALF + slot_column(j)) + 12);
+        UNROLL
+        for (u32 i = 0; i < 2; ++i) {
+            if (!(element(x, i, j) <= float_of(anchor[i].w))) kept.row[i] &= ~(1u << j);
+            if (!(element(x, i, j) <= highest)) kept.col[i] &= ~(1u << j);
+        }
+    }
+    return kept;
+}
+SAMTONE_DEVICE bool needs_mask(const TileMask& tile) { return tile.masked || tile.live_rows < HALF || tile.live_cols < HALF; }

@@ -1,0 +1,208 @@
+// gradient_product_sm90a.cu: sums of gradients of logits times embeddings; wgmma.
+// Math     as gradient_product_sm80.cu
+// In/out   gradients of gradient_tile_sm90a.cu, towers in panels · sums as gradient_product_sm80.cu
+// Tiles    a cluster visits squares of 256 rows x 256 columns of the sums in turn, a block 128 of the rows: grid (2·clusters), any number
+//          of clusters. A part's blocks of rows (common/outputs.cuh) have 256
+// Threads  384; see pipeline.cuh
+// Shared   pipeline.cuh's slots and mbarriers. Where k runs along a row of the gradients, A is 128 rows of one panel; where it runs
+//          down their columns, 64 rows of two. B is 64 rows of four panels of the embeddings
+// Sync     P1 … P5 pipeline.cuh
+// Numerics f32 sums in tensor cores over all k of the wave: they cut off up to 2^-24 of the sum at every 16 of them, at most 2^-14 for
+//          16,384 terms of one sign. Split f32: 16 terms, then rounded to nearest. One writer for each sum, super-blocks in the order
+//          of the wave: same bits on every run
+// Limits   as gradient_product_sm80.cu
+#include "common/outputs.cuh"
+#include "common/pipeline.cuh"
+
+constexpr u32 STAGES = 4;
+static_assert(Ring<STAGES>::END <= 227 << 10, "the memory of a multiprocessor");
+
+// A square of sums, and this block's rows of it.
+struct Square {
+    OutputRows rows; // of the cluster
+    u32 column;
+};
+SAMTONE_DEVICE Square square_of(const Product& product, u32 k) {
+    return {rows_of<PAIR>(product, k / product.tiles_along_dim), k % product.tiles_along_dim * PAIR};
+}
+
+// Calls `visit(block, side)` for every matrix of the wave that adds to these rows, in order; side 0: its rows are theirs.
+template <class Visit> SAMTONE_DEVICE void for_each_matrix(const Wave& wave, const OutputRows& rows, Visit visit) {
+    for (u32 b = 0; b < wave.count; ++b) {
+        const SuperBlock& block = wave.blocks[b];
+        for (u32 side = 0; side < 2; ++side) {
+            const Edge& edge = side == 0 ? block.row : block.col;
+            if (edge.gradients != 0 && edge.space == rows.space && rows.begin >= edge.begin && rows.begin < edge.end) visit(block, side);
+        }
+    }
+}
+
+// The copying thread. Segments of planes: lo·x, hi·x; of split f32 lo·hi, hi·lo, hi·hi.
+template <Arithmetic A>
+SAMTONE_DEVICE void copy_matrix(Ring<STAGES>& ring, const SuperBlock& block, u32 side, const Square& square, const Towers& towers,
+                                const unsigned char* gradients, u64 plane) {
+    constexpr u32 SEGMENTS = Numbers<A>::GRADIENT_SEGMENTS;
+    const Edge &edge = side == 0 ? block.row : block.col, &other = side == 0 ? block.col : block.row;
+    const Tower& tower = tower_of(towers, other.space);
+    const u64 panel = static_cast<u64>(block.row.tiles) * HALF * 128;
+    const u32 row = square.rows.begin - edge.begin + cluster_rank() * HALF; // of this block, along the edge
+    const unsigned char* a_start = gradients + block.gradient * 2 + (side == 0 ? row * 128ull : row / 64 * panel);
+    const u64 a_step = side == 0 ? panel : 64 * 128;
+    // Beyond the last panel of the embeddings the last is copied again: columns of sums that are not stored.
+    const u32 last = towers.row_bytes / 128 - 1, first = square.column / 64 + 2 * cluster_rank();
+    const u32 panels[2] = {first < last ? first : last, first + 1 < last ? first + 1 : last};
+    const u32 half = cluster_rank() * (B_BYTES / 2);
+    for (u32 segment = 0; segment < SEGMENTS; ++segment) {
+        const unsigned char* a = a_start + (SEGMENTS > 1 && segment == 0 ? plane : 0);
+        const unsigned char* b = tower.packed + static_cast<u64>(other.packed) * 128 + (SEGMENTS == 3 && segment == 1 ? tower.plane : 0);
+        for (u32 step = 0; step < 2 * other.tiles; ++step) {
+            const shared_address slot = begin_stage(ring);
+            if (side == 0) {
+                cp_async_bulk_load(slot, a, A_BYTES, ring.full());
+            } else {
+                cp_async_bulk_load(slot, a, A_BYTES / 2, ring.full());
+                cp_async_bulk_load(slot + A_BYTES / 2, a + panel, A_BYTES / 2, ring.full());
+            }
+            UNROLL
+            for (u32 p = 0; p < 2; ++p)
+                cp_async_bulk_load_multicast(slot + A_BYTES + half + p * (B_BYTES / 4), b + panels[p] * tower.panel, B_BYTES / 4, ring.full(),
+                                             BOTH_BLOCKS);
+            ring.next();
+            a += a_step;
+            b += 64 * 128;
+        }
+    }
+}
+
+// Products of one slot: 64 of k. TRANSPOSED: k runs down the columns of the gradients.
+struct Operands {
+    u64 gradients, embeddings;
+};
+SAMTONE_DEVICE Operands operands_of(const Ring<STAGES>& ring) {
+    // 64 rows of this warpgroup, or one panel of 64 columns: 8 KiB either way.
+    return {wgmma_operand(ring.stage() + consumer() * (A_BYTES / 2), 0, 1024), wgmma_operand(ring.stage() + A_BYTES, B_BYTES / 4, 1024)};
+}
+// The k-th 16 of k; the embeddings of one half, or of both from the first on.
+template <bool TRANSPOSED> SAMTONE_DEVICE u64 gradients_at(const Operands& of, u32 k) {
+    return advanced(of.gradients, (TRANSPOSED ? 16 * 128 : 32) * k);
+}
+SAMTONE_DEVICE u64 embeddings_at(const Operands& of, u32 k, u32 half) {
+    return advanced(of.embeddings, half * (B_BYTES / 2) + 16 * 128 * k);
+}
+
+// Both halves at once, added up in tensor cores: products of a slot are under way while the next is waited for.
+template <bool TRANSPOSED> SAMTONE_DEVICE void multiply_together(HalfSums (&total)[2], Ring<STAGES>& ring, u32 steps, bool& started) {
+    Ring<STAGES> previous = ring;
+    for (u32 step = 0; step < steps; ++step) {
+        wait_full(ring);
+        const Operands of = operands_of(ring);
+        wgmma_fence();
+        UNROLL
+        for (u32 k = 0; k < 4; ++k) {
+            wgmma_m64n256k16_f16<TRANSPOSED, true>(total[0], total[1], gradients_at<TRANSPOSED>(of, k), embeddings_at(of, k, 0), started);
+            started = true;
+        }
+        wgmma_commit_group();
+        if (step > 0) {
+            wgmma_wait_group<1>();
+            release(previous);
+        }
+        previous = ring;
+        ring.next();
+    }
+    wgmma_wait_group<0>();
+    hold(total[0]);
+    hold(total[1]);
+    release(previous);
+}
+
+// Halves one after the other, 16 of k at a time.
+template <bool TRANSPOSED> SAMTONE_DEVICE void multiply_apart(HalfSums (&total)[2], Ring<STAGES>& ring, u32 steps) {
+    for (u32 step = 0; step < steps; ++step) {
+        wait_full(ring);
+        const Operands of = operands_of(ring);
+        UNROLL
+        for (u32 half = 0; half < 2; ++half) {
+            KEEP_LOOP
+            for (u32 k = 0; k < 4; ++k) {
+                HalfSums sums;
+                wgmma_fence();
+                wgmma_m64n128k16_f16<TRANSPOSED, true>(sums, gradients_at<TRANSPOSED>(of, k), embeddings_at(of, k, half), false);
+                wgmma_commit_group();
+                wgmma_wait_group<0>();
+                hold(sums);
+                UNROLL
+                for (u32 i = 0; i < 64; ++i) total[half][i] += sums[i];
+                hold(total[half]);
+            }
+        }
+        release(ring);
+        ring.next();
+    }
+}
+
+template <Arithmetic A>
+SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, const unsigned char* gradients, u64 plane,
+                                     const Product& product) {
+    start_pipeline<STAGES>([] {});
+    Ring<STAGES> ring{0, 0};
+    const u32 squares = (product.of[0].blocks + product.of[1].blocks) * product.tiles_along_dim;
+    if (warpgroup_id() == 0) {
+        // [1] load
+        setmaxnreg_dec<COPY_REGISTERS>();
+        if (threadIdx.x == 0) {
+            for (u32 k = cluster_id(); k < squares; k += clusters()) {
+                const Square square = square_of(product, k);
+                for_each_matrix(wave, square.rows, [&](const SuperBlock& block, u32 side) {
+                    copy_matrix<A>(ring, block, side, square, towers, gradients, plane);
+                });
+            }
+        }
+    } else {
+        setmaxnreg_inc<MULTIPLY_REGISTERS>();
+        for (u32 k = cluster_id(); k < squares; k += clusters()) {
+            const Square square = square_of(product, k);
+            // [2] multiply
+            HalfSums total[2] = {};
+            bool started = false, any = false;
+            for_each_matrix(wave, square.rows, [&](const SuperBlock& block, u32 side) {
+                const u32 steps = Numbers<A>::GRADIENT_SEGMENTS * 2 * (side == 0 ? block.col.tiles : block.row.tiles);
+                if constexpr (Numbers<A>::SPLIT) {
+                    if (side == 0) multiply_apart<false>(total, ring, steps);
+                    else multiply_apart<true>(total, ring, steps);
+                } else {
+                    if (side == 0) multiply_together<false>(total, ring, steps, started);
+                    else multiply_together<true>(total, ring, steps, started);
+                }
+                any = true;
+            });
+            if (product.accumulate != 0 && !any) continue;
+
+            // [3] store
+            const Outputs& outputs = product.of[square.rows.space];
+            UNROLL
+            for (u32 i = 0; i < 2; ++i) {
+                const u32 row = square.rows.begin + cluster_rank() * HALF + slot_row(i);
+                if (row >= square.rows.end) continue;
+                float* to = outputs.sums + row * outputs.stride;
+                UNROLL
+                for (u32 half = 0; half < 2; ++half) {
+                    UNROLL
+                    for (u32 j = 0; j < 32; j += 2)
+                        store_sums(product, to, square.column + half * HALF + slot_column(j), element(total[half], i, j),
+                                   element(total[half], i, j + 1));
+                }
+            }
+        }
+    }
+    end_pipeline();
+}
+
+#define GRADIENT_PRODUCT(name, arithmetic)                                                                                      \
+    KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const unsigned char* gradients, \
+                   u64 plane, BY_VALUE(Product) product) {                                                                      \
+        gradient_product<Arithmetic::arithmetic>(wave, towers, gradients, plane, product);                                      \
+    }
+GRADIENT_PRODUCT(gradient_product_f16_sm90a, f16)
+GRADIENT_PRODUCT(gradient_product_f16x2_sm90a, f16x2)
+GRADIENT_PRODUCT(gradient_product_f16x3_sm90a, f16x3)

@@ -1,0 +1,253 @@
+// logsumexp_sm90a.cu: sums of exponentials of the rows and columns of tiles of cosines, and ranks; wgmma.
+// Math     as logsumexp_sm80.cu; reference.rs: `block_sums`
+// In/out   as logsumexp_sm80.cu, with packed embeddings in panels; tiles are 128 x 128, and every edge has an even number of them
+// Tiles    a cluster visits squares of 256 x 256 in turn, a block two tiles of it: grid (2·clusters), any number of clusters
+// Threads  384; see pipeline.cuh. Warps 1..3 load the edges
+// Shared   pipeline.cuh's slots and mbarriers; then, from EDGES on
+//            0              edges (pipeline.cuh); of the pass: s⁺ with slack
+//            COLUMNS        [half][warp of 8][128] sums of the columns, f32; then as many words: exponent · 32 + count
+// Sync     P1 … P5, E1, E2, E3 pipeline.cuh
+//          L1 every warp's sums of the columns are written before they are added up
+//          L2 they have been added up before those of the next square are written
+// Numerics Cosines and exponentials f32. Exponents are whole numbers. One exponential under one exponent serves rows and columns: 100
+//          below that of a cosine of 1, or of the warp's largest where β is so large that cosines of 0 would vanish. Where it leaves
+//          a row or column with less than 2^-90, and so perhaps with lost terms, the warp takes each row and column of its part
+//          with the exponent of its own largest term. Same bits on every run: fixed order, no atomics
+// Limits   as logsumexp_sm80.cu
+#include "common/pipeline.cuh"
+
+constexpr u32 STAGES = 4;
+constexpr u32 EDGES = (Ring<STAGES>::END + 15) / 16 * 16, COLUMNS = EDGES + EDGES_BYTES + 16, COLUMN_WORDS = 2 * 8 * HALF;
+constexpr u32 LOGSUMEXP_BYTES = COLUMNS + 8 * COLUMN_WORDS;
+static_assert(LOGSUMEXP_BYTES <= 227 << 10, "the memory of a multiprocessor");
+
+constexpr float HEADROOM = 100;          // sums of 2^7 terms of 2^100 stay below 2^127
+constexpr float LARGE_BETA = 180;        // beyond it, a cosine of 0 would be below 2^-80 under the exponent of a cosine of 1
+constexpr float SUSPICIOUS = 0x1p-90f;   // 2^7 lost terms of 2^-126 are 2^-29 of it
+
+SAMTONE_DEVICE float exponent_of(float largest, const Beta& beta) { return largest > NO_COSINE ? round_f32(beta.high * largest) : 0; }
+
+// Of a row of the warp's part, held by two lanes: sum, exponent and rank.
+struct RowSum {
+    float sum, exponent;
+    u32 count;
+};
+
+// The first of the four column slots, next to each other, whose sums a lane has after sum_halving<32, 4, 16>.
+SAMTONE_DEVICE u32 first_column_slot() { return (lane_id() >> 2 & 1) * 16 + (lane_id() >> 3 & 1) * 8 + (lane_id() >> 4 & 1) * 4; }
+
+// `columns`: this warp's part of the sums of the half.
+SAMTONE_DEVICE void store_column_sum(shared_address columns, u32 column, float sum, float exponent, u32 count) {
+    st_shared_f32(columns + 4 * column, sum);
+    st_shared_i32(columns + 4 * (COLUMN_WORDS + column), static_cast<i32>(exponent) * 32 + static_cast<i32>(count));
+}
+
+// [4] ranks: `count` of the row slot lane % 2, `counts` of the lane's four columns, one to a byte.
+template <bool CHECKED>
+SAMTONE_DEVICE void count_above(u32& count, u32& counts, HalfSums& x, const KeptSlots& kept, const Edges& edges, u32 half) {
+    u32 of_row[2] = {}, of_columns[8] = {};
+    float bar[2];
+    UNROLL
+    for (u32 i = 0; i < 2; ++i) bar[i] = ld_shared_f32(edges.of_pass(0, slot_row(i)));
+    UNROLL
+    for (u32 j = 0; j < 32; ++j) {
+        const float column_bar = ld_shared_f32(edges.of_pass(0, HALF + half * HALF + slot_column(j)));
+        UNROLL
+        for (u32 i = 0; i < 2; ++i) {
+            const float s = element(x, i, j);
+            of_row[i] += (!CHECKED || is_kept_slot(kept.row, i, j)) & (s > bar[i]) ? 1 : 0;
+            of_columns[j / 4] += (!CHECKED || is_kept_slot(kept.col, i, j)) & (s > column_bar) ? 1u << (j % 4 * 8) : 0;
+        }
+    }
+    sum_halving<2, 1, 1>(of_row);
+    count = of_row[0] + shfl_sync_bfly(ALL_LANES, of_row[0], 2);
+    sum_halving<8, 4, 16>(of_columns);
+    counts = of_columns[0];
+}
+
+// [5] under one exponent. Whether a sum may have lost terms is told, and then nothing stored.
+template <bool CHECKED>
+SAMTONE_DEVICE bool sum_together(RowSum& of_row, shared_address columns, u32 counts, HalfSums& x, const KeptSlots& kept, const SuperBlock& block,
+                                 const TileMask& tile, const Beta& beta, float exponent) {
+    float row[2] = {}, column[32];
+    UNROLL
+    for (u32 j = 0; j < 32; ++j) {
+        column[j] = 0;
+        UNROLL
+        for (u32 i = 0; i < 2; ++i) {
+            const float e = exponential(element(x, i, j), beta, exponent);
+            row[i] += !CHECKED || is_kept_slot(kept.row, i, j) ? e : 0.0f;
+            column[j] += !CHECKED || is_kept_slot(kept.col, i, j) ? e : 0.0f;
+        }
+    }
+    sum_halving<2, 1, 1>(row);
+    sum_halving<32, 4, 16>(column);
+    of_row.sum = row[0] + shfl_sync_bfly(ALL_LANES, row[0], 2);
+    of_row.exponent = exponent;
+    bool lost = block.row.sums != 0 && slot_row(lane_id() % 2) < tile.live_rows && of_row.sum < SUSPICIOUS;
+    const u32 first = first_column_slot();
+    UNROLL
+    for (u32 k = 0; k < 4; ++k)
+        lost = lost || (block.col.sums != 0 && slot_column(first + k) < tile.live_cols && column[k] < SUSPICIOUS);
+    if (vote_sync_ballot(ALL_LANES, lost) != 0) return false;
+    UNROLL
+    for (u32 k = 0; k < 4; ++k) store_column_sum(columns, slot_column(first + k), column[k], exponent, counts >> (8 * k) & 255);
+    return true;
+}
+
+// [5] each row and each column under its own.
+SAMTONE_DEVICE void sum_apart(RowSum& of_row, shared_address columns, u32 counts, HalfSums& x, const KeptSlots& kept, const Beta& beta) {
+    float row[2] = {}, row_exponent[2];
+    UNROLL
+    for (u32 i = 0; i < 2; ++i) {
+        float top = NO_COSINE;
+        UNROLL
+        for (u32 j = 0; j < 32; ++j)
+            if (is_kept_slot(kept.row, i, j)) top = max_f32(top, element(x, i, j));
+        row_exponent[i] = exponent_of(max_among(top, 1, 2), beta);
+    }
+    UNROLL
+    for (u32 j = 0; j < 32; ++j) { // one column after the other: their exponents together would not fit the registers
+        float top = NO_COSINE, column = 0;
+        UNROLL
+        for (u32 i = 0; i < 2; ++i)
+            if (is_kept_slot(kept.col, i, j)) top = max_f32(top, element(x, i, j));
+        const float exponent = exponent_of(max_among(top, 4, 16), beta);
+        UNROLL
+        for (u32 i = 0; i < 2; ++i) {
+            const float s = element(x, i, j);
+            row[i] += is_kept_slot(kept.row, i, j) ? exponential(s, beta, row_exponent[i]) : 0.0f;
+            column += is_kept_slot(kept.col, i, j) ? exponential(s, beta, exponent) : 0.0f;
+        }
+        for (u32 bit = 4; bit < WARP; bit *= 2) column += shfl_sync_bfly(ALL_LANES, column, bit);
+        if (first_column_slot() == j / 4 * 4) store_column_sum(columns, slot_column(j), column, exponent, counts >> (j % 4 * 8) & 255);
+    }
+    sum_halving<2, 1, 1>(row);
+    of_row.sum = row[0] + shfl_sync_bfly(ALL_LANES, row[0], 2);
+    of_row.exponent = (lane_id() & 1) != 0 ? row_exponent[1] : row_exponent[0];
+}
+
+template <bool CHECKED>
+SAMTONE_DEVICE bool sum_half(RowSum& of_row, u32& counts, shared_address columns, HalfSums& x, const KeptSlots& kept, const SuperBlock& block,
+                             const Edges& edges, u32 half, const TileMask& tile, const Beta& beta) {
+    if (block.ranks != 0) count_above<CHECKED>(of_row.count, counts, x, kept, edges, half);
+    float top = 1;
+    if (beta.high > LARGE_BETA) {
+        top = NO_COSINE;
+        UNROLL
+        for (u32 i = 0; i < 2; ++i) {
+            UNROLL
+            for (u32 j = 0; j < 32; ++j)
+                if (!CHECKED || (is_kept_slot(kept.row, i, j) | is_kept_slot(kept.col, i, j))) top = max_f32(top, element(x, i, j));
+        }
+        top = max_among(top, 1, 16);
+    }
+    const float exponent = exponent_of(top, beta) - HEADROOM;
+    return sum_together<CHECKED>(of_row, columns, counts, x, kept, block, tile, beta, exponent);
+}
+
+// Adds the eight warps' sums of column `column` of a half, and stores the tile's partial.
+SAMTONE_DEVICE void store_column(shared_address sums, Partial* partials, u32* counts, bool ranks, u64 at) {
+    i32 exponent = 0;
+    bool any = false;
+    UNROLL
+    for (u32 warp = 0; warp < 8; ++warp) {
+        const i32 mine = ld_shared_i32(sums + 4 * (COLUMN_WORDS + warp * HALF)) >> 5;
+        if (ld_shared_f32(sums + 4 * warp * HALF) > 0 && (!any || mine > exponent)) {
+            exponent = mine;
+            any = true;
+        }
+    }
+    float sum = 0;
+    u32 count = 0;
+    UNROLL
+    for (u32 warp = 0; warp < 8; ++warp) {
+        const float mine = ld_shared_f32(sums + 4 * warp * HALF);
+        const i32 word = ld_shared_i32(sums + 4 * (COLUMN_WORDS + warp * HALF)), shift = (word >> 5) - exponent;
+        if (mine > 0 && shift > -126) sum += mine * float_of(static_cast<u32>(shift + 127) << 23);
+        count += static_cast<u32>(word) & 31;
+    }
+    st_global_u32x2(partials + at, {bits_of(sum), static_cast<u32>(exponent)});
+    if (ranks) st_global_u32(counts + at, count);
+}
+
+template <Arithmetic A>
+SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta, Partial* partials, u32* counts) {
+    Edges edges{shared_base() + EDGES, 0};
+    start_pipeline<STAGES>([&] { make_edges(edges); });
+    Ring<STAGES> ring{0, 0};
+    const u32 squares = squares_of(wave);
+    if (warpgroup_id() == 0) {
+        // [1] load
+        setmaxnreg_dec<COPY_REGISTERS>();
+        if (threadIdx.x == 0) {
+            for (u32 k = cluster_id(); k < squares; k += clusters()) {
+                const TilePlace at = square_of(wave, k);
+                copy_square<A>(ring, wave.blocks[at.block], at, towers);
+            }
+        } else if (warp_id() > 0) {
+            for (u32 k = cluster_id(); k < squares; k += clusters()) {
+                const TilePlace at = square_of(wave, k);
+                load_edges(edges, wave.blocks[at.block], at, towers, rows, [&](float (&numbers)[3], const EdgeEntry& entry, bool) {
+                    numbers[0] = numbers[1] = numbers[2] = 0;
+                    if (entry.anchor.z != NONE) numbers[0] = float_of(ld_global_u32(reinterpret_cast<const u32*>(rows + entry.row) + 3));
+                });
+            }
+        }
+    } else {
+        setmaxnreg_inc<MULTIPLY_REGISTERS>();
+        for (u32 k = cluster_id(); k < squares; k += clusters()) {
+            const TilePlace at = square_of(wave, k);
+            const SuperBlock& block = wave.blocks[at.block];
+            HalfSums x[2] = {};
+            multiply_cosines<A>(x, ring, Numbers<A>::COSINE_SEGMENTS * (towers.row_bytes / 128));
+            wait_edges(edges);
+            SYNC(L2, bar_sync_named(1, CONSUMERS));
+            KEEP_LOOP // the second half moves to where the first was: one copy of the code
+            for (u32 half = 0; half < 2; ++half) {
+                if (half == 1) move_half(x);
+                if (block.triangle != 0 && at.col + half < at.row) continue; // the mirror image of a tile
+                // [2] scale, [3] mask
+                scale_half(x[0], edges, half);
+                const TileMask tile = mask_of_half(block, at, half, towers);
+                const shared_address columns = shared_base() + COLUMNS + 4 * (half * 8 + consumer_warp()) * HALF;
+                KeptSlots kept{{~0u, ~0u}, {~0u, ~0u}};
+                RowSum of_row{0, 0, 0};
+                u32 column_counts = 0;
+                bool summed;
+                if (needs_mask(tile)) {
+                    kept = mask_half(x[0], edges, half, tile);
+                    summed = sum_half<true>(of_row, column_counts, columns, x[0], kept, block, edges, half, tile, beta);
+                } else {
+                    summed = sum_half<false>(of_row, column_counts, columns, x[0], kept, block, edges, half, tile, beta);
+                }
+                if (!summed) sum_apart(of_row, columns, column_counts, x[0], kept, beta);
+
+                // [6] store: rows are whole, columns are added up among the warps
+                if (block.row.sums != 0 && (lane_id() & 2) == 0) {
+                    const u64 to = block.row_partials + static_cast<u64>(at.col + half) * (block.row.tiles * HALF) + at.row * HALF +
+                                   slot_row(lane_id() % 2);
+                    st_global_u32x2(partials + to, {bits_of(of_row.sum), static_cast<u32>(static_cast<i32>(of_row.exponent))});
+                    if (block.ranks != 0) st_global_u32(counts + to, of_row.count);
+                }
+            }
+            release_edges(edges);
+            SYNC(L1, bar_sync_named(1, CONSUMERS));
+            const u32 half = consumer(), column = threadIdx.x % HALF;
+            // Of a tile on the diagonal the rows stand for both.
+            if (block.col.sums != 0 && (block.triangle == 0 || at.col + half > at.row)) {
+                const u64 to = block.col_partials + static_cast<u64>(at.row) * (block.col.tiles * HALF) + (at.col + half) * HALF + column;
+                store_column(shared_base() + COLUMNS + 4 * (half * 8 * HALF + column), partials, counts, block.ranks != 0, to);
+            }
+        }
+    }
+    end_pipeline();
+}
+
+#define LOGSUMEXP(name, arithmetic)                                                                                              \
+    KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta, \
+                   Partial* partials, u32* counts) {                                                                             \
+        logsumexp<Arithmetic::arithmetic>(wave, towers, rows, beta, partials, counts);                                           \
+    }
+LOGSUMEXP(logsumexp_f16_sm90a, f16)
+LOGSUMEXP(logsumexp_f16x3_sm90a, f16x3)
