@@ -5,8 +5,8 @@
 #   benches/gpu.sh run [FOLDER]    there, in the repository's root: everything in one call; the record goes to FOLDER
 #                                  (default benches/record/<GPU>/<date>). Exit code 1 if any check failed
 #
-# `run` needs the driver; it also uses nvidia-smi, compute-sanitizer, python3 with PyTorch and a Vulkan driver, and says so where
-# one is missing.
+# `run` needs the driver; it also uses nvidia-smi, compute-sanitizer, python3 with PyTorch and Triton, and a Vulkan driver, and
+# says so where one is missing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -55,8 +55,11 @@ run() {
       echo "$tool: no compute-sanitizer here"
     fi
   done
-  check step target/gpu/bench_cuda
-  check torch python3 benches/peers/torch_cuda.py
+  # The same shapes in the same call, so that both met the same clocks. PEERS_BUDGET: seconds for all peers together.
+  shapes=(512,768 2048,1024 8192,256 8192,768 32768,1024 131072,1024)
+  check step target/gpu/bench_cuda "${shapes[@]}"
+  check peers python3 benches/peers/run.py --out "$folder" --shapes "${shapes[@]}" --budget "${PEERS_BUDGET:-480}"
+  check table python3 benches/peers/table.py "$folder"
   target/gpu/bench_wgpu 64,16 > "$folder/wgpu-device.txt" 2>&1
   if grep -q "wgpu is not available" "$folder/wgpu-device.txt"; then
     grep -m 1 "wgpu is not available" "$folder/wgpu-device.txt" | tee "$folder/wgpu-step.txt"
@@ -67,7 +70,7 @@ run() {
     done
     check wgpu-step target/gpu/bench_wgpu
   fi
-  cat "$folder/env.txt" "$folder/step.txt" "$folder/torch.txt" "$folder/wgpu-step.txt"
+  cat "$folder/env.txt" "$folder/step.txt" "$folder/peers.txt" "$folder/wgpu-step.txt"
   exit $failed
 }
 

@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""Tables and pictures of a record of peers, for the README: only what was measured.
+
+    python3 benches/peers/table.py FOLDER [--error-shape 8192,768]
+
+Reads FOLDER/peers.csv (run.py), FOLDER/step.txt (what `bench_cuda` printed in the same call, if it is there) and
+FOLDER/samtone-errors.csv (judge_files.py, if it is there); writes peers.md, time.svg, memory.svg and error.svg beside them. Needs
+the standard library alone.
+"""
+
+import argparse
+import csv
+import pathlib
+import sys
+from dataclasses import dataclass
+
+from svg import Chart, Series, draw
+
+SAMTONE = "samtone"
+PRODUCTS = ("products 12", "products 9")
+OWN_HEADER = "rows,dim,milliseconds,tflops,extra_mib,loss"
+OTHER_LOSS = {"samtone_query_joint": "¹"}
+FOOTNOTE = "¹ The nearest loss in one call: one softmax over passages, other queries and the passage's queries."
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One engine at one shape; what was not measured is None, and the note says why if it is the time."""
+
+    shape: Shape
+    engine: str
+    ms: float | None
+    graphed: bool = False
+    tflops: float | None = None
+    extra_mib: float | None = None
+    error: float | None = None
+    loss_name: str = "samtone_query"
+    note: str = ""
+
+    @property
+    def title(self) -> str:
+        return self.engine + OTHER_LOSS.get(self.loss_name, "")
+
+
+def optional(text: str | None) -> float | None:
+    return float(text) if text else None
+
+
+def read_peers(path: pathlib.Path) -> list[Measured]:
+    """Rows of run.py. An engine's time is the faster of its launches and its replayed graph."""
+    rows = []
+    with open(path, newline="") as file:
+        for line in csv.DictReader(file):
+            launched, graphed = optional(line["milliseconds"]), optional(line["graph_milliseconds"])
+            times = [ms for ms in (launched, graphed) if ms is not None]
+            rows.append(
+                Measured(
+                    shape=(int(line["rows"]), int(line["dim"])),
+                    engine=line["engine"],
+                    ms=min(times) if times else None,
+                    graphed=bool(times) and min(times) == graphed,
+                    tflops=optional(line["tflops"]),
+                    extra_mib=optional(line["extra_mib"]),
+                    error=optional(line["gradient_error"]),
+                    loss_name=line["loss_name"],
+                    note=line["note"],
+                )
+            )
+    return rows
+
+
+def read_own(folder: pathlib.Path) -> list[Measured]:
+    """Rows of `bench_cuda` in step.txt, among whatever else was printed, with gradient errors where they were judged."""
+    errors: dict[Shape, float] = {}
+    judged, printed = folder / "samtone-errors.csv", folder / "step.txt"
+    if judged.exists():
+        with open(judged, newline="") as file:
+            for line in csv.DictReader(file):
+                errors[int(line["rows"]), int(line["dim"])] = float(line["gradient_error"])
+    if not printed.exists():
+        return []
+    lines = printed.read_text().splitlines()
+    start = next((k for k, line in enumerate(lines) if line.startswith(OWN_HEADER)), None)
+    if start is None:
+        return []
+    rows = []
+    for line in csv.DictReader(lines[start:]):
+        if not (line["rows"].isdigit() and line["loss"]):
+            break
+        shape, ms = (int(line["rows"]), int(line["dim"])), float(line["milliseconds"])
+        tflops = 12 * shape[0] ** 2 * shape[1] / ms / 1e9
+        rows.append(Measured(shape, SAMTONE, ms, False, tflops, float(line["extra_mib"]), errors.get(shape)))
+    return rows
+
+
+def cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def digits(ms: float) -> str:
+    """Three significant digits without an exponent."""
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def section(shape: Shape, rows: list[Measured]) -> list[str]:
+    """One shape: bare products first, then engines by time, then what did not run and why."""
+    own = next((row.ms for row in rows if row.engine == SAMTONE), None)
+    ran = [row for row in rows if row.ms is not None]
+    ordered = sorted(ran, key=lambda row: (row.engine not in PRODUCTS, row.ms))
+    lines = [f"## B = {shape[0]}, d = {shape[1]}", ""]
+    lines += [
+        "| engine | ms | samtone's time × | TFLOP/s | extra MiB | gradient error | settings |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in ordered:
+        name = f"**{row.title}**" if row.engine == SAMTONE else row.title
+        ms = digits(row.ms) + (" (graph)" if row.graphed else "")
+        ratio = cell(row.ms / own if own else None, ".2f")
+        numbers = [cell(row.tflops, ".0f"), cell(row.extra_mib, ".0f"), cell(row.error, ".1e")]
+        lines.append("| " + " | ".join([name, ms, ratio, *numbers, row.note.replace("|", "/")]) + " |")
+    failed = [row for row in rows if row.ms is None]
+    if failed:
+        lines += ["", "Did not run:", "", *(f"- {row.title}: {row.note}" for row in failed)]
+    return [*lines, ""]
+
+
+def markdown(rows: list[Measured], about: str) -> str:
+    lines = ["# The same step, by others", ""]
+    lines += ["Made by `benches/peers/table.py` from the files beside it.", "", "```", *about.splitlines(), "```", ""]
+    for shape in sorted({row.shape for row in rows}):
+        lines += section(shape, [row for row in rows if row.shape == shape])
+    if any(row.loss_name in OTHER_LOSS for row in rows):
+        lines.append(FOOTNOTE)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def widest(rows: list[Measured]) -> set[Shape]:
+    """Of each B the shape with the largest d: what the charts against B show."""
+    best: dict[int, int] = {}
+    for size, dim in (row.shape for row in rows):
+        best[size] = max(dim, best.get(size, 0))
+    return set(best.items())
+
+
+def against_batch(rows: list[Measured], title: str, label: str, value: str) -> Chart:
+    shapes = widest(rows)
+    dims = " or ".join(str(d) for d in sorted({d for _, d in shapes}))
+    ticks = sorted(float(size) for size, _ in shapes)
+    chart = Chart(title, f"B (d = {dims})", label, x_ticks=ticks)
+    for engine in dict.fromkeys(row.engine for row in rows):
+        mine = [row for row in rows if row.engine == engine and row.shape in shapes and row.ms is not None]
+        points = [(float(row.shape[0]), getattr(row, value)) for row in mine if getattr(row, value)]
+        points = [point for point in points if point[1] > 0]
+        if points:
+            chart.series.append(Series(mine[0].title, points, first=engine == SAMTONE))
+    return chart
+
+
+def error_chart(rows: list[Measured], shape: Shape) -> Chart:
+    title = f"Gradient error and time, B = {shape[0]}, d = {shape[1]} (lower left is better)"
+    chart = Chart(title, "ms", "gradient error against float64", joined=False)
+    for row in rows:
+        if row.shape == shape and row.ms and row.error:
+            chart.series.append(Series(row.title, [(row.ms, row.error)], first=row.engine == SAMTONE))
+    return chart
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--error-shape", default="8192,768", metavar="B,d")
+    arguments = parser.parse_args()
+    folder = arguments.folder
+    peers = folder / "peers.csv"
+    if not peers.exists():
+        print(f"table: {peers} is not there; benches/peers/run.py writes it")
+        return 1
+    rows = read_own(folder) + read_peers(peers)
+    about = folder / "peers-env.txt"
+    (folder / "peers.md").write_text(markdown(rows, about.read_text() if about.exists() else "no peers-env.txt"))
+    size, dim = (int(part) for part in arguments.error_shape.split(","))
+    charts = {
+        "time.svg": against_batch(rows, "One step of samtone_query, forward and backward", "ms", "ms"),
+        "memory.svg": against_batch(
+            [row for row in rows if row.engine not in PRODUCTS], "Memory beyond inputs and gradients", "MiB", "extra_mib"
+        ),
+        "error.svg": error_chart(rows, (size, dim)),
+    }
+    for name, chart in charts.items():
+        if chart.series:
+            (folder / name).write_text(draw(chart))
+        else:
+            (folder / name).unlink(missing_ok=True)
+            print(f"table: nothing measured for {name}")
+    print(f"written to {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
