@@ -51,40 +51,40 @@ void cluster_sync(Site site) { all_meet(State::cluster_barrier, "barrier.cluster
 
 u32 cluster_rank() { return now.running->block->rank; }
 
+// Warps arrive as wholes, once their last lane has come.
 void bar_sync_named(u32 id, u32 threads, Site site) {
     Thread& self = *now.running;
     auto mine = [&] { return "bar.sync " + std::to_string(id) + ", " + std::to_string(threads) + " (" + place(site) + ")"; };
     if (id == 0 || id >= self.block->named.size()) fail(self, mine() + ": named barriers are 1 to 15");
     if (threads == 0 || threads % WARP != 0 || threads > now.launch.threads)
         fail(self, mine() + ": not a number of whole warps of the block");
-    NamedBarrier& barrier = self.block->named[id];
-    if (barrier.arrived.empty()) barrier.threads = threads;
-    else if (barrier.threads != threads)
-        fail(self, mine() + ", where " + name_of(*barrier.arrived[0], self) + " waits for " + std::to_string(barrier.threads) +
-                       " threads (" + place(barrier.arrived[0]->site) + ")");
-    wait(self, State::named_barrier, "bar.sync of a named barrier", ALL_LANES, site, nullptr);
+    wait(self, State::named_barrier, "bar.sync", ALL_LANES, site, nullptr);
     self.waits_at = id;
-    barrier.arrived.push_back(&self);
+    self.waits_for = threads;
+    Thread* const* warp = &self.block->threads[self.warp() * WARP];
+    u32 present = 0;
     for (u32 lane = 0; lane < WARP; ++lane) {
-        const Thread& other = *self.block->threads[self.warp() * WARP + lane];
-        const bool stuck = other.state == State::collective && (other.mask >> self.lane() & 1) != 0;
-        const bool elsewhere = (is_whole(other.state) || other.state == State::named_barrier) &&
-                               (other.waits_at != id || !same_site(other.site, site));
-        if (stuck || elsewhere) fail(self, "the lanes of the warp diverge: " + waits(self) + ", " + waits(other));
+        const Thread& other = *warp[lane];
         if (other.state == State::exited)
             fail(self, waits(self) + ", which thread " + std::to_string(other.index) + " never reaches: it has ended");
+        const bool stuck = other.state == State::collective && (other.mask >> self.lane() & 1) != 0;
+        const bool here = other.state == State::named_barrier && other.waits_at == id && other.waits_for == threads &&
+                          same_site(other.site, site);
+        if (stuck || (!here && (is_whole(other.state) || other.state == State::named_barrier)))
+            fail(self, "the lanes of the warp diverge: " + waits(self) + ", " + waits(other));
+        present += here ? 1 : 0;
     }
+    if (present < WARP) return suspend();
+    NamedBarrier& barrier = self.block->named[id];
+    if (!barrier.arrived.empty() && barrier.threads != threads)
+        fail(self, mine() + ", where " + name_of(*barrier.arrived[0], self) + " waits for " + std::to_string(barrier.threads) +
+                       " threads (" + place(barrier.arrived[0]->site) + ")");
+    barrier.threads = threads;
+    barrier.arrived.insert(barrier.arrived.end(), warp, warp + WARP);
     if (barrier.arrived.size() < threads) return suspend();
-    std::vector<Thread*> arrived;
-    arrived.swap(barrier.arrived);
-    std::vector<u32> of_warp(now.launch.threads / WARP);
-    for (const Thread* thread : arrived) ++of_warp[thread->warp()];
-    for (const Thread* thread : arrived)
-        if (of_warp[thread->warp()] != WARP)
-            fail(*thread, mine() + " is reached by " + std::to_string(of_warp[thread->warp()]) + " lanes of its warp when " +
-                              std::to_string(threads) + " threads have arrived: not by whole warps");
-    meet(arrived.data(), arrived.size());
-    for (Thread* thread : arrived) make_ready(*thread);
+    meet(barrier.arrived.data(), threads);
+    for (Thread* thread : barrier.arrived) make_ready(*thread);
+    barrier.arrived.clear();
     suspend();
 }
 

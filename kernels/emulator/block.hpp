@@ -67,7 +67,7 @@ struct Progress {
     u32 mask = 0;
     Site site;
     void* operand = nullptr;
-    u32 waits_at = 0, waits_for = 0; // mbarrier or named barrier, and parity or group
+    u32 waits_at = 0, waits_for = 0; // mbarrier and parity, or named barrier and threads
 
     std::vector<Copy> uncommitted;
     std::vector<std::vector<Copy>> groups;

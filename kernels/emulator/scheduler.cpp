@@ -280,6 +280,8 @@ std::string name_of(const Thread& thread, const Thread& to) {
 std::string waits(const Thread& thread) {
     std::string at = thread.state == State::collective  ? " of lanes " + lanes(thread.mask)
                      : thread.state == State::mbarrier  ? waits_for_mbarrier(thread)
+                     : thread.state == State::named_barrier
+                         ? " " + std::to_string(thread.waits_at) + " of " + std::to_string(thread.waits_for) + " threads"
                                                         : "";
     return "thread " + std::to_string(thread.index) + " is at " + thread.operation + at + " (" + place(thread.site) + ")";
 }

@@ -17,15 +17,22 @@ const float* f16_table() {
     return table.get();
 }
 
-// Of numbers that the compiler keeps in registers.
-using Four = double __attribute__((vector_size(32)));
-using FourBits = i64 __attribute__((vector_size(32)));
-using FourFloats = float __attribute__((vector_size(16)));
+// Pairs, since every processor has registers for them.
+using Pair = double __attribute__((vector_size(16)));
+using PairBits = i64 __attribute__((vector_size(16)));
+using FloatPair = float __attribute__((vector_size(8)));
+
+Pair pair_at(const float* at) {
+    FloatPair pair;
+    std::memcpy(&pair, at, sizeof pair);
+    return __builtin_convertvector(pair, Pair);
+}
 
 // Towards zero, as tensor cores drop the bits that do not fit.
-FourFloats cut(Four x) {
+void cut(float* at, Pair x) {
     constexpr i64 KEPT = ~((1ll << 29) - 1);
-    return __builtin_convertvector(reinterpret_cast<Four>(reinterpret_cast<FourBits>(x) & KEPT), FourFloats);
+    const FloatPair pair = __builtin_convertvector(reinterpret_cast<Pair>(reinterpret_cast<PairBits>(x) & KEPT), FloatPair);
+    std::memcpy(at, &pair, sizeof pair);
 }
 } // namespace
 
@@ -60,30 +67,25 @@ void gather(Matrix& matrix, const Operand& operand, u32 indices, const unsigned 
 
 // Products are exact; sixteen and the accumulator are added up in f64, and cut to f32.
 void multiply(Sums& sums, const Matrix& a, const Matrix& b, u32 first) {
-    constexpr u32 COLUMNS = 128, BLOCK = 8;
-    for (u32 column = 0; column < COLUMNS; column += BLOCK) {
-        Four right[16][2];
+    constexpr u32 COLUMNS = 128, PAIRS = 4;
+    for (u32 column = 0; column < COLUMNS; column += 2 * PAIRS) {
+        Pair right[16][PAIRS];
         for (u32 k = 0; k < 16; ++k)
-            for (u32 i = 0; i < 2; ++i) {
-                FourFloats four;
-                std::memcpy(&four, &b.numbers[k][first + column + 4 * i], sizeof four);
-                right[k][i] = __builtin_convertvector(four, Four);
-            }
+            for (u32 i = 0; i < PAIRS; ++i) right[k][i] = pair_at(&b.numbers[k][first + column + 2 * i]);
         for (u32 row = 0; row < 64; ++row) {
             float* const at = &sums[row * COLUMNS + column];
-            FourFloats low, high;
-            std::memcpy(&low, at, sizeof low);
-            std::memcpy(&high, at + 4, sizeof high);
-            Four sum[2] = {__builtin_convertvector(low, Four), __builtin_convertvector(high, Four)};
+            Pair s0 = pair_at(at), s1 = pair_at(at + 2), s2 = pair_at(at + 4), s3 = pair_at(at + 6);
             for (u32 k = 0; k < 16; ++k) {
                 const double left = a.numbers[k][row];
-                sum[0] += left * right[k][0];
-                sum[1] += left * right[k][1];
+                s0 += left * right[k][0];
+                s1 += left * right[k][1];
+                s2 += left * right[k][2];
+                s3 += left * right[k][3];
             }
-            low = cut(sum[0]);
-            high = cut(sum[1]);
-            std::memcpy(at, &low, sizeof low);
-            std::memcpy(at + 4, &high, sizeof high);
+            cut(at, s0);
+            cut(at + 2, s1);
+            cut(at + 4, s2);
+            cut(at + 6, s3);
         }
     }
 }

@@ -24,7 +24,7 @@ const MISALIGNED: &str = "not a multiple of";
 const DIVERGENCE: &str = "diverge";
 const UNWRITTEN: &str = "which nobody has written";
 const ENDED: &str = "it has ended";
-const WRONG: &str = "wrong result";
+pub const WRONG: &str = "wrong result";
 
 macro_rules! kernel {
     ($name:literal, $file:literal, $run:expr, $mutants:expr) => {
@@ -184,7 +184,7 @@ fn noticed(
 }
 
 /// What stands as the first argument of `macro_call` in a kernel's text, each once.
-fn named_in(source: &str, macro_call: &str) -> Vec<String> {
+pub fn named_in(source: &str, macro_call: &str) -> Vec<String> {
     let code = source.lines().filter(|line| !line.trim_start().starts_with("//"));
     let mut names = Vec::new();
     for (line, start) in
@@ -234,7 +234,7 @@ fn a_seed_repeats(emulators: &Emulators) -> Result<(), String> {
     Ok(())
 }
 
-fn random(seed: u64, count: usize) -> Vec<f32> {
+pub fn random(seed: u64, count: usize) -> Vec<f32> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     (0..count).map(|_| random.random_range(-1.0f32..1.0)).collect()
 }
@@ -248,7 +248,7 @@ fn compare<T: PartialEq + std::fmt::Debug>(got: &[T], want: &[T]) -> Result<(), 
 }
 
 /// Numbers whose error is more than `slack` times their scale; a NaN is wrong.
-fn compare_to(got: &[f32], want: &[(f64, f64)], slack: f64) -> Result<(), String> {
+pub fn compare_to(got: &[f32], want: &[(f64, f64)], slack: f64) -> Result<(), String> {
     let right = |(got, (want, scale)): (&f32, &(f64, f64))| (f64::from(*got) - want).abs() <= slack * scale;
     match got.iter().zip(want).position(|pair| !right(pair)) {
         Some(i) => Err(format!("{WRONG}: element {i} is {}, not {}", got[i], want[i].0)),

@@ -9,6 +9,7 @@ mod faults;
 mod hopper;
 mod instructions;
 mod kernels;
+mod pipeline;
 
 use emulator::{Compiler, Device};
 use libtest_mimic::{Arguments, Trial};
@@ -43,7 +44,7 @@ fn main() -> ExitCode {
     let required = required.split(',').any(|name| name.trim() == "emulator");
     let emulators = Arc::new(Emulators { compiler: Compiler::find(), built: Mutex::default() });
     let absent = emulators.compiler.is_err();
-    let checks = [kernels::checks(), instructions::checks(), hopper::checks(), faults::checks()].into_iter().flatten();
+    let checks = [kernels::checks(), instructions::checks(), hopper::checks(), pipeline::checks(), faults::checks()].into_iter().flatten();
     let trials = checks.map(|(name, check): (String, Check)| {
         let emulators = emulators.clone();
         Trial::test(name, move || Ok(check(&emulators)?)).with_ignored_flag(absent && !required)
