@@ -46,7 +46,8 @@ class Worker:
             stdout=subprocess.PIPE, stderr=self.errors, text=True, start_new_session=True,
         )  # fmt: skip
         self.lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self.read, daemon=True).start()
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
 
     def read(self) -> None:
         for line in self.process.stdout:
@@ -73,6 +74,8 @@ class Worker:
         except ProcessLookupError:
             pass
         self.process.wait()
+        self.reader.join()
+        self.process.stdout.close()
         self.errors.close()
 
 

@@ -1,0 +1,196 @@
+"""Every engine's loss and gradients against float64. Skipped without PyTorch; Triton kernels run in its interpreter on the CPU."""
+
+import importlib.util
+import math
+import os
+import unittest
+
+HAVE_TORCH = importlib.util.find_spec("torch") is not None
+if HAVE_TORCH:
+    import torch
+
+    GPU = torch.cuda.is_available()
+    if not GPU:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the first kernel is defined
+    DEVICE = torch.device("cuda" if GPU else "cpu")
+    import engines
+    import reference
+    from engines import TEMPERATURE, Autograd, make_inputs
+    from reference import Judge, Reference
+    from torch_step import samtone_query
+
+
+def why_no_triton() -> str | None:
+    """Why Triton's kernels cannot run here, or None."""
+    if not HAVE_TORCH or importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not GPU:
+        import numpy
+
+        if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+            return "Triton's interpreter needs NumPy below 2.4"
+    return None
+
+
+def joint(query: "torch.Tensor", passage: "torch.Tensor", temperature: float) -> "torch.Tensor":
+    """samtone_query_joint: one softmax over passages, other queries and the passage's queries; the positive is in it twice."""
+    query, passage = (torch.nn.functional.normalize(x, dim=-1) for x in (query, passage))
+    logits = query @ passage.T / temperature
+    same_tower = (query @ query.T / temperature).fill_diagonal_(-math.inf)
+    return (torch.cat([logits, same_tower, logits.T], dim=1).logsumexp(dim=1) - logits.diagonal()).mean()
+
+
+def dense(function, inputs: "engines.Inputs") -> "Reference":
+    """Loss and gradients by float64 autograd of the plain text."""
+    leaves = [x.double().requires_grad_() for x in inputs.narrow]
+    loss = function(*leaves, TEMPERATURE)
+    loss.backward()
+    return Reference(loss.item(), tuple(leaf.grad for leaf in leaves), None)
+
+
+@unittest.skipUnless(HAVE_TORCH, "PyTorch is not installed")
+class Judged(unittest.TestCase):
+    """The judge itself, against autograd."""
+
+    def test_both_losses_in_uneven_chunks_and_by_samples(self) -> None:
+        inputs = make_inputs(70, 24, DEVICE)
+        whole, reference.CHUNK_BYTES = reference.CHUNK_BYTES, 8 * 70 * 9
+        self.addCleanup(setattr, reference, "CHUNK_BYTES", whole)
+        judge = Judge(*inputs.narrow, TEMPERATURE)
+        for name, function in (("samtone_query", samtone_query), ("samtone_query_joint", joint)):
+            exact = dense(function, inputs)
+            for rows in (None, torch.tensor([3, 69, 0], device=DEVICE)):
+                with self.subTest(loss=name, sampled=rows is not None):
+                    judged = judge.reference(name, rows)
+                    self.assertAlmostEqual(judged.loss, exact.loss, places=12)
+                    self.assertLess(judged.errors(exact.gradients), 1e-10)
+
+    def test_an_error_in_either_tower_counts_and_nan_is_no_success(self) -> None:
+        exact = dense(samtone_query, make_inputs(20, 8, DEVICE))
+        for tower in range(2):
+            wrong = [x.clone() for x in exact.gradients]
+            wrong[tower] *= 1.5
+            self.assertAlmostEqual(exact.errors(tuple(wrong)), 0.5)
+            wrong[tower][0, 0] = math.nan
+            self.assertTrue(math.isnan(exact.errors(tuple(wrong))))
+
+
+@unittest.skipUnless(HAVE_TORCH, "PyTorch is not installed")
+class PlainPyTorch(unittest.TestCase):
+    def judge(self, function, loss, tolerance: float, autocast: bool = False) -> None:
+        inputs = make_inputs(70, 24, DEVICE)
+        exact = dense(loss, inputs)
+        step = Autograd(inputs, function, autocast)
+        for _ in range(2):  # gradients are those of one step, not sums
+            step.run()
+        self.assertLess(abs(step.loss() - exact.loss), tolerance * max(1.0, exact.loss))
+        self.assertLess(exact.errors(step.gradients), tolerance)
+
+    def setUp(self) -> None:
+        if HAVE_TORCH:
+            torch.set_float32_matmul_precision("highest")
+
+    def test_eager(self) -> None:
+        self.judge(samtone_query, samtone_query, 1e-5)
+        self.judge(samtone_query, samtone_query, 0.2, autocast=True)
+
+    def test_checkpointed_chunks(self) -> None:
+        from torch_losses import chunked
+
+        for size in (70, 32, 7):
+            with self.subTest(size=size):
+                self.judge(lambda q, p, t, size=size: chunked(q, p, t, size), samtone_query, 1e-5)
+        self.judge(lambda q, p, t: chunked(q, p, t, 32), samtone_query, 0.2, autocast=True)
+
+    @unittest.skipUnless(importlib.util.find_spec("sentence_transformers"), "sentence-transformers is not installed")
+    def test_sentence_transformers(self) -> None:
+        import sentence
+
+        whole, sentence.MINI_BATCH = sentence.MINI_BATCH, 32
+        self.addCleanup(setattr, sentence, "MINI_BATCH", whole)
+        for cached in (False, True):
+            for one_call, loss in ((False, samtone_query), (True, joint)):
+                with self.subTest(cached=cached, joint=one_call):
+                    self.judge(sentence.Ranking(cached, one_call, TEMPERATURE), loss, 1e-5)
+
+
+@unittest.skipIf(why_no_triton(), why_no_triton() or "")
+class TritonKernels(unittest.TestCase):
+    """Rows of any norm, blocks that divide nothing, cosines for which one shift for all rows would underflow.
+
+    Judged by the judge, since float64 autograd of the plain text has no digits left where every probability is near 1.
+    """
+
+    ROWS = 37
+    KINDS = ("plain", "norms", "opposed", "solved")
+
+    def inputs(self, kind: str, dtype: "torch.dtype") -> "engines.Inputs":
+        inputs = make_inputs(self.ROWS, 24, DEVICE, dtype=dtype)
+        query, passage = inputs.wide
+        if kind == "norms":
+            scale = torch.linspace(0.5, 4.0, self.ROWS, device=DEVICE)[:, None]
+            query, passage = query * scale, passage * scale.flip(0)
+        elif kind == "opposed":  # every cosine but a few near -1: exp(-100) of the positive's is all there is
+            centre = query[:1]
+            query, passage = centre + 0.05 * query, -centre + 0.05 * passage
+        elif kind == "solved":  # positives of nearly 1: every probability near 1, and gradients of tiny numbers
+            passage = query + 0.6 * passage
+        return engines.Inputs((query.to(dtype), passage.to(dtype)), (query.to(dtype).float(), passage.to(dtype).float()))
+
+    def judge(self, build, dtype: "torch.dtype", tolerance: float, kinds: tuple[str, ...] = ("plain",)) -> None:
+        for kind in kinds:
+            with self.subTest(kind=kind):
+                inputs = self.inputs(kind, dtype)
+                exact = Judge(*inputs.narrow, TEMPERATURE).reference("samtone_query")
+                step = build(*inputs.narrow)
+                for _ in range(2):
+                    step.run()
+                self.assertLess(abs(step.loss() - exact.loss), 1e-5 * max(1.0, exact.loss))
+                self.assertLess(exact.errors(step.gradients), tolerance)
+
+    def test_blocks_of_products(self) -> None:
+        from fused import Blocks, Fused
+
+        for blocks in (Blocks(37, 37), Blocks(8, 16, kept=True), Blocks(16, 37, tile_m=16, tile_n=256)):
+            with self.subTest(blocks=str(blocks)):
+                self.judge(lambda q, p, b=blocks: Fused(q, p, TEMPERATURE, b), torch.bfloat16, 5e-3)
+        self.judge(lambda q, p: Fused(q, p, TEMPERATURE, Blocks(16, 24)), torch.bfloat16, 5e-3, self.KINDS)
+        # Probabilities below 6e-11 vanish in f16, so not "solved".
+        self.judge(
+            lambda q, p: Fused(q, p, TEMPERATURE, Blocks(16, 24), torch.float16), torch.bfloat16, 5e-4, self.KINDS[:3]
+        )
+
+    def test_blocks_higher_than_wide_are_refused(self) -> None:
+        from fused import Blocks, Fused
+
+        step = Fused(*make_inputs(8, 8, DEVICE).narrow, TEMPERATURE, Blocks(8, 4))
+        with self.assertRaisesRegex(ValueError, "rows 8 of a block exceed its columns 4"):
+            step.run()
+
+    def test_inf_cl_like(self) -> None:
+        from inf_cl_like import InfClLike, Tiling
+
+        # The interpreter has no products of bf16.
+        dtype, tolerance = (torch.bfloat16, 5e-3) if GPU else (torch.float16, 5e-4)
+        self.judge(lambda q, p: InfClLike(q, p, TEMPERATURE, Tiling(16, rows=32, cols=32)), dtype, tolerance, self.KINDS[:3])
+        self.judge(lambda q, p: InfClLike(q, p, TEMPERATURE, Tiling(32)), dtype, tolerance)
+
+
+@unittest.skipUnless(HAVE_TORCH, "PyTorch is not installed")
+class Products(unittest.TestCase):
+    def test_operations_are_exactly_those_named(self) -> None:
+        from products import Products as Bare
+        from torch.utils.flop_counter import FlopCounterMode
+
+        inputs = make_inputs(64, 16, DEVICE)
+        for count in (9, 12):
+            for rows in (64, 16):
+                step = Bare(*inputs.narrow, rows, count)
+                with FlopCounterMode(display=False) as counter:
+                    step.run()
+                self.assertEqual(counter.get_total_flops(), step.operations())
+                self.assertEqual(step.operations(), count * 64**2 * 16)
+
+
+if __name__ == "__main__":
+    unittest.main()
