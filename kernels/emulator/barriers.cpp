@@ -77,8 +77,8 @@ void bar_sync_named(u32 id, u32 threads, Site site) {
     if (present < WARP) return suspend();
     NamedBarrier& barrier = self.block->named[id];
     if (!barrier.arrived.empty() && barrier.threads != threads)
-        fail(self, mine() + ", where " + name_of(*barrier.arrived[0], self) + " waits for " + std::to_string(barrier.threads) +
-                       " threads (" + place(barrier.arrived[0]->site) + ")");
+        fail(self, mine() + ", where " + name_of(*barrier.arrived[0], self) + " waits for " +
+                       std::to_string(barrier.threads) + " threads (" + place(barrier.arrived[0]->site) + ")");
     barrier.threads = threads;
     barrier.arrived.insert(barrier.arrived.end(), warp, warp + WARP);
     if (barrier.arrived.size() < threads) return suspend();

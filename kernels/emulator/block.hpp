@@ -117,7 +117,7 @@ struct Mbarrier {
     bool fenced = false;
     Site site;
     Join arrivals;
-    Known done; // by the phases before
+    Known done;                                  // by the phases before
     std::vector<std::pair<Known, Known>> waited; // what a thread knew before it waited for the phase, and then
     std::vector<Thread*> waiters;
 };
@@ -221,17 +221,17 @@ void nobody_waits_for(const Thread& self);
 struct Actor {
     const Thread& thread; // whom sentences name
     const Clock& known;
-    Party self;      // whose own accesses are ordered anyway
-    bool async;      // reads by the asynchronous proxy
+    Party self; // whose own accesses are ordered anyway
+    bool async; // reads by the asynchronous proxy
     Access access;
 };
 Actor actor_of(const Thread& thread, Site site);
 Party add_agent(Agent::Kind kind, const Block& block, u32 number);
 void start_shared(Block& block, u32 bytes);
-Place shared_place(const Thread& thread, Block& block, shared_address address, u32 bytes, u32 alignment, const char* operation,
+Place shared_place(const Thread& thread, Block& block, shared_address address, u32 bytes, u32 alignment,
+                   const char* operation, const char* what, Site site);
+Place global_place(const Thread& thread, const void* address, u32 bytes, u32 alignment, const char* operation,
                    const char* what, Site site);
-Place global_place(const Thread& thread, const void* address, u32 bytes, u32 alignment, const char* operation, const char* what,
-                   Site site);
 void note_read(const Actor& actor, Place at, u32 bytes, Way way, const char* operation, Site site);
 // `what` says how: writes, or copies.
 void note_write(const Actor& actor, Place at, u32 bytes, const char* operation, const char* what, Site site);
@@ -239,15 +239,16 @@ void note_write(const Actor& actor, Place at, u32 bytes, const char* operation, 
 void set_writer(Place at, u32 bytes, const Access& access);
 std::string bytes_at(u32 bytes, const char* what, Place at);
 void check_read_shared(const Thread& thread, shared_address address, void* to, u32 bytes, const char* operation, Site site);
-void check_write_shared(const Thread& thread, shared_address address, const void* from, u32 bytes, const char* operation, Site site);
+void check_write_shared(const Thread& thread, shared_address address, const void* from, u32 bytes, const char* operation,
+                        Site site);
 
 // ---- what a thread must not leave behind, and what happens behind its back
-void copies_exit(const Thread& thread);    // copies.cpp
-void stores_exit(Thread& thread);          // bulk.cpp
-void loads_exit(const Thread& last);       // bulk.cpp: of a block
-bool land_one();                           // bulk.cpp: false: none is under way
-void write_stores();                       // bulk.cpp: at the end of a cluster
-void mbarriers_exit(const Thread& last);   // mbarrier.cpp
+void copies_exit(const Thread& thread);  // copies.cpp
+void stores_exit(Thread& thread);        // bulk.cpp
+void loads_exit(const Thread& last);     // bulk.cpp: of a block
+bool land_one();                         // bulk.cpp: false: none is under way
+void write_stores();                     // bulk.cpp: at the end of a cluster
+void mbarriers_exit(const Thread& last); // mbarrier.cpp
 Mbarrier& mbarrier_for_copy(const Thread& self, Block& block, shared_address address, const char* operation, Site site);
 void copied(const Thread& thread, Block& block, Mbarrier& mbarrier, u32 bytes, Site site); // mbarrier.cpp
 std::string waits_for_mbarrier(const Thread& thread);

@@ -1,9 +1,9 @@
 // clocks.hpp: who knows what: vector clocks, by which accesses are ordered.
 //
-// Every party counts its own time: a thread goes on by one where it tells others what it did (an arrival, a barrier) and where
-// it fences; an agent, which acts behind a thread's back, with every phase or group. What a party knows of others is a vector:
-// all that party p did up to at[p] is ordered before what it does now. Vectors never change once made, and are shared:
-// all threads that meet at a barrier have the same one, so that knowing costs nothing per thread.
+// Every party counts its own time: a thread goes on by one where it tells others what it did (an arrival, a barrier) and
+// where it fences; an agent, which acts behind a thread's back, with every phase or group. What a party knows of others is a
+// vector: all that party p did up to at[p] is ordered before what it does now. Vectors never change once made, and are
+// shared: all threads that meet at a barrier have the same one, so that knowing costs nothing per thread.
 #pragma once
 #include "../common/platform.cuh"
 #include <memory>

@@ -99,7 +99,8 @@ void store_matrices(Thread* const* warp) {
                 (mine.transposed ? matrix[2 * t + k][g] : matrix[g][2 * t + k]) = static_cast<u16>(mine.r[i] >> 16 * k);
         }
         for (u32 row = 0; row < 8; ++row)
-            check_write_shared(*warp[8 * i + row], operand<Stored>(warp, 8 * i + row).row, matrix[row], 16, last.operation, last.site);
+            check_write_shared(*warp[8 * i + row], operand<Stored>(warp, 8 * i + row).row, matrix[row], 16, last.operation,
+                               last.site);
     }
 }
 

@@ -70,11 +70,14 @@ bool fenced(const Access& store, const Actor& me) {
     const std::string number = std::to_string(agent.number);
     switch (agent.kind) {
     case Agent::mbarrier:
-        fail(me.thread, mine + ", where a bulk copy" + at + " has not been waited for at the mbarrier at offset " + number + elsewhere);
+        fail(me.thread,
+             mine + ", where a bulk copy" + at + " has not been waited for at the mbarrier at offset " + number + elsewhere);
     case Agent::wgmma:
-        fail(me.thread, mine + ", which wgmma of warpgroup " + number + elsewhere + " " + what + at + " with no wait and no barrier between them");
+        fail(me.thread, mine + ", which wgmma of warpgroup " + number + elsewhere + " " + what + at +
+                            " with no wait and no barrier between them");
     default:
-        fail(me.thread, mine + ", which a bulk copy of thread " + number + elsewhere + " " + what + at + " with no wait and no barrier between them");
+        fail(me.thread, mine + ", which a bulk copy of thread " + number + elsewhere + " " + what + at +
+                            " with no wait and no barrier between them");
     }
 }
 
@@ -110,8 +113,8 @@ Actor actor_of(const Thread& thread, Site site) {
     return {thread, *thread.known, thread.party, false, {now.serial, thread.clock, thread.party, number_of(site)}};
 }
 
-Place shared_place(const Thread& thread, Block& block, shared_address address, u32 bytes, u32 alignment, const char* operation,
-                   const char* what, Site site) {
+Place shared_place(const Thread& thread, Block& block, shared_address address, u32 bytes, u32 alignment,
+                   const char* operation, const char* what, Site site) {
     Place at{&block.shared, static_cast<i64>(address) - static_cast<i64>(SHARED_BASE)};
     check_range(thread, at, bytes, alignment, operation, what, site);
     return at;
@@ -138,8 +141,8 @@ void note_read(const Actor& me, Place at, u32 bytes, Way way, const char* operat
             fail(me.thread, mine() + ", which this launch wrote (" + place(writer.site) + "): not read-only memory");
         if (!ordered(writer, me)) race(me, mine(), writer, "wrote");
         if (me.async && shared && is_thread(writer.party) && !fenced(writer, me))
-            fail(me.thread, mine() + ", which " + name_of(*now.threads[writer.party], me.thread) + " wrote (" + place(writer.site) +
-                                ") with no fence.proxy.async of that thread and barrier between them");
+            fail(me.thread, mine() + ", which " + name_of(*now.threads[writer.party], me.thread) + " wrote (" +
+                                place(writer.site) + ") with no fence.proxy.async of that thread and barrier between them");
         read_by(me, cell, shared);
     });
 }
@@ -198,7 +201,8 @@ void check_read_shared(const Thread& thread, shared_address address, void* to, u
     std::memcpy(to, at.bytes(), bytes);
 }
 
-void check_write_shared(const Thread& thread, shared_address address, const void* from, u32 bytes, const char* operation, Site site) {
+void check_write_shared(const Thread& thread, shared_address address, const void* from, u32 bytes, const char* operation,
+                        Site site) {
     Place at = shared_place(thread, *thread.block, address, bytes, bytes, operation, "writes", site);
     note_write(actor_of(thread, site), at, bytes, operation, "writes", site);
     std::memcpy(at.bytes(), from, bytes);

@@ -122,7 +122,8 @@ void deadlock() {
         };
         if (thread->state == State::exited || std::any_of(told.begin(), told.end(), same)) continue;
         told.push_back(thread);
-        sentence += (sentence.empty() ? "" : "; ") + name_of(*thread, *now.threads[0]) + waits(*thread).substr(waits(*thread).find(" is at "));
+        sentence += (sentence.empty() ? "" : "; ") + name_of(*thread, *now.threads[0]) +
+                    waits(*thread).substr(waits(*thread).find(" is at "));
     }
     if (!told.empty()) now.error = "kernel `" + now.launch.kernel + "` is deadlocked: " + sentence;
 }
@@ -182,8 +183,8 @@ std::string refusal(const Launch& launch, const Kernel& kernel) {
         return about + "is of clusters of " + std::to_string(kernel.cluster) + " blocks; no device has more than " +
                std::to_string(MAX_CLUSTER);
     if (launch.grid.x % kernel.cluster != 0)
-        return about + "is of clusters of " + std::to_string(kernel.cluster) + " blocks, and cannot be launched on a grid of " +
-               std::to_string(launch.grid.x) + " across";
+        return about + "is of clusters of " + std::to_string(kernel.cluster) +
+               " blocks, and cannot be launched on a grid of " + std::to_string(launch.grid.x) + " across";
     if (launch.shared_bytes > 227 << 10)
         return about + "asks for " + std::to_string(launch.shared_bytes) +
                " bytes of shared memory; no device has more than " + std::to_string(227 << 10);
@@ -239,7 +240,8 @@ bool mutant(const char* name) {
 }
 
 void fail(const Thread& thread, const std::string& what) {
-    now.error = "kernel `" + now.launch.kernel + "`, " + name_of(*thread.block) + ", thread " + std::to_string(thread.index) + ": " + what;
+    now.error = "kernel `" + now.launch.kernel + "`, " + name_of(*thread.block) + ", thread " + std::to_string(thread.index) +
+                ": " + what;
     _longjmp(scheduler, 1);
 }
 
@@ -270,7 +272,8 @@ void wait(Thread& self, State state, const char* operation, u32 mask, Site site,
 }
 
 std::string name_of(const Block& block) {
-    return "block (" + std::to_string(block.index.x) + ", " + std::to_string(block.index.y) + ", " + std::to_string(block.index.z) + ")";
+    return "block (" + std::to_string(block.index.x) + ", " + std::to_string(block.index.y) + ", " +
+           std::to_string(block.index.z) + ")";
 }
 
 std::string name_of(const Thread& thread, const Thread& to) {
@@ -278,11 +281,11 @@ std::string name_of(const Thread& thread, const Thread& to) {
 }
 
 std::string waits(const Thread& thread) {
-    std::string at = thread.state == State::collective  ? " of lanes " + lanes(thread.mask)
-                     : thread.state == State::mbarrier  ? waits_for_mbarrier(thread)
+    std::string at = thread.state == State::collective ? " of lanes " + lanes(thread.mask)
+                     : thread.state == State::mbarrier ? waits_for_mbarrier(thread)
                      : thread.state == State::named_barrier
                          ? " " + std::to_string(thread.waits_at) + " of " + std::to_string(thread.waits_for) + " threads"
-                                                        : "";
+                         : "";
     return "thread " + std::to_string(thread.index) + " is at " + thread.operation + at + " (" + place(thread.site) + ")";
 }
 

@@ -1,9 +1,9 @@
 // warpgroup.cpp: what the four warps of a warpgroup do together: setmaxnreg, and wgmma, which goes on behind their backs.
 //
-// The threads of a warpgroup need not meet at a wgmma: each adds its registers to the product, the first to come makes it and the
-// others must want the same. A product is computed when it must be: when the first thread waits for its group; with eager copies
-// perhaps as soon as the last thread has issued it. Until a thread has waited, its registers hold NaNs; their numbers are kept in a
-// Tile, which all products that add to the same registers share.
+// The threads of a warpgroup need not meet at a wgmma: each adds its registers to the product, the first to come makes it and
+// the others must want the same. A product is computed when it must be: when the first thread waits for its group; with eager
+// copies perhaps as soon as the last thread has issued it. Until a thread has waited, its registers hold NaNs; their numbers
+// are kept in a Tile, which all products that add to the same registers share.
 #include "block.hpp"
 #include "wgmma.hpp"
 #include <deque>
@@ -49,7 +49,7 @@ struct Warpgroup {
     std::vector<std::shared_ptr<Tile>> tiles;
     std::vector<Thread*> waiters; // for others to issue
     std::shared_ptr<Common> known;
-    std::array<Known, THREADS> knew; // when `known` was put together
+    std::array<Known, THREADS> knew;                   // when `known` was put together
     std::array<std::pair<Known, Known>, WARPS> waited; // what a thread of the warp knew before and after its last wait
     u32 waited_for = 0;
     std::vector<Change> changes;
@@ -70,9 +70,20 @@ Warpgroup& warpgroup_of(Thread& self, const char* operation, Site site) {
     return *group;
 }
 
-[[noreturn]] void diverge(const Thread& self, const char* operation, Site site, const Thread& other, Site there, const char* what) {
-    fail(self, "the threads of the warpgroup diverge: thread " + std::to_string(self.index) + " is at " + operation + " (" + place(site) +
-                   "), " + name_of(other, self) + " was at " + operation + " (" + place(there) + ")" + what);
+[[noreturn]] void diverge(const Thread& self, const char* operation, Site site, const Thread& other, Site there,
+                          const char* what) {
+    fail(self, "the threads of the warpgroup diverge: thread " + std::to_string(self.index) + " is at " + operation + " (" +
+                   place(site) + "), " + name_of(other, self) + " was at " + operation + " (" + place(there) + ")" + what);
+}
+
+// The first to come: will all others?
+void check_live(const Thread& self, const char* operation, Site site) {
+    for (u32 i = 0; i < THREADS; ++i) {
+        const Thread& other = *self.block->threads[self.index / THREADS * THREADS + i];
+        if (other.state == State::exited)
+            fail(self, std::string(operation) + " (" + place(site) + ") is of all threads of the warpgroup, and " +
+                           name_of(other, self) + " has ended");
+    }
 }
 
 // Where the thread's sums lie in the 64 x 128 of a tile.
@@ -88,8 +99,8 @@ std::shared_ptr<Tile> find_tile(const Warpgroup& group, u32 thread, const float*
     return nullptr;
 }
 
-void give_registers(Warpgroup& group, const Thread& self, std::shared_ptr<Tile>& tile, float* registers, bool accumulate, u32 number,
-                    Site site) {
+void give_registers(Warpgroup& group, const Thread& self, std::shared_ptr<Tile>& tile, float* registers, bool accumulate,
+                    u32 number, Site site) {
     const u32 thread = self.index % THREADS;
     std::shared_ptr<Tile> mine = find_tile(group, thread, registers);
     if (tile == nullptr) {
@@ -97,7 +108,8 @@ void give_registers(Warpgroup& group, const Thread& self, std::shared_ptr<Tile>&
         tile = mine != nullptr ? mine : group.tiles.back();
     }
     if ((mine != nullptr && mine != tile) || (tile->registers[thread] != nullptr && tile->registers[thread] != registers))
-        fail(self, std::string(WGMMA) + " (" + place(site) + ") gets other registers than other threads of the warpgroup give it");
+        fail(self,
+             std::string(WGMMA) + " (" + place(site) + ") gets other registers than other threads of the warpgroup give it");
     tile->last_group = number;
     if (mine != nullptr) return;
     tile->registers[thread] = registers;
@@ -164,7 +176,10 @@ void setmaxnreg(bool increase, u32 registers, Site site) {
                        " registers: not a multiple of 8 from 24 to 256");
     Warpgroup& group = warpgroup_of(self, SETMAXNREG, site);
     const u32 number = self.register_changes++;
-    if (number == group.changes.size()) group.changes.push_back({increase, registers, site, &self});
+    if (number == group.changes.size()) {
+        check_live(self, SETMAXNREG, site);
+        group.changes.push_back({increase, registers, site, &self});
+    }
     const Change& change = group.changes[number];
     if (change.increase != increase || change.registers != registers || !same_site(change.site, site))
         diverge(self, SETMAXNREG, site, *change.first, change.site, "");
@@ -175,7 +190,8 @@ void wgmma_fence(Site) {
     now.running->wgmma_fenced = true;
 }
 
-void wgmma(float* low, float* high, u32 columns, u64 a, u64 b, bool accumulate, bool a_transposed, bool b_transposed, Site site) {
+void wgmma(float* low, float* high, u32 columns, u64 a, u64 b, bool accumulate, bool a_transposed, bool b_transposed,
+           Site site) {
     maybe_preempt();
     Thread& self = *now.running;
     Warpgroup& group = warpgroup_of(self, WGMMA, site);
@@ -188,12 +204,24 @@ void wgmma(float* low, float* high, u32 columns, u64 a, u64 b, bool accumulate, 
                        (self.wgmma_waited == 0 ? "the thread began" : "the last wgmma.wait_group"));
     const u32 number = self.wgmmas++ - group.first_product;
     if (number == group.products.size()) {
+        check_live(self, WGMMA, site);
         if (std::string wrong = operand_of(a, a_transposed).wrong(64); !wrong.empty())
             fail(self, std::string(WGMMA) + " (" + place(site) + ") of an operand a that " + wrong);
         if (std::string wrong = operand_of(b, b_transposed).wrong(columns); !wrong.empty())
             fail(self, std::string(WGMMA) + " (" + place(site) + ") of an operand b that " + wrong);
-        group.products.push_back({site, columns, self.wgmma_groups + 1, self.wgmma_waited, a, b, accumulate, a_transposed, b_transposed,
-                                  {}, &self, 0, nullptr});
+        group.products.push_back({site,
+                                  columns,
+                                  self.wgmma_groups + 1,
+                                  self.wgmma_waited,
+                                  a,
+                                  b,
+                                  accumulate,
+                                  a_transposed,
+                                  b_transposed,
+                                  {},
+                                  &self,
+                                  0,
+                                  nullptr});
     }
     Product& product = group.products[number];
     if (!same_site(product.site, site) || product.columns != columns || product.a_transposed != a_transposed ||
@@ -264,14 +292,14 @@ void warpgroup_exit(const Thread& thread) {
     if (group == nullptr) return;
     if (thread.register_changes < group->changes.size()) {
         const Change& change = group->changes[thread.register_changes];
-        fail(thread, "ends without having reached " + std::string(SETMAXNREG) + ", where " + name_of(*change.first, thread) + " was (" +
-                         place(change.site) + ")");
+        fail(thread, "ends without having reached " + std::string(SETMAXNREG) + ", where " + name_of(*change.first, thread) +
+                         " was (" + place(change.site) + ")");
     }
     const u32 reached = thread.wgmmas - group->first_product;
     if (reached < group->products.size()) {
         const Product& product = group->products[reached];
-        fail(thread, "ends without having reached " + std::string(WGMMA) + ", where " + name_of(*product.first, thread) + " was (" +
-                         place(product.site) + ")");
+        fail(thread, "ends without having reached " + std::string(WGMMA) + ", where " + name_of(*product.first, thread) +
+                         " was (" + place(product.site) + ")");
     }
 }
 

@@ -43,11 +43,14 @@ Operand operand_of(u64 descriptor, bool transposed) {
 
 std::string Operand::wrong(u32 indices) const {
     constexpr u64 FIELDS = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32 | 3ull << 62;
-    if (descriptor >> 62 != 1) return "is not in rows of 128 bytes with their swizzle: bits 62 and 63 are " + std::to_string(descriptor >> 62);
+    if (descriptor >> 62 != 1)
+        return "is not in rows of 128 bytes with their swizzle: bits 62 and 63 are " + std::to_string(descriptor >> 62);
     if ((descriptor & ~FIELDS) != 0) return "has bits beside its start, its strides and its swizzle";
     if (start % ATOM >= ROW) return "starts within an atom of 1024 bytes: at " + std::to_string(start % ATOM);
-    if (start % ROW + (transposed ? ROW : 32) > ROW) return "leaves its rows of 128 bytes: it starts at byte " + std::to_string(start % ROW);
-    if (stride == 0 || stride % ATOM != 0) return "has a stride of " + std::to_string(stride) + " bytes: not a multiple of 1024 above 0";
+    if (start % ROW + (transposed ? ROW : 32) > ROW)
+        return "leaves its rows of 128 bytes: it starts at byte " + std::to_string(start % ROW);
+    if (stride == 0 || stride % ATOM != 0)
+        return "has a stride of " + std::to_string(stride) + " bytes: not a multiple of 1024 above 0";
     if (transposed && indices > 64 && (leading == 0 || leading % ATOM != 0))
         return "has a leading stride of " + std::to_string(leading) + " bytes: not a multiple of 1024 above 0";
     return {};
@@ -60,7 +63,8 @@ void gather(Matrix& matrix, const Operand& operand, u32 indices, const unsigned 
         for (u32 k = 0; k < 16; k += deep) {
             u16 eight[8];
             std::memcpy(eight, shared + (operand.chunk(index, k) - SHARED_BASE), sizeof eight);
-            for (u32 i = 0; i < 8; ++i) matrix.numbers[operand.transposed ? k : k + i][operand.transposed ? index + i : index] = values[eight[i]];
+            for (u32 i = 0; i < 8; ++i)
+                matrix.numbers[operand.transposed ? k : k + i][operand.transposed ? index + i : index] = values[eight[i]];
         }
     }
 }

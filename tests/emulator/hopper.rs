@@ -24,11 +24,7 @@ pub fn checks() -> Vec<(String, Check)> {
             let check: Check = Box::new(move |emulators| product(emulators, &name, columns));
             let transposed = |transposed| if transposed { " transposed" } else { "" };
             checks.push((
-                format!(
-                    "instruction: wgmma n{columns}, a{}, b{}",
-                    transposed(a_transposed),
-                    transposed(b_transposed)
-                ),
+                format!("instruction: wgmma n{columns}, a{}, b{}", transposed(a_transposed), transposed(b_transposed)),
                 check,
             ));
         }
@@ -88,8 +84,7 @@ fn gives(
 fn matrix_stores(emulators: &Emulators) -> Result<(), String> {
     // Lane, register and half of every 16-bit element say where it comes from.
     let element = |lane: usize, r: usize, half: usize| (lane * 8 + r * 2 + half) as u32;
-    let x: Vec<u32> =
-        (0..128).map(|i| element(i / 4, i % 4, 0) | element(i / 4, i % 4, 1) << 16).collect();
+    let x: Vec<u32> = (0..128).map(|i| element(i / 4, i % 4, 0) | element(i / 4, i % 4, 1) << 16).collect();
     let mut want = Vec::new();
     for transposed in [false, true] {
         for (i, row, pair) in (0..4).flat_map(|i| (0..8).flat_map(move |row| (0..4).map(move |pair| (i, row, pair)))) {

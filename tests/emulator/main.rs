@@ -7,6 +7,7 @@
 mod emulator;
 mod faults;
 mod hopper;
+mod hopper_faults;
 mod instructions;
 mod kernels;
 mod pipeline;
@@ -44,7 +45,15 @@ fn main() -> ExitCode {
     let required = required.split(',').any(|name| name.trim() == "emulator");
     let emulators = Arc::new(Emulators { compiler: Compiler::find(), built: Mutex::default() });
     let absent = emulators.compiler.is_err();
-    let checks = [kernels::checks(), instructions::checks(), hopper::checks(), pipeline::checks(), faults::checks()].into_iter().flatten();
+    let checks = [
+        kernels::checks(),
+        instructions::checks(),
+        faults::checks(),
+        hopper::checks(),
+        hopper_faults::checks(),
+        pipeline::checks(),
+    ];
+    let checks = checks.into_iter().flatten();
     let trials = checks.map(|(name, check): (String, Check)| {
         let emulators = emulators.clone();
         Trial::test(name, move || Ok(check(&emulators)?)).with_ignored_flag(absent && !required)

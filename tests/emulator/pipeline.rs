@@ -19,7 +19,11 @@ const DEFECTS: &[Defect] = &[
     ("S1", &[RACE, UNWAITED, "one more arrival"], &[WRONG, "one more arrival", DEADLOCK]),
     ("S2", &[RACE, UNWAITED, "which nobody has written"], &[WRONG, "one more arrival"]),
     ("S3", &[DEADLOCK], &[DEADLOCK]),
-    ("S4", &[RACE, "where no mbarrier has been made", "last of its block"], &["where no mbarrier has been made", ENDED]),
+    (
+        "S4",
+        &[RACE, "where no mbarrier has been made", "last of its block"],
+        &["where no mbarrier has been made", ENDED],
+    ),
     ("S5", &[ENDED, "is the last of its block to end"], &[ENDED]),
     ("S6", &["no fence.proxy.async"], &[]),
     ("S7", &[RACE, "no fence.proxy.async", "which nobody has written"], &[WRONG]),
@@ -135,7 +139,8 @@ fn run(device: &mut Device, adjust: &dyn Fn(Launch) -> Launch) -> Result<(), Str
         terms.fold((0.0, 0.0), |(sum, scale), term| (sum + term, scale + term.abs()))
     };
     let want: Vec<_> = (0..m).flat_map(|i| (0..n).map(move |j| (i, j))).map(|(i, j)| product(i, j)).collect();
-    let got: Vec<f32> = device.download::<u16>(output, m * n)?.into_iter().map(|x| f16::from_bits(x).to_f32()).collect();
+    let got: Vec<f32> =
+        device.download::<u16>(output, m * n)?.into_iter().map(|x| f16::from_bits(x).to_f32()).collect();
     device.release_all()?;
     compare_to(&got, &want, 1e-3)
 }

@@ -57,7 +57,7 @@ SAMTONE_DEVICE void multiply(float (&sums)[64], Slot& slot, u32 steps) {
         for (u32 k = 0; k < 4; ++k) {
             const u64 a = wgmma_operand(slot.at() + 32 * k, 0, MUTANT(wrong_stride) ? 512 : 1024);
             const u64 b = wgmma_operand(slot.at() + TILE_BYTES + (MUTANT(not_advanced) ? 0 : 32 * k), 0, 1024);
-            wgmma_m64n128k16_f16<false, false>(sums, a, b, step > 0 || (k > 0 && !MUTANT(forgets)));
+            wgmma_m64n128k16_f16<false, false>(sums, a, b, !MUTANT(forgets) || k > 0);
         }
         if (!MUTANT(no_commit)) wgmma_commit_group();
         SYNC(S10, wgmma_wait_group<0>());
@@ -111,8 +111,8 @@ KERNEL_CLUSTER(ring_pipeline, 2 * WARPGROUP, CLUSTER, const unsigned char* a, co
     } else {
         if (MUTANT(early_end) && threadIdx.x == WARPGROUP + 5) return;
         setmaxnreg_inc<232>();
-        float sums[64];
         for (u32 i = first; i < squares; i += clusters) {
+            float sums[64] = {};
             multiply(sums, slot, steps);
             store(c + static_cast<u64>(i / columns * 128 + rank * 64) * n + i % columns * 128, n, sums);
         }
