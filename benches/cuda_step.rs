@@ -1,10 +1,11 @@
 //! Time of one step (forward and backward) on the first CUDA device, without criterion, so that it is one binary that runs on a
 //! machine without cargo:
 //!
-//!     bench_cuda [B,d ...]       default: 512,768 2048,1024 8192,768 16384,768 32768,1024
+//!     bench_cuda [--write FOLDER] [B,d ...]       default: 512,768 2048,1024 8192,768 16384,768 32768,1024
 //!
 //! bf16 embeddings, f32 gradients, samtone_query at τ = 0.01. Prints CSV: B, d, median milliseconds of 20 steps after 3, TFLOP/s
-//! on the products counted once, MiB beyond inputs and gradients, loss. Fails if 100 runs of a small batch differ in any bit.
+//! on the products counted once, MiB beyond inputs and gradients, loss. Fails if 100 runs of a small batch differ in any bit. With
+//! --write, FOLDER gets embeddings and gradients as little-endian files for benches/peers/judge_files.py.
 
 #[path = "inputs.rs"]
 #[allow(dead_code)] // the CPU benches use the rest
@@ -16,6 +17,7 @@ use samtone::cuda::cudarc::driver::CudaContext;
 use samtone::cuda::{Device, GradientSlices, Problem, Slot, Step};
 use samtone::half::bf16;
 use samtone::{DType, Loss, Options, Pairs};
+use std::path::PathBuf;
 use std::time::Instant;
 
 const SHAPES: &[&str] = &["512,768", "2048,1024", "8192,768", "16384,768", "32768,1024"];
@@ -24,7 +26,12 @@ const SHAPES: &[&str] = &["512,768", "2048,1024", "8192,768", "16384,768", "3276
 const REPEATED_ROWS: usize = 2048;
 
 fn main() -> anyhow::Result<()> {
-    let shapes: Vec<String> = std::env::args().skip(1).collect();
+    let mut shapes: Vec<String> = std::env::args().skip(1).collect();
+    let mut folder = None;
+    if shapes.first().is_some_and(|argument| argument == "--write") {
+        anyhow::ensure!(shapes.len() > 1, "--write needs a folder");
+        folder = shapes.drain(..2).nth(1).map(PathBuf::from);
+    }
     let shapes = if shapes.is_empty() { SHAPES.iter().map(|s| s.to_string()).collect() } else { shapes };
     samtone::cuda::available()?;
     let device = Device::first()?;
@@ -54,6 +61,17 @@ fn main() -> anyhow::Result<()> {
             times.push(start.elapsed().as_secs_f64());
         }
         let (evaluation, _) = step.results(query, passage)?;
+        if let Some(folder) = &folder {
+            std::fs::create_dir_all(folder)?;
+            for (name, values) in [("query", &towers.query), ("passage", &towers.passage)] {
+                let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+                std::fs::write(folder.join(format!("{rows}-{dim}-{name}.bf16")), bytes)?;
+            }
+            for (name, values) in ["query", "passage"].iter().zip(&gradients) {
+                let bytes: Vec<u8> = stream.clone_dtoh(values)?.iter().flat_map(|v| v.to_le_bytes()).collect();
+                std::fs::write(folder.join(format!("{rows}-{dim}-{name}_gradient.f32")), bytes)?;
+            }
+        }
         if rows <= REPEATED_ROWS {
             let first = gradients.each_ref().map(|g| stream.clone_dtoh(g));
             let [Ok(first_query), Ok(first_passage)] = &first else { anyhow::bail!("gradients cannot be copied") };

@@ -57,7 +57,10 @@ run() {
   done
   # The same shapes in the same call, so that both met the same clocks. PEERS_BUDGET: seconds for all peers together.
   shapes=(512,768 2048,1024 8192,256 8192,768 32768,1024 131072,1024)
-  check step target/gpu/bench_cuda "${shapes[@]}"
+  written=$(mktemp -d)
+  check step target/gpu/bench_cuda --write "$written" "${shapes[@]}"
+  check errors python3 benches/peers/judge_files.py "$written" --out "$folder/samtone-errors.csv"
+  rm -rf "$written"
   check peers python3 benches/peers/run.py --out "$folder" --shapes "${shapes[@]}" --budget "${PEERS_BUDGET:-480}"
   check table python3 benches/peers/table.py "$folder"
   target/gpu/bench_wgpu 64,16 > "$folder/wgpu-device.txt" 2>&1

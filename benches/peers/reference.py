@@ -24,6 +24,8 @@ LOSSES = {
     "samtone_query_joint": [(1.0, ("QP", "QQ", "PQ"), 2)],
 }
 CHUNK_BYTES = 2**30
+# Judged by all rows up to this B, by a sample of both towers beyond.
+JUDGED, SAMPLED = 32768, 1024
 
 
 @dataclass
@@ -42,6 +44,14 @@ class Reference:
             # In place on a copy: a second one of 131072 x 1024 would be another GiB.
             relative.append((got.to(torch.float64, copy=True).sub_(exact).norm() / exact.norm()).item())
         return math.nan if any(map(math.isnan, relative)) else max(relative)
+
+
+def sampled_rows(rows: int, device: torch.device) -> torch.Tensor | None:
+    """Rows by which a batch is judged: seeded; None for all of them."""
+    if rows <= JUDGED:
+        return None
+    source = torch.Generator(device=device).manual_seed(2)
+    return torch.randperm(rows, generator=source, device=device)[:SAMPLED]
 
 
 def chunks(count: int, width: int) -> Iterator[slice]:

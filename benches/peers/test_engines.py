@@ -3,6 +3,8 @@
 import importlib.util
 import math
 import os
+import pathlib
+import tempfile
 import unittest
 
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
@@ -73,6 +75,33 @@ class Judged(unittest.TestCase):
             self.assertAlmostEqual(exact.errors(tuple(wrong)), 0.5)
             wrong[tower][0, 0] = math.nan
             self.assertTrue(math.isnan(exact.errors(tuple(wrong))))
+
+
+@unittest.skipUnless(HAVE_TORCH, "PyTorch is not installed")
+class Files(unittest.TestCase):
+    """Gradients that another program wrote."""
+
+    def test_written_gradients_are_judged(self) -> None:
+        import judge_files
+
+        inputs = make_inputs(20, 8, torch.device("cpu"))
+        exact = Judge(*inputs.narrow, TEMPERATURE).reference("samtone_query")
+        query, passage = (g.float() for g in exact.gradients)
+        arrays = (*(x.view(torch.uint16) for x in inputs.narrow), query, passage * 1.25)
+        folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        for name, array in zip(judge_files.SUFFIXES, arrays):
+            (folder / f"20-8-{name}").write_bytes(array.numpy().tobytes())
+        error, rows = judge_files.judged(folder, 20, 8, torch.device("cpu"))
+        self.assertAlmostEqual(error, 0.25, places=5)
+        self.assertEqual(rows, 20)
+        with self.assertRaisesRegex(ValueError, "20 x 9 of torch.bfloat16 are 360"):
+            (folder / "20-8-query.bf16").rename(folder / "20-9-query.bf16")
+            judge_files.judged(folder, 20, 9, torch.device("cpu"))
+
+    def test_large_batches_are_sampled(self) -> None:
+        rows = reference.sampled_rows(40_000, torch.device("cpu"))
+        self.assertEqual(len(set(rows.tolist())), reference.SAMPLED)
+        self.assertIsNone(reference.sampled_rows(reference.JUDGED, torch.device("cpu")))
 
 
 @unittest.skipUnless(HAVE_TORCH, "PyTorch is not installed")

@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from engines import BY_NAME, SMALL, TEMPERATURE, Engine, Inputs, Made, make_inputs
 from measure import allocated, free, graph_of, median, peak_of, synchronize
-from reference import LOSSES, Judge, Reference
+from reference import LOSSES, Judge, Reference, sampled_rows
 
-# Judged by all rows up to this B, by a sample beyond.
-JUDGED, SAMPLED = 32768, 1024
 LIMIT_S = 2.0
 
 
@@ -30,10 +28,7 @@ class Shape:
     def of(cls, rows: int, dim: int, device: torch.device) -> "Shape":
         shape = cls(make_inputs(rows, dim, device))
         judge = Judge(*shape.inputs.narrow, TEMPERATURE)
-        sample = None
-        if rows > JUDGED:
-            source = torch.Generator(device=device).manual_seed(2)
-            sample = torch.randperm(rows, generator=source, device=device)[:SAMPLED]
+        sample = sampled_rows(rows, device)
         shape.references = {loss: judge.reference(loss, sample) for loss in LOSSES}
         return shape
 
