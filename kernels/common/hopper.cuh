@@ -183,7 +183,10 @@ template <u32 pending> SAMTONE_DEVICE void wgmma_wait_group(SAMTONE_SITE_ONLY) {
 // Keeps the compiler from moving a use of these sums across this line: the sums are written behind its back.
 template <u32 N> SAMTONE_DEVICE void hold(float (&d)[N]) {
     UNROLL
-    for (u32 i = 0; i < N; ++i) SAMTONE_PTX("" : "+f"(d[i])::"memory");
+    for (u32 i = 0; i < N; ++i) {
+        SAMTONE_PTX("" : "+f"(d[i])::"memory");
+        SAMTONE_EMULATED_AS(static_cast<void>(d[i]));
+    }
 }
 
 // The same number, of which the compiler knows nothing: what is computed from it is computed here and not in advance, where it

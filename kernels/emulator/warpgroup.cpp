@@ -22,6 +22,12 @@ struct Tile {
     Sums sums{};
 };
 
+// What all threads know that have issued a product; shared by products as long as nobody learns more.
+struct Shared {
+    Common common;
+    std::array<Known, THREADS> knew; // of each, when it was added
+};
+
 struct Product {
     Site site;
     u32 columns, group, waited; // its threads have waited for that many groups
@@ -30,7 +36,7 @@ struct Product {
     std::shared_ptr<Tile> tiles[2];
     const Thread* first;
     u32 issued = 0;
-    std::shared_ptr<Common> known; // by all of its threads
+    std::shared_ptr<Shared> known;
 };
 
 struct Change {
@@ -48,8 +54,7 @@ struct Warpgroup {
     u32 first_product = 0; // number of products[0]
     std::vector<std::shared_ptr<Tile>> tiles;
     std::vector<Thread*> waiters; // for others to issue
-    std::shared_ptr<Common> known;
-    std::array<Known, THREADS> knew;                   // when `known` was put together
+    std::shared_ptr<Shared> known; // of the product that was issued first by somebody who had learned
     std::array<std::pair<Known, Known>, WARPS> waited; // what a thread of the warp knew before and after its last wait
     u32 waited_for = 0;
     std::vector<Change> changes;
@@ -122,7 +127,7 @@ void give_registers(Warpgroup& group, const Thread& self, std::shared_ptr<Tile>&
 // All threads of the warpgroup have issued it: may it read its operands?
 void check_operands(const Warpgroup& group, const Product& product, const Thread& last) {
     const Access access{now.serial, product.group, group.agent, number_of(product.site)};
-    const Actor me{last, product.known->value(), NOBODY, true, access};
+    const Actor me{last, product.known->common.value(), NOBODY, true, access};
     auto check = [&](shared_address chunk) {
         const Place at = shared_place(last, *last.block, chunk, CHUNK_BYTES, CHUNK_BYTES, WGMMA, "reads", product.site);
         note_read(me, at, CHUNK_BYTES, Way::plain, WGMMA, product.site);
@@ -152,19 +157,17 @@ void compute_groups(const Block& block, Warpgroup& group, u32 last) {
     }
 }
 
-// What all threads know that have issued the product; put together once for as long as nobody learns more.
+// Threads may be at different products: each adds what it knows to its own.
 void learn(Warpgroup& group, Product& product, const Thread& self) {
     const u32 thread = self.index % THREADS;
     if (product.issued == 0) {
-        if (group.known == nullptr || group.knew[thread] != self.known) {
-            group.known = std::make_shared<Common>();
-            group.knew.fill(nullptr);
-        }
+        if (group.known == nullptr || group.known->knew[thread] != self.known) group.known = std::make_shared<Shared>();
         product.known = group.known;
     }
-    if (group.knew[thread] == self.known) return;
-    group.known->add(self.known, self.party);
-    group.knew[thread] = self.known;
+    Shared& shared = *product.known;
+    if (shared.knew[thread] == self.known) return;
+    shared.common.add(self.known, self.party);
+    shared.knew[thread] = self.known;
 }
 } // namespace
 

@@ -3,7 +3,7 @@
 use super::emulator::{self, Compiler, Device};
 use samtone::backend::Backend;
 use samtone::batch::{Data, DataMut};
-use samtone::cuda::{Address, Array, ArrayId, GradientOutput, Launch, Plan, Problem, Slot};
+use samtone::cuda::{Address, Architecture, Array, ArrayId, GradientOutput, Launch, Plan, Problem, Slot, Tile};
 use samtone::{
     Batch, DType, Embeddings, EmbeddingsMut, Error, Evaluation, GradientBuffers, Loss, Metrics, Options, Result,
     TemperatureGradient, Tower,
@@ -12,7 +12,10 @@ use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Every kernel file of the backend.
-pub const FILES: [&str; 6] = [
+pub const FILES: [&str; 9] = [
+    "logsumexp_sm90a.cu",
+    "gradient_tile_sm90a.cu",
+    "gradient_product_sm90a.cu",
     "prepare.cu",
     "logsumexp_sm80.cu",
     "combine.cu",
@@ -24,8 +27,24 @@ pub const FILES: [&str; 6] = [
 /// `NONE` of kernels/common/problem.cuh.
 const NONE: u32 = u32::MAX;
 
-/// The backend `cuda-emulated`.
-pub struct CudaEmulated;
+/// The plans on the emulator: `cuda-emulated`, with the kernels that a plan takes for the batch on every device, and
+/// `cuda-emulated-sm90a`, with those of compute capability 9.0 for batches of any size.
+pub struct CudaEmulated {
+    clusters: bool,
+}
+
+impl CudaEmulated {
+    pub const SM80: Self = Self { clusters: false };
+    pub const SM90A: Self = Self { clusters: true };
+
+    /// Two clusters, so that each has several squares to visit.
+    pub fn problem<'a>(&self, problem: Problem<'a>) -> Problem<'a> {
+        match self.clusters {
+            false => problem,
+            true => problem.with_architecture(Architecture::Sm90a { multiprocessors: 4 }).with_tile(Tile::Cluster),
+        }
+    }
+}
 
 /// How launches run; by default with races detected, in the order of seed 0.
 #[derive(Clone, Default)]
@@ -240,7 +259,7 @@ pub fn run(
 
 impl Backend for CudaEmulated {
     fn name(&self) -> &'static str {
-        "cuda-emulated"
+        if self.clusters { "cuda-emulated-sm90a" } else { "cuda-emulated" }
     }
 
     fn dtypes(&self) -> &'static [DType] {
@@ -263,6 +282,6 @@ impl Backend for CudaEmulated {
             .with_row_strides(batch.query().row_stride(), batch.passage().row_stride())?
             .with_gradients(output(&buffers.query), output(&buffers.passage))?
             .with_upstream(upstream)?;
-        run(&problem, loss, batch, options, buffers, Run::default())
+        run(&self.problem(problem), loss, batch, options, buffers, Run::default())
     }
 }
