@@ -1,5 +1,6 @@
 """Every engine of the comparison by name: how to make its step, which loss it computes, where it can run at all."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,7 @@ from torch_step import samtone_query
 
 TEMPERATURE = 0.01
 SMALL = 4096  # up to so many rows, steps are replayed as CUDA graphs, too
+ANY = 2**31  # and those that allocate nothing, for all
 LONG = 100_000  # from so many rows on, tuning tries less and limits are longer
 
 
@@ -42,7 +44,7 @@ def make_inputs(rows: int, dim: int, device: torch.device, seed: int = 1, dtype:
     """
     source = torch.Generator(device=device).manual_seed(seed)
     noise = [torch.randn(rows, dim, device=device, generator=source) for _ in range(2)]
-    cosine = min(0.9, (2 * torch.tensor(float(rows)).log().item() / dim) ** 0.5)
+    cosine = min(0.9, (2 * math.log(rows) / dim) ** 0.5)
     query, other = (F.normalize(x, dim=1) for x in noise)
     passage = F.normalize(cosine * query + (1 - cosine**2) ** 0.5 * other, dim=1)
     narrow = (query.to(dtype), passage.to(dtype))
@@ -91,11 +93,12 @@ class Engine:
     loss: str | None = "samtone_query"
     # Whether a B x B matrix of logits in f32 has to exist, twice: what cannot fit is not tried.
     dense: bool = False
-    graph: bool = False
+    # Up to so many rows a step is captured as a CUDA graph, and its replays are timed as well.
+    graph: int = 0
     wanted: Callable[[int], bool] = always
     # Compilation that may take long; measured last, so that it costs no other engine its time.
     late: bool = False
-    limit_s: float = 30.0
+    limit_s: float = 45.0
 
     def limit(self, rows: int) -> float:
         return self.limit_s + (30.0 if rows >= LONG else 0.0)
@@ -174,9 +177,9 @@ def fused(kept: bool = False, operands: torch.dtype | None = None) -> Callable[[
         if rows >= LONG:
             shapes = [(2048, 4096), (4096, 8192), (8192, 16384)]
         sizes = list(dict.fromkeys((min(r, rows), min(c, rows)) for r, c in shapes))
-        best = fastest(build, [Blocks(r, c, kept) for r, c in sizes], inputs.device)
+        best = fastest(build, [Blocks(r, c, kept) for r, c in sizes], inputs.device, graphed=True)
         tiles = [best] if rows >= LONG else [best, *(replace(best, tile_m=m, tile_n=n, warps=w) for m, n, w in ELEMENTWISE)]
-        best = fastest(build, tiles, inputs.device)
+        best = fastest(build, tiles, inputs.device, graphed=True)
         return Made(build(best), str(best))
 
     return make
@@ -218,15 +221,15 @@ def medium(rows: int) -> bool:
 
 JOINT = "samtone_query_joint"
 ENGINES = [
-    Engine("products 12", products(12), loss=None, graph=True),
-    Engine("products 9", products(9), loss=None, graph=True),
-    Engine("cuBLAS + Triton", fused(), graph=True, limit_s=60),
-    Engine("cuBLAS + Triton f16", fused(operands=torch.float16), graph=True, limit_s=60),
-    Engine("cuBLAS + Triton kept", fused(kept=True), graph=True, limit_s=60, dense=True),
-    Engine("Inf-CL-like Triton", inf_cl_like, graph=True, limit_s=60),
-    Engine("eager f32", plain("f32"), dense=True, graph=True),
-    Engine("eager tf32", plain("tf32"), dense=True, graph=True),
-    Engine("eager autocast", plain("autocast"), dense=True, graph=True),
+    Engine("products 12", products(12), loss=None, graph=SMALL),
+    Engine("products 9", products(9), loss=None, graph=SMALL),
+    Engine("cuBLAS + Triton", fused(), graph=ANY, limit_s=60),
+    Engine("cuBLAS + Triton f16", fused(operands=torch.float16), graph=ANY, limit_s=60),
+    Engine("cuBLAS + Triton kept", fused(kept=True), graph=ANY, limit_s=60, dense=True),
+    Engine("Inf-CL-like Triton", inf_cl_like, graph=ANY, limit_s=60),
+    Engine("eager f32", plain("f32"), dense=True, graph=SMALL),
+    Engine("eager tf32", plain("tf32"), dense=True, graph=SMALL),
+    Engine("eager autocast", plain("autocast"), dense=True, graph=SMALL),
     Engine("checkpoint tf32", checkpointed("tf32")),
     Engine("checkpoint autocast", checkpointed("autocast")),
     Engine("MNRL tf32", ranking(False, False, "tf32"), dense=True),
@@ -235,8 +238,8 @@ ENGINES = [
     Engine("Cached MNRL tf32", ranking(True, False, "tf32")),
     Engine("Cached MNRL autocast", ranking(True, False, "autocast")),
     Engine("Cached MNRL joint autocast", ranking(True, True, "autocast"), loss=JOINT),
-    Engine("compile autocast", compiled("autocast"), dense=True, graph=True, late=True, limit_s=60),
-    Engine("compile tf32", compiled("tf32"), dense=True, graph=True, late=True, limit_s=60),
+    Engine("compile autocast", compiled("autocast"), dense=True, graph=SMALL, late=True, limit_s=60),
+    Engine("compile tf32", compiled("tf32"), dense=True, graph=SMALL, late=True, limit_s=60),
     Engine("compile reduce-overhead autocast", compiled("autocast", mode="reduce-overhead"), dense=True, wanted=small, late=True,
            limit_s=60),
     Engine("compile max-autotune autocast", compiled("autocast", mode="max-autotune"), dense=True, wanted=medium, late=True,

@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -43,8 +43,13 @@ def once(call: Callable[[], Any], device: torch.device) -> float:
 def median(call: Callable[[], Any], device: torch.device, limit_s: float) -> float:
     """Median milliseconds of up to REPEATS calls, fewer if they would take longer than the limit, after warm-ups."""
     synchronize(device)
-    slowest = max(once(call, device) for _ in range(WARM_UPS if limit_s > 1 else 1))
-    repeats = max(LEAST_REPEATS, min(REPEATS, int(limit_s * 1e3 / max(slowest, 1e-3))))
+    last, warm_ms = 0.0, 0.0
+    for _ in range(WARM_UPS):
+        last = once(call, device)
+        warm_ms += last
+        if warm_ms > limit_s * 1e3:
+            break
+    repeats = max(LEAST_REPEATS, min(REPEATS, int(limit_s * 1e3 / max(last, 1e-3))))
     return statistics.median(once(call, device) for _ in range(repeats))
 
 
@@ -60,6 +65,15 @@ def graph_of(step: Step) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         step.run()
     return graph
+
+
+def replay_or_run(step: Step) -> Callable[[], None]:
+    """A replay of the step's graph; where it cannot be captured, the step itself."""
+    try:
+        return graph_of(step).replay
+    except Exception:  # noqa: BLE001
+        torch.cuda.synchronize()
+        return step.run
 
 
 def free(device: torch.device) -> None:
@@ -85,23 +99,27 @@ def peak_of(step: Step, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated()
 
 
-def fastest(build: Callable[[Any], Step], candidates: Iterable[Any], device: torch.device) -> Any:
-    """The candidate whose step is fastest on this device; one that does not fit or compile is none. On the CPU, the first."""
-    best, best_ms, failure = None, float("inf"), None
+def fastest(build: Callable[[Any], Step], candidates: Sequence[Any], device: torch.device, graphed: bool = False) -> Any:
+    """The candidate whose step (or its graph) is fastest on this device; one that does not fit or compile is none.
+
+    Without a choice, or on the CPU, the first.
+    """
+    if len(candidates) == 1 or device.type == "cpu":
+        return candidates[0]
+    best, best_ms, failure = None, float("inf"), ""
     for candidate in candidates:
-        if device.type == "cpu":
-            return candidate
-        step = None
+        step = call = None
         try:
             step = build(candidate)
             step.run()
-            ms = median(step.run, device, 0.3)
+            call = replay_or_run(step) if graphed else step.run
+            ms = median(call, device, 0.3)
             if ms < best_ms:
                 best, best_ms = candidate, ms
         # Out of memory, or too much shared memory for a tile; a broken context fails again in the measurement.
         except Exception as error:  # noqa: BLE001
-            failure = error
-        del step
+            failure = f"{type(error).__name__}: {error}"  # the error itself would keep its frames, and their tensors
+        del step, call
         free(device)
     if best is None:
         raise RuntimeError(f"no candidate ran: {failure}")

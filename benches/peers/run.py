@@ -99,7 +99,7 @@ def results(tasks: list[Task], device: str, budget_s: float, limit: Callable[[Ta
                 if answer.get("dead") or answer.get("restart"):
                     break
                 # The next task may begin with the inputs of another shape.
-                ready = bool(left) and left[0][:2] == task[:2]
+                ready = ready and bool(left) and left[0][:2] == task[:2]
         finally:
             worker.close()
 

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
-from engines import BY_NAME, SMALL, TEMPERATURE, Engine, Inputs, Made, make_inputs
+from engines import BY_NAME, TEMPERATURE, Engine, Inputs, Made, make_inputs
 from measure import allocated, free, graph_of, median, peak_of, synchronize
 from reference import LOSSES, Judge, Reference, sampled_rows
 
@@ -70,7 +70,7 @@ def measured(engine: Engine, shape: Shape) -> dict:
         gradients = 2 * inputs.rows * inputs.dim * 4 if engine.loss is not None else 0
         result["extra_mib"] = (peak - before - gradients) / 2**20
     result["ms"] = median(step.run, device, LIMIT_S)
-    if engine.graph and inputs.rows <= SMALL and device.type == "cuda":
+    if inputs.rows <= engine.graph and device.type == "cuda":
         try:
             result["graph_ms"] = median(graph_of(step).replay, device, LIMIT_S)
         except Exception as error:  # noqa: BLE001
@@ -80,8 +80,6 @@ def measured(engine: Engine, shape: Shape) -> dict:
 
 
 def run_task(engine: Engine, shape: Shape) -> dict:
-    if (why := too_large(engine, shape.inputs.rows, shape.inputs.device)) is not None:
-        return {"failed": why}
     try:
         return measured(engine, shape)
     except torch.OutOfMemoryError as error:
@@ -120,6 +118,9 @@ def main() -> None:
         return answer(environment(device))
     at, shape = None, None
     for rows, dim, name in request["tasks"]:
+        if (why := too_large(BY_NAME[name], rows, device)) is not None:
+            answer({"failed": why})
+            continue
         if (rows, dim) != at:
             shape = None
             free(device)
