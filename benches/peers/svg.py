@@ -28,7 +28,7 @@ class Chart:
     y_label: str
     series: list[Series] = field(default_factory=list)
     joined: bool = True
-    # Ticks of the x axis; decades if none are given.
+    # Ticks of the x axis, among its points; by the range if none are given.
     x_ticks: list[float] = field(default_factory=list)
 
 
@@ -45,20 +45,21 @@ def decades(low: float, high: float) -> list[float]:
 
 
 class Axis:
-    """Maps positive numbers to pixels by their logarithm."""
+    """Maps positive numbers to pixels by their logarithm, with some room at either end."""
 
-    def __init__(self, values: Iterable[float], start: float, end: float, whole: bool) -> None:
+    def __init__(self, values: Iterable[float], start: float, end: float) -> None:
         values = list(values)
-        low, high = min(values), max(values)
-        if whole:
-            ticks = decades(low, high)
-            low, high = ticks[0], ticks[-1]
-        else:
-            low, high = low / 1.3, high * 1.3
-        self.low, self.high = math.log10(low), math.log10(high)
-        if self.low == self.high:
-            self.low, self.high = self.low - 0.5, self.high + 0.5
+        self.low, self.high = math.log10(min(values) / 1.3), math.log10(max(values) * 1.3)
         self.start, self.end = start, end
+
+    def ticks(self) -> list[float]:
+        """Powers of ten within the range; with 2 and 5 times them if they are few."""
+        low, high = 10**self.low, 10**self.high
+        tens = decades(low, high)
+        inside = [tick for tick in tens if low <= tick <= high]
+        if len(inside) < 3:
+            inside = [step * ten for ten in tens for step in (1, 2, 5) if low <= step * ten <= high]
+        return inside
 
     def __call__(self, value: float) -> float:
         share = (math.log10(value) - self.low) / (self.high - self.low)
@@ -90,24 +91,22 @@ def draw(chart: Chart) -> str:
         if not all(math.isfinite(value) and value > 0 for value in point):
             raise ValueError(f"chart {chart.title!r}: {point} is not a pair of positive numbers")
     right, bottom = WIDTH - LEGEND, HEIGHT - BOTTOM
-    x_axis = Axis([x for x, _ in points], LEFT, right, whole=False)
-    y_axis = Axis([y for _, y in points], bottom, TOP, whole=True)
+    x_axis = Axis([x for x, _ in points], LEFT, right)
+    y_axis = Axis([y for _, y in points], bottom, TOP)
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
         text((LEFT + right) / 2, 22, chart.title, extra=' font-size="15"'),
     ]
     grid = 'stroke="#dddddd" stroke-width="1"'
-    for tick in decades(10**y_axis.low, 10**y_axis.high):
+    for tick in y_axis.ticks():
         y = y_axis(tick)
-        if TOP - 1 <= y <= bottom + 1:
-            out.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" {grid}/>')
-            out.append(text(LEFT - 8, y + 4, number(tick), "end"))
-    for tick in chart.x_ticks or decades(10**x_axis.low, 10**x_axis.high):
+        out.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" {grid}/>')
+        out.append(text(LEFT - 8, y + 4, number(tick), "end"))
+    for tick in chart.x_ticks or x_axis.ticks():
         x = x_axis(tick)
-        if LEFT - 1 <= x <= right + 1:
-            out.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}" {grid}/>')
-            out.append(text(x, bottom + 18, number(tick)))
+        out.append(f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{bottom}" {grid}/>')
+        out.append(text(x, bottom + 18, number(tick)))
     out.append(f'<rect x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{bottom - TOP}" fill="none" stroke="#888888"/>')
     out.append(text((LEFT + right) / 2, HEIGHT - 14, chart.x_label))
     middle = (TOP + bottom) / 2

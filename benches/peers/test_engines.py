@@ -17,6 +17,7 @@ if HAVE_TORCH:
     DEVICE = torch.device("cuda" if GPU else "cpu")
     import engines
     import reference
+    import table
     from engines import TEMPERATURE, Autograd, make_inputs
     from reference import Judge, Reference
     from torch_step import samtone_query
@@ -203,6 +204,14 @@ class TritonKernels(unittest.TestCase):
         dtype, tolerance = (torch.bfloat16, 5e-3) if GPU else (torch.float16, 5e-4)
         self.judge(lambda q, p: InfClLike(q, p, TEMPERATURE, Tiling(16, rows=32, cols=32)), dtype, tolerance, self.KINDS[:3])
         self.judge(lambda q, p: InfClLike(q, p, TEMPERATURE, Tiling(32)), dtype, tolerance)
+
+
+@unittest.skipUnless(HAVE_TORCH, "PyTorch is not installed")
+class Names(unittest.TestCase):
+    def test_charts_and_losses_name_what_there_is(self) -> None:
+        self.assertLessEqual(set(table.CHARTED) - {table.SAMTONE}, set(engines.BY_NAME))
+        self.assertLessEqual(set(table.PRODUCTS), set(engines.BY_NAME))
+        self.assertEqual({e.loss for e in engines.ENGINES} - {None}, set(reference.LOSSES))
 
 
 @unittest.skipUnless(HAVE_TORCH, "PyTorch is not installed")

@@ -41,9 +41,10 @@ def made_up(folder: pathlib.Path, own: bool = True) -> None:
         {"rows": 8192, "dim": 32, "engine": "eager f32", "loss_name": "samtone_query", "milliseconds": "7", "extra_mib": "3000"},
         {"rows": 8192, "dim": 64, "engine": "eager f32", "loss_name": "samtone_query", "milliseconds": "20", "extra_mib": "3000",
          "gradient_error": "2e-6"},
-        {"rows": 8192, "dim": 64, "engine": "joint <one>", "loss_name": "samtone_query_joint", "milliseconds": "30",
+        {"rows": 8192, "dim": 64, "engine": "MNRL autocast", "loss_name": "samtone_query_joint", "milliseconds": "30",
          "extra_mib": "0", "gradient_error": "3e-2"},
-        {"rows": 8192, "dim": 64, "engine": "large", "loss_name": "samtone_query", "note": "OutOfMemoryError: no room"},
+        {"rows": 8192, "dim": 64, "engine": "products 12", "milliseconds": "4.0"},
+        {"rows": 8192, "dim": 64, "engine": "eager autocast", "loss_name": "samtone_query", "note": "OutOfMemoryError: no room"},
     ]  # fmt: skip
     with open(folder / "peers.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, run.COLUMNS)
@@ -72,8 +73,8 @@ class Record(unittest.TestCase):
         self.assertIn("| 1.5e-04 |", text)
         # The faster of launches and graph counts, and says so.
         self.assertIn("| products 12 | 0.1 (graph) | 0.20 |", text)
-        self.assertIn("- large: OutOfMemoryError: no room", text)
-        self.assertIn("joint <one>¹", text)
+        self.assertIn("- eager autocast: OutOfMemoryError: no room", text)
+        self.assertIn("MNRL autocast¹", text)
         self.assertIn(table.FOOTNOTE, text)
 
     def test_record_without_our_own_measurements_names_no_ratio(self) -> None:
@@ -90,9 +91,9 @@ class Record(unittest.TestCase):
             root = xml.parse(self.folder / f"{name}.svg").getroot()
             names[name] = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text")]
             self.assertIn("samtone", names[name])
-            self.assertNotIn("large", names[name])
-        self.assertIn("joint <one>¹", names["time"])
-        self.assertNotIn("joint <one>¹", names["memory"])  # 0 MiB has no logarithm
+            self.assertNotIn("eager autocast", names[name])
+        self.assertIn("MNRL autocast¹", names["time"])
+        self.assertNotIn("MNRL autocast¹", names["memory"])  # 0 MiB has no logarithm
         self.assertIn("B (d = 64)", names["time"])  # of two shapes with this B the wider one
 
     def test_no_record_is_an_error(self) -> None:
@@ -111,8 +112,12 @@ class Charts(unittest.TestCase):
             svg.draw(svg.Chart("t", "x", "y"))
 
     def test_equal_ratios_are_equal_distances(self) -> None:
-        axis = svg.Axis([1.0, 100.0], 0.0, 100.0, whole=True)
-        self.assertEqual([axis(1.0), axis(10.0), axis(100.0)], [0.0, 50.0, 100.0])
+        axis = svg.Axis([1.0, 100.0], 0.0, 100.0)
+        self.assertAlmostEqual(axis(10.0) - axis(1.0), axis(100.0) - axis(10.0))
+        self.assertEqual(axis.ticks(), [1.0, 10.0, 100.0])
+
+    def test_a_short_range_has_ticks_between_powers_of_ten(self) -> None:
+        self.assertEqual(svg.Axis([3.0, 30.0], 0.0, 100.0).ticks(), [5.0, 10.0, 20.0])
 
     def test_one_point_is_a_chart(self) -> None:
         xml.fromstring(svg.draw(svg.Chart("t & u", "x", "y", [svg.Series("s", [(10.0, 10.0)], first=True)])))
