@@ -33,19 +33,19 @@ fn gradient_tile(
         atomicStore(&strongest, ordered(NEVER));
     }
     workgroupBarrier();
-    for (var k = index; k < 2u * TILE; k += THREADS) {
-        let edge = load_edge(place, k);
-        candidates[k] = edge.candidate;
-        anchors[k] = edge.anchor;
-        coefficients[k] = vec2<f32>(NEVER, 0.0);
-        positives[k] = 0.0;
+    if index < 2u * TILE {
+        let edge = load_edge(place, index);
+        candidates[index] = edge.candidate;
+        anchors[index] = edge.anchor;
+        coefficients[index] = vec2<f32>(NEVER, 0.0);
+        positives[index] = 0.0;
         if edge.row != NONE {
-            positives[k] = bitcast<f32>(state[params.positive + POSITIVE_WORDS * edge.row]);
-            let at = select(params.col_coefficients, params.row_coefficients, is_row(k)) + SCALED_WORDS * edge.row;
+            positives[index] = bitcast<f32>(state[params.positive + POSITIVE_WORDS * edge.row]);
+            let at = select(params.col_coefficients, params.row_coefficients, is_row(index)) + SCALED_WORDS * edge.row;
             let factor = bitcast<f32>(state[at]);
             if factor != 0.0 {
                 let whole = f32(bitcast<i32>(state[at + 1u]) - bitcast<i32>(state[params.results + SHIFT]));
-                coefficients[k] = vec2<f32>(whole, factor);
+                coefficients[index] = vec2<f32>(whole, factor);
                 atomicMax(&strongest, ordered(whole));
             }
         }
@@ -57,12 +57,13 @@ fn gradient_tile(
     let checked = is_checked(place);
     var top = NO_COSINE;
     for (var b = 0u; b < BLOCKS; b += 1u) {
-        s[b] = scale_and_mask(products.block[b], thread, b, checked);
+        let block = scale_and_mask(products.block[b], thread, b, checked);
         for (var i = 0u; i < 4u; i += 1u) {
             for (var j = 0u; j < 4u; j += 1u) {
-                top = select(top, max(top, s[b].s[i][j]), is_kept(s[b].kept.row | s[b].kept.col, i, j));
+                top = select(top, max(top, block.s[i][j]), is_kept(block.kept.row | block.kept.col, i, j));
             }
         }
+        s[b] = block;
     }
 
     // [4] one exponential or two

@@ -10,41 +10,17 @@
 
 const PARTIAL_WORDS = 3u;
 
-var<workgroup> bars: array<f32, 2u * TILE>;      // s⁺ with slack, by entry of the edges
-var<workgroup> exponents: array<f32, 2u * TILE>; // β·log2 e times the largest cosine, rounded
+var<workgroup> bars: array<f32, 2u * TILE>; // s⁺ with slack, by entry of the edges
+// The cosine that an entry has its exponent from: the largest kept one, its own or that of the tile.
+var<workgroup> tops: array<atomic<i32>, 2u * TILE>;
+// Of kept negatives above the bar: four entries 16 apart, 8 bits each, because an entry has at most 128.
+var<workgroup> counts: array<atomic<u32>, 32u * PARTS>;
 var<workgroup> smallest: atomic<i32>;
 
-// One number for each row of the tile, and one for each column, from what the threads across have of them.
-fn share(thread: Thread, rows: array<vec4<f32>, PARTS>, cols: array<vec4<f32>, PARTS>) {
-    for (var p = 0u; p < PARTS; p += 1u) {
-        pool[256u * p + 16u * thread.y + thread.x] = rows[p];
-        pool[256u * (PARTS + p) + 16u * thread.x + thread.y] = cols[p];
-    }
-}
-
-// Threads that reduce: 16 for each part of the rows, then as many for the columns. Their four entries are 16 apart.
-fn reduces(thread: u32) -> bool {
-    return thread < 32u * PARTS;
-}
-
-fn first_entry(thread: u32) -> u32 {
-    return select(TILE, 0u, thread < 16u * PARTS) + thread % 16u + 64u * (thread / 16u % PARTS);
-}
-
-fn sum_shared(thread: u32) -> vec4<f32> {
-    var sum = pool[16u * thread];
-    for (var k = 1u; k < 16u; k += 1u) {
-        sum += pool[16u * thread + k];
-    }
-    return sum;
-}
-
-fn largest_shared(thread: u32) -> vec4<f32> {
-    var top = pool[16u * thread];
-    for (var k = 1u; k < 16u; k += 1u) {
-        top = max(top, pool[16u * thread + k]);
-    }
-    return top;
+// β·log2 e times it, rounded; 0 where nothing is kept.
+fn exponent_at(entry: u32) -> f32 {
+    let top = from_ordered(atomicLoad(&tops[entry]));
+    return select(0.0, round(params.beta_head * top), top > NO_COSINE);
 }
 
 @compute @workgroup_size(256)
@@ -61,11 +37,15 @@ fn logsumexp(
     // [1] load
     let thread = Thread(index, index % 16u, index / 16u);
     let place = place_of(tile);
-    for (var k = index; k < 2u * TILE; k += THREADS) {
-        let edge = load_edge(place, k);
-        candidates[k] = edge.candidate;
-        anchors[k] = edge.anchor;
-        bars[k] = rank_bar(edge);
+    if index < 2u * TILE {
+        let edge = load_edge(place, index);
+        candidates[index] = edge.candidate;
+        anchors[index] = edge.anchor;
+        bars[index] = rank_bar(edge);
+        atomicStore(&tops[index], ordered(NO_COSINE));
+    }
+    if index < 32u * PARTS {
+        atomicStore(&counts[index], 0u);
     }
     if index == 0u {
         atomicStore(&largest, ordered(NO_COSINE));
@@ -73,109 +53,112 @@ fn logsumexp(
     }
     let products = multiply(place, thread, invocation);
 
-    // [2] scale, [3] mask
+    // [2] scale, [3] mask, [4] ranks and range
     var s: array<Cosines, BLOCKS>;
     let checked = is_checked(place);
+    var top = vec4<f32>(NO_COSINE);
+    var bottom = vec4<f32>(-NO_COSINE);
+    var row_count: array<u32, PARTS>;
+    var col_count: array<u32, PARTS>;
     for (var b = 0u; b < BLOCKS; b += 1u) {
-        s[b] = scale_and_mask(products.block[b], thread, b, checked);
-    }
-
-    // [4] exponents and ranks
-    var top = NO_COSINE;
-    var bottom = -NO_COSINE;
-    var row_top: array<vec4<f32>, PARTS>;
-    var col_top: array<vec4<f32>, PARTS>;
-    var row_count: array<vec4<f32>, PARTS>;
-    var col_count: array<vec4<f32>, PARTS>;
-    for (var p = 0u; p < PARTS; p += 1u) {
-        row_top[p] = vec4<f32>(NO_COSINE);
-        col_top[p] = vec4<f32>(NO_COSINE);
-    }
-    for (var b = 0u; b < BLOCKS; b += 1u) {
-        let r = b / PARTS;
-        let c = b % PARTS;
-        for (var i = 0u; i < 4u; i += 1u) {
-            let row_bar = bars[row_of(thread, b, i)];
-            for (var j = 0u; j < 4u; j += 1u) {
-                let x = s[b].s[i][j];
-                if is_kept(s[b].kept.row | s[b].kept.col, i, j) {
-                    top = max(top, x);
-                    bottom = min(bottom, x);
-                }
-                if is_kept(s[b].kept.row, i, j) {
-                    row_top[r][i] = max(row_top[r][i], x);
-                    row_count[r][i] += select(0.0, 1.0, x > row_bar);
-                }
-                if is_kept(s[b].kept.col, i, j) {
-                    col_top[c][j] = max(col_top[c][j], x);
-                    col_count[c][j] += select(0.0, 1.0, x > bars[TILE + col_of(thread, b, j)]);
-                }
-            }
+        let block = scale_and_mask(products.block[b], thread, b, checked);
+        var col_bars = vec4<f32>();
+        for (var j = 0u; j < 4u; j += 1u) {
+            col_bars[j] = bars[TILE + col_of(thread, b, j)];
         }
+        var of_rows = 0u;
+        var of_cols = vec4<u32>();
+        for (var i = 0u; i < 4u; i += 1u) {
+            let x = block.s[i];
+            let kept = kept_in_row(block.kept.row | block.kept.col, i);
+            top = select(top, max(top, x), kept);
+            bottom = select(bottom, min(bottom, x), kept);
+            let above_row = select(vec4<u32>(), vec4<u32>(1u), x > vec4<f32>(bars[row_of(thread, b, i)]));
+            let above_col = select(vec4<u32>(), vec4<u32>(1u), x > col_bars);
+            of_rows += dot(select(vec4<u32>(), above_row, kept_in_row(block.kept.row, i)), vec4<u32>(1u)) << (8u * i);
+            of_cols += select(vec4<u32>(), above_col, kept_in_row(block.kept.col, i));
+        }
+        row_count[b / PARTS] += of_rows;
+        col_count[b % PARTS] += dot(of_cols, vec4<u32>(1u, 1u << 8u, 1u << 16u, 1u << 24u));
+        s[b] = block;
     }
-    share(thread, row_top, col_top);
-    atomicMax(&largest, ordered(top));
-    atomicMin(&smallest, ordered(bottom));
+    for (var p = 0u; p < PARTS; p += 1u) {
+        atomicAdd(&counts[16u * p + thread.y], row_count[p]);
+        atomicAdd(&counts[16u * (PARTS + p) + thread.x], col_count[p]);
+    }
+    atomicMax(&largest, ordered(max(max(top.x, top.y), max(top.z, top.w))));
+    atomicMin(&smallest, ordered(min(min(bottom.x, bottom.y), min(bottom.z, bottom.w))));
     workgroupBarrier();
+
+    // [5] exponents
     let highest = from_ordered(atomicLoad(&largest));
     let together = params.beta_head * (highest - from_ordered(atomicLoad(&smallest))) < 110.0; // also when nothing is kept
-    if reduces(index) {
-        var tops = largest_shared(index);
-        if together {
-            tops = vec4<f32>(highest);
-        }
-        let first = first_entry(index);
-        for (var i = 0u; i < 4u; i += 1u) {
-            exponents[first + 16u * i] = select(0.0, round(params.beta_head * tops[i]), tops[i] > NO_COSINE);
-        }
-    }
-    workgroupBarrier();
-
-    // [5] sums
-    var row_sum: array<vec4<f32>, PARTS>;
-    var col_sum: array<vec4<f32>, PARTS>;
-    for (var b = 0u; b < BLOCKS; b += 1u) {
-        for (var i = 0u; i < 4u; i += 1u) {
-            let row_exponent = exponents[row_of(thread, b, i)];
+    if !together {
+        for (var b = 0u; b < BLOCKS; b += 1u) {
+            let block = s[b];
+            var col_top = vec4<f32>(NO_COSINE);
+            for (var i = 0u; i < 4u; i += 1u) {
+                let x = block.s[i];
+                let row_top = select(vec4<f32>(NO_COSINE), x, kept_in_row(block.kept.row, i));
+                col_top = select(col_top, max(col_top, x), kept_in_row(block.kept.col, i));
+                atomicMax(&tops[row_of(thread, b, i)], ordered(max(max(row_top.x, row_top.y), max(row_top.z, row_top.w))));
+            }
             for (var j = 0u; j < 4u; j += 1u) {
-                let x = s[b].s[i][j];
-                let by_row = exp2_of(logit_minus(x, row_exponent));
-                var by_col = by_row;
-                if !together {
-                    by_col = exp2_of(logit_minus(x, exponents[TILE + col_of(thread, b, j)]));
-                }
-                row_sum[b / PARTS][i] += select(0.0, by_row, is_kept(s[b].kept.row, i, j));
-                col_sum[b % PARTS][j] += select(0.0, by_col, is_kept(s[b].kept.col, i, j));
+                atomicMax(&tops[TILE + col_of(thread, b, j)], ordered(col_top[j]));
             }
         }
+    } else if index < 2u * TILE {
+        atomicStore(&tops[index], ordered(highest));
     }
+    workgroupBarrier();
 
-    // [6] store
-    share(thread, row_sum, col_sum);
-    workgroupBarrier();
-    var sums = vec4<f32>();
-    if reduces(index) {
-        sums = sum_shared(index);
+    // [6] sums: of rows and columns at once, or of rows, then of columns. One loop for both: what is there twice is compiled twice.
+    var row_sum: array<vec4<f32>, PARTS>;
+    var col_sum: array<vec4<f32>, PARTS>;
+    for (var edge = 0u; edge < select(2u, 1u, together); edge += 1u) {
+        for (var b = 0u; b < BLOCKS; b += 1u) {
+            let block = s[b];
+            let row_bits = select(0u, block.kept.row, edge == 0u);
+            let col_bits = select(0u, block.kept.col, edge == 1u || together);
+            var of_entries = vec4<f32>();
+            for (var k = 0u; k < 4u; k += 1u) {
+                of_entries[k] = exponent_at(select(TILE + col_of(thread, b, k), row_of(thread, b, k), edge == 0u));
+            }
+            var of_rows = vec4<f32>();
+            var of_cols = vec4<f32>(); // not without a value: Chromium left what the last pass of the loop had
+            for (var i = 0u; i < 4u; i += 1u) {
+                let terms = exp2_of_four(logits_minus(block.s[i], select(of_entries, vec4<f32>(of_entries[i]), edge == 0u)));
+                of_rows[i] = dot(select(vec4<f32>(), terms, kept_in_row(row_bits, i)), vec4<f32>(1.0));
+                of_cols += select(vec4<f32>(), terms, kept_in_row(col_bits, i));
+            }
+            row_sum[b / PARTS] += of_rows;
+            col_sum[b % PARTS] += of_cols;
+        }
+    }
+    for (var p = 0u; p < PARTS; p += 1u) {
+        pool[256u * p + 16u * thread.y + thread.x] = row_sum[p];
+        pool[256u * (PARTS + p) + 16u * thread.x + thread.y] = col_sum[p];
     }
     workgroupBarrier();
-    share(thread, row_count, col_count);
-    workgroupBarrier();
-    // On the diagonal of a triangle the rows stand for both.
-    let of_rows = index < 16u * PARTS;
+
+    // [7] store, an entry each. On the diagonal of a triangle the rows stand for both.
+    let by_row = is_row(index);
     let diagonal = params.triangle != 0u && place.row == place.col;
-    if !reduces(index) || select(params.col_sums, params.row_sums, of_rows) == 0u || (diagonal && !of_rows) {
+    if index >= 2u * TILE || select(params.col_sums, params.row_sums, by_row) == 0u || (diagonal && !by_row) {
         return;
     }
-    let counts = sum_shared(index);
-    let first = first_entry(index);
-    let across = select(place.row, place.col, of_rows);
-    let along = select(params.col_tiles, params.row_tiles, of_rows) * TILE;
-    let start = select(place.col, place.row, of_rows) * TILE;
-    for (var i = 0u; i < 4u; i += 1u) {
-        let entry = first + 16u * i;
-        let to = select(params.col_partials, params.row_partials, of_rows) + PARTIAL_WORDS * (across * along + start + entry % TILE);
-        scratch[to] = bitcast<u32>(sums[i]);
-        scratch[to + 1u] = bitcast<u32>(i32(exponents[entry]));
-        scratch[to + 2u] = u32(counts[i]);
+    // Entry 64 p + 16 i + y is component i of what the 16 threads of row (or column) y have of part p.
+    let lane = 16u * (index / 64u) + index % 16u;
+    let component = index / 16u % 4u;
+    var sum = 0.0;
+    for (var k = 0u; k < 16u; k += 1u) {
+        sum += pool[16u * lane + k][component];
     }
+    let across = select(place.row, place.col, by_row);
+    let along = select(params.col_tiles, params.row_tiles, by_row) * TILE;
+    let start = select(place.col, place.row, by_row) * TILE;
+    let to = select(params.col_partials, params.row_partials, by_row) + PARTIAL_WORDS * (across * along + start + index % TILE);
+    scratch[to] = bitcast<u32>(sum);
+    scratch[to + 1u] = bitcast<u32>(i32(exponent_at(index)));
+    scratch[to + 2u] = (atomicLoad(&counts[lane]) >> (8u * component)) & 255u;
 }

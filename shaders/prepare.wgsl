@@ -72,15 +72,16 @@ fn widen_f16(half: u32) -> u32 {
 
 // Element `column` of a row that starts `start` elements from the binding's start, as bits of f32; 0 beyond its end.
 fn element_bits(start: u32, column: u32) -> u32 {
+    let dtype = params.dtype;
     if column >= params.dim {
         return 0u;
     }
     let at = start + column;
-    if params.dtype == TYPE_F32 {
+    if dtype == TYPE_F32 {
         return raw[at];
     }
     let half = (raw[at >> 1u] >> (16u * (at & 1u))) & 0xffffu;
-    return select(widen_f16(half), half << 16u, params.dtype == TYPE_BF16);
+    return select(widen_f16(half), half << 16u, dtype == TYPE_BF16);
 }
 
 // x·2^-exponent, where `exponent` is that of the largest element of the row.

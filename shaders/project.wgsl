@@ -56,12 +56,13 @@ fn float_at(at: u32) -> f32 {
 // Four numbers of the sum of index `index`, as directions: u in units of 2^SHIFT.
 fn direction_sum(index: u32, vector: u32) -> vec4<f32> {
     let inverse = float_at(params.norms + NORM_WORDS * index);
+    let at = params.sums_base + (index - params.sums_first) * params.sums_stride + 4u * vector;
+    let columns = params.dim - 4u * vector;
     var sum = vec4<f32>();
     if inverse > 0.0 {
-        let at = params.sums_base + (index - params.sums_first) * params.sums_stride;
         for (var j = 0u; j < 4u; j += 1u) {
-            if 4u * vector + j < params.dim {
-                sum[j] = sum_at(at + 4u * vector + j);
+            if j < columns {
+                sum[j] = sum_at(at + j);
             }
         }
         sum *= 2.44140625e-4 / inverse; // 2^-12
@@ -77,30 +78,38 @@ fn positive_part(row: u32, index: u32, vector: u32, shift: i32) -> vec4<f32> {
     return (diagonal * float_at(params.other_norms + NORM_WORDS * index) * 2.44140625e-4) * y;
 }
 
+// Whether the indices behind a row are listed.
+fn lists_occurrences() -> bool {
+    return (params.passage != 0u) & (params.occurrence_start != NONE);
+}
+
+// Written once for queries and passages: what is there twice is compiled twice.
 fn gather(row: u32, vector: u32, shift: i32) -> vec4<f32> {
-    if params.passage == 0u {
-        var index = row;
-        if params.positives != NONE {
-            index = side[params.positives + row];
-        }
-        return direction_sum(row, vector) + positive_part(row, index, vector, shift);
-    }
+    let of_query = params.passage == 0u;
+    let listed = lists_occurrences();
     var first = row;
     var last = row + 1u;
-    if params.occurrence_start != NONE {
+    if listed {
         first = side[params.occurrence_start + row];
         last = side[params.occurrence_start + row + 1u];
     }
     var sum = vec4<f32>();
     for (var k = first; k < last; k += 1u) {
         var index = k;
-        if params.occurrence_start != NONE {
+        if listed {
             index = side[params.occurrences + k];
         }
         sum += direction_sum(index, vector);
-        let anchored = side[params.candidates + CANDIDATE_WORDS * index + 3u];
-        if anchored >= params.row_begin && anchored < params.row_end { // not NONE
-            sum += positive_part(anchored, anchored, vector, shift);
+        var anchor = row;
+        var other_index = row;
+        if !of_query {
+            anchor = side[params.candidates + CANDIDATE_WORDS * index + 3u];
+            other_index = anchor;
+        } else if params.positives != NONE {
+            other_index = side[params.positives + row];
+        }
+        if of_query || (anchor >= params.row_begin && anchor < params.row_end) { // not NONE
+            sum += positive_part(anchor, other_index, vector, shift);
         }
     }
     return sum;
@@ -164,7 +173,7 @@ fn project(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
     }
     let row = params.first + local;
     var index = row;
-    if params.passage != 0u && params.occurrence_start != NONE {
+    if lists_occurrences() {
         index = side[params.occurrences + side[params.occurrence_start + row]];
     }
     let shift = bitcast<i32>(state[params.results + SHIFT]);

@@ -3,10 +3,15 @@
 
 // s·β·log2 e − k for whole k, where β·log2 e is params.beta_head + beta_middle + beta_tail and the head has 12 bits: the product
 // of the heads and the cancellation with k are exact, so that 1/τ costs no digit of a logit near 100.
-fn logit_minus(s: f32, k: f32) -> f32 {
-    let s0 = head(s);
+fn logits_minus(s: vec4<f32>, k: vec4<f32>) -> vec4<f32> {
+    let s0 = vec4<f32>(head(s.x), head(s.y), head(s.z), head(s.w));
     let s1 = s - s0;
-    return (s0 * params.beta_head - k) + (s0 * params.beta_middle + (s1 * params.beta_head + (s1 * params.beta_middle + s * params.beta_tail)));
+    let rest = s0 * params.beta_middle + (s1 * params.beta_head + (s1 * params.beta_middle + s * params.beta_tail));
+    return (s0 * params.beta_head - k) + rest;
+}
+
+fn logit_minus(s: f32, k: f32) -> f32 {
+    return logits_minus(vec4<f32>(s), vec4<f32>(k)).x;
 }
 
 // exp(β s) for a cosine of more than 24 bits.

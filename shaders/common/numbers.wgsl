@@ -118,18 +118,23 @@ fn times_power_of_two(x: f32, n: i32) -> f32 {
 
 // ---- exponentials and logarithms
 
-// 2^x for x ≤ 127, to 1e-7; 0 below 2^-125.
-fn exp2_of(x: f32) -> f32 {
-    let whole = round(max(x, -200.0));
+// 2^x for x ≤ 127, to 1e-7; 0 below 2^-125. The scalar below takes one of four, which compilers see.
+fn exp2_of_four(x: vec4<f32>) -> vec4<f32> {
+    let whole = round(max(x, vec4<f32>(-200.0)));
     let f = x - whole;
-    var p = 1.5461444854736328e-4;
-    p = fma(p, f, 1.3400427997112274e-3);
-    p = fma(p, f, 9.618056938052177e-3);
-    p = fma(p, f, 5.550327152013779e-2);
-    p = fma(p, f, 2.4022650718688965e-1);
-    p = fma(p, f, 6.931471824645996e-1);
-    p = fma(p, f, 1.0);
-    return select(0.0, bitcast<f32>(bitcast<i32>(p) + (i32(whole) << 23u)), whole > -126.0);
+    var p = vec4<f32>(1.5461444854736328e-4);
+    p = fma(p, f, vec4<f32>(1.3400427997112274e-3));
+    p = fma(p, f, vec4<f32>(9.618056938052177e-3));
+    p = fma(p, f, vec4<f32>(5.550327152013779e-2));
+    p = fma(p, f, vec4<f32>(2.4022650718688965e-1));
+    p = fma(p, f, vec4<f32>(6.931471824645996e-1));
+    p = fma(p, f, vec4<f32>(1.0));
+    let shifted = bitcast<vec4<f32>>(bitcast<vec4<i32>>(p) + (vec4<i32>(whole) << vec4<u32>(23u)));
+    return select(vec4<f32>(), shifted, whole > vec4<f32>(-126.0));
+}
+
+fn exp2_of(x: f32) -> f32 {
+    return exp2_of_four(vec4<f32>(x)).x;
 }
 
 // 2·atanh(z) for |z| ≤ 0.172.

@@ -18,12 +18,14 @@ struct Params {
 @group(0) @binding(0) var<uniform> params: Params;
 @group(0) @binding(3) var<storage, read_write> sums: array<f32>;
 
-// Adds to, or sets, number `column` of the sum of index m.
+// Adds to, or sets, number `column` of the sum of index m. Parameters are read outside of branches: calls share them there.
 fn store_sum(m: u32, column: u32, sum: f32) {
-    if m < params.indices && column < params.dim {
-        let at = params.sums_base + m * params.sums_stride + column;
+    let at = params.sums_base + m * params.sums_stride + column;
+    let within = (m < params.indices) & (column < params.dim);
+    let accumulate = params.accumulate != 0u;
+    if within {
         var x = sum;
-        if params.accumulate != 0u {
+        if accumulate {
             x += sums[at];
         }
         sums[at] = x;

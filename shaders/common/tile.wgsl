@@ -153,37 +153,55 @@ fn is_kept(bits: u32, i: u32, j: u32) -> bool {
     return ((bits >> (4u * i + j)) & 1u) != 0u;
 }
 
+// Of the four elements of row i.
+fn kept_in_row(bits: u32, i: u32) -> vec4<bool> {
+    return (vec4<u32>(bits >> (4u * i)) & vec4<u32>(1u, 2u, 4u, 8u)) != vec4<u32>();
+}
+
 // Whether two indices of the tile may be masked: default keys mask a pair only where both indices are the same.
 fn is_checked(place: Place) -> bool {
     let row = params.row_begin + place.row * TILE;
     let col = params.col_begin + place.col * TILE;
-    let ragged = row + TILE > params.row_end || col + TILE > params.col_end;
-    return params.masked != 0u || ragged || (row < col + TILE && col < row + TILE);
+    let ragged = (row + TILE > params.row_end) | (col + TILE > params.col_end);
+    return (params.masked != 0u) | ragged | ((row < col + TILE) & (col < row + TILE));
 }
 
-// [2] scale: products → cosines. [3] mask: the rule of src/mask.rs.
+// [2] scale: products → cosines. [3] mask: the rule of src/mask.rs. What belongs to a column is read once, not once for each row:
+// not every compiler sees that it stays the same.
 fn scale_and_mask(products: mat4x4<f32>, thread: Thread, block: u32, checked: bool) -> Cosines {
     var out = Cosines(products, Kept(select(0u, 0xffffu, params.row_anchors != 0u), select(0u, 0xffffu, params.col_anchors != 0u)));
+    var col_scales = vec4<f32>();
+    for (var j = 0u; j < 4u; j += 1u) {
+        col_scales[j] = bitcast<f32>(candidates[TILE + col_of(thread, block, j)].w) * 5.9604644775390625e-8; // 2^-24
+    }
     for (var i = 0u; i < 4u; i += 1u) {
-        let row = row_of(thread, block, i);
-        let r = candidates[row];
-        let of_row = anchors[row];
-        let scale = bitcast<f32>(r.w) * 5.9604644775390625e-8; // 2^-24
+        out.s[i] *= bitcast<f32>(candidates[row_of(thread, block, i)].w) * col_scales;
+    }
+    if !checked {
+        return out;
+    }
+    var of_cols: array<vec4<u32>, 4>;
+    var col_anchors: array<vec4<u32>, 4>;
+    for (var j = 0u; j < 4u; j += 1u) {
+        of_cols[j] = candidates[TILE + col_of(thread, block, j)];
+        col_anchors[j] = anchors[TILE + col_of(thread, block, j)];
+    }
+    var kept = Kept(0u, 0u);
+    for (var i = 0u; i < 4u; i += 1u) {
+        let r = candidates[row_of(thread, block, i)];
+        let of_row = anchors[row_of(thread, block, i)];
         for (var j = 0u; j < 4u; j += 1u) {
-            let col = TILE + col_of(thread, block, j);
-            let c = candidates[col];
-            let s = products[i][j] * scale * bitcast<f32>(c.w);
-            out.s[i][j] = s;
-            if checked {
-                let of_col = anchors[col];
-                let by_row = c.x != of_row.x && c.y != of_row.y && (c.z == NONE || c.z == of_row.z) && s <= bitcast<f32>(of_row.w);
-                let by_col = r.x != of_col.x && r.y != of_col.y && (r.z == NONE || r.z == of_col.z) && s <= bitcast<f32>(of_col.w);
-                let bit = 1u << (4u * i + j);
-                out.kept.row &= ~select(bit, 0u, by_row);
-                out.kept.col &= ~select(bit, 0u, by_col);
-            }
+            let s = out.s[i][j];
+            let c = of_cols[j];
+            let of_col = col_anchors[j];
+            let by_row = (c.x != of_row.x) & (c.y != of_row.y) & ((c.z == NONE) | (c.z == of_row.z)) & (s <= bitcast<f32>(of_row.w));
+            let by_col = (r.x != of_col.x) & (r.y != of_col.y) & ((r.z == NONE) | (r.z == of_col.z)) & (s <= bitcast<f32>(of_col.w));
+            kept.row |= select(0u, 1u << (4u * i + j), by_row);
+            kept.col |= select(0u, 1u << (4u * i + j), by_col);
         }
     }
+    out.kept.row &= kept.row;
+    out.kept.col &= kept.col;
     return out;
 }
 
