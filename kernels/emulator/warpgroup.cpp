@@ -22,10 +22,14 @@ struct Tile {
     Sums sums{};
 };
 
-// What all threads know that have issued a product; shared by products as long as nobody learns more.
-struct Shared {
+// What each thread knew when it issued a product, and all of them; of one product or of several in a row.
+struct Learned {
     Common common;
-    std::array<Known, THREADS> knew; // of each, when it was added
+    std::array<Known, THREADS> knew;
+    void add(const Thread& thread, const Known& known) {
+        common.add(known, thread.party);
+        knew[thread.index % THREADS] = known;
+    }
 };
 
 struct Product {
@@ -36,7 +40,7 @@ struct Product {
     std::shared_ptr<Tile> tiles[2];
     const Thread* first;
     u32 issued = 0;
-    std::shared_ptr<Shared> known;
+    std::shared_ptr<Learned> learned;
 };
 
 struct Change {
@@ -54,9 +58,8 @@ struct Warpgroup {
     u32 first_product = 0; // number of products[0]
     std::vector<std::shared_ptr<Tile>> tiles;
     std::vector<Thread*> waiters; // for others to issue
-    std::shared_ptr<Shared> known; // of the product that was issued first by somebody who had learned
+    std::shared_ptr<Learned> learned;                  // for the last product
     std::array<std::pair<Known, Known>, WARPS> waited; // what a thread of the warp knew before and after its last wait
-    u32 waited_for = 0;
     std::vector<Change> changes;
 };
 
@@ -115,7 +118,7 @@ void give_registers(Warpgroup& group, const Thread& self, std::shared_ptr<Tile>&
     if ((mine != nullptr && mine != tile) || (tile->registers[thread] != nullptr && tile->registers[thread] != registers))
         fail(self,
              std::string(WGMMA) + " (" + place(site) + ") gets other registers than other threads of the warpgroup give it");
-    tile->last_group = number;
+    tile->last_group = std::max(tile->last_group, number); // others may be ahead
     if (mine != nullptr) return;
     tile->registers[thread] = registers;
     each_sum(thread, [&](u32 i, u32 at) {
@@ -127,7 +130,7 @@ void give_registers(Warpgroup& group, const Thread& self, std::shared_ptr<Tile>&
 // All threads of the warpgroup have issued it: may it read its operands?
 void check_operands(const Warpgroup& group, const Product& product, const Thread& last) {
     const Access access{now.serial, product.group, group.agent, number_of(product.site)};
-    const Actor me{last, product.known->common.value(), NOBODY, true, access};
+    const Actor me{last, product.learned->common.value(), NOBODY, true, access};
     auto check = [&](shared_address chunk) {
         const Place at = shared_place(last, *last.block, chunk, CHUNK_BYTES, CHUNK_BYTES, WGMMA, "reads", product.site);
         note_read(me, at, CHUNK_BYTES, Way::plain, WGMMA, product.site);
@@ -157,17 +160,25 @@ void compute_groups(const Block& block, Warpgroup& group, u32 last) {
     }
 }
 
-// Threads may be at different products: each adds what it knows to its own.
+// The thread issues the product knowing what it knows: put together once for as long as nobody learns more.
 void learn(Warpgroup& group, Product& product, const Thread& self) {
+    const Known& mine = self.known;
     const u32 thread = self.index % THREADS;
     if (product.issued == 0) {
-        if (group.known == nullptr || group.known->knew[thread] != self.known) group.known = std::make_shared<Shared>();
-        product.known = group.known;
+        if (group.learned == nullptr || group.learned->knew[thread] != mine) group.learned = std::make_shared<Learned>();
+        product.learned = group.learned;
     }
-    Shared& shared = *product.known;
-    if (shared.knew[thread] == self.known) return;
-    shared.common.add(self.known, self.party);
-    shared.knew[thread] = self.known;
+    if (product.learned->knew[thread] == mine) return;
+    if (product.learned->knew[thread] != nullptr) { // it knew less at a product before
+        auto own = std::make_shared<Learned>();
+        for (u32 i = 0; i < THREADS; ++i) {
+            const Thread& other = *self.block->threads[self.index - thread + i];
+            if (i != thread && other.wgmmas >= self.wgmmas) own->add(other, product.learned->knew[i]);
+        }
+        if (group.learned == product.learned) group.learned = own;
+        product.learned = own;
+    }
+    product.learned->add(self, mine);
 }
 } // namespace
 

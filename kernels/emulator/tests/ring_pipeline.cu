@@ -15,7 +15,8 @@
 //          S7 all threads have stored and fenced
 //          S8 the copy of C has been read before it is written again
 //          S9 so all threads know
-//          S10 the products are done
+//          S10 products of the slot before are done, those of this slot under way
+//          S11 all products are done
 // Numerics f32 accumulators, cut as tensor cores do
 // Limits   m, n multiples of 128, k of 64
 #include "../../common/hopper.cuh"
@@ -38,20 +39,28 @@ SAMTONE_DEVICE void copy(Slot& slot, const unsigned char* a, const unsigned char
     const u32 rank = cluster_rank();
     for (u32 step = 0; step < steps; ++step) {
         SYNC(S1, mbarrier_wait(slot.empty(), slot.parity ^ 1));
-        const u32 bytes = MUTANT(expects_too_much) ? STAGE_BYTES + 16 : MUTANT(expects_too_little) ? STAGE_BYTES - 16 : STAGE_BYTES;
-        mbarrier_arrive_expect_tx(slot.full(), bytes);
+        const u32 wrong = MUTANT(expects_too_much) ? 16 : MUTANT(expects_too_little) ? -16 : 0;
+        mbarrier_arrive_expect_tx(slot.full(), STAGE_BYTES + wrong);
         cp_async_bulk_load(slot.at(), a + step * TILE_BYTES, TILE_BYTES, slot.full());
         const u32 half = MUTANT(same_half) ? 0 : rank;
-        cp_async_bulk_load_multicast(slot.at() + (1 + half) * TILE_BYTES, b + (half * steps + step) * TILE_BYTES, TILE_BYTES, slot.full(),
-                                     MUTANT(no_multicast) ? 1u << rank : 3);
+        const unsigned char* from = b + (half * steps + step) * TILE_BYTES;
+        const u16 ranks = MUTANT(no_multicast) ? 1 << rank : 3;
+        cp_async_bulk_load_multicast(slot.at() + (1 + half) * TILE_BYTES, from, TILE_BYTES, slot.full(), ranks);
         slot.next();
     }
 }
 
+// This warp's products have read the slot.
+SAMTONE_DEVICE void release(const Slot& slot) {
+    if (lane_id() < CLUSTER || MUTANT(every_lane_releases)) SYNC(S3, mbarrier_arrive_cluster(slot.empty(), lane_id() % CLUSTER));
+}
+
+// Products of a slot are under way while the next slot is waited for.
 SAMTONE_DEVICE void multiply(float (&sums)[64], Slot& slot, u32 steps) {
+    Slot previous = slot;
     for (u32 step = 0; step < steps; ++step) {
-        if (!MUTANT(one_lane_waits) || lane_id() == 0) SYNC(S2, mbarrier_wait(slot.full(), slot.parity ^ (MUTANT(wrong_parity) ? 1 : 0)));
-        if (MUTANT(early_release) && lane_id() < CLUSTER) mbarrier_arrive_cluster(slot.empty(), lane_id());
+        const u32 parity = slot.parity ^ (MUTANT(wrong_parity) ? 1 : 0);
+        if (!MUTANT(one_lane_waits) || lane_id() == 0) SYNC(S2, mbarrier_wait(slot.full(), parity));
         if (!MUTANT(no_wgmma_fence)) wgmma_fence();
         UNROLL
         for (u32 k = 0; k < 4; ++k) {
@@ -60,12 +69,16 @@ SAMTONE_DEVICE void multiply(float (&sums)[64], Slot& slot, u32 steps) {
             wgmma_m64n128k16_f16<false, false>(sums, a, b, !MUTANT(forgets) || k > 0);
         }
         if (!MUTANT(no_commit)) wgmma_commit_group();
-        SYNC(S10, wgmma_wait_group<0>());
-        hold(sums);
-        if (!MUTANT(early_release) && (lane_id() < CLUSTER || MUTANT(every_lane_releases)))
-            SYNC(S3, mbarrier_arrive_cluster(slot.empty(), lane_id() % CLUSTER));
+        if (step > 0) {
+            if (!MUTANT(early_release)) SYNC(S10, wgmma_wait_group<1>());
+            release(previous);
+        }
+        previous = slot;
         slot.next();
     }
+    SYNC(S11, wgmma_wait_group<0>());
+    hold(sums);
+    release(previous);
 }
 
 // `c`: 64 rows of `n` elements, of which 128 columns are ours.
@@ -85,7 +98,8 @@ SAMTONE_DEVICE void store(u16* c, u32 n, const float (&sums)[64]) {
     SYNC(S6, fence_proxy_async());
     SYNC(S7, bar_sync_named(STORES, MUTANT(half_a_barrier) ? WARPGROUP / 2 : WARPGROUP));
     if (thread == 0) {
-        for (u32 row = 0; row < 64; ++row) cp_async_bulk_store(c + static_cast<u64>(row) * n, shared_base() + RESULT + row * 256, 256);
+        for (u32 row = 0; row < 64; ++row)
+            cp_async_bulk_store(c + static_cast<u64>(row) * n, shared_base() + RESULT + row * 256, 256);
         if (!MUTANT(stores_not_committed)) cp_async_bulk_commit_group();
     }
 }
