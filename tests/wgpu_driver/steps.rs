@@ -13,6 +13,7 @@ pub const CHECKS: &[Check] = &[
     ("forward and backward apart have the bits of one submission", apart),
     ("a backward call may be repeated", repeated),
     ("a step takes batch after batch", batches),
+    ("warming up runs every shader and changes nothing", warm),
     ("a frozen tower is left out", frozen),
     ("shards together give the whole", shards),
     ("partials of another call are refused", foreign_partials),
@@ -100,6 +101,30 @@ fn batches() -> Result<(), String> {
         call.write_embeddings(problem);
         call.run()?;
         compare(&call.outputs()?, problem, DType::F32, 1.0)?;
+    }
+    Ok(())
+}
+
+/// The shaders of plans with an upstream gradient on the device, a frozen tower, gradients of 16 bits and fragments, too.
+fn warm() -> Result<(), String> {
+    let problem = sample(Loss::samtone_both(), 19)?;
+    let engine = Engine::first().map_err(text)?;
+    let emulated = Capabilities { products: Products::Emulated, ..*engine.capabilities() };
+    let narrow = Some(GradientOutput { dtype: DType::F16, row_stride: problem.dim.next_multiple_of(2) });
+    for dtype in TYPES {
+        let problem = problem.rounded(dtype);
+        let whole = Spec { device_upstream: true, ..Spec::new(&problem, dtype) };
+        let frozen = Spec { outputs: [None, narrow], capabilities: Some(emulated), ..whole.clone() };
+        for spec in [whole, frozen] {
+            let call = Call::on(&engine, &problem, spec)?;
+            engine.warm_up(call.step.plan()).map_err(text)?;
+        }
+        // Between the passes of a step.
+        let call = Call::on(&engine, &problem, Spec::new(&problem, dtype))?;
+        call.forward()?;
+        engine.warm_up(call.step.plan()).map_err(text)?;
+        call.backward()?;
+        compare(&call.outputs()?, &problem, dtype, 1.0)?;
     }
     Ok(())
 }

@@ -2,8 +2,8 @@
 
 use super::buffers::Buffers;
 use crate::error::{Error, Result};
-use crate::wgpu::{Capabilities, Dispatch, Module, Plan, Products, Variant};
-use std::collections::HashMap;
+use crate::wgpu::{Binding, Capabilities, Dispatch, Module, Plan, Products, Variant};
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// The shaders of a device: compiled when first used, once. Cheap to clone; clones share what is compiled.
@@ -190,6 +190,44 @@ impl Engine {
     pub fn compile(&self, plan: &Plan) -> Result<()> {
         let variant = plan.variant();
         plan.forward().chain(plan.backward()).try_for_each(|d| self.pipeline((d.module, d.entry, variant)).map(drop))
+    }
+
+    /// Compiles like [`Engine::compile`], then runs every shader of `plan` once on nothing, and waits: what a driver keeps of the
+    /// compilation for the first run is done then, and delays no step.
+    ///
+    /// # Errors
+    /// As [`Engine::compile`]; [`Error::OutOfMemory`] for a few KiB.
+    pub fn warm_up(&self, plan: &Plan) -> Result<()> {
+        use wgpu::BufferUsages;
+        const BYTES: u64 = 1024; // more than any `Params` has, and the results at the start of the state
+        self.compile(plan)?;
+        let Inner { device, queue, .. } = &*self.inner;
+        // One buffer for each number, since none may be read and written in one dispatch. New buffers are zero: every count of work
+        // is, so shaders return at once or after loops over nothing, and what they write lies at the start.
+        let numbers = plan.forward().chain(plan.backward()).flat_map(|d| &d.bindings).map(|b| b.index);
+        let usage = |index| if index == 0 { BufferUsages::UNIFORM } else { BufferUsages::STORAGE };
+        let memory = |index| self.allocate("warming up", BYTES, usage(index));
+        let memory = (0..=numbers.max().unwrap_or(0)).map(memory).collect::<Result<Vec<_>>>()?;
+        let mut seen = HashSet::new();
+        let mut encoder = device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        for dispatch in plan.forward().chain(plan.backward()).filter(|d| seen.insert((d.module, d.entry))) {
+            let pipeline = self.pipeline((dispatch.module, dispatch.entry, plan.variant()))?;
+            let resource = |b: &Binding| memory[b.index as usize].as_entire_binding();
+            let entry = |b: &Binding| wgpu::BindGroupEntry { binding: b.index, resource: resource(b) };
+            let entries: Vec<_> = dispatch.bindings.iter().map(entry).collect();
+            self.guarded("warm_up", None, || {
+                let layout = &pipeline.get_bind_group_layout(0);
+                let descriptor = wgpu::BindGroupDescriptor { label: Some(dispatch.entry), layout, entries: &entries };
+                let group = device.create_bind_group(&descriptor);
+                let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+                pass.set_pipeline(&pipeline);
+                pass.set_bind_group(0, &group, &[]);
+                pass.dispatch_workgroups(1, 1, 1);
+            })?;
+        }
+        self.guarded("submit", None, || queue.submit([encoder.finish()]))?;
+        let waited = device.poll(wgpu::PollType::wait_indefinitely());
+        waited.map(drop).map_err(|error| Error::Wgpu { call: "poll", reason: error.to_string() })
     }
 
     fn pipeline(&self, entry: Entry) -> Result<wgpu::ComputePipeline> {
