@@ -16,9 +16,9 @@
 //          G2 it has been read before it is written again
 //          G3 all warps' dots are written before they are added up; those of the square before the last have been
 //          G4 all factors of the columns are written before any is read
-// Numerics As logsumexp_sm80.cu. Coefficients are factor·2^exponent with whole exponents. Where β and the largest exponent of the
-//          warpgroup's rows and columns leave room (below), one exponential under a common exponent serves both; what that loses
-//          is below 2^-40. Elsewhere each is taken with its own. |g| ≤ 2^14, as in gradient_tile_sm80.cu
+// Numerics As logsumexp_sm80.cu. Coefficients are factor·2^exponent with whole exponents. Where the warp's largest cosine and the largest
+//          exponent of the warpgroup's rows and columns leave room (below), one exponential, times that largest coefficient's power,
+//          serves both; what is lost is below 2^-40. Elsewhere each is taken with its own. |g| ≤ 2^14, as in gradient_tile_sm80.cu
 // Limits   as logsumexp_sm80.cu
 #include "common/pipeline.cuh"
 
@@ -29,9 +29,9 @@ constexpr u32 STAGING = (Ring<STAGES>::END + 1023) / 1024 * 1024, EDGES = STAGIN
 static_assert(GRADIENT_TILE_BYTES <= 227 << 10, "the memory of a multiprocessor");
 
 constexpr float NEVER = -1e9f; // an exponent that flushes everything to 0
-// Exponentials are taken at 2^(β s + strongest − SPLIT), coefficients at 2^(exponent − strongest + SPLIT). The former vanish only where
-// the gradient is below 2^(SPLIT − 126), the latter below 2^(ROOM − 126 − SPLIT), and nothing exceeds 2^SPLIT or 2^(ROOM − SPLIT).
-constexpr float SPLIT = 86, ROOM = 170;
+// Exponentials are taken at 2^(β s + strongest), coefficients at 2^(exponent − strongest). The former stay below 2^ROOM, and near 1 where
+// gradients are, which keeps their digits; the latter vanish only where the gradient is below 2^(ROOM − 126).
+constexpr float ROOM = 86;
 
 SAMTONE_DEVICE bool leads_warpgroup() { return threadIdx.x % WARPGROUP == 0; }
 SAMTONE_DEVICE void sync_warpgroup(SAMTONE_SITE_ONLY) { bar_sync_named(2 + consumer(), WARPGROUP SAMTONE_EMULATED_AS(, site)); }
@@ -68,8 +68,8 @@ SAMTONE_DEVICE float differentiate(HalfSums& x, const KeptSlots& kept, const Edg
     UNROLL
     for (u32 k = 0; k < 4; ++k) strongest = max_f32(strongest, ld_shared_f32(edges.of_pass(0, first + k * WARP + lane_id())));
     strongest = max_among(strongest, 1, 16);
-    const bool together = beta.high + strongest < ROOM;
-    const float common = SPLIT - strongest;
+    const bool together = beta.high * largest_of<CHECKED>(x, kept) + strongest < ROOM;
+    const float common = -strongest;
     const shared_address factors = shared_base() + FACTORS + consumer() * (4 * HALF);
     const u32 own = threadIdx.x % WARPGROUP;
     st_shared_f32(factors + 4 * own, ld_shared_f32(edges.of_pass(1, first + own)) * ex2_approx(ld_shared_f32(edges.of_pass(0, first + own)) + common));

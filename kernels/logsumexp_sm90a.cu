@@ -9,10 +9,9 @@
 // Sync     P1 … P5, E1, E2, E3 pipeline.cuh
 //          L1 every warp's sums of the columns are written before they are added up
 //          L2 they have been added up before those of the next square are written
-// Numerics Cosines and exponentials f32. Exponents are whole numbers. One exponential under one exponent serves rows and columns: 100
-//          below that of a cosine of 1, or of the warp's largest where β is so large that cosines of 0 would vanish. Where it leaves
-//          a row or column with less than 2^-90, and so perhaps with lost terms, the warp takes each row and column of its part
-//          with the exponent of its own largest term. Same bits on every run: fixed order, no atomics
+// Numerics Cosines and exponentials f32. Exponents are whole numbers. One exponential under the exponent of the warp's largest serves
+//          rows and columns. Where that leaves a row or column with less than 2^-95, and so perhaps with lost terms, the warp takes
+//          each row and column of its part with the exponent of its own largest term. Same bits on every run: fixed order, no atomics
 // Limits   as logsumexp_sm80.cu
 #include "common/pipeline.cuh"
 
@@ -21,9 +20,7 @@ constexpr u32 EDGES = (Ring<STAGES>::END + 15) / 16 * 16, COLUMNS = EDGES + EDGE
 constexpr u32 LOGSUMEXP_BYTES = COLUMNS + 8 * COLUMN_WORDS;
 static_assert(LOGSUMEXP_BYTES <= 227 << 10, "the memory of a multiprocessor");
 
-constexpr float HEADROOM = 100;          // sums of 2^7 terms of 2^100 stay below 2^127
-constexpr float LARGE_BETA = 180;        // beyond it, a cosine of 0 would be below 2^-80 under the exponent of a cosine of 1
-constexpr float SUSPICIOUS = 0x1p-90f;   // 2^7 lost terms of 2^-126 are 2^-29 of it
+constexpr float SUSPICIOUS = 0x1p-95f; // 2^7 lost terms of 2^-126 are 2^-24 of it
 
 SAMTONE_DEVICE float exponent_of(float largest, const Beta& beta) { return largest > NO_COSINE ? round_f32(beta.high * largest) : 0; }
 
@@ -131,18 +128,7 @@ template <bool CHECKED>
 SAMTONE_DEVICE bool sum_half(RowSum& of_row, u32& counts, shared_address columns, HalfSums& x, const KeptSlots& kept, const SuperBlock& block,
                              const Edges& edges, u32 half, const TileMask& tile, const Beta& beta) {
     if (block.ranks != 0) count_above<CHECKED>(of_row.count, counts, x, kept, edges, half);
-    float top = 1;
-    if (beta.high > LARGE_BETA) {
-        top = NO_COSINE;
-        UNROLL
-        for (u32 i = 0; i < 2; ++i) {
-            UNROLL
-            for (u32 j = 0; j < 32; ++j)
-                if (!CHECKED || (is_kept_slot(kept.row, i, j) | is_kept_slot(kept.col, i, j))) top = max_f32(top, element(x, i, j));
-        }
-        top = max_among(top, 1, 16);
-    }
-    const float exponent = exponent_of(top, beta) - HEADROOM;
+    const float exponent = exponent_of(largest_of<CHECKED>(x, kept), beta);
     return sum_together<CHECKED>(of_row, columns, counts, x, kept, block, tile, beta, exponent);
 }
 

@@ -283,4 +283,16 @@ SAMTONE_DEVICE KeptSlots mask_half(HalfSums& x, const Edges& edges, u32 half, co
     }
     return kept;
 }
+
+// The largest kept cosine of the warp's part of a half.
+template <bool CHECKED> SAMTONE_DEVICE float largest_of(HalfSums& x, const KeptSlots& kept) {
+    float largest = NO_COSINE;
+    UNROLL
+    for (u32 i = 0; i < 2; ++i) {
+        UNROLL
+        for (u32 j = 0; j < 32; ++j)
+            if (!CHECKED || (is_kept_slot(kept.row, i, j) | is_kept_slot(kept.col, i, j))) largest = max_f32(largest, element(x, i, j));
+    }
+    return max_among(largest, 1, 16);
+}
 SAMTONE_DEVICE bool needs_mask(const TileMask& tile) { return tile.masked || tile.live_rows < HALF || tile.live_cols < HALF; }

@@ -89,9 +89,10 @@ impl Plan {
     /// [`Error::WorkspaceTooSmall`] if the bound of the options does not hold one tile.
     pub fn new(problem: &Problem<'_>) -> Result<Self> {
         let (m, n, d) = problem.shape();
-        let tile = problem.tile()?;
         let bound = problem.options.workspace_bytes().unwrap_or(DEFAULT_WORKSPACE_BYTES);
-        let needed = bounded_bytes(tile.step(), tile.step(), problem.arithmetic());
+        let needed = |tile: Tile| bounded_bytes(tile.step(), tile.step(), problem.arithmetic());
+        let tile = problem.tile(|tile| needed(tile) <= bound)?;
+        let needed = needed(tile);
         if needed > bound {
             return Err(Error::WorkspaceTooSmall { given: bound, needed, rows: m, passages: n, dim: d });
         }
@@ -308,7 +309,9 @@ mod tests {
             for change in [
                 |p| p,
                 |p: Problem<'_>| p.with_arithmetic(Arithmetic::Exact),
-                |p: Problem<'_>| p.with_architecture(Architecture::Sm90a { multiprocessors: 132 }).with_tile(Tile::Cluster),
+                |p: Problem<'_>| {
+                    p.with_architecture(Architecture::Sm90a { multiprocessors: 132 }).with_tile(Tile::Cluster)
+                },
             ] as [fn(Problem<'_>) -> Problem<'_>; 3]
             {
                 let plan = plan(rows, dtype, change);

@@ -165,7 +165,7 @@ const CLUSTER_ROWS: usize = 2048;
 pub(crate) struct Choice {
     arithmetic: Option<Arithmetic>,
     tile: Option<Tile>,
-    architecture: Architecture,
+    architecture: Option<Architecture>,
 }
 
 /// How the CUDA backend computes it.
@@ -190,31 +190,42 @@ impl Problem<'_> {
         })
     }
 
-    /// Kernels that a plan may take; those of 8.0 unless told. A device's own is `Device::architecture`.
+    /// Kernels that a plan may take. [`Plan`](super::Plan) takes those of 8.0 unless told; whatever plans for a device takes the
+    /// device's own.
     pub fn with_architecture(mut self, architecture: Architecture) -> Self {
-        self.cuda.architecture = architecture;
+        self.cuda.architecture = Some(architecture);
+        self
+    }
+
+    /// The same on a device, unless the caller chose.
+    #[cfg(feature = "cuda")]
+    pub(super) fn on(mut self, architecture: Architecture) -> Self {
+        self.cuda.architecture.get_or_insert(architecture);
         self
     }
 
     /// Clusters that share the work of kernels of 9.0.
     pub(super) fn clusters(&self) -> usize {
-        match self.cuda.architecture {
+        match self.cuda.architecture.unwrap_or_default() {
             Architecture::Sm80 => 0,
             Architecture::Sm90a { multiprocessors } => (multiprocessors as usize / 2).max(1),
         }
     }
 
-    pub(super) fn tile(&self) -> Result<Tile> {
+    /// The tile that a plan takes: the one chosen, or the first by size whose smallest super-block the workspace holds; if none
+    /// does, the last.
+    pub(super) fn tile(&self, fits: impl Fn(Tile) -> bool) -> Result<Tile> {
         let (hopper, m) = (self.clusters() > 0, self.pairs.rows());
         Ok(match (self.cuda.tile, self.arithmetic()) {
             (_, Arithmetic::Exact) => Tile::Small, // the only one it is compiled for
             (Some(Tile::Cluster), _) if !hopper => {
-                let allowed = "Small and Large; Cluster with Architecture::Sm90a, on a device of compute capability 9.0";
+                let allowed =
+                    "Small and Large; Cluster with Architecture::Sm90a, on a device of compute capability 9.0";
                 return Err(Error::invalid("tile", "Cluster", allowed));
             }
             (Some(tile), _) => tile,
-            (None, _) if hopper && m >= CLUSTER_ROWS => Tile::Cluster,
-            (None, _) if m >= LARGE_TILE_ROWS => Tile::Large,
+            (None, _) if hopper && m >= CLUSTER_ROWS && fits(Tile::Cluster) => Tile::Cluster,
+            (None, _) if m >= LARGE_TILE_ROWS && fits(Tile::Large) => Tile::Large,
             (None, _) => Tile::Small,
         })
     }

@@ -52,7 +52,7 @@ Code cuDeviceGetName(char* name, int length, int device) {
 Code cuDeviceGetAttribute(int* value, int attribute, int) {
     ENTER;
     const int capability = static_cast<int>(setting("capability", 80));
-    *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : attribute == 115 ? 1 : 0;
+    *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : attribute == 115 ? 1 : attribute == 16 ? 4 : 0;
     return DONE;
 }
 Code cuDevicePrimaryCtxRetain(Context** context, int device) {

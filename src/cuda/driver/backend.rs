@@ -56,10 +56,11 @@ impl Backend for Cuda {
             .with_row_strides(batch.query().row_stride(), batch.passage().row_stride())?
             .with_gradients(output(&query), output(&passage))?
             .with_upstream(upstream)?;
+        let device = &device()?;
+        let problem = problem.on(device.architecture());
         let plan = Plan::new(&problem)?;
         let readout = Readout::new(&problem, &plan)?;
 
-        let device = &device()?;
         let memory = |slot, purpose| Buffer::new(device, plan.slot_bytes(slot) as usize, purpose);
         let embeddings = [memory(Slot::Query, "the queries")?, memory(Slot::Passage, "the passages")?];
         let side = memory(Slot::Side, "keys and weights")?;

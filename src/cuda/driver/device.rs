@@ -4,7 +4,7 @@ use super::arguments::{Parameters, Pointers, Stream};
 use super::entry::{Driver, Handle};
 use super::probe::{self, Candidate};
 use super::{codes, ptx};
-use crate::cuda::{Launch, Plan};
+use crate::cuda::{Architecture, Launch, Plan};
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
@@ -41,6 +41,7 @@ struct Inner {
     context: Handle,
     name: String,
     capability: (u32, u32),
+    architecture: Architecture,
     modules: Mutex<HashMap<&'static str, Module>>,
 }
 
@@ -141,12 +142,18 @@ impl Device {
     }
 
     fn from_candidate(candidate: Candidate) -> Result<Self> {
-        let Candidate { driver, ordinal, handle, name, capability } = candidate;
+        let Candidate { driver, ordinal, handle, name, capability, multiprocessors } = candidate;
+        let architecture = match capability {
+            (9, 0) if ptx::reads_hopper(probe::supported_version(driver)?) => Architecture::Sm90a { multiprocessors },
+            _ => Architecture::Sm80,
+        };
         let mut context = std::ptr::null_mut();
         // SAFETY: one handle is written; released when the last clone is dropped.
         unsafe { driver.cuDevicePrimaryCtxRetain(&mut context, handle) }?;
         let modules = Mutex::default();
-        Ok(Self { inner: Arc::new(Inner { driver, ordinal, handle, context, name, capability, modules }) })
+        Ok(Self {
+            inner: Arc::new(Inner { driver, ordinal, handle, context, name, capability, architecture, modules }),
+        })
     }
 
     /// Its index among the devices that the process sees.
@@ -162,6 +169,12 @@ impl Device {
     /// Its compute capability, major and minor.
     pub fn compute_capability(&self) -> (u32, u32) {
         self.inner.capability
+    }
+
+    /// The kernels that plans for it take unless told otherwise: those of 9.0 on such a device if its driver reads their PTX, which
+    /// is later than that of the others.
+    pub fn architecture(&self) -> Architecture {
+        self.inner.architecture
     }
 
     /// The primary context, a `CUcontext` as a number, to compare with another library's.

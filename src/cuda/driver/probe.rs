@@ -9,6 +9,8 @@ use std::sync::OnceLock;
 
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and `…_MINOR`.
 const COMPUTE_CAPABILITY: [c_int; 2] = [75, 76];
+/// `CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT`.
+const MULTIPROCESSORS: c_int = 16;
 /// The least that the kernels run on.
 const LEAST_CAPABILITY: (u32, u32) = (8, 0);
 
@@ -80,6 +82,7 @@ pub(super) struct Candidate {
     pub handle: c_int,
     pub name: String,
     pub capability: (u32, u32),
+    pub multiprocessors: u32,
 }
 
 impl Candidate {
@@ -109,8 +112,12 @@ impl Candidate {
             unsafe { driver.cuDeviceGetAttribute(value, attribute, handle) }?;
         }
         let [major, minor] = capability.map(|n| u32::try_from(n).unwrap_or(0));
+        let mut multiprocessors = 0;
+        // SAFETY: as above.
+        unsafe { driver.cuDeviceGetAttribute(&mut multiprocessors, MULTIPROCESSORS, handle) }?;
         let name = String::from_utf8_lossy(&name).into_owned();
-        Ok(Self { driver, ordinal, handle, name, capability: (major, minor) })
+        let multiprocessors = u32::try_from(multiprocessors).unwrap_or(0);
+        Ok(Self { driver, ordinal, handle, name, capability: (major, minor), multiprocessors })
     }
 
     /// An error unless the kernels run on it.

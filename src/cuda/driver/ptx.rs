@@ -36,6 +36,11 @@ pub(super) fn oldest_version() -> (u32, u32) {
     MODULES.iter().filter(|m| m.target() == "sm_80").map(Module::version).max().unwrap_or((7, 8))
 }
 
+/// Whether a driver that supports this version of CUDA reads the PTX that is for compute capability 9.0 alone.
+pub(super) fn reads_hopper(supported: (u32, u32)) -> bool {
+    MODULES.iter().filter(|m| m.target() == "sm_90a").all(|m| m.expect_driver(supported).is_ok())
+}
+
 impl Module {
     /// The text, with the 0 that ends it.
     pub(super) fn bytes(&self) -> &'static [u8] {

@@ -123,7 +123,7 @@ impl Step {
     /// and [`Error::InvalidArgument`] while the stream is being captured.
     pub fn new(device: &Device, stream: &Arc<CudaStream>, problem: &Problem<'_>) -> Result<Self> {
         expect_context(device, stream)?;
-        let problem = problem.clone().with_device_upstream();
+        let problem = problem.clone().with_device_upstream().on(device.architecture());
         let plan = Plan::new(&problem)?;
         let readout = Readout::new(&problem, &plan)?;
         device.expect_no_capture(raw(stream), ALLOCATED_BEFORE)?;
@@ -155,7 +155,7 @@ impl Step {
     /// # Errors
     /// As [`Step::new`]. For want of memory for side data or state, and during a capture, the step remains what it was.
     pub fn prepare(&mut self, problem: &Problem<'_>) -> Result<()> {
-        let problem = problem.clone().with_device_upstream();
+        let problem = problem.clone().with_device_upstream().on(self.device.architecture());
         let plan = Plan::new(&problem)?;
         let readout = Readout::new(&problem, &plan)?;
         self.expect_no_capture()?;
