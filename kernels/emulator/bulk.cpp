@@ -70,6 +70,7 @@ void cp_async_bulk_load(shared_address to, const void* from, u32 bytes, shared_a
         me.access.clock = UNDER_WAY;
         note_write(me, target, bytes, LOAD, "copies", site);
         me.access.party = mbarrier.agent;
+        me.async = true;
         note_read(me, source, bytes, Way::plain, LOAD, site);
         now.loads.push_back({block, static_cast<u32>(target.offset), source, bytes, &mbarrier, &self, site});
         if (!now.lazy_copies && now.random.below(2) == 0) land_at(now.loads.size() - 1);

@@ -70,6 +70,13 @@ Known of_agents(const Known& known) {
     return std::make_shared<const Clock>(std::move(at));
 }
 
+// Others than threads of its block may use it only then.
+void check_fenced(const Thread& self, const Block& block, const Mbarrier& mbarrier, const char* operation, Site site) {
+    if (now.launch.detect_races && !mbarrier.fenced)
+        fail(self, std::string(operation) + " (" + place(site) + ") uses " + name_of(mbarrier, block, self) +
+                       ", after whose mbarrier.init (" + place(mbarrier.site) + ") there was no fence.mbarrier_init");
+}
+
 void arrive(Block& block, shared_address address, i64 bytes, const char* operation, Site site) {
     Thread& self = *now.running;
     Mbarrier& mbarrier = find_mbarrier(self, block, address, operation, site);
@@ -82,6 +89,7 @@ void arrive(Block& block, shared_address address, i64 bytes, const char* operati
         mbarrier.arrivals.set(self.party, self.clock);
         ++self.clock;
     } else {
+        check_fenced(self, block, mbarrier, operation, site);
         mbarrier.arrivals.add(of_agents(self.known));
     }
     --mbarrier.pending;
@@ -173,9 +181,7 @@ std::string waits_for_mbarrier(const Thread& thread) {
 
 Mbarrier& mbarrier_for_copy(const Thread& self, Block& block, shared_address address, const char* operation, Site site) {
     Mbarrier& mbarrier = find_mbarrier(self, block, address, operation, site);
-    if (now.launch.detect_races && !mbarrier.fenced)
-        fail(self, std::string(operation) + " (" + place(site) + ") uses " + name_of(mbarrier, block, self) +
-                       ", after whose mbarrier.init (" + place(mbarrier.site) + ") there was no fence.mbarrier_init");
+    check_fenced(self, block, mbarrier, operation, site);
     return mbarrier;
 }
 

@@ -140,9 +140,14 @@ void note_read(const Actor& me, Place at, u32 bytes, Way way, const char* operat
         if (way == Way::read_only && writer.serial >= now.first_serial)
             fail(me.thread, mine() + ", which this launch wrote (" + place(writer.site) + "): not read-only memory");
         if (!ordered(writer, me)) race(me, mine(), writer, "wrote");
-        if (me.async && shared && is_thread(writer.party) && !fenced(writer, me))
-            fail(me.thread, mine() + ", which " + name_of(*now.threads[writer.party], me.thread) + " wrote (" +
-                                place(writer.site) + ") with no fence.proxy.async of that thread and barrier between them");
+        if (me.async && is_thread(writer.party) && writer.serial >= now.first_serial) {
+            auto who = [&] { return name_of(*now.threads[writer.party], me.thread) + " wrote (" + place(writer.site) + ")"; };
+            if (!shared)
+                fail(me.thread, mine() + ", which " + who() + ": fence.proxy.async.shared::cta does not make it a source");
+            if (!fenced(writer, me))
+                fail(me.thread,
+                     mine() + ", which " + who() + " with no fence.proxy.async of that thread and barrier between them");
+        }
         read_by(me, cell, shared);
     });
 }

@@ -12,6 +12,7 @@ namespace emulator {
 
 namespace {
 constexpr u32 THREADS = WARPGROUP_THREADS, WARPS = THREADS / WARP, SUMS = 64, COLUMNS = 128;
+constexpr std::size_t SUM_BYTES = SUMS * sizeof(float);
 constexpr const char *WGMMA = "wgmma.mma_async", *WAIT = "wgmma.wait_group", *SETMAXNREG = "setmaxnreg";
 
 struct Tile {
@@ -57,7 +58,7 @@ struct Warpgroup {
     std::deque<Product> products;
     u32 first_product = 0; // number of products[0]
     std::vector<std::shared_ptr<Tile>> tiles;
-    std::vector<Thread*> waiters; // for others to issue
+    std::vector<Thread*> waiters;                      // for others to issue
     std::shared_ptr<Learned> learned;                  // for the last product
     std::array<std::pair<Known, Known>, WARPS> waited; // what a thread of the warp knew before and after its last wait
     std::vector<Change> changes;
@@ -94,12 +95,6 @@ void check_live(const Thread& self, const char* operation, Site site) {
     }
 }
 
-// Where the thread's sums lie in the 64 x 128 of a tile.
-template <class F> void each_sum(u32 thread, F&& f) {
-    const u32 warp = thread / WARP, g = thread % WARP / 4, t = thread % 4;
-    for (u32 i = 0; i < SUMS; ++i) f(i, (16 * warp + g + 8 * (i % 4 / 2)) * COLUMNS + 8 * (i / 4) + 2 * t + i % 2);
-}
-
 // The tile whose numbers a thread's registers stand for, if any.
 std::shared_ptr<Tile> find_tile(const Warpgroup& group, u32 thread, const float* registers) {
     for (const auto& tile : group.tiles)
@@ -121,10 +116,8 @@ void give_registers(Warpgroup& group, const Thread& self, std::shared_ptr<Tile>&
     tile->last_group = std::max(tile->last_group, number); // others may be ahead
     if (mine != nullptr) return;
     tile->registers[thread] = registers;
-    each_sum(thread, [&](u32 i, u32 at) {
-        if (accumulate) tile->sums[at] = registers[i];
-        registers[i] = float_of(0xffffffff);
-    });
+    if (accumulate) std::memcpy(&tile->sums[thread * SUMS], registers, SUM_BYTES);
+    std::memset(registers, 0xff, SUM_BYTES); // NaNs
 }
 
 // All threads of the warpgroup have issued it: may it read its operands?
@@ -284,7 +277,7 @@ void wgmma_wait_group(u32 pending, Site site) {
     for (std::size_t i = group.tiles.size(); i > 0; --i) {
         Tile& tile = *group.tiles[i - 1];
         if (tile.registers[thread] == nullptr || tile.done[thread] || tile.last_group > last) continue;
-        each_sum(thread, [&](u32 k, u32 at) { tile.registers[thread][k] = tile.sums[at]; });
+        std::memcpy(tile.registers[thread], &tile.sums[thread * SUMS], SUM_BYTES);
         tile.done[thread] = true;
         if (--tile.left == 0) group.tiles.erase(group.tiles.begin() + static_cast<std::ptrdiff_t>(i - 1));
     }

@@ -71,14 +71,15 @@ void gather(Matrix& matrix, const Operand& operand, u32 indices, const unsigned 
 
 // Products are exact; sixteen and the accumulator are added up in f64, and cut to f32.
 void multiply(Sums& sums, const Matrix& a, const Matrix& b, u32 first) {
-    constexpr u32 COLUMNS = 128, PAIRS = 4;
+    constexpr u32 COLUMNS = 128, PAIRS = 4, OWN = 64;
     for (u32 column = 0; column < COLUMNS; column += 2 * PAIRS) {
         Pair right[16][PAIRS];
         for (u32 k = 0; k < 16; ++k)
             for (u32 i = 0; i < PAIRS; ++i) right[k][i] = pair_at(&b.numbers[k][first + column + 2 * i]);
         for (u32 row = 0; row < 64; ++row) {
-            float* const at = &sums[row * COLUMNS + column];
-            Pair s0 = pair_at(at), s1 = pair_at(at + 2), s2 = pair_at(at + 4), s3 = pair_at(at + 6);
+            // A pair of columns each for four threads.
+            float* const at = &sums[(row / 16 * WARP + row % 8 * 4) * OWN + column / 2 + row % 16 / 8 * 2];
+            Pair s0 = pair_at(at), s1 = pair_at(at + OWN), s2 = pair_at(at + 2 * OWN), s3 = pair_at(at + 3 * OWN);
             for (u32 k = 0; k < 16; ++k) {
                 const double left = a.numbers[k][row];
                 s0 += left * right[k][0];
@@ -87,9 +88,9 @@ void multiply(Sums& sums, const Matrix& a, const Matrix& b, u32 first) {
                 s3 += left * right[k][3];
             }
             cut(at, s0);
-            cut(at + 2, s1);
-            cut(at + 4, s2);
-            cut(at + 6, s3);
+            cut(at + OWN, s1);
+            cut(at + 2 * OWN, s2);
+            cut(at + 3 * OWN, s3);
         }
     }
 }

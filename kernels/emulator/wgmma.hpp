@@ -37,7 +37,7 @@ struct Matrix {
 };
 void gather(Matrix& matrix, const Operand& operand, u32 indices, const unsigned char* shared);
 
-// 64 x 128.
+// 64 x 128, as the 128 threads have them: 64 of each, one thread after the other.
 using Sums = std::array<float, 64 * 128>;
 // sums += a · b, of 128 columns from `first` on.
 void multiply(Sums& sums, const Matrix& a, const Matrix& b, u32 first);

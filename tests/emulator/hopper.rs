@@ -40,14 +40,24 @@ fn expect<T: PartialEq + std::fmt::Debug>(got: &[T], want: &[T]) -> Result<(), S
     }
 }
 
-/// Small integers, so that every order of addition gives the same.
+/// Towards zero.
+fn cut(x: f64) -> f32 {
+    let nearest = x as f32;
+    if f64::from(nearest).abs() > x.abs() { f32::from_bits(nearest.to_bits() - 1) } else { nearest }
+}
+
+/// Sixteen products and the sum so far are added up exactly, and cut.
 fn product(emulators: &Emulators, name: &str, columns: usize) -> Result<(), String> {
     const DEPTH: usize = 64;
     let mut random = ChaCha8Rng::seed_from_u64(12);
-    let mut integers = |count: usize| -> Vec<f32> { (0..count).map(|_| random.random_range(-9..=9) as f32).collect() };
-    let (a, b) = (integers(64 * DEPTH), integers(DEPTH * columns));
-    let bits = |x: &[f32]| -> Vec<u16> { x.iter().map(|&x| f16::from_f32(x).to_bits()).collect() };
-    let element = |i: usize, j: usize| 2.0 * (0..DEPTH).map(|k| a[i * DEPTH + k] * b[k * columns + j]).sum::<f32>();
+    let mut numbers =
+        |count: usize| -> Vec<f16> { (0..count).map(|_| f16::from_f32(random.random_range(-1.0f32..1.0))).collect() };
+    let (a, b) = (numbers(64 * DEPTH), numbers(DEPTH * columns));
+    let bits = |x: &[f16]| -> Vec<u16> { x.iter().map(|x| x.to_bits()).collect() };
+    let element = |i: usize, j: usize| {
+        let sixteen = |k: usize| (k..k + 16).map(|k| a[i * DEPTH + k].to_f64() * b[k * columns + j].to_f64());
+        (0..2 * DEPTH).step_by(16).fold(0.0, |sum, k| cut(f64::from(sum) + sixteen(k % DEPTH).sum::<f64>()))
+    };
     let want: Vec<f32> = (0..64).flat_map(|i| (0..columns).map(move |j| (i, j))).map(|(i, j)| element(i, j)).collect();
     let mut device = emulators.device(FILE)?;
     for seed in 0..SEEDS {

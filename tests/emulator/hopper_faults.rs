@@ -35,6 +35,7 @@ const FAULTS: &[(&str, &[&str])] = &[
     ("ends_within_a_phase", &["is the last of its block to end, within a phase", "2 of 3 have arrived"]),
     ("tells_of_one_lane", &["ld.shared.u32 reads 4 bytes", "with no barrier between them"]),
     ("arrives_at_a_third_block", &["mbarrier.arrive.shared::cluster", "for block 2 of a cluster of 2"]),
+    ("arrives_without_the_fence", &["mbarrier.arrive.shared::cluster", "there was no fence.mbarrier_init"]),
     ("copies_to_a_third_block", &["cp.async.bulk", "for a block that its cluster of 2 has not"]),
     (
         "arrives_at_an_ended_block",
@@ -59,7 +60,11 @@ const FAULTS: &[(&str, &[&str])] = &[
     ("reads_what_is_under_way", &["ld.shared.u32 reads 4 bytes", "has not been waited for"]),
     ("reads_what_another_waited_for", &["ld.shared.u32 reads 4 bytes", "has not been waited for"]),
     ("loads_over_readers", &["cp.async.bulk copies 64 bytes", "which thread 1 reads", "with no barrier between them"]),
-    ("rewrites_a_source", &["st.global.u32 writes 4 bytes at offset 0 of `y`", "has not been waited for"]),
+    ("rewrites_a_source", &["st.global.u32 writes 4 bytes at offset 0 of `x`", "has not been waited for"]),
+    (
+        "loads_what_was_just_stored",
+        &["cp.async.bulk reads 64 bytes at offset 0 of `y`", "which thread 0 wrote", "does not make it a source"],
+    ),
     ("ends_with_a_copy_under_way", &["is the last of its block to end"]),
     ("stores_without_the_fence", &["cp.async.bulk.global reads 64 bytes", "with no fence.proxy.async of that thread"]),
     ("fences_for_others", &["cp.async.bulk.global reads 64 bytes", "with no fence.proxy.async of that thread"]),

@@ -107,6 +107,11 @@ FAULT_OF_TWO(arrives_at_a_third_block, 32) {
     cluster_sync();
     if (threadIdx.x == 0) mbarrier_arrive_cluster(barrier(), 2);
 }
+FAULT_OF_TWO(arrives_without_the_fence, 32) {
+    if (threadIdx.x == 0) mbarrier_init(barrier(), 2);
+    cluster_sync();
+    if (threadIdx.x == 0) mbarrier_arrive_cluster(barrier(), cluster_rank() ^ 1);
+}
 FAULT_OF_TWO(copies_to_a_third_block, 32) {
     make(1);
     cluster_sync();
@@ -199,9 +204,15 @@ FAULT(loads_over_readers, 32) {
 FAULT(rewrites_a_source, 32) {
     make(1);
     if (threadIdx.x != 0) return;
+    load(x);
+    st_global_u32(const_cast<u32*>(x), 1);
+}
+FAULT(loads_what_was_just_stored, 32) {
+    make(1);
+    if (threadIdx.x != 0) return;
     for (u32 i = 0; i < 16; ++i) st_global_u32(y + i, i);
+    fence_proxy_async();
     load(y);
-    st_global_u32(y, 1);
 }
 FAULT(ends_with_a_copy_under_way, 32) {
     make(2);
