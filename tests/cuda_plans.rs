@@ -16,13 +16,12 @@ use support::cuda_emulated::{self, CudaEmulated, Emulated, Run};
 use support::data::{Kind, duplicate_ids, problem};
 use support::problem::{Buffer, Outputs, Problem};
 
-type Check = fn() -> Result<(), Failed>;
+type Check = fn(&'static CudaEmulated) -> Result<(), Failed>;
 
 fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
-    let required = required.split(',').any(|name| name.trim() == "cuda-emulated");
-    let absent = CudaEmulated.available().is_err() && !required;
+    let is_required = |how: &CudaEmulated| required.split(',').any(|name| name.trim() == how.name());
     let checks: [(&str, Check); 9] = [
         ("every arithmetic and tile", arithmetics),
         ("a tight workspace makes waves", waves),
@@ -34,8 +33,15 @@ fn main() -> ExitCode {
         ("refused inputs", refused),
         ("every barrier is needed", barriers),
     ];
-    let trials = checks.map(|(name, check)| Trial::test(name, check).with_ignored_flag(absent));
-    libtest_mimic::run(&arguments, trials.into()).exit_code()
+    let mut trials = Vec::new();
+    for how in [&CudaEmulated::SM80, &CudaEmulated::SM90A] {
+        let absent = how.available().is_err() && !is_required(how);
+        let trial = |(name, check): (&str, Check)| {
+            Trial::test(format!("{}: {name}", how.name()), move || check(how)).with_ignored_flag(absent)
+        };
+        trials.extend(checks.map(trial));
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
 }
 
 fn sized(kind: Kind, loss: Loss, shape: (usize, usize, usize)) -> Result<Problem, Failed> {
@@ -64,10 +70,6 @@ fn run_with(
     Ok(Outputs { evaluation, grad_query, grad_passage, temperature })
 }
 
-fn unchanged(planned: Planned<'_>) -> samtone::Result<Planned<'_>> {
-    Ok(planned)
-}
-
 fn reference(problem: &Problem) -> Result<Expected, Failed> {
     Ok(problem.run(backend::by_name("reference")?, DType::F64, 1.0).map(Expected::from)?)
 }
@@ -78,7 +80,7 @@ fn compare(got: &Outputs, problem: &Problem, tolerance: DType) -> Result<(), Fai
         .map_err(|e| format!("{}: {e}", problem.name))?)
 }
 
-fn arithmetics() -> Result<(), Failed> {
+fn arithmetics(how: &'static CudaEmulated) -> Result<(), Failed> {
     // Each arithmetic is held to the row of the type it is the default of, whatever the type of the embeddings.
     let rows = [
         (Arithmetic::F16, DType::BF16),
@@ -87,16 +89,20 @@ fn arithmetics() -> Result<(), Failed> {
         (Arithmetic::Exact, DType::F32),
     ];
     for (arithmetic, dtype) in rows {
-        for tile in [Tile::Small, Tile::Large] {
-            if arithmetic == Arithmetic::Exact && tile == Tile::Large {
-                continue;
-            }
+        let tiles: &[Tile] = match (how.name(), arithmetic) {
+            ("cuda-emulated", Arithmetic::Exact) => &[Tile::Small],
+            ("cuda-emulated", _) => &[Tile::Small, Tile::Large],
+            (_, Arithmetic::Exact) => &[],
+            _ => &[Tile::Cluster],
+        };
+        for &tile in tiles {
             for (shape, kind) in
-                [((129, 150, 72), Kind::Random), ((64, 64, 64), Kind::Trained), ((1, 3, 5), Kind::Random)]
+                [((129, 300, 72), Kind::Random), ((64, 64, 64), Kind::Trained), ((1, 3, 5), Kind::Random)]
             {
                 let problem = sized(kind, Loss::samtone_both(), shape)?.rounded(dtype);
-                let got =
-                    run_with(&problem, dtype, Run::default(), |p| Ok(p.with_arithmetic(arithmetic).with_tile(tile)))?;
+                let got = run_with(&problem, dtype, Run::default(), |p| {
+                    Ok(how.problem(p).with_arithmetic(arithmetic).with_tile(tile))
+                })?;
                 compare(&got, &problem, dtype).map_err(|e| format!("{arithmetic:?} {tile:?}: {e:?}"))?;
             }
         }
@@ -104,23 +110,28 @@ fn arithmetics() -> Result<(), Failed> {
     Ok(())
 }
 
-fn waves() -> Result<(), Failed> {
-    let mut problem = sized(Kind::Random, Loss::gte(), (200, 270, 40))?.rounded(DType::BF16);
-    problem.positives = Some((0..200).map(|i| (i * 7 + 3) % 150).collect()); // rows that share, and passages that are nobody's
-    for bytes in [70_000, 300_000] {
+fn waves(how: &'static CudaEmulated) -> Result<(), Failed> {
+    // A super-block of one tile or square, and one of several; of clusters, whose squares are four tiles, a larger batch.
+    let clusters = how.name() == "cuda-emulated-sm90a";
+    let (shape, bounds) =
+        if clusters { ((300, 400, 40), [140_000, 600_000]) } else { ((200, 270, 40), [70_000, 300_000]) };
+    let mut problem = sized(Kind::Random, Loss::gte(), shape)?.rounded(DType::BF16);
+    let shared = |i| ((i * 7 + 3) % (shape.0 * 3 / 4)) as u32; // rows that share, and passages that are nobody's
+    problem.positives = Some((0..shape.0).map(shared).collect());
+    for bytes in bounds {
         problem.options = Options::new(0.05)?.with_workspace_bytes(bytes);
         let (query, passage) = (Buffer::new(DType::BF16, &problem.query), Buffer::new(DType::BF16, &problem.passage));
         let batch = problem.batch(&query, &passage)?;
         let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::BF16, problem.dim)?;
-        let plan = Plan::new(&planned)?;
-        let products = plan.backward().iter().filter(|l| l.module == "gradient_product_sm80").count();
+        let plan = Plan::new(&how.problem(planned))?;
+        let products = plan.backward().iter().filter(|l| l.module.starts_with("gradient_product")).count();
         if products < 2 || plan.bounded_bytes() > bytes {
             return Err(format!("{products} waves, {} bytes of {bytes}: {plan}", plan.bounded_bytes()).into());
         }
-        compare(&run_with(&problem, DType::BF16, Run::default(), unchanged)?, &problem, DType::BF16)?;
+        compare(&run_with(&problem, DType::BF16, Run::default(), |p| Ok(how.problem(p)))?, &problem, DType::BF16)?;
     }
     problem.options = Options::new(0.05)?.with_workspace_bytes(1000);
-    match run_with(&problem, DType::BF16, Run::default(), unchanged) {
+    match run_with(&problem, DType::BF16, Run::default(), |p| Ok(how.problem(p))) {
         Err(Error::WorkspaceTooSmall { given: 1000, needed, .. }) if needed > 1000 => Ok(()),
         other => Err(format!("a bound of 1000 bytes gave {other:?}").into()),
     }
@@ -135,7 +146,7 @@ struct DeviceSum {
     padding: u32,
 }
 
-fn shards() -> Result<(), Failed> {
+fn shards(how: &'static CudaEmulated) -> Result<(), Failed> {
     let mut problem = sized(Kind::Random, Loss::samtone_both(), (70, 90, 24))?.rounded(DType::F16);
     problem.positives = Some((0..70).map(|i| (i * 5 + 1) % 60).collect());
     let (query, passage) = (Buffer::new(DType::F16, &problem.query), Buffer::new(DType::F16, &problem.passage));
@@ -144,7 +155,8 @@ fn shards() -> Result<(), Failed> {
     let mut devices = Vec::new();
     for range in &ranges {
         let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::F16, problem.dim)?;
-        let mut device = Emulated::new(Plan::new(&planned.with_rows(range.clone())?)?, Run::default())?;
+        let planned = how.problem(planned.with_rows(range.clone())?);
+        let mut device = Emulated::new(Plan::new(&planned)?, Run::default())?;
         device.upload_embeddings("query", batch.query())?;
         device.upload_embeddings("passage", batch.passage())?;
         device.launch(Plan::partials)?;
@@ -180,13 +192,13 @@ fn shards() -> Result<(), Failed> {
     compare(&Outputs { evaluation, grad_query, grad_passage, temperature }, &problem, DType::F16)
 }
 
-fn apart() -> Result<(), Failed> {
+fn apart(how: &'static CudaEmulated) -> Result<(), Failed> {
     let problem = sized(Kind::Random, Loss::samtone_query(), (40, 50, 24))?.rounded(DType::BF16);
-    let fused = run_with(&problem, DType::BF16, Run::default(), |p| p.with_upstream(2.0))?;
+    let fused = run_with(&problem, DType::BF16, Run::default(), |p| how.problem(p).with_upstream(2.0))?;
     let (query, passage) = (Buffer::new(DType::BF16, &problem.query), Buffer::new(DType::BF16, &problem.passage));
     let batch = problem.batch(&query, &passage)?;
     let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::BF16, problem.dim)?;
-    let mut device = Emulated::new(Plan::new(&planned.with_device_upstream())?, Run::default())?;
+    let mut device = Emulated::new(Plan::new(&how.problem(planned).with_device_upstream())?, Run::default())?;
     device.upload_embeddings("query", batch.query())?;
     device.upload_embeddings("passage", batch.passage())?;
     device.launch(Plan::forward)?;
@@ -215,9 +227,9 @@ fn strided(buffer: &mut Buffer, rows: usize, dim: usize, stride: usize) -> samto
     }
 }
 
-fn outputs() -> Result<(), Failed> {
+fn outputs(how: &'static CudaEmulated) -> Result<(), Failed> {
     let problem = sized(Kind::Random, Loss::samtone_both(), (20, 33, 19))?.rounded(DType::F32);
-    let exact = run_with(&problem, DType::F32, Run::default(), unchanged)?;
+    let exact = run_with(&problem, DType::F32, Run::default(), |p| Ok(how.problem(p)))?;
     let (query, passage) = (Buffer::new(DType::F32, &problem.query), Buffer::new(DType::F32, &problem.passage));
     let batch = problem.batch(&query, &passage)?;
     for (dtype, stride, step) in
@@ -226,7 +238,7 @@ fn outputs() -> Result<(), Failed> {
         let mut gradients = [20, 33].map(|rows| Buffer::new(dtype, &vec![-7.0; rows * stride]));
         let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::F32, problem.dim)?;
         let output = Some(GradientOutput { dtype, row_stride: stride });
-        let planned = planned.with_gradients(output, output)?;
+        let planned = how.problem(planned.with_gradients(output, output)?);
         let [q, p] = &mut gradients;
         let buffers =
             GradientBuffers { query: Some(strided(q, 20, 19, stride)?), passage: Some(strided(p, 33, 19, stride)?) };
@@ -244,18 +256,20 @@ fn outputs() -> Result<(), Failed> {
     Ok(())
 }
 
-fn frozen() -> Result<(), Failed> {
+fn frozen(how: &'static CudaEmulated) -> Result<(), Failed> {
     let problem = sized(Kind::Random, Loss::samtone_both(), (30, 33, 16))?.rounded(DType::F16);
-    let all = run_with(&problem, DType::F16, Run::default(), unchanged)?;
+    let all = run_with(&problem, DType::F16, Run::default(), |p| Ok(how.problem(p)))?;
     let (query, passage) = (Buffer::new(DType::F16, &problem.query), Buffer::new(DType::F16, &problem.passage));
     let batch = problem.batch(&query, &passage)?;
     let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::F16, problem.dim)?;
     let planned = planned.with_gradients(None, Some(GradientOutput { dtype: DType::F32, row_stride: 16 }))?;
+    let planned = how.problem(planned);
     let mut gradient = Buffer::new(DType::F32, &vec![f64::NAN; problem.passage.len()]);
     let buffers = GradientBuffers { query: None, passage: Some(gradient.embeddings_mut(33, 16)?) };
     let (_, temperature) =
         cuda_emulated::run(&planned, &problem.loss, &batch, &problem.options, buffers, Run::default())?;
-    let whole = Plan::new(&Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::F16, problem.dim)?)?;
+    let whole = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::F16, problem.dim)?;
+    let whole = Plan::new(&how.problem(whole))?;
     if gradient.to_f64() != all.grad_passage
         || temperature != all.temperature
         || Plan::new(&planned)?.flops() >= whole.flops()
@@ -265,24 +279,24 @@ fn frozen() -> Result<(), Failed> {
     Ok(())
 }
 
-fn determinism() -> Result<(), Failed> {
+fn determinism(how: &'static CudaEmulated) -> Result<(), Failed> {
     let mut problem = sized(Kind::Duplicates, Loss::samtone_both(), (70, 80, 40))?.rounded(DType::BF16);
     (problem.query_ids, problem.passage_ids) = (Some(duplicate_ids(70)), Some(duplicate_ids(80)));
-    let first = run_with(&problem, DType::BF16, Run::default(), unchanged)?;
+    let first = run_with(&problem, DType::BF16, Run::default(), |p| Ok(how.problem(p)))?;
     for seed in 1..6 {
-        if run_with(&problem, DType::BF16, Run { seed, ..Run::default() }, unchanged)? != first {
+        if run_with(&problem, DType::BF16, Run { seed, ..Run::default() }, |p| Ok(how.problem(p)))? != first {
             return Err(format!("seed {seed} gives other bits").into());
         }
     }
     Ok(())
 }
 
-fn refused() -> Result<(), Failed> {
+fn refused(how: &'static CudaEmulated) -> Result<(), Failed> {
     let problem = sized(Kind::Random, Loss::decoupled(), (9, 9, 8))?.rounded(DType::F32);
     let with = |change: fn(&mut Problem)| {
         let mut changed = problem.clone();
         change(&mut changed);
-        run_with(&changed, DType::F32, Run::default(), unchanged)
+        run_with(&changed, DType::F32, Run::default(), |p| Ok(how.problem(p)))
     };
     match with(|p| p.query[5 * 8 + 3] = f64::NAN) {
         Err(Error::NonFinite { row: 5, column: 3, .. }) => {}
@@ -307,7 +321,7 @@ fn refused() -> Result<(), Failed> {
     let (query, passage) = (Buffer::new(DType::F32, &[f64::NAN; 72]), Buffer::new(DType::F32, &problem.passage));
     let batch = problem.batch(&query, &passage)?;
     let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::F32, 8)?;
-    let mut device = Emulated::new(Plan::new(&planned)?, Run::default())?;
+    let mut device = Emulated::new(Plan::new(&how.problem(planned))?, Run::default())?;
     device.upload_embeddings("query", batch.query())?;
     device.upload_embeddings("passage", batch.passage())?;
     device.launch(Plan::forward)?;
@@ -321,23 +335,32 @@ fn refused() -> Result<(), Failed> {
 
 /// Leaves out one barrier or wait at a time, named as in the kernels' headers. Each must be seen: as a conflict, and, with
 /// detection of conflicts off, as other bits or a failure under some order of the threads.
-fn barriers() -> Result<(), Failed> {
-    const LABELS: [(&str, &[&str]); 4] = [
+fn barriers(how: &'static CudaEmulated) -> Result<(), Failed> {
+    const SM80: &[(&str, &[&str])] = &[
         ("logsumexp_sm80", &["P1", "P2", "P3", "E1", "L1"]),
         ("gradient_tile_sm80", &["P1", "P2", "P3", "E1", "G1"]),
         ("gradient_product_sm80", &["P1", "P2", "P3"]),
         ("combine", &["R1", "R2"]),
     ];
-    // Four stages: more than the ring has, and the last one in the slot where the epilogue begins. Several waves.
-    let mut problem = sized(Kind::Random, Loss::samtone_both(), (66, 70, 256))?.rounded(DType::BF16);
-    problem.options = Options::new(0.05)?.with_workspace_bytes(100_000);
-    let want = run_with(&problem, DType::BF16, Run::default(), unchanged)?;
+    const SM90A: &[(&str, &[&str])] = &[
+        ("logsumexp_sm90a", &["P1", "P2", "P3", "P4", "P5", "E1", "E2", "E3", "L1", "L2"]),
+        ("gradient_tile_sm90a", &["P1", "P2", "P3", "P4", "P5", "E1", "E2", "E3", "G1", "G2", "G3", "G4"]),
+        ("gradient_product_sm90a", &["P1", "P2", "P3", "P4", "P5"]),
+    ];
+    let clusters = how.name() == "cuda-emulated-sm90a";
+    let labels = if clusters { SM90A } else { SM80 };
+    // More stages than the ring has, and the last one in the slot where the epilogue begins. Several waves. Of clusters, several
+    // squares for each.
+    let shape = if clusters { (257, 300, 320) } else { (66, 70, 256) };
+    let mut problem = sized(Kind::Random, Loss::samtone_both(), shape)?.rounded(DType::BF16);
+    problem.options = Options::new(0.05)?.with_workspace_bytes(if clusters { 600_000 } else { 100_000 });
+    let want = run_with(&problem, DType::BF16, Run::default(), |p| Ok(how.problem(p)))?;
     let mut survivors = Vec::new();
-    for (module, label) in LABELS.iter().flat_map(|(module, labels)| labels.iter().map(move |label| (*module, *label)))
+    for (module, label) in labels.iter().flat_map(|(module, labels)| labels.iter().map(move |label| (*module, *label)))
     {
         let run = |seed, ignore_races| {
             let run = Run { seed, ignore_races, mutant: Some((module, label)) };
-            run_with(&problem, DType::BF16, run, unchanged)
+            run_with(&problem, DType::BF16, run, |p| Ok(how.problem(p)))
         };
         let conflicts = (0..3).filter(|&seed| run(seed, false).is_err()).count();
         let wrong = (0..6).filter(|&seed| run(seed, true).map_or(true, |got| got != want)).count();
