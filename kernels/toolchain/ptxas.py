@@ -72,6 +72,24 @@ def assemble(name, ptx, architecture, cubin="/dev/null"):
     return usage, problems
 
 
+def bodies(text, start):
+    """Entry → its text, where each begins as `start` finds it."""
+    found = [(m[1], m.start()) for m in start.finditer(text)]
+    return {name: text[at:end] for (name, at), (_, end) in zip(found, [*found[1:], (None, len(text))])}
+
+
+def matrix_units(file, ptx, sass):
+    """A problem for each entry that asks for wgmma and does not get it, or whose machine code touches local memory."""
+    code = bodies(sass, re.compile(r"^\.text\.(\w+):", re.MULTILINE))
+    for entry, text in bodies(ptx, ENTRY).items():
+        if "wgmma.mma_async" not in text:
+            continue
+        if not re.search(r"\bHGMMA\b", code.get(entry, "")):
+            yield f"{file}: {entry} asks for wgmma, and its machine code has no HGMMA"
+        if re.search(r"\b(LDL|STL)\b", code.get(entry, "")):
+            yield f"{file}: {entry} reads or writes local memory"
+
+
 def disassemble(cubin):
     program = install.program("nvdisasm", "nvdisasm")
     return subprocess.run([program, "--print-code", cubin], capture_output=True, encoding="utf-8", check=True).stdout

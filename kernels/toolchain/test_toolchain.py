@@ -167,6 +167,16 @@ class Commands(unittest.TestCase):
         self.assertIn("| kernel | sm_90a |", self.table())
 
 
+    def test_machine_code_without_the_wanted_instruction_is_found(self):
+        ptx = ".visible .entry multiply(\n)\n{ wgmma.mma_async }\n.visible .entry copy(\n)\n{ ld.global }\n"
+        good = ".text.multiply:\n HGMMA.64x128x16.F32 R24\n.text.copy:\n LDL R1\n"
+        self.assertEqual(list(ptxas.matrix_units("a", ptx, good)), [])
+        for bad, word in ((good.replace("HGMMA", "HMMA"), "no HGMMA"), (good.replace("R24", "R24\n STL [R1]"), "local memory")):
+            [problem] = ptxas.matrix_units("a", ptx, bad)
+            self.assertIn("multiply", problem)
+            self.assertIn(word, problem)
+
+
 class Hash(unittest.TestCase):
     def test_equals_what_tests_artefacts_rs_computes(self):
         # The same files and number stand in tests/artefacts.rs.
