@@ -62,6 +62,7 @@ template <u32 STAGES, class Make> SAMTONE_DEVICE void start_pipeline(Make more) 
         more();
         fence_mbarrier_init();
     }
+    bar_warp_sync(ALL_LANES); // whole warps meet the cluster's barrier
     SYNC(P4, cluster_sync());
 }
 
