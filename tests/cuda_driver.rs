@@ -9,6 +9,9 @@ mod support;
 
 #[path = "cuda_driver/emulated.rs"]
 mod emulated;
+#[cfg(feature = "cudarc")]
+#[path = "cuda_driver/graphs.rs"]
+mod graphs;
 #[path = "cuda_driver/memory.rs"]
 mod memory;
 #[path = "cuda_driver/raw.rs"]
@@ -107,15 +110,19 @@ fn run_child(name: &str) -> ExitCode {
 
 /// Checks for which the emulated driver is told something.
 fn told() -> impl Iterator<Item = (&'static str, &'static str, Body)> {
-    LACKING.iter().chain(emulated::CHECKS).chain(emulated::SLICES).copied()
+    #[cfg(feature = "cudarc")]
+    let more = graphs::TOLD;
+    #[cfg(not(feature = "cudarc"))]
+    let more: &[(&str, &str, Body)] = &[];
+    LACKING.iter().chain(emulated::CHECKS).chain(emulated::SLICES).chain(more).copied()
 }
 
 fn on_devices() -> impl Iterator<Item = Check> {
     #[cfg(feature = "cudarc")]
-    let more = slices::CHECKS;
+    let more = [slices::CHECKS, graphs::CHECKS];
     #[cfg(not(feature = "cudarc"))]
-    let more: &[Check] = &[];
-    raw::CHECKS.iter().chain(more).copied()
+    let more: [&[Check]; 0] = [];
+    raw::CHECKS.iter().chain(more.into_iter().flatten()).copied()
 }
 
 fn trials(required: &dyn Fn(&str) -> bool) -> Vec<Trial> {

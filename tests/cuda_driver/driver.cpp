@@ -15,6 +15,8 @@
 //   allocations=N the allocation after the N-th gives 2 (out of memory)
 //   launches=N    the launch after the N-th faults: 700 from then on
 //   refused=N     the launch after the N-th gives 1, and those after it are done again
+//   captures=N    the capture after the N-th is spoiled before its third launch
+//   graphs=N      no more than N graphs, and as many executables, at a time: 2 for the next
 //   late=N        copies of N bytes or more read the host's memory late
 #include "driver.hpp"
 
@@ -284,33 +286,47 @@ Code cuStreamBeginCapture_v2(void* handle, int mode) {
     stream->capturing = true;
     stream->mode = mode;
     stream->capturer = std::this_thread::get_id();
+    stream->brittle = captures++ >= setting("captures", 1L << 40);
     return DONE;
+}
+Code cuStreamQuery(void* handle) {
+    ENTER;
+    Stream* stream = stream_of(handle);
+    return stream->capturing ? spoil(stream) : stream->work.empty() ? DONE : NOT_READY;
 }
 Code cuStreamEndCapture(void* handle, Graph** graph) {
     ENTER;
     Stream* stream = stream_of(handle);
-    *graph = new Graph{std::move(stream->captured)};
-    stream->captured.clear();
-    stream->capturing = false;
-    return std::exchange(stream->spoiled, false) ? CAPTURE_INVALIDATED : DONE;
+    *graph = nullptr;
+    if (!stream->capturing) return INVALID_VALUE;
+    std::vector<Work> captured = std::exchange(stream->captured, {});
+    stream->capturing = stream->brittle = false;
+    return std::exchange(stream->spoiled, false) ? CAPTURE_INVALIDATED : keep(graphs, graph, std::move(captured));
 }
 Code cuGraphInstantiateWithFlags(Graph** executable, Graph* graph, unsigned long long) {
     ENTER;
-    *executable = new Graph(*graph);
-    return DONE;
+    *executable = nullptr;
+    return graphs.contains(graph) ? keep(executables, executable, graph->work) : INVALID_VALUE;
 }
-Code cuGraphLaunch(Graph* graph, void* stream) {
+Code cuGraphUpload(Graph* graph, void* stream) {
     ENTER;
-    for (const Work& work : graph->work) enqueue(stream_of(stream), work);
+    if (stream_of(stream)->capturing) return spoil(stream_of(stream));
+    return executables.contains(graph) ? DONE : INVALID_VALUE;
+}
+Code cuGraphLaunch(Graph* graph, void* handle) {
+    ENTER;
+    if (!executables.contains(graph)) return INVALID_VALUE;
+    for (const Work& work : graph->work)
+        if (Code code = enqueue(stream_of(handle), work); code != DONE) return code;
     return DONE;
 }
 Code cuGraphDestroy(Graph* graph) {
-    delete graph;
-    return DONE;
+    ENTER;
+    return destroy(graphs, graph);
 }
-Code cuGraphExecDestroy(Graph* graph) {
-    delete graph;
-    return DONE;
+Code cuGraphExecDestroy(Graph* graph) { // what was launched of it goes on
+    ENTER;
+    return destroy(executables, graph);
 }
 
 Code cuEventCreate(Event** event, unsigned) {

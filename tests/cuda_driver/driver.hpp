@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -25,6 +26,7 @@ enum : Code {
     INVALID_PTX = 218,
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,
+    NOT_READY = 600,
     ILLEGAL_ADDRESS = 700,
     CAPTURE_UNSUPPORTED = 900,
     CAPTURE_INVALIDATED = 901,
@@ -51,7 +53,7 @@ using Work = std::function<Code()>;
 struct Stream {
     Context* context = nullptr;
     std::deque<Work> work; // not done yet
-    bool capturing = false, spoiled = false;
+    bool capturing = false, spoiled = false, brittle = false; // brittle: spoiled before its third launch
     int mode = 0; // of the capture: 0 global, 1 of the thread that began it, 2 relaxed
     std::thread::id capturer;
     std::vector<Work> captured;
@@ -94,7 +96,8 @@ Code sticky = DONE;
 Context contexts[8];
 std::map<u64, Allocation> allocations, pinned; // of devices, and page-locked on the host
 std::vector<std::unique_ptr<Stream>> streams;
-long allocated = 0, launched = 0, loaded = 0;
+std::set<Graph*> graphs, executables;
+long allocated = 0, launched = 0, loaded = 0, captures = 0;
 thread_local std::vector<Context*> current{nullptr};
 
 #define ENTER                                             \
@@ -135,6 +138,7 @@ Code drain_all() {
 }
 
 Code enqueue(Stream* stream, Work work) {
+    if (stream->brittle && stream->captured.size() == 2) stream->spoiled = true;
     if (stream->spoiled) return CAPTURE_INVALIDATED;
     if (stream->capturing) stream->captured.push_back(std::move(work));
     else stream->work.push_back(std::move(work));
@@ -179,6 +183,18 @@ Code allocate(u64* pointer, std::size_t bytes) {
     if (allocated++ >= setting("allocations", 1L << 40)) return OUT_OF_MEMORY;
     *pointer = emulator::allocate("allocation " + std::to_string(allocated), bytes);
     allocations[*pointer] = {bytes, current.back()};
+    return DONE;
+}
+
+Code keep(std::set<Graph*>& all, Graph** graph, std::vector<Work> work) {
+    if (static_cast<long>(all.size()) >= setting("graphs", 1L << 40)) return OUT_OF_MEMORY;
+    all.insert(*graph = new Graph{std::move(work)});
+    return DONE;
+}
+
+Code destroy(std::set<Graph*>& all, Graph* graph) {
+    if (all.erase(graph) == 0) return INVALID_VALUE;
+    delete graph;
     return DONE;
 }
 

@@ -107,6 +107,40 @@ pub const CHECKS: &[Check] = &[
             Ok(())
         })
     }),
+    ("a graph of the device's own replays with the same bits, on new inputs too", || {
+        let (first, second) = (sample(Loss::samtone_both(), 14)?, sample(Loss::samtone_both(), 15)?);
+        for dtype in [DType::F32, DType::BF16] {
+            with_call(&first, dtype, |call, driver| {
+                // SAFETY: as in `Call::run`, and the memory outlives the graph.
+                let mut graph =
+                    unsafe { call.device.capture(&call.plan, &call.pointers, call.stream) }.map_err(text)?;
+                demand(graph.stream() == call.stream, "another stream")?;
+                for problem in [&first, &second, &first] {
+                    let problem = problem.rounded(dtype);
+                    call.write_embeddings(&problem)?;
+                    call.clear_gradients()?;
+                    // SAFETY: likewise.
+                    unsafe { graph.launch() }.map_err(text)?;
+                    let replayed = call.outputs()?;
+                    call.clear_gradients()?;
+                    call.run(Device::loss_and_gradients)?;
+                    demand(call.outputs()? == replayed, "other bits")?;
+                }
+                let bare = Pointers { side: 0, ..call.pointers };
+                // SAFETY: it is refused.
+                let refused = unsafe { call.device.capture(&call.plan, &bare, call.stream) }.err().map(text);
+                let refused = refused.unwrap_or_default();
+                demand(refused.contains("`side` is a null pointer"), &refused)?;
+                driver.begin_capture(call.stream)?;
+                // SAFETY: likewise.
+                let refused = unsafe { call.device.capture(&call.plan, &call.pointers, call.stream) }.err().map(text);
+                driver.end_capture(call.stream)?;
+                let refused = refused.unwrap_or_default();
+                demand(refused.contains("`stream` is being captured"), &refused)
+            })?;
+        }
+        Ok(())
+    }),
     ("the upstream gradient is read from the device", || {
         let problem = sample(Loss::samtone_both(), 7)?;
         with_call(&problem, DType::F32, |call, driver| {

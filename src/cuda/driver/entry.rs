@@ -48,7 +48,7 @@ macro_rules! functions {
     };
 }
 
-// A suffix _v2 is the version of the function that `cuda.h` means by the bare name. All are in every driver since CUDA 11.2.
+// A suffix _v2 is the version of the function that `cuda.h` means by the bare name. All are in every driver since CUDA 11.4.
 functions! {
     fn cuInit(flags: c_uint);
     fn cuDriverGetVersion(version: *mut c_int);
@@ -74,8 +74,17 @@ functions! {
     fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes: usize, stream: Handle);
     fn cuMemsetD32Async(to: u64, value: c_uint, count: usize, stream: Handle);
     fn cuPointerGetAttribute(data: *mut c_void, attribute: c_int, pointer: u64);
-    fn cuStreamIsCapturing(stream: Handle, status: *mut c_int);
+    fn cuStreamCreate(stream: *mut Handle, flags: c_uint);
+    fn cuStreamDestroy_v2(stream: Handle);
     fn cuStreamSynchronize(stream: Handle);
+    fn cuStreamIsCapturing(stream: Handle, status: *mut c_int);
+    fn cuStreamBeginCapture_v2(stream: Handle, mode: c_int);
+    fn cuStreamEndCapture(stream: Handle, graph: *mut Handle);
+    fn cuGraphInstantiateWithFlags(executable: *mut Handle, graph: Handle, flags: u64);
+    fn cuGraphUpload(executable: Handle, stream: Handle);
+    fn cuGraphLaunch(executable: Handle, stream: Handle);
+    fn cuGraphDestroy(graph: Handle);
+    fn cuGraphExecDestroy(executable: Handle);
 }
 
 impl Driver {

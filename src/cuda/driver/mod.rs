@@ -6,6 +6,7 @@
 //! ptx.rs        the kernels, and what their text says
 //! arguments.rs  pointers and streams as numbers → parameters of a launch     needs no driver
 //! device.rs     primary context, kernels, launches                           the raw interface
+//! graph.rs      a call as a CUDA graph
 //! memory.rs     whose memory is it, and is it enough?
 //! readout.rs    state → results, errors, partials of a shard
 //! backend.rs    batches in host memory
@@ -18,6 +19,7 @@ mod buffer;
 mod codes;
 mod device;
 mod entry;
+mod graph;
 mod memory;
 mod probe;
 mod ptx;
@@ -28,10 +30,11 @@ mod slices;
 pub use arguments::{Pointers, Stream, check_slot_bytes};
 pub(crate) use backend::Cuda;
 pub use device::Device;
+pub use graph::Graph;
 pub use probe::{available, device_count, is_available};
 pub use readout::Readout;
 #[cfg(feature = "cudarc")]
 pub use slices::{
-    DeviceBatch, DeviceGradients, DeviceLossAndGradients, Forward, GradientSlices, Shard, Step, Upstream, cudarc,
-    forward, loss_and_gradients,
+    DeviceBatch, DeviceGradients, DeviceLossAndGradients, Forward, GradientSlices, GraphBuffers, Shard, Step,
+    StepGraph, Upstream, cudarc, forward, loss_and_gradients,
 };

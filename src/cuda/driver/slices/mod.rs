@@ -1,8 +1,8 @@
 //! The loss on slices and streams of cudarc, with memory taken from the stream.
 //!
 //! Ordering between streams is cudarc's: every slice that a call reads or writes is waited for and recorded as in cudarc's own
-//! calls, which order slices and streams of one `CudaContext` object. For a capture into a graph, cudarc's event tracking must be
-//! off, as its documentation says.
+//! calls, which order slices and streams of one `CudaContext` object. So are replays of [`Step::capture`]. For a capture of the
+//! caller's own, cudarc's event tracking must be off, as its documentation says.
 
 mod calls;
 mod shard;
@@ -11,7 +11,7 @@ mod step;
 pub use ::cudarc;
 pub use calls::{DeviceGradients, DeviceLossAndGradients, Forward, forward, loss_and_gradients};
 pub use shard::Shard;
-pub use step::{GradientSlices, Step};
+pub use step::{GradientSlices, GraphBuffers, Step, StepGraph};
 
 use super::arguments::Stream;
 use super::codes;

@@ -1,5 +1,9 @@
 //! A loss that is computed again and again in the same memory.
 
+mod graph;
+
+pub use graph::{GraphBuffers, StepGraph};
+
 use super::{Upstream, allocate, expect_context, failed, raw};
 use crate::cuda::driver::arguments::{Pointers, Stream, check_slot_bytes};
 use crate::cuda::driver::device::Device;
@@ -9,7 +13,9 @@ use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::output::{Evaluation, TemperatureGradient};
 use crate::partials::Partials;
-use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceSlice};
+use cudarc::driver::{
+    CudaEvent, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, DeviceSlice,
+};
 use std::fmt;
 use std::sync::Arc;
 use std::thread::{self, ThreadId};
@@ -45,15 +51,15 @@ enum Progress {
 }
 
 /// Memory that only this step uses, and only on its stream, so that the stream's order is all that it needs.
-struct Memory {
-    slice: CudaSlice<u8>,
+struct Memory<T = u8> {
+    slice: CudaSlice<T>,
     address: u64,
 }
 
-impl Memory {
-    fn new(stream: &Arc<CudaStream>, bytes: usize, purpose: &'static str) -> Result<Self> {
+impl<T: DeviceRepr> Memory<T> {
+    fn new(stream: &Arc<CudaStream>, len: usize, purpose: &'static str) -> Result<Self> {
         // SAFETY: side data are copied there before any kernel runs; of the rest, kernels read only what kernels wrote.
-        let slice = unsafe { allocate(stream, bytes, purpose) }?;
+        let slice = unsafe { allocate(stream, len, purpose) }?;
         let address = slice.device_ptr(stream).0;
         Ok(Self { slice, address })
     }
@@ -71,9 +77,10 @@ type Call = unsafe fn(&Device, &Plan, &Pointers, Stream) -> Result<()>;
 /// One step of training, ready to run: plan, side data, state and workspace on one stream. Reused from step to step, it neither
 /// allocates nor waits until results are asked for.
 ///
-/// To capture a step into a CUDA graph: turn cudarc's event tracking off before anything is allocated, and capture
-/// [`Step::loss_and_gradients`]. The graph uses the memory of this object, which has to outlive it, unprepared for other problems
-/// and with its workspace, and the addresses of the slices it was captured with. Results are read after a replay as after a call.
+/// [`Step::capture`] records a call as a CUDA graph. To capture calls of a step into a graph of the caller's own: turn cudarc's
+/// event tracking off before anything is allocated, and capture [`Step::loss_and_gradients`]. That graph uses the memory of this
+/// object, which has to outlive it, unprepared for other problems and with its workspace, and the addresses of the slices it was
+/// captured with. Results are read after a replay as after a call.
 ///
 /// On the default stream of a thread, a step that comes to another thread first waits for the whole context.
 pub struct Step {
@@ -81,7 +88,9 @@ pub struct Step {
     state: Memory,
     /// None while it is released.
     workspace: Option<Memory>,
-    upstream: Memory,
+    upstream: Memory<f32>,
+    /// Whether `upstream` was given to the caller, who may have used it on another stream.
+    upstream_lent: bool,
     plan: Plan,
     readout: Readout,
     outputs: [Option<GradientOutput>; 2],
@@ -133,7 +142,8 @@ impl Step {
             side: memory(Slot::Side, "keys and weights")?,
             state: memory(Slot::State, "the state")?,
             workspace: Some(memory(Slot::Workspace, "the workspace")?),
-            upstream: memory(Slot::Upstream, "the upstream gradient")?,
+            upstream: Memory::new(stream, 1, "the upstream gradient")?,
+            upstream_lent: false,
             plan,
             readout,
             outputs: problem.gradients,
@@ -405,7 +415,8 @@ impl Step {
         }
         self.follow_thread()?;
         let workspace = self.reserve_workspace()?;
-        let Self { side, state, upstream: own_upstream, plan, stream, device, progress, .. } = self;
+        let Self { side, state, upstream: own_upstream, upstream_lent: lent, plan, stream, device, progress, .. } =
+            self;
         let (mut gradients, upstream) = match backward {
             Some((GradientSlices { query, passage }, upstream)) => ([query, passage], Some(upstream)),
             None => ([None, None], None),
@@ -422,10 +433,11 @@ impl Step {
                 (address, Some(guard))
             }
             Some(Upstream::Host(value)) => {
+                let guard = std::mem::take(lent).then(|| own_upstream.slice.device_ptr_mut(stream).1);
                 let pointers = Pointers { upstream: own_upstream.address, ..Pointers::default() };
                 // SAFETY: memory of this step, on its stream.
                 unsafe { device.set_upstream(plan, &pointers, value as f32, raw(stream)) }?;
-                (own_upstream.address, None)
+                (own_upstream.address, guard)
             }
             None => (0, None),
         };
