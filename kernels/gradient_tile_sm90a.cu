@@ -172,20 +172,9 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
     if (warpgroup_id() == 0) {
         // [1] load
         setmaxnreg_dec<COPY_REGISTERS>();
-        if (threadIdx.x == 0) {
-            for (u32 k = cluster_id(); k < squares; k += clusters()) {
-                const TilePlace at = square_of(wave, k);
-                copy_square<A>(ring, wave.blocks[at.block], at, towers);
-            }
-        } else if (warp_id() > 0) {
-            for (u32 k = cluster_id(); k < squares; k += clusters()) {
-                const TilePlace at = square_of(wave, k);
-                const SuperBlock& block = wave.blocks[at.block];
-                load_edges(edges, block, at, towers, rows, [&](float (&numbers)[3], const EdgeEntry& entry, bool row) {
-                    coefficient(numbers, of, entry, row ? block.row.block : block.col.block);
-                });
-            }
-        }
+        load_squares<A>(ring, edges, wave, towers, rows, [&](float (&numbers)[3], const EdgeEntry& entry, const Edge& edge) {
+            coefficient(numbers, of, entry, edge.block);
+        });
     } else {
         setmaxnreg_inc<MULTIPLY_REGISTERS>();
         for (u32 k = cluster_id(); k < squares; k += clusters()) {

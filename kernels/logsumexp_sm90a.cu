@@ -166,20 +166,10 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
     if (warpgroup_id() == 0) {
         // [1] load
         setmaxnreg_dec<COPY_REGISTERS>();
-        if (threadIdx.x == 0) {
-            for (u32 k = cluster_id(); k < squares; k += clusters()) {
-                const TilePlace at = square_of(wave, k);
-                copy_square<A>(ring, wave.blocks[at.block], at, towers);
-            }
-        } else if (warp_id() > 0) {
-            for (u32 k = cluster_id(); k < squares; k += clusters()) {
-                const TilePlace at = square_of(wave, k);
-                load_edges(edges, wave.blocks[at.block], at, towers, rows, [&](float (&numbers)[3], const EdgeEntry& entry, bool) {
-                    numbers[0] = numbers[1] = numbers[2] = 0;
-                    if (entry.anchor.z != NONE) numbers[0] = float_of(ld_global_u32(reinterpret_cast<const u32*>(rows + entry.row) + 3));
-                });
-            }
-        }
+        load_squares<A>(ring, edges, wave, towers, rows, [&](float (&numbers)[3], const EdgeEntry& entry, const Edge&) {
+            numbers[0] = numbers[1] = numbers[2] = 0;
+            if (entry.anchor.z != NONE) numbers[0] = float_of(ld_global_u32(reinterpret_cast<const u32*>(rows + entry.row) + 3));
+        });
     } else {
         setmaxnreg_inc<MULTIPLY_REGISTERS>();
         for (u32 k = cluster_id(); k < squares; k += clusters()) {

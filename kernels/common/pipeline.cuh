@@ -194,7 +194,7 @@ SAMTONE_DEVICE void make_edges(const Edges& edges) {
     mbarrier_init(edges.empty(), CONSUMERS / WARP);
 }
 
-// Warps 1..3: the entries of a square. `of_pass(entry, is row)` gives three numbers for each.
+// Warps 1..3: the entries of a square. `of_pass(numbers, entry, is row)` gives three numbers for each.
 template <class OfPass>
 SAMTONE_DEVICE void load_edges(Edges& edges, const SuperBlock& block, const TilePlace& at, const Towers& towers, const AnchorKeys* rows,
                                OfPass of_pass) {
@@ -222,6 +222,27 @@ SAMTONE_DEVICE void release_edges(Edges& edges SAMTONE_SITE) {
     SYNC(E3, bar_warp_sync(ALL_LANES SAMTONE_EMULATED_AS(, site)));
     if (lane_id() == 0) mbarrier_arrive(edges.empty() SAMTONE_EMULATED_AS(, site));
     edges.parity ^= 1;
+}
+
+// [1] load: the warpgroup that copies, all squares of this cluster. `of_pass` as for load_edges, with the super-block first.
+template <Arithmetic A, u32 STAGES, class OfPass>
+SAMTONE_DEVICE void load_squares(Ring<STAGES>& ring, Edges& edges, const Wave& wave, const Towers& towers, const AnchorKeys* rows,
+                                 OfPass of_pass) {
+    const u32 squares = squares_of(wave);
+    if (threadIdx.x == 0) {
+        for (u32 k = cluster_id(); k < squares; k += clusters()) {
+            const TilePlace at = square_of(wave, k);
+            copy_square<A>(ring, wave.blocks[at.block], at, towers);
+        }
+    } else if (warp_id() > 0) {
+        for (u32 k = cluster_id(); k < squares; k += clusters()) {
+            const TilePlace at = square_of(wave, k);
+            const SuperBlock& block = wave.blocks[at.block];
+            load_edges(edges, block, at, towers, rows, [&](float (&numbers)[3], const EdgeEntry& entry, bool row) {
+                of_pass(numbers, entry, row ? block.row : block.col);
+            });
+        }
+    }
 }
 
 // [2] scale: products of one half → cosines, in place.
