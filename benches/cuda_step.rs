@@ -1,11 +1,14 @@
 //! Time of one step (forward and backward) on the first CUDA device, without criterion, so that it is one binary that runs on a
 //! machine without cargo:
 //!
-//!     bench_cuda [--write FOLDER] [B,d ...]       default: 512,768 2048,1024 8192,768 16384,768 32768,1024
+//!     bench_cuda [--write FOLDER] [B,d ...]       default: 256,768 512,768 1024,768 2048,1024 8192,768
+//!                                                          16384,768 32768,1024
 //!
 //! bf16 embeddings, f32 gradients, samtone_query at τ = 0.01. Prints CSV: B, d, median milliseconds of 20 steps after 3, TFLOP/s
-//! on the products counted once, MiB beyond inputs and gradients, loss. Fails if 100 runs of a small batch differ in any bit. With
-//! --write, FOLDER gets embeddings and gradients as little-endian files for benches/peers/judge_files.py.
+//! on the products counted once, MiB beyond inputs and gradients, loss; and up to B = 2048, where launches count, the median
+//! milliseconds on the device from the end of one step to the end of the next among 200 that nobody waits for, first called, then
+//! replayed from a CUDA graph. Fails if 100 runs of a small batch, or its replays, differ in any bit. With --write, FOLDER gets
+//! embeddings and gradients as little-endian files for benches/peers/judge_files.py.
 
 #[path = "inputs.rs"]
 #[allow(dead_code)] // the CPU benches use the rest
@@ -13,17 +16,38 @@ mod inputs;
 
 use anyhow::Context;
 use inputs::Towers;
-use samtone::cuda::cudarc::driver::CudaContext;
+use samtone::cuda::cudarc::driver::sys::CUevent_flags;
+use samtone::cuda::cudarc::driver::{CudaContext, CudaStream};
 use samtone::cuda::{Device, GradientSlices, Problem, Slot, Step};
 use samtone::half::bf16;
 use samtone::{DType, Loss, Options, Pairs};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
-const SHAPES: &[&str] = &["512,768", "2048,1024", "8192,768", "16384,768", "32768,1024"];
+const SHAPES: &[&str] = &["256,768", "512,768", "1024,768", "2048,1024", "8192,768", "16384,768", "32768,1024"];
 
-/// Batches up to so many rows are computed 100 times, and every run must give the same bits.
+/// Batches up to so many rows are computed 100 times, and every run must give the same bits; and timed as graphs.
 const REPEATED_ROWS: usize = 2048;
+/// Steps that are enqueued one after the other, after a tenth as many.
+const ENQUEUED: usize = 200;
+
+/// The median time from the end of one step to the end of the next, in milliseconds of the device.
+fn enqueued(stream: &Arc<CudaStream>, mut step: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f32> {
+    let timed = || stream.context().new_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+    let ends = (0..=ENQUEUED).map(|_| timed()).collect::<Result<Vec<_>, _>>()?;
+    (0..ENQUEUED / 10).try_for_each(|_| step())?;
+    for (k, end) in ends.iter().enumerate() {
+        if k > 0 {
+            step()?;
+        }
+        end.record(stream)?;
+    }
+    stream.synchronize()?;
+    let mut times = ends.windows(2).map(|pair| pair[0].elapsed_ms(&pair[1])).collect::<Result<Vec<f32>, _>>()?;
+    times.sort_by(f32::total_cmp);
+    Ok(times[times.len() / 2])
+}
 
 fn main() -> anyhow::Result<()> {
     let mut shapes: Vec<String> = std::env::args().skip(1).collect();
@@ -36,14 +60,16 @@ fn main() -> anyhow::Result<()> {
     samtone::cuda::available()?;
     let device = Device::first()?;
     let stream = CudaContext::new(device.ordinal())?.new_stream()?;
+    // SAFETY: everything below is on one stream.
+    unsafe { stream.context().disable_event_tracking() };
     eprintln!("{} {:?}", device.name(), device.compute_capability());
-    println!("rows,dim,milliseconds,tflops,extra_mib,loss");
+    println!("rows,dim,milliseconds,tflops,extra_mib,loss,enqueued_milliseconds,graph_milliseconds");
     for shape in shapes {
         let (rows, dim) = shape.split_once(',').with_context(|| format!("`{shape}` is not B,d"))?;
         let (rows, dim) = (rows.parse::<usize>()?, dim.parse::<usize>()?);
         let towers = Towers::new(rows, dim, 1).rounded::<bf16>();
         let bits = |x: &[bf16]| x.iter().map(|v| v.to_bits()).collect::<Vec<u16>>();
-        let copied = [stream.clone_htod(&bits(&towers.query))?, stream.clone_htod(&bits(&towers.passage))?];
+        let mut copied = [stream.clone_htod(&bits(&towers.query))?, stream.clone_htod(&bits(&towers.passage))?];
         // SAFETY: bf16 is two bytes of any value, as u16 is.
         let views = copied.each_ref().map(|x| unsafe { x.transmute::<bf16>(rows * dim) });
         let [Some(query), Some(passage)] = &views else { anyhow::bail!("views of bf16") };
@@ -72,6 +98,7 @@ fn main() -> anyhow::Result<()> {
                 std::fs::write(folder.join(format!("{rows}-{dim}-{name}_gradient.f32")), bytes)?;
             }
         }
+        let (mut of_calls, mut of_graph) = (String::new(), String::new());
         if rows <= REPEATED_ROWS {
             let first = gradients.each_ref().map(|g| stream.clone_dtoh(g));
             let [Ok(first_query), Ok(first_passage)] = &first else { anyhow::bail!("gradients cannot be copied") };
@@ -83,13 +110,31 @@ fn main() -> anyhow::Result<()> {
                     && step.results(query, passage)?.0 == evaluation;
                 anyhow::ensure!(same, "run {run} of {shape} gives other bits");
             }
+            of_calls = enqueued(&stream, || {
+                let [grad_query, grad_passage] = &mut gradients;
+                let slices = GradientSlices::both(grad_query, grad_passage);
+                Ok(step.loss_and_gradients(query, passage, slices, 1.0)?)
+            })
+            .map(|ms| format!("{ms:.4}"))?;
+            // SAFETY: as above.
+            let views = copied.each_mut().map(|x| unsafe { x.transmute_mut::<bf16>(rows * dim) });
+            let [Some(query), Some(passage)] = views else { anyhow::bail!("views of bf16") };
+            let [grad_query, grad_passage] = &mut gradients;
+            stream.memset_zeros(grad_query)?;
+            stream.memset_zeros(grad_passage)?;
+            let mut graph = step.capture(query, passage, GradientSlices::both(grad_query, grad_passage), 1.0)?;
+            of_graph = enqueued(&stream, || Ok(graph.launch()?)).map(|ms| format!("{ms:.4}"))?;
+            let same = graph.evaluation()? == evaluation
+                && stream.clone_dtoh(&gradients[0])? == *first_query
+                && stream.clone_dtoh(&gradients[1])? == *first_passage;
+            anyhow::ensure!(same, "replays of {shape} give other bits than calls");
         }
         let mut times = times.split_off(3);
         times.sort_by(f64::total_cmp);
         let (median, plan) = (times[times.len() / 2], step.plan());
         let extra: u64 = [Slot::Workspace, Slot::State, Slot::Side].map(|s| plan.slot_bytes(s)).iter().sum();
         let (tflops, mib) = (plan.flops() / median / 1e12, extra as f64 / f64::from(1 << 20));
-        println!("{rows},{dim},{:.4},{tflops:.1},{mib:.1},{}", median * 1e3, evaluation.loss);
+        println!("{rows},{dim},{:.4},{tflops:.1},{mib:.1},{},{of_calls},{of_graph}", median * 1e3, evaluation.loss);
     }
     Ok(())
 }

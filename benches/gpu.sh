@@ -59,6 +59,7 @@ run() {
   shapes=(512,768 2048,1024 8192,256 8192,768 32768,1024 131072,1024)
   written=$(mktemp -d)
   check step target/gpu/bench_cuda --write "$written" "${shapes[@]}"
+  check small-steps target/gpu/bench_cuda 256,768 512,768 1024,768 2048,1024
   check errors python3 benches/peers/judge_files.py "$written" --out "$folder/samtone-errors.csv"
   rm -rf "$written"
   check peers python3 benches/peers/run.py --out "$folder" --shapes "${shapes[@]}" --budget "${PEERS_BUDGET:-480}"

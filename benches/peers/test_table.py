@@ -77,6 +77,15 @@ class Record(unittest.TestCase):
         self.assertIn("MNRL autocast¹", text)
         self.assertIn(table.FOOTNOTE, text)
 
+    def test_our_own_time_is_the_faster_of_launches_and_graph(self) -> None:
+        made_up(self.folder)
+        header = "rows,dim,milliseconds,tflops,extra_mib,loss,enqueued_milliseconds,graph_milliseconds\n"
+        lines = "512,64,0.5000,10.0,3.5,1.25,0.4000,0.2000\n8192,64,5.0000,400.0,40.0,2.5,,\n"
+        (self.folder / "step.txt").write_text(header + lines)
+        text = self.generate()
+        self.assertIn("| **samtone** | 0.2 (graph) | 1.00 |", text)
+        self.assertIn("| **samtone** | 5 | 1.00 |", text)
+
     def test_record_without_our_own_measurements_names_no_ratio(self) -> None:
         made_up(self.folder, own=False)
         text = self.generate()
