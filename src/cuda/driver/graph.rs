@@ -13,8 +13,8 @@ const NON_BLOCKING: u32 = 1;
 /// `CU_STREAM_CAPTURE_MODE_THREAD_LOCAL`: what other threads do meanwhile is their own affair.
 const OF_THIS_THREAD: c_int = 1;
 
-/// All launches of a call, bound to its memory and to one stream: launched by one call of the driver, which takes less time of the
-/// host than each launch by itself, and less between them on the device. Made by [`Device::capture`].
+/// All launches of a call, bound to its memory and to one stream, which one call of the driver enqueues. Made by
+/// [`Device::capture`].
 ///
 /// It holds a clone of its device, so that the kernels stay loaded. Dropping it waits for nothing: a launch that is still to be
 /// done is done.

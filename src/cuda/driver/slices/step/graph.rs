@@ -12,7 +12,7 @@ use crate::output::{Evaluation, TemperatureGradient};
 use cudarc::driver::{CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
 use std::fmt;
 
-/// Forward and backward of a step in one launch, made by [`Step::capture`]: for small batches, whose step is bound by launches.
+/// Forward and backward of a step in one launch, made by [`Step::capture`]: for batches so small that launches count.
 ///
 /// It borrows the step and every slice that it reads or writes. While it is there, the slices are reached through
 /// [`StepGraph::buffers`]; once it is not used any more, they and the step are as they were.
