@@ -1,0 +1,264 @@
+//! The builder that holds loss and options, and the calls.
+
+use crate::op::Computed;
+use crate::refused;
+use crate::temperature::Temperature;
+use crate::view::{embeddings, readable};
+use candle_core::{Device, Result, Tensor};
+use samtone::cpu::Workspace;
+use samtone::{Batch, EmbeddingsMut, Evaluation, GradientBuffers, Loss, Options, Scope, ZeroNorm};
+use std::sync::{Arc, Mutex};
+
+/// A contrastive loss of two towers' embeddings, with everything about a batch but these.
+///
+/// One for each training run, and a clone with `query_ids` and the like for each batch:
+///
+/// ```
+/// # use candle_core::{Device, Result, Tensor, Var};
+/// # use samtone_candle::{Loss, SamToNe};
+/// # fn main() -> Result<()> {
+/// let samtone = SamToNe::new(Loss::samtone_query()); // before the loop
+/// # let q = Var::randn(0f32, 1.0, (4, 8), &Device::Cpu)?;
+/// # let p = Var::randn(0f32, 1.0, (4, 8), &Device::Cpu)?;
+/// let loss = samtone.clone().passage_ids([3, 7, 3, 9]).forward(&q, &p, 0.01)?; // in the loop
+/// let gradients = loss.backward()?;
+/// # assert_eq!(gradients.get(&q).unwrap().dims(), [4, 8]);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Clones share the memory of their calls (up to [`workspace_bytes`](Self::workspace_bytes), and O((M + N)·d)), so that a step
+/// allocates none of it again. Calls at the same time are right, too; all but one then take memory of their own.
+#[derive(Debug, Clone)]
+pub struct SamToNe {
+    loss: Loss,
+    query_ids: Option<Vec<i64>>,
+    passage_ids: Option<Vec<i64>>,
+    positives: Option<Vec<u32>>,
+    owners: Option<(Vec<i32>, Scope)>,
+    weights: Option<Vec<f32>>,
+    margin: Option<f64>,
+    zero_norm: ZeroNorm,
+    workspace_bytes: Option<usize>,
+    workspace: Arc<Mutex<Workspace>>,
+}
+
+impl SamToNe {
+    /// `loss` with every option at its default: row i's positive is passage i, and every other pair is a negative.
+    pub fn new(loss: Loss) -> Self {
+        Self {
+            loss,
+            query_ids: None,
+            passage_ids: None,
+            positives: None,
+            owners: None,
+            weights: None,
+            margin: None,
+            zero_norm: ZeroNorm::default(),
+            workspace_bytes: None,
+            workspace: Arc::default(),
+        }
+    }
+
+    /// An identity for each of the M queries; queries of equal id are never negatives of each other. Default: all different.
+    pub fn query_ids(mut self, ids: impl Into<Vec<i64>>) -> Self {
+        self.query_ids = Some(ids.into());
+        self
+    }
+
+    /// An identity for each of the N passages; passages of equal id are never negatives of each other, nor of each other's
+    /// queries. Default: all different.
+    pub fn passage_ids(mut self, ids: impl Into<Vec<i64>>) -> Self {
+        self.passage_ids = Some(ids.into());
+        self
+    }
+
+    /// For each of the M queries the row of its positive among the passages, below N. Several may share one.
+    /// Default: 0, 1, 2, …
+    pub fn positives(mut self, positives: impl Into<Vec<u32>>) -> Self {
+        self.positives = Some(positives.into());
+        self
+    }
+
+    /// For each of the N passages the query whose hard negative it is, or −1 for everyone's; with [`Scope::Own`] the other
+    /// queries drop it.
+    pub fn hard_negative_owners(mut self, owners: impl Into<Vec<i32>>, scope: Scope) -> Self {
+        self.owners = Some((owners.into(), scope));
+        self
+    }
+
+    /// A weight ≥ 0 for each of the M queries; the loss uses w / Σw. Default: all equal.
+    pub fn weights(mut self, weights: impl Into<Vec<f32>>) -> Self {
+        self.weights = Some(weights.into());
+        self
+    }
+
+    /// Drops every negative whose cosine exceeds that of the positive by more than this: a filter of false negatives. Of
+    /// either sign; Qwen3 uses 0.1. Default: none.
+    pub fn margin(mut self, margin: f64) -> Self {
+        self.margin = Some(margin);
+        self
+    }
+
+    /// What becomes of embeddings of norm zero. Default: an error that names the row.
+    pub fn zero_norm(mut self, policy: ZeroNorm) -> Self {
+        self.zero_norm = policy;
+        self
+    }
+
+    /// Bound on the memory a call may take beyond O((M + N)·d); more saves computing cosines twice. Default:
+    /// [`samtone::cpu::DEFAULT_WORKSPACE_BYTES`].
+    pub fn workspace_bytes(mut self, bytes: usize) -> Self {
+        self.workspace_bytes = Some(bytes);
+        self
+    }
+
+    /// The loss as a scalar tensor, f32, whose `backward` reaches `query`, `passage` and the tensor in `temperature`.
+    ///
+    /// `query` is M × d and `passage` N × d with N ≥ M, both f32, f16 or bf16 and on the CPU. Tensors whose rows are contiguous
+    /// are read in place, whatever lies between the rows; others are copied first. Gradients come in the type of what
+    /// they belong to, rounded after the upstream gradient has been applied.
+    ///
+    /// Gradients are computed here, together with the loss, and only those of tensors that candle tracks: a frozen tower costs
+    /// nothing, and without any tracked tensor this is a forward pass. They are constants to candle: there are no second
+    /// derivatives.
+    ///
+    /// # Errors
+    /// A sentence that names the argument, its value and what is allowed: for shapes, types and devices; for ids and
+    /// the like of another length than the batch; for embeddings that are not finite or, by default, of norm zero, by
+    /// row; for a row without any negative if the loss needs one; for a workspace below the smallest plan; and from
+    /// `backward` for an upstream gradient that is not finite.
+    pub fn forward<'t>(
+        &self,
+        query: &Tensor,
+        passage: &Tensor,
+        temperature: impl Into<Temperature<'t>>,
+    ) -> Result<Tensor> {
+        self.forward_with_metrics(query, passage, temperature).map(|(loss, _)| loss)
+    }
+
+    /// [`SamToNe::forward`], and the loss of every row, P@1 and MRR of the batch, which cost nothing more.
+    ///
+    /// # Errors
+    /// As [`SamToNe::forward`].
+    pub fn forward_with_metrics<'t>(
+        &self,
+        query: &Tensor,
+        passage: &Tensor,
+        temperature: impl Into<Temperature<'t>>,
+    ) -> Result<(Tensor, Evaluation)> {
+        let temperature = temperature.into();
+        let (evaluation, computed) = self.compute(query, passage, temperature, true)?;
+        let loss = match temperature.tensor() {
+            Some(tensor) => query.apply_op3(passage, tensor, computed)?,
+            None => query.apply_op2(passage, computed)?,
+        };
+        Ok((loss, evaluation))
+    }
+
+    /// Loss, row losses, P@1 and MRR without any gradient, be the tensors tracked or not: for validation.
+    ///
+    /// # Errors
+    /// As [`SamToNe::forward`].
+    pub fn evaluate<'t>(
+        &self,
+        query: &Tensor,
+        passage: &Tensor,
+        temperature: impl Into<Temperature<'t>>,
+    ) -> Result<Evaluation> {
+        self.compute(query, passage, temperature.into(), false).map(|(evaluation, _)| evaluation)
+    }
+
+    fn options(&self, temperature: Temperature<'_>) -> Result<Options> {
+        let mut options = temperature.options()?.with_zero_norm(self.zero_norm);
+        if let Some(margin) = self.margin {
+            options = options.with_margin(margin).map_err(refused)?;
+        }
+        Ok(self.workspace_bytes.map_or(options, |bytes| options.with_workspace_bytes(bytes)))
+    }
+
+    fn annotated<'a>(&'a self, mut batch: Batch<'a>) -> samtone::Result<Batch<'a>> {
+        if let Some(positives) = &self.positives {
+            batch = batch.with_positives(positives)?;
+        }
+        if let Some(weights) = &self.weights {
+            batch = batch.with_weights(weights)?;
+        }
+        if let Some(ids) = &self.query_ids {
+            batch = batch.with_query_ids(ids)?;
+        }
+        if let Some(ids) = &self.passage_ids {
+            batch = batch.with_passage_ids(ids)?;
+        }
+        if let Some((owners, scope)) = &self.owners {
+            batch = batch.with_hard_negative_owners(owners, *scope)?;
+        }
+        Ok(batch)
+    }
+
+    /// Everything, with the gradients of what candle tracks if `differentiate`.
+    fn compute(
+        &self,
+        query: &Tensor,
+        passage: &Tensor,
+        temperature: Temperature<'_>,
+        differentiate: bool,
+    ) -> Result<(Evaluation, Computed)> {
+        let tracked = |tensor: &Tensor| differentiate && tensor.track_op();
+        let wanted = [tracked(query), tracked(passage), temperature.tensor().is_some_and(tracked)];
+        let options = self.options(temperature)?;
+        let (q, p) = (readable("query", query)?, readable("passage", passage)?);
+        let ((q_storage, q_layout), (p_storage, p_layout)) = (q.storage_and_layout(), p.storage_and_layout());
+        let batch = Batch::new(embeddings(&q_storage, q_layout)?, embeddings(&p_storage, p_layout)?);
+        let batch = batch.and_then(|batch| self.annotated(batch)).map_err(refused)?;
+
+        if wanted == [false; 3] {
+            let forward = samtone::cpu::forward(&self.loss, &batch, &options).map_err(refused)?;
+            let evaluation = forward.evaluation().clone();
+            let computed = Computed { loss: evaluation.loss as f32, embeddings: [None, None], temperature: None };
+            return Ok((evaluation, computed));
+        }
+        let dim = batch.dim();
+        let rows = [batch.rows(), batch.passages()];
+        let mut gradients = [gradient(wanted[0], rows[0] * dim)?, gradient(wanted[1], rows[1] * dim)?];
+        let (evaluation, derivative) = {
+            let [dq, dp] = &mut gradients;
+            let buffers = GradientBuffers {
+                query: buffer(dq, rows[0], dim).map_err(refused)?,
+                passage: buffer(dp, rows[1], dim).map_err(refused)?,
+            };
+            let mut own = Workspace::new();
+            let mut shared = self.workspace.try_lock();
+            let workspace = shared.as_deref_mut().unwrap_or(&mut own);
+            workspace.loss_and_gradients_into(&self.loss, &batch, &options, 1.0, buffers).map_err(refused)?
+        };
+        let [dq, dp] = gradients;
+        let tensor = |gradient: Option<Vec<f32>>, rows| {
+            gradient.map(|gradient| Tensor::from_vec(gradient, (rows, dim), &Device::Cpu)).transpose()
+        };
+        let computed = Computed {
+            loss: evaluation.loss as f32,
+            embeddings: [tensor(dq, rows[0])?, tensor(dp, rows[1])?],
+            temperature: wanted[2].then(|| temperature.gradient(derivative)),
+        };
+        Ok((evaluation, computed))
+    }
+}
+
+fn buffer(gradient: &mut Option<Vec<f32>>, rows: usize, dim: usize) -> samtone::Result<Option<EmbeddingsMut<'_>>> {
+    gradient.as_mut().map(|gradient| EmbeddingsMut::new(gradient, rows, dim)).transpose()
+}
+
+/// Room for a gradient of `len` numbers, if wanted, or an error instead of an abort.
+fn gradient(wanted: bool, len: usize) -> Result<Option<Vec<f32>>> {
+    if !wanted {
+        return Ok(None);
+    }
+    let mut gradient = Vec::new();
+    let bytes = len.saturating_mul(size_of::<f32>());
+    gradient
+        .try_reserve_exact(len)
+        .map_err(|_| refused(samtone::Error::OutOfMemory { bytes, purpose: "the gradients" }))?;
+    gradient.resize(len, 0.0);
+    Ok(Some(gradient))
+}

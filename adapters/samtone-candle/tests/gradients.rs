@@ -1,0 +1,136 @@
+//! Through candle's autograd against the reference in f64.
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use samtone_candle::samtone::{Batch, Embeddings, Options, reference};
+use samtone_candle::{Loss, SamToNe, Scope, Temperature, ZeroNorm};
+
+const ROWS: usize = 6;
+const PASSAGES: usize = 9;
+const DIM: usize = 5;
+const TAU: f64 = 0.1;
+
+fn wave(rows: usize, dim: usize, frequency: f32) -> Tensor {
+    let values: Vec<f32> = (0..rows * dim).map(|i| (i as f32 * frequency + 0.3).sin() + 0.1).collect();
+    Tensor::from_vec(values, (rows, dim), &Device::Cpu).unwrap()
+}
+
+fn numbers(tensor: &Tensor) -> Vec<f64> {
+    tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn assert_close(got: &[f64], want: &[f64], tolerance: f64, what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|v| v * v).sum::<f64>().sqrt();
+    let (off, size) = (norm(&mut got.iter().zip(want).map(|(g, w)| g - w)), norm(&mut want.iter().copied()));
+    assert!(off <= tolerance * size + 1e-7, "{what}: off by {off:e} of {size:e}");
+}
+
+/// Every preset and type, all masks, an upstream factor, a tensor for either form of the temperature.
+#[test]
+fn gradients_are_those_of_the_reference() -> Result<()> {
+    let (query_ids, passage_ids) = ([1, 2, 1, 4, 5, 6], [1, 2, 3, 4, 2, 6, 7, 8, 9]);
+    let (positives, owners) = ([0, 1, 2, 3, 4, 4], [-1, -1, -1, -1, -1, -1, 0, 3, -1]);
+    let weights = [1.0, 0.5, 2.0, 0.0, 1.0, 1.0];
+    for (name, _) in Loss::PRESETS {
+        for (dtype, tolerance) in [(DType::F32, 3e-5), (DType::F16, 2e-3), (DType::BF16, 1e-2)] {
+            for masked in [false, true] {
+                let loss = Loss::by_name(name).unwrap();
+                let q = Var::from_tensor(&wave(ROWS, DIM, 0.7).to_dtype(dtype)?)?;
+                let p = Var::from_tensor(&wave(PASSAGES, DIM, 0.9).to_dtype(dtype)?)?;
+                let (qs, ps) = (numbers(&q), numbers(&p));
+                let query = Embeddings::new(&qs, ROWS, DIM).unwrap();
+                let mut batch = Batch::new(query, Embeddings::new(&ps, PASSAGES, DIM).unwrap()).unwrap();
+                let mut options = Options::new(TAU).unwrap();
+                let mut op = SamToNe::new(loss.clone());
+                if masked {
+                    batch = batch.with_query_ids(&query_ids).and_then(|b| b.with_passage_ids(&passage_ids)).unwrap();
+                    batch = batch.with_positives(&positives).and_then(|b| b.with_weights(&weights)).unwrap();
+                    batch = batch.with_hard_negative_owners(&owners, Scope::Own).unwrap();
+                    options = options.with_margin(0.4).unwrap();
+                    op = op.query_ids(query_ids).passage_ids(passage_ids).positives(positives).weights(weights);
+                    op = op.hard_negative_owners(owners, Scope::Own).margin(0.4).workspace_bytes(64 << 20);
+                }
+                let want = reference::loss_and_gradients(&loss, &batch, &options, 3.0);
+                let log_beta = Var::new(-TAU.ln(), &Device::Cpu)?;
+                let tau = Var::new(&[TAU], &Device::Cpu)?;
+                let got = op.forward_with_metrics(&q, &p, Temperature::LogBeta(&log_beta));
+                let Ok(want) = want else {
+                    assert!(got.is_err(), "{name}: the reference refuses");
+                    continue;
+                };
+                let (result, evaluation) = got?;
+                assert_close(&numbers(&result), &[want.evaluation.loss], 1e-5, name);
+                assert_eq!(evaluation.query_to_passage, want.evaluation.query_to_passage, "{name}");
+                let gradients = (result * 3.0)?.backward()?;
+                let dq = gradients.get(&q).unwrap();
+                assert_eq!((dq.dtype(), dq.dims()), (dtype, q.dims()));
+                assert_close(&numbers(dq), &want.grad_query, tolerance, name);
+                assert_close(&numbers(gradients.get(&p).unwrap()), &want.grad_passage, tolerance, name);
+                let derivative = numbers(gradients.get(&log_beta).unwrap());
+                assert_close(&derivative, &[want.temperature.log_beta], 1e-4, name);
+                let gradients = (op.forward(&q, &p, Temperature::Tau(&tau))? * 3.0)?.backward()?;
+                assert_eq!(gradients.get(&tau).unwrap().dims(), [1]);
+                assert_close(&numbers(gradients.get(&tau).unwrap()), &[want.temperature.tau], 1e-4, name);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn strided_and_transposed_inputs_give_the_same_gradients() -> Result<()> {
+    let op = SamToNe::new(Loss::samtone_both());
+    let wide = Var::from_tensor(&wave(ROWS, 8, 0.7))?;
+    let tall = Var::from_tensor(&wave(DIM, PASSAGES, 0.9))?;
+    let (q, p) = (wide.narrow(1, 2, DIM)?, tall.t()?);
+    let strided = op.forward(&q, &p, TAU)?.backward()?;
+    let (q, p) = (Var::from_tensor(&q.contiguous()?)?, Var::from_tensor(&p.contiguous()?)?);
+    let plain = op.forward(&q, &p, TAU)?.backward()?;
+    let got = strided.get(&wide).unwrap().narrow(1, 2, DIM)?;
+    assert_eq!(numbers(&got), numbers(plain.get(&q).unwrap()));
+    assert_eq!(numbers(&strided.get(&tall).unwrap().t()?), numbers(plain.get(&p).unwrap()));
+    Ok(())
+}
+
+#[test]
+fn frozen_towers_get_no_gradient_and_change_no_other() -> Result<()> {
+    let op = SamToNe::new(Loss::samtone_both());
+    let (q, p) = (Var::from_tensor(&wave(ROWS, DIM, 0.7))?, Var::from_tensor(&wave(PASSAGES, DIM, 0.9))?);
+    let both = op.forward(&q, &p, TAU)?.backward()?;
+    let one = op.forward(&q, &p.detach(), TAU)?.backward()?;
+    assert!(one.get(&p).is_none());
+    assert_eq!(numbers(one.get(&q).unwrap()), numbers(both.get(&q).unwrap()));
+    let none = op.forward(&q.detach(), &p.detach(), TAU)?;
+    assert!(!none.track_op());
+    assert_eq!(f64::from(none.to_scalar::<f32>()?), f64::from(op.evaluate(&q, &p, TAU)?.loss as f32));
+    Ok(())
+}
+
+#[test]
+fn bad_input_gets_a_sentence() -> Result<()> {
+    let op = SamToNe::new(Loss::samtone_query());
+    let (q, p) = (wave(ROWS, DIM, 0.7), wave(PASSAGES, DIM, 0.9));
+    let infinite = Tensor::new(f64::INFINITY, &Device::Cpu)?;
+    let zero = (&q * 0.0)?;
+    for (result, sentence) in [
+        (op.forward(&q.flatten_all()?, &p, TAU), "argument `query` is a tensor of shape [30]; allowed: a matrix"),
+        (op.forward(&q, &p.to_dtype(DType::F64)?, TAU), "argument `passage` is of type f64; allowed: f32, f16 or bf16"),
+        (op.forward(&q, &p.to_dtype(DType::F16)?, TAU), "argument `passage` is of type f16; allowed: the type of"),
+        (op.forward(&p, &q, TAU), "argument `passage` is 6 rows"),
+        (op.forward(&q.narrow(0, 0, 0)?, &p, TAU), "argument `rows` is 0"),
+        (op.forward(&q, &p, 0.0), "argument `temperature` is 0"),
+        (op.forward(&q, &p, Temperature::LogBeta(&infinite)), "argument `log_beta` is inf"),
+        (op.forward(&q, &p, Temperature::Tau(&q)), "argument `temperature` is a tensor of shape [6, 5]"),
+        (op.clone().passage_ids([1]).forward(&q, &p, TAU), "argument `passage_ids` is a slice of 1"),
+        (op.clone().margin(f64::NAN).forward(&q, &p, TAU), "argument `margin` is NaN"),
+        (op.forward(&zero, &p, TAU), "the query embedding in row 0 has norm zero"),
+    ] {
+        let error = result.unwrap_err().to_string();
+        assert!(error.starts_with(sentence), "{error}");
+    }
+    op.clone().zero_norm(ZeroNorm::ZeroGradient).forward(&zero, &p, TAU)?;
+    let q = Var::from_tensor(&q)?;
+    let error = (op.forward(&q, &p, TAU)? * f64::INFINITY)?.backward().err().unwrap().to_string();
+    assert!(error.starts_with("argument `upstream` is inf"), "{error}");
+    Ok(())
+}
