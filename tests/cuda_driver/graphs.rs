@@ -64,7 +64,10 @@ pub const CHECKS: &[Check] = &[
         other.memcpy_htod(&[4.0_f32], &mut graph.buffers().upstream).map_err(debug)?;
         times(4.0, &replay(&mut graph, &at)?)?;
         other.memcpy_htod(&[8.0_f32], &mut graph.buffers().upstream).map_err(debug)?;
-        times(1.0, &of.call(1.0)?)
+        times(1.0, &of.call(1.0)?)?;
+        // SAFETY: the stream is alive.
+        let written = unsafe { sys::cuStreamQuery(other.cu_stream()) } == sys::CUresult::CUDA_SUCCESS;
+        demand(written, "a call did not wait for the upstream gradient to be written over there")
     }),
     ("graphs: inputs that are refused at a replay are named, and the next one goes on", || {
         let at = Place::new(0)?;
