@@ -43,6 +43,8 @@ run() {
   } > "$folder/env.txt" 2>&1
   export SAMTONE_REQUIRE=cuda
   check conformance target/gpu/conformance "cuda " --test-threads 4
+  # The kernels of compute capability 9.0 at every size; ignored elsewhere.
+  check conformance-clusters target/gpu/conformance "cuda-clusters " --test-threads 4
   check driver target/gpu/cuda_driver gpu --test-threads 1
   for dtype in f32 f16 bf16; do
     check "evaluate-$dtype" target/gpu/evaluate tests/golden --backend cuda --dtype $dtype

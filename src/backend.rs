@@ -87,7 +87,7 @@ pub fn all() -> &'static [&'static dyn Backend] {
         &Reference,
         &Cpu,
         #[cfg(feature = "cuda")]
-        &crate::cuda::Cuda,
+        &crate::cuda::Cuda::PLANNED,
         #[cfg(feature = "wgpu")]
         &const { crate::wgpu::Wgpu::new() },
     ]

@@ -42,6 +42,8 @@ const SMALL: u32 = 16 << 10;
 /// The reference first.
 pub fn all() -> Vec<&'static dyn Backend> {
     let backends = backend::all().iter().copied().chain([&CudaEmulated::SM80 as &dyn Backend, &CudaEmulated::SM90A]);
+    #[cfg(feature = "cuda")]
+    let backends = backends.chain([&samtone::cuda::Cuda::CLUSTERS as &dyn Backend]);
     #[cfg(feature = "wgpu")]
     let backends = backends.chain(WGPU.iter().map(|b| b as &dyn Backend));
     backends.collect()

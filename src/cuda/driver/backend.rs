@@ -7,16 +7,29 @@ use super::probe;
 use super::readout::Readout;
 use crate::backend::Backend;
 use crate::batch::{Batch, DataMut, Embeddings, EmbeddingsMut, copy_rows, for_each_dtype};
-use crate::cuda::{GradientOutput, Plan, Problem, Slot};
+use crate::cuda::{Architecture, GradientOutput, Plan, Problem, Slot, Tile};
 use crate::dtype::{DType, Element};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::loss::Loss;
 use crate::options::Options;
 use crate::output::{Evaluation, GradientBuffers, TemperatureGradient, check_upstream};
 use std::sync::{Mutex, PoisonError};
 
 /// Launches on the first device that the kernels run on, one call at a time for each thread.
-pub(crate) struct Cuda;
+#[derive(Debug)]
+pub struct Cuda {
+    clusters: bool,
+}
+
+/// The workspace that holds a square of 256 x 256 in two planes of f16, which kernels of 9.0 need at the least.
+const ONE_SQUARE: usize = 264 << 10;
+
+impl Cuda {
+    /// `cuda`: the kernels that a plan takes for the batch.
+    pub const PLANNED: Self = Self { clusters: false };
+    /// `cuda-clusters`: the kernels of compute capability 9.0 for batches of any size, and unavailable where they do not run.
+    pub const CLUSTERS: Self = Self { clusters: true };
+}
 
 /// The device of all calls, so that kernels are loaded once; none until it is first asked for.
 fn device() -> Result<Device> {
@@ -30,7 +43,7 @@ fn device() -> Result<Device> {
 
 impl Backend for Cuda {
     fn name(&self) -> &'static str {
-        "cuda"
+        if self.clusters { "cuda-clusters" } else { "cuda" }
     }
 
     fn dtypes(&self) -> &'static [DType] {
@@ -38,7 +51,13 @@ impl Backend for Cuda {
     }
 
     fn available(&self) -> Result<()> {
-        probe::available()
+        probe::available()?;
+        if self.clusters && device()?.architecture() == Architecture::Sm80 {
+            let (what, allowed) =
+                ("kernels of 9.0 on this device".into(), "compute capability 9.0, and a driver for CUDA 12.8".into());
+            return Err(Error::Unsupported { backend: "cuda-clusters", what, allowed });
+        }
+        Ok(())
     }
 
     fn loss_and_gradients_into(
@@ -52,12 +71,17 @@ impl Backend for Cuda {
         check_upstream(upstream)?;
         buffers.expect_shapes(batch.rows(), batch)?;
         let GradientBuffers { query, passage } = buffers;
+        let options = &match options.workspace_bytes() {
+            Some(bytes) if self.clusters => options.with_workspace_bytes(bytes.max(ONE_SQUARE)),
+            _ => *options,
+        };
         let problem = Problem::new(loss, batch.pairs(), options, batch.dtype(), batch.dim())?
             .with_row_strides(batch.query().row_stride(), batch.passage().row_stride())?
             .with_gradients(output(&query), output(&passage))?
             .with_upstream(upstream)?;
         let device = &device()?;
         let problem = problem.on(device.architecture());
+        let problem = if self.clusters { problem.with_tile(Tile::Cluster) } else { problem };
         let plan = Plan::new(&problem)?;
         let readout = Readout::new(&problem, &plan)?;
 

@@ -28,7 +28,7 @@ mod readout;
 mod slices;
 
 pub use arguments::{Pointers, Stream, check_slot_bytes};
-pub(crate) use backend::Cuda;
+pub use backend::Cuda;
 pub use device::Device;
 pub use graph::Graph;
 pub use probe::{available, device_count, is_available};
