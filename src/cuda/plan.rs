@@ -86,7 +86,8 @@ impl Plan {
     /// The plan of one call.
     ///
     /// # Errors
-    /// [`Error::WorkspaceTooSmall`] if the bound of the options does not hold one tile.
+    /// [`Error::WorkspaceTooSmall`] if the bound of the options does not hold one tile; [`Error::InvalidArgument`] for
+    /// [`Tile::Cluster`] without [`Architecture::Sm90a`](super::Architecture::Sm90a).
     pub fn new(problem: &Problem<'_>) -> Result<Self> {
         let (m, n, d) = problem.shape();
         let bound = problem.options.workspace_bytes().unwrap_or(DEFAULT_WORKSPACE_BYTES);
@@ -235,7 +236,7 @@ impl fmt::Display for Plan {
 }
 
 /// Bytes of a wave that is one super-block of rows x cols indices, in the pass that takes more.
-fn bounded_bytes(rows: usize, cols: usize, arithmetic: Arithmetic) -> usize {
+pub(super) fn bounded_bytes(rows: usize, cols: usize, arithmetic: Arithmetic) -> usize {
     let (bytes, planes) = (arithmetic.bytes(), arithmetic.gradient_planes());
     // Partials of the smallest tile, 64: two edges, each a number for every 64 elements.
     let partials = rows * cols / 64 * 2 * PARTIAL_BYTES.iter().sum::<usize>();

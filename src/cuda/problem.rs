@@ -1,7 +1,9 @@
 //! What is particular to CUDA in a problem: what multiplies, and in tiles of which size.
 
+use super::plan::bounded_bytes;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::options::Options;
 use crate::problem::Problem;
 use crate::super_blocks::Tiling;
 
@@ -98,6 +100,15 @@ impl Tile {
         }
     }
 
+    /// The options with a workspace bound, if there is one, in bytes, of at least what one super-block of this tile takes in any
+    /// arithmetic: for whoever chooses the tile and not the bound.
+    pub fn with_room(self, options: Options) -> Options {
+        let least = [Arithmetic::F16, Arithmetic::F16x2, Arithmetic::F16x3, Arithmetic::Exact]
+            .map(|arithmetic| bounded_bytes(self.step(), self.step(), arithmetic));
+        let least = least.into_iter().max().unwrap_or(0);
+        options.workspace_bytes().map_or(options, |bytes| options.with_workspace_bytes(bytes.max(least)))
+    }
+
     pub(super) const fn tiling(self) -> Tiling {
         Tiling { edge: self.edge(), together: if matches!(self, Self::Cluster) { 2 } else { 1 } }
     }
@@ -176,7 +187,8 @@ impl Problem<'_> {
         self
     }
 
-    /// Another tile than the plan would take.
+    /// Another tile than the plan would take. [`Plan::new`](super::Plan::new) refuses [`Tile::Cluster`] without
+    /// [`Architecture::Sm90a`]; [`Arithmetic::Exact`] has [`Tile::Small`] alone and takes that.
     pub fn with_tile(mut self, tile: Tile) -> Self {
         self.cuda.tile = Some(tile);
         self

@@ -135,7 +135,8 @@ Code cuModuleGetFunction(Function** function, Module* module, const char* name) 
 }
 Code cuFuncSetAttribute(Function* function, int attribute, int value) {
     ENTER;
-    if (attribute != 8 || value > 99 << 10) return INVALID_VALUE; // the least of 8.0 and later: 8.6, 8.9, 12.0
+    const int most = setting("capability", 80) == 90 ? 227 : 99; // 99: the least of 8.0 and later, that of 8.6, 8.9, 12.0
+    if (attribute != 8 || value > most << 10) return INVALID_VALUE;
     function->shared_bytes = value;
     return DONE;
 }

@@ -4,8 +4,9 @@
 use super::memory::Driver;
 use super::raw::{sample, with_call};
 use super::{Body, demand, text};
-use samtone::cuda::{Device, Slot};
-use samtone::{DType, Error, Loss};
+use samtone::backend::{self, Backend};
+use samtone::cuda::{Architecture, Cuda, Device, Slot};
+use samtone::{Batch, DType, Embeddings, Error, GradientBuffers, Loss, Options};
 
 pub const CHECKS: &[(&str, &str, Body)] = &[
     ("kernels are not loaded into a capture, which goes on", "", || {
@@ -42,6 +43,34 @@ pub const CHECKS: &[(&str, &str, Body)] = &[
         demand(driver.is_retained(1)?, "one device gave back what two have")?;
         drop(second);
         demand(!driver.is_retained(1)?, "the context is still retained")
+    }),
+    ("a device of 9.0 computes by kernels of its own", "capability=90 version=12080", || {
+        let architecture = Device::first().map_err(text)?.architecture();
+        demand(architecture == Architecture::Sm90a { multiprocessors: 4 }, &format!("{architecture:?}"))?;
+        Cuda::CLUSTERS.available().map_err(text)?;
+        let (loss, options) = (Loss::samtone_both(), Options::new(0.1).map_err(text)?);
+        let (q, p): (Vec<f32>, Vec<f32>) = (0..260).map(|i| ((i as f32 * 0.7).sin(), (i as f32 * 0.9).cos())).unzip();
+        let compute = |backend: &dyn Backend, dtype: DType| {
+            let (q64, p64): (Vec<f64>, Vec<f64>) =
+                (q.iter().map(|v| f64::from(*v)).collect(), p.iter().map(|v| f64::from(*v)).collect());
+            let (query, passage) = match dtype {
+                DType::F64 => (Embeddings::new(&q64, 13, 20)?, Embeddings::new(&p64, 13, 20)?),
+                _ => (Embeddings::new(&q, 13, 20)?, Embeddings::new(&p, 13, 20)?),
+            };
+            let none = GradientBuffers { query: None, passage: None };
+            let batch = Batch::new(query, passage)?;
+            backend.loss_and_gradients_into(&loss, &batch, &options, 1.0, none).map(|(e, t)| [e.loss, t.tau])
+        };
+        let got = compute(&Cuda::CLUSTERS, DType::F32).map_err(text)?;
+        let want = compute(backend::by_name("reference").map_err(text)?, DType::F64).map_err(text)?;
+        let near = got.iter().zip(&want).all(|(g, w)| (g - w).abs() <= 1e-5 * w.abs());
+        demand(near, &format!("{got:?}, wanted {want:?}"))
+    }),
+    ("a device of 9.0 whose driver is too old for those takes the others", "capability=90 version=12040", || {
+        let architecture = Device::first().map_err(text)?.architecture();
+        demand(architecture == Architecture::Sm80, &format!("{architecture:?}"))?;
+        let refused = Cuda::CLUSTERS.available().err().map(text).unwrap_or_default();
+        demand(refused.contains("kernels of 9.0"), &refused)
     }),
     ("a state that no call has written is no result", "", || {
         with_call(&sample(Loss::info_nce(), 43)?, DType::F32, |call, _| {

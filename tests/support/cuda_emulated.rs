@@ -27,9 +27,6 @@ pub const FILES: [&str; 9] = [
 /// `NONE` of kernels/common/problem.cuh.
 const NONE: u32 = u32::MAX;
 
-/// The least that holds a square of 256 x 256 in two planes.
-const ONE_SQUARE: usize = 264 << 10;
-
 /// The plans on the emulator: `cuda-emulated`, with the kernels that a plan takes for the batch on every device, and
 /// `cuda-emulated-sm90a`, with those of compute capability 9.0 for batches of any size.
 pub struct CudaEmulated {
@@ -281,10 +278,7 @@ impl Backend for CudaEmulated {
         upstream: f64,
         buffers: GradientBuffers<'_>,
     ) -> Result<(Evaluation, TemperatureGradient)> {
-        let options = &match options.workspace_bytes() {
-            Some(bytes) if self.clusters => options.with_workspace_bytes(bytes.max(ONE_SQUARE)),
-            _ => *options,
-        };
+        let options = &if self.clusters { Tile::Cluster.with_room(*options) } else { *options };
         let problem = Problem::new(loss, batch.pairs(), options, batch.dtype(), batch.dim())?
             .with_row_strides(batch.query().row_stride(), batch.passage().row_stride())?
             .with_gradients(output(&buffers.query), output(&buffers.passage))?

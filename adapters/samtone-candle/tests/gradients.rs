@@ -31,6 +31,7 @@ fn gradients_are_those_of_the_reference() -> Result<()> {
     let (query_ids, passage_ids) = ([1, 2, 1, 4, 5, 6], [1, 2, 3, 4, 2, 6, 7, 8, 9]);
     let (positives, owners) = ([0, 1, 2, 3, 4, 4], [-1, -1, -1, -1, -1, -1, 0, 3, -1]);
     let weights = [1.0, 0.5, 2.0, 0.0, 1.0, 1.0];
+    let mut compared = [0; 2]; // without masks, with them
     for (name, _) in Loss::PRESETS {
         for (dtype, tolerance) in [(DType::F32, 3e-5), (DType::F16, 2e-3), (DType::BF16, 1e-2)] {
             for masked in [false, true] {
@@ -58,6 +59,7 @@ fn gradients_are_those_of_the_reference() -> Result<()> {
                     assert!(got.is_err(), "{name}: the reference refuses");
                     continue;
                 };
+                compared[usize::from(masked)] += 1;
                 let (result, evaluation) = got?;
                 assert_close(&numbers(&result), &[want.evaluation.loss], 1e-5, name);
                 assert_eq!(evaluation.query_to_passage, want.evaluation.query_to_passage, "{name}");
@@ -74,6 +76,7 @@ fn gradients_are_those_of_the_reference() -> Result<()> {
             }
         }
     }
+    assert_eq!(compared, [3 * Loss::PRESETS.len(); 2], "combinations that the reference does not refuse");
     Ok(())
 }
 

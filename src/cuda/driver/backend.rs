@@ -21,9 +21,6 @@ pub struct Cuda {
     clusters: bool,
 }
 
-/// The workspace that holds a square of 256 x 256 in two planes of f16, which kernels of 9.0 need at the least.
-const ONE_SQUARE: usize = 264 << 10;
-
 impl Cuda {
     /// `cuda`: the kernels that a plan takes for the batch.
     pub const PLANNED: Self = Self { clusters: false };
@@ -71,10 +68,7 @@ impl Backend for Cuda {
         check_upstream(upstream)?;
         buffers.expect_shapes(batch.rows(), batch)?;
         let GradientBuffers { query, passage } = buffers;
-        let options = &match options.workspace_bytes() {
-            Some(bytes) if self.clusters => options.with_workspace_bytes(bytes.max(ONE_SQUARE)),
-            _ => *options,
-        };
+        let options = &if self.clusters { Tile::Cluster.with_room(*options) } else { *options };
         let problem = Problem::new(loss, batch.pairs(), options, batch.dtype(), batch.dim())?
             .with_row_strides(batch.query().row_stride(), batch.passage().row_stride())?
             .with_gradients(output(&query), output(&passage))?
