@@ -17,7 +17,6 @@
 #include "common/reduce.cuh"
 
 constexpr u32 ROWS_PER_BLOCK = REDUCE_THREADS / WARP;
-constexpr u32 MAX_PARTS = 8;
 enum : u32 { PACK_F16 = 0, PACK_F16X3 = 1, PACK_F32 = 2 };
 
 struct Packing {
@@ -31,7 +30,7 @@ struct Packing {
     u64 row_pitch, panel; // bytes from row to row of a panel, and from 128 bytes of a row to the next (problem.cuh)
     u32 indices, padded, row_bytes, format;
     u32 swizzled, parts;
-    u32 index[MAX_PARTS], row[MAX_PARTS]; // of each part of the space: its first index, and the packed row of that
+    u32 index[MAX_CUTS], row[MAX_CUTS]; // of each part of the space: its first index, and the packed row of that
 };
 
 KERNEL(reset, WARP, u32* status) {

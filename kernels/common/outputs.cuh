@@ -2,7 +2,6 @@
 #pragma once
 #include "problem.cuh"
 
-constexpr u32 MAX_CUTS = 8;
 struct Outputs {
     u32 count, blocks;           // of cuts; of blocks of rows: 0 for a space without gradients
     u32 cuts[MAX_CUTS];          // where the parts of the space begin; the last is its end

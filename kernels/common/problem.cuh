@@ -37,6 +37,9 @@ struct SuperBlock {
     u64 gradient;     // first element of [row.tiles·TILE][col.tiles·TILE] gradients of logits
 };
 
+// Points at which a space is cut into parts (src/regions.rs), its beginning and end among them.
+constexpr u32 MAX_CUTS = 8;
+
 // What one launch visits.
 constexpr u32 MAX_SUPER_BLOCKS = 8;
 struct Wave {

@@ -10,7 +10,7 @@ use crate::options::ZeroNorm;
 use crate::order::Space;
 use crate::super_blocks::{SuperBlock, Tiling};
 
-/// Cut points in `Outputs` of kernels/common/outputs.cuh.
+/// As in kernels/common/problem.cuh.
 const MAX_CUTS: usize = 8;
 /// Warps, and so rows, of a block of `pack`, `positives` and `project`.
 pub(super) const ROWS_PER_BLOCK: usize = 8;
