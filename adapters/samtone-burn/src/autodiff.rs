@@ -1,0 +1,95 @@
+//! The backward step: gradients that are there since the loss was computed, times the upstream gradient.
+
+use crate::backend::{Inputs, Outputs, SamToNeBackend, Wanted};
+use crate::{Result, SamToNe};
+use burn::backend::autodiff::checkpoint::{base::Checkpointer, strategy::CheckpointStrategy};
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, AutodiffBackend, Backend, BackendTypes, DType, Shape, TensorMetadata};
+
+/// A tensor of `Autodiff<B>`.
+type AutodiffTensor<B> = <Autodiff<B> as BackendTypes>::FloatTensorPrimitive;
+
+impl<B: SamToNeBackend, C: CheckpointStrategy> SamToNeBackend for Autodiff<B, C> {
+    fn samtone(samtone: &SamToNe, inputs: Inputs<Self>, wanted: Wanted) -> Result<Outputs<Self>> {
+        let Inputs { query, passage, temperature } = inputs;
+        let tracked = Wanted {
+            query: query.is_tracked(),
+            passage: passage.is_tracked(),
+            temperature: temperature.tensor().is_some_and(|tensor| tensor.is_tracked()),
+        };
+        let of_temperature = temperature.tensor().cloned();
+        let inner = Inputs {
+            query: query.primitive().clone(),
+            passage: passage.primitive().clone(),
+            temperature: temperature.try_map(|tensor| Ok(tensor.into_primitive()))?,
+        };
+        let wanted_or_tracked = Wanted {
+            query: wanted.query || tracked.query,
+            passage: wanted.passage || tracked.passage,
+            temperature: wanted.temperature || tracked.temperature,
+        };
+        // Together with the loss, because a later call would have to compute every cosine again.
+        let computed = B::samtone(samtone, inner, wanted_or_tracked)?;
+        let [dq, dp, dt] = computed.gradients;
+        let kept = |gradient: &Option<FloatTensor<B>>, tracked: bool, of: &AutodiffTensor<B>| Kept {
+            gradient: if tracked { gradient.clone() } else { None },
+            dtype: of.dtype(),
+            shape: of.shape(),
+        };
+        let (of_q, of_p) = (kept(&dq, tracked.query, &query), kept(&dp, tracked.passage, &passage));
+        let loss = match of_temperature {
+            None => record::<B, C, 2>([query, passage], [of_q, of_p], computed.loss),
+            Some(tensor) => {
+                let of_t = kept(&dt, tracked.temperature, &tensor);
+                record::<B, C, 3>([query, passage, tensor], [of_q, of_p, of_t], computed.loss)
+            }
+        };
+        let asked = |wanted: bool, gradient: Option<FloatTensor<B>>| {
+            if wanted { gradient.map(<Self as AutodiffBackend>::from_inner) } else { None }
+        };
+        let gradients = [asked(wanted.query, dq), asked(wanted.passage, dp), asked(wanted.temperature, dt)];
+        Ok(Outputs { loss, gradients, report: computed.report })
+    }
+}
+
+/// What is kept of an input: its gradient, f32 also for 16-bit embeddings, since the upstream gradient, often a factor that keeps
+/// f16 from underflow, comes with the backward call and must act before the rounding.
+#[derive(Debug, Clone)]
+struct Kept<B: Backend> {
+    gradient: Option<FloatTensor<B>>,
+    dtype: DType,
+    shape: Shape,
+}
+
+#[derive(Debug)]
+struct SamToNeStep;
+
+fn record<B: Backend, C: CheckpointStrategy, const N: usize>(
+    inputs: [AutodiffTensor<B>; N],
+    kept: [Kept<B>; N],
+    loss: FloatTensor<B>,
+) -> AutodiffTensor<B> {
+    let nodes = inputs.map(|input| input.into_parts().1);
+    match Backward::<B, N>::prepare::<C>(SamToNeStep, nodes).compute_bound().stateful() {
+        OpsKind::Tracked(prepared) => prepared.finish(kept, loss),
+        OpsKind::UnTracked(prepared) => prepared.finish(loss),
+    }
+}
+
+impl<B: Backend, const N: usize> Backward<B, N> for SamToNeStep {
+    type State = [Kept<B>; N];
+
+    fn backward(self, ops: Ops<Self::State, N>, gradients: &mut Gradients, _: &mut Checkpointer) {
+        let upstream = gradients.consume::<B>(&ops.node);
+        for (parent, Kept { gradient, dtype, shape }) in ops.parents.into_iter().zip(ops.state) {
+            let (Some(parent), Some(gradient)) = (parent, gradient) else { continue };
+            let ones = Shape::from(vec![1; gradient.shape().num_dims()]);
+            let factor = B::float_reshape(upstream.clone(), ones);
+            let scaled = B::float_reshape(B::float_mul(gradient, factor), shape);
+            let scaled = if dtype == DType::F32 { scaled } else { B::float_cast(scaled, dtype.into()) };
+            gradients.register::<B>(parent.id, scaled);
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! The builder that holds loss and options, and the calls.
+
+use crate::route::Call;
+use crate::temperature::Temperature;
+use crate::{Evaluation, Loss, Report, Result, Scope, ZeroNorm};
+use burn::tensor::Tensor;
+use samtone::cpu::Workspace;
+use samtone::{Batch, Options};
+use std::sync::{Arc, Mutex};
+
+/// A contrastive loss of two towers' embeddings, with everything about a batch but these.
+///
+/// One for each training run, and a clone with `query_ids` and the like for each batch:
+///
+/// ```
+/// # use burn::tensor::{Device, Distribution, Tensor};
+/// # use samtone_burn::{Loss, Result, SamToNe};
+/// # fn main() -> Result<()> {
+/// let samtone = SamToNe::new(Loss::samtone_query()); // before the loop
+/// # let device = Device::flex().autodiff();
+/// # let q = Tensor::<2>::random([4, 8], Distribution::Default, &device).require_grad();
+/// # let p = Tensor::<2>::random([4, 8], Distribution::Default, &device).require_grad();
+/// let loss = samtone.clone().passage_ids([3, 7, 3, 9]).forward(q.clone(), p.clone(), 0.01)?; // in the loop
+/// let gradients = loss.backward();
+/// # assert_eq!(q.grad(&gradients).unwrap().dims(), [4, 8]);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Clones share the memory of their calls (up to [`workspace_bytes`](Self::workspace_bytes), and O((M + N)·d)), so that a step
+/// allocates none of it again. Calls at the same time are right, too; all but one then take memory of their own.
+#[derive(Debug, Clone)]
+pub struct SamToNe {
+    loss: Loss,
+    query_ids: Option<Vec<i64>>,
+    passage_ids: Option<Vec<i64>>,
+    positives: Option<Vec<u32>>,
+    owners: Option<(Vec<i32>, Scope)>,
+    weights: Option<Vec<f32>>,
+    margin: Option<f64>,
+    zero_norm: ZeroNorm,
+    workspace_bytes: Option<usize>,
+    workspace: Arc<Mutex<Workspace>>,
+}
+
+impl SamToNe {
+    /// `loss` with every option at its default: row i's positive is passage i, and every other pair is a negative.
+    pub fn new(loss: Loss) -> Self {
+        Self {
+            loss,
+            query_ids: None,
+            passage_ids: None,
+            positives: None,
+            owners: None,
+            weights: None,
+            margin: None,
+            zero_norm: ZeroNorm::default(),
+            workspace_bytes: None,
+            workspace: Arc::default(),
+        }
+    }
+
+    /// An identity for each of the M queries; queries of equal id are never negatives of each other. Default: all different.
+    pub fn query_ids(mut self, ids: impl Into<Vec<i64>>) -> Self {
+        self.query_ids = Some(ids.into());
+        self
+    }
+
+    /// An identity for each of the N passages; passages of equal id are never negatives of each other, nor of each other's
+    /// queries. Default: all different.
+    pub fn passage_ids(mut self, ids: impl Into<Vec<i64>>) -> Self {
+        self.passage_ids = Some(ids.into());
+        self
+    }
+
+    /// For each of the M queries the row of its positive among the passages, below N. Several may share one.
+    /// Default: 0, 1, 2, …
+    pub fn positives(mut self, positives: impl Into<Vec<u32>>) -> Self {
+        self.positives = Some(positives.into());
+        self
+    }
+
+    /// For each of the N passages the query whose hard negative it is, or −1 for everyone's; with [`Scope::Own`] the other
+    /// queries drop it.
+    pub fn hard_negative_owners(mut self, owners: impl Into<Vec<i32>>, scope: Scope) -> Self {
+        self.owners = Some((owners.into(), scope));
+        self
+    }
+
+    /// A weight ≥ 0 for each of the M queries; the loss uses w / Σw. Default: all equal.
+    pub fn weights(mut self, weights: impl Into<Vec<f32>>) -> Self {
+        self.weights = Some(weights.into());
+        self
+    }
+
+    /// Drops every negative whose cosine exceeds that of the positive by more than this: a filter of false negatives. Of
+    /// either sign; Qwen3 uses 0.1. Default: none.
+    pub fn margin(mut self, margin: f64) -> Self {
+        self.margin = Some(margin);
+        self
+    }
+
+    /// What becomes of embeddings of norm zero. Default: an error that names the row.
+    pub fn zero_norm(mut self, policy: ZeroNorm) -> Self {
+        self.zero_norm = policy;
+        self
+    }
+
+    /// Bound on the memory a call may take beyond O((M + N)·d); more saves computing cosines twice. Default:
+    /// [`samtone::cpu::DEFAULT_WORKSPACE_BYTES`].
+    pub fn workspace_bytes(mut self, bytes: usize) -> Self {
+        self.workspace_bytes = Some(bytes);
+        self
+    }
+
+    /// The loss as a tensor of shape \[1\], f32, whose `backward` reaches `query`, `passage` and the tensor in `temperature`.
+    ///
+    /// `query` is M × d and `passage` N × d with N ≥ M, both f32, f16 or bf16 and on the CPU, `Device::flex()`. Tensors whose rows
+    /// are contiguous are read in place, whatever lies between the rows; others are copied first. Gradients come in the type
+    /// of what they belong to, rounded after the upstream gradient has been applied.
+    ///
+    /// Gradients are computed here, together with the loss, and only those of tensors that autodiff tracks: a frozen tower costs
+    /// nothing, and without any tracked tensor this is a forward pass. They are constants to autodiff: there are no second
+    /// derivatives.
+    ///
+    /// # Errors
+    /// A sentence that names the argument, its value and what is allowed: for shapes, types and devices; for ids and
+    /// the like of another length than the batch; for embeddings that are not finite or, by default, of norm zero, by
+    /// row; for a row without any negative if the loss needs one; for a workspace below the smallest plan. burn's
+    /// `backward` has no errors: an upstream gradient that is not finite makes gradients that are not.
+    pub fn forward(
+        &self,
+        query: Tensor<2>,
+        passage: Tensor<2>,
+        temperature: impl Into<Temperature>,
+    ) -> Result<Tensor<1>> {
+        self.forward_with_metrics(query, passage, temperature).map(|(loss, _)| loss)
+    }
+
+    /// [`SamToNe::forward`], and the loss of every row, P@1 and MRR of the batch, which cost nothing more.
+    ///
+    /// # Errors
+    /// As [`SamToNe::forward`].
+    pub fn forward_with_metrics(
+        &self,
+        query: Tensor<2>,
+        passage: Tensor<2>,
+        temperature: impl Into<Temperature>,
+    ) -> Result<(Tensor<1>, Report)> {
+        let (query, passage) = (query.into_dispatch(), passage.into_dispatch());
+        let temperature = temperature.into().try_map(|tensor| Ok(tensor.into_dispatch()))?;
+        Call { query, passage, temperature }.run(self)
+    }
+
+    /// Loss, row losses, P@1 and MRR without any gradient, be the tensors tracked or not: for validation.
+    ///
+    /// # Errors
+    /// As [`SamToNe::forward`].
+    pub fn evaluate(
+        &self,
+        query: Tensor<2>,
+        passage: Tensor<2>,
+        temperature: impl Into<Temperature>,
+    ) -> Result<Evaluation> {
+        let temperature = temperature.into().try_map(|tensor| Ok(tensor.detach()))?;
+        self.forward_with_metrics(query.detach(), passage.detach(), temperature)?.1.evaluation()
+    }
+
+    pub(crate) fn loss(&self) -> &Loss {
+        &self.loss
+    }
+
+    pub(crate) fn workspace(&self) -> &Mutex<Workspace> {
+        &self.workspace
+    }
+
+    pub(crate) fn options(&self, temperature: &Temperature<f64>) -> Result<Options> {
+        let mut options = temperature.options()?.with_zero_norm(self.zero_norm);
+        if let Some(margin) = self.margin {
+            options = options.with_margin(margin)?;
+        }
+        Ok(self.workspace_bytes.map_or(options, |bytes| options.with_workspace_bytes(bytes)))
+    }
+
+    pub(crate) fn annotated<'a>(&'a self, mut batch: Batch<'a>) -> Result<Batch<'a>> {
+        if let Some(positives) = &self.positives {
+            batch = batch.with_positives(positives)?;
+        }
+        if let Some(weights) = &self.weights {
+            batch = batch.with_weights(weights)?;
+        }
+        if let Some(ids) = &self.query_ids {
+            batch = batch.with_query_ids(ids)?;
+        }
+        if let Some(ids) = &self.passage_ids {
+            batch = batch.with_passage_ids(ids)?;
+        }
+        if let Some((owners, scope)) = &self.owners {
+            batch = batch.with_hard_negative_owners(owners, *scope)?;
+        }
+        Ok(batch)
+    }
+}
