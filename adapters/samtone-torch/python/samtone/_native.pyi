@@ -1,0 +1,39 @@
+"""The native part, written in Rust. See `samtone` for what is meant to be called."""
+
+from collections.abc import Mapping
+from typing import Any
+
+__version__: str
+
+class SamtoneError(ValueError):
+    """A call was refused; the sentence names the argument, its value and what is allowed."""
+
+class Settings:
+    """Loss and options of a call."""
+
+    def __new__(
+        cls,
+        loss: str,
+        temperature: float,
+        *,
+        log_beta: bool = False,
+        margin: float | None = None,
+        zero_norm: str = "error",
+        workspace_bytes: int | None = None,
+        own: bool = False,
+    ) -> Settings: ...
+
+def describe_loss(loss: str) -> tuple[str, list[tuple[float, list[str], int]]]: ...
+def presets() -> list[str]: ...
+def release_memory() -> None: ...
+def addresses(query: Any, passage: Any) -> tuple[int, int]: ...
+def cpu_step(
+    settings: Settings,
+    query: Any,
+    passage: Any,
+    gradients: tuple[Any, Any],
+    differentiate: bool,
+    annotations: Mapping[str, Any],
+    row_losses: Any,
+    threads: int,
+) -> tuple[float, list[float], float]: ...

@@ -1,0 +1,92 @@
+"""The loss as a module."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _native
+from .functional import Evaluation, evaluate
+from .loss import Loss, spec_of
+
+
+class SamToNeLoss(nn.Module):
+    """`samtone_loss` with loss and options held, and a temperature that may be a parameter.
+
+    Args:
+        loss: Name of a preset, or a `Loss`.
+        temperature: tau, or where it starts if it is learned.
+        learnable: None for a constant temperature, ``"log_beta"`` for a parameter `log_beta` = log(1/tau), as CLIP learns
+            it, or ``"tau"`` for a parameter `tau`. Both are float32 scalars.
+        hard_negative_scope, margin, zero_norm, workspace_bytes: As in `samtone_loss`.
+    """
+
+    def __init__(
+        self,
+        loss: str | Loss = "samtone_query",
+        *,
+        temperature: float = 0.01,
+        learnable: str | None = None,
+        hard_negative_scope: str = "all",
+        margin: float | None = None,
+        zero_norm: str = "error",
+        workspace_bytes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.loss = Loss(spec_of(loss))
+        if learnable not in (None, "tau", "log_beta"):
+            raise _native.SamtoneError(f'argument `learnable` is {learnable!r}; allowed: None, "tau" or "log_beta"')
+        own = hard_negative_scope == "own"
+        if not own and hard_negative_scope != "all":
+            raise _native.SamtoneError(f'argument `hard_negative_scope` is {hard_negative_scope!r}; allowed: "all" or "own"')
+        # Refused here rather than in the first step.
+        _native.Settings(
+            self.loss.spec, temperature, margin=margin, zero_norm=zero_norm, workspace_bytes=workspace_bytes, own=own
+        )
+        self.temperature = temperature
+        self.learnable = learnable
+        if learnable == "tau":
+            self.tau = nn.Parameter(torch.tensor(temperature, dtype=torch.float32))
+        elif learnable == "log_beta":
+            self.log_beta = nn.Parameter(torch.tensor(-math.log(temperature), dtype=torch.float32))
+        self.hard_negative_scope = hard_negative_scope
+        self.margin = margin
+        self.zero_norm = zero_norm
+        self.workspace_bytes = workspace_bytes
+
+    def extra_repr(self) -> str:
+        """For `print`."""
+        learned = f", learnable={self.learnable!r}" if self.learnable else ""
+        return f"{self.loss.spec!r}, temperature={self.temperature}{learned}"
+
+    def current_temperature(self) -> float:
+        """tau as it is now."""
+        if self.learnable == "tau":
+            return float(self.tau.item())
+        return math.exp(-float(self.log_beta.item())) if self.learnable else self.temperature
+
+    def forward(self, query: Tensor, passage: Tensor, **batch: Any) -> Tensor:
+        """The loss, a scalar. `batch` is what `samtone_loss` takes of a batch: `query_ids`, `passage_ids`, `positives`,
+        `weights`, `hard_negative_owners`."""
+        return self.evaluate(query, passage, **batch).loss
+
+    def evaluate(self, query: Tensor, passage: Tensor, **batch: Any) -> Evaluation:
+        """The loss with row losses and metrics."""
+        temperature: dict[str, Any] = {"temperature": self.temperature}
+        if self.learnable is not None:
+            name = "temperature" if self.learnable == "tau" else "log_beta"
+            temperature = {name: self.tau if self.learnable == "tau" else self.log_beta}
+        return evaluate(
+            query,
+            passage,
+            loss=self.loss,
+            hard_negative_scope=self.hard_negative_scope,
+            margin=self.margin,
+            zero_norm=self.zero_norm,
+            workspace_bytes=self.workspace_bytes,
+            **temperature,
+            **batch,
+        )

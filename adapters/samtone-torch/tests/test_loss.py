@@ -1,0 +1,174 @@
+"""Losses, masks and gradients against the definition in float64, and the golden files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import judge
+import pytest
+import torch
+from judge import Case, close, gradient_error
+
+import samtone
+
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+ROWS, HARD, DIM = 12, 5, 24
+
+
+def embeddings(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(ROWS, DIM, generator=generator)
+    p = torch.randn(ROWS + HARD, DIM, generator=generator)
+    p[:ROWS] += 0.7 * q
+    return q.to(dtype), p.to(dtype)
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "query_ids": {"query_ids": [7, 8, 7, 1, 2, 3, 4, 5, 6, 8, 10, 7]},
+    "passage_ids": {"passage_ids": [0, 1, 2, 0, 4, 5, 1, 7, 8, 9, 10, 11, 0, 13, 14, 5, 16]},
+    "positives": {"positives": [3, 3, 16, 0, 1, 2, 4, 5, 13, 6, 3, 7]},
+    "weights": {"weights": [1.0, 0.0, 2.5, 1.0, 0.5, 1.0, 3.0, 0.0, 1.0, 1.0, 0.25, 1.0]},
+    "owners": {"owners": [-1] * ROWS + [0, 3, 3, -1, 11], "own": True},
+    "owners of everyone": {"owners": [-1] * ROWS + [0, 3, 3, -1, 11]},
+    "margin": {"margin": -0.1},
+}
+MASKS["all"] = {key: value for mask in MASKS.values() for key, value in mask.items()}
+
+
+def check(case: Case, upstream: float = 1.0, learn: str | None = None) -> None:
+    """Everything that samtone gives for a case, in the type of its embeddings, against the definition."""
+    dtype = case.query.dtype
+    want = judge.judge(case, upstream)
+    q, p = case.query.detach().requires_grad_(), case.passage.detach().requires_grad_()
+    options: dict[str, Any] = {"temperature": case.temperature}
+    if learn == "tau":
+        options = {"temperature": torch.tensor(case.temperature, dtype=torch.float64, requires_grad=True)}
+    elif learn == "log_beta":
+        log_beta = -torch.tensor(case.temperature, dtype=torch.float64).log()
+        options = {"log_beta": log_beta.requires_grad_()}
+    got = samtone.evaluate(q, p, **options, **case.options())
+    (got.loss * upstream).backward()
+    limit = judge.LOSS[dtype] + 4 * judge.COSINE / case.temperature
+    close(got.loss.item(), want.loss.item(), limit, "loss")
+    for a, b in zip(got.row_losses.tolist(), want.row_losses.tolist()):
+        close(a, b, 4 * limit, "row loss")
+    metrics = [*got.query_to_passage, *got.passage_to_query]
+    assert [m.item() for m in metrics] == pytest.approx(want.metrics, abs=1e-9)
+    limit = judge.tolerance(dtype, case.temperature)
+    for name, tensor in (("query", q), ("passage", p)):
+        assert tensor.grad is not None and tensor.grad.dtype == dtype
+        error = gradient_error(tensor.grad, want.gradients[name], tensor.detach())
+        assert error <= limit, f"{name}: {error}"
+    if learn is not None:
+        (tensor,) = options.values()
+        close(tensor.grad.item(), want.gradients[learn].item(), limit, learn)
+
+
+def test_presets_are_those_of_the_definition() -> None:
+    assert list(samtone.PRESETS) == list(judge.PRESETS)
+    for name, groups in judge.PRESETS.items():
+        loss = samtone.Loss.preset(name)
+        assert loss.name == name
+        assert [(g.coefficient, list(g.blocks), g.positive_copies) for g in loss.groups] == groups
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("preset", judge.PRESETS)
+def test_preset(preset: str, dtype: torch.dtype) -> None:
+    check(judge.of_preset(preset, *embeddings(1, dtype)))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("preset", ["samtone_both", "gte"])
+def test_mask(preset: str, mask: str, dtype: torch.dtype) -> None:
+    case = judge.of_preset(preset, *embeddings(2, dtype), **MASKS[mask])
+    check(case)
+    if mask not in ("plain", "owners of everyone"):
+        plain = judge.judge(judge.of_preset(preset, *embeddings(2, dtype)))
+        assert abs(judge.judge(case).loss - plain.loss) > 1e-4, "the mask has no effect, so that it tests nothing"
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+def test_pair(alpha: float) -> None:
+    groups = [(1 - alpha, ["qp"], 1), (alpha, ["pp"], 1)]
+    check(Case(*embeddings(3), groups, loss=samtone.Loss.pair(alpha)))
+
+
+def test_custom_groups() -> None:
+    groups = [(0.3, ["qp", "pp"], 2), (1e-3, ["pq"], 0), (2.0, ["qq"], 1)]
+    # The margin would leave a row of the second group without any term.
+    check(Case(*embeddings(4), groups, **MASKS["all"] | {"margin": None}))
+
+
+@pytest.mark.parametrize("learn", ["tau", "log_beta"])
+@pytest.mark.parametrize("upstream", [1.0, -0.37, 1024.0])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_upstream_and_temperature(learn: str, upstream: float, dtype: torch.dtype) -> None:
+    check(judge.of_preset("samtone_query", *embeddings(5, dtype), temperature=0.05), upstream, learn)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16])
+def test_temperature_tensors_of_any_type_and_shape(kind: torch.dtype) -> None:
+    q, p = embeddings(6)
+    log_beta = torch.full((1, 1), 3.0, dtype=kind, requires_grad=True)
+    samtone.samtone_loss(q, p, log_beta=log_beta).backward()
+    assert log_beta.grad is not None and log_beta.grad.dtype == kind and log_beta.grad.shape == (1, 1)
+    want = judge.judge(judge.of_preset("samtone_query", q, p, temperature=float(torch.tensor(-3.0).double().exp())))
+    close(log_beta.grad.item(), want.gradients["log_beta"].item(), 1e-5 + judge.ROUNDING.get(kind, 0.0))
+
+
+def test_zero_norm_policy() -> None:
+    q, p = embeddings(7)
+    q[4] = 0
+    p[14] = 0
+    with pytest.raises(samtone.SamtoneError, match=r"query embedding in row 4 has norm zero.*zero_norm=\"zero_gradient\""):
+        samtone.samtone_loss(q, p)
+    q.requires_grad_()
+    samtone.samtone_loss(q, p, zero_norm="zero_gradient").backward()
+    assert q.grad is not None and (q.grad[4] == 0).all() and (q.grad[3] != 0).any()
+
+
+def test_finite_differences() -> None:
+    """Independent of the judge's code: the loss itself, along random directions."""
+    q, p = embeddings(8)
+    tensors = [q.requires_grad_(), p.requires_grad_()]
+    options: dict[str, Any] = {"temperature": 0.2, "loss": "samtone_both", "passage_ids": MASKS["passage_ids"]["passage_ids"]}
+
+    def loss(*x: torch.Tensor) -> float:
+        return float(samtone.evaluate(*x, **options).row_losses.mean())  # in float64
+
+    gradients = torch.autograd.grad(samtone.samtone_loss(*tensors, **options), tensors)
+    generator = torch.Generator().manual_seed(9)
+    for k in range(2):
+        for _ in range(5):
+            step = 1e-2 * torch.randn(tensors[k].shape, generator=generator)
+            moved = [[x.detach() + sign * step if j == k else x.detach() for j, x in enumerate(tensors)] for sign in (1, -1)]
+            slope = (loss(*moved[0]) - loss(*moved[1])) / 2
+            want = (gradients[k] * (moved[0][k] - moved[1][k]) / 2).sum().item()
+            assert slope == pytest.approx(want, rel=2e-2, abs=2e-5)
+
+
+@pytest.mark.parametrize("path", judge.GOLDEN, ids=lambda path: path.stem)
+def test_golden(path: Any) -> None:
+    """On the embeddings as float32; where that changes them, the float64 judge stands in for the file."""
+    case, file = judge.golden(path)
+    of_file = judge.judge(case)
+    close(of_file.loss.item(), file["loss"], 1e-9, "the judge itself")
+    assert gradient_error(of_file.gradients["query"], torch.tensor(file["grad_q"], dtype=torch.float64), case.query) < 1e-8
+    assert gradient_error(of_file.gradients["passage"], torch.tensor(file["grad_p"], dtype=torch.float64), case.passage) < 1e-8
+    close(of_file.gradients["tau"].item(), file["grad_temperature"], 1e-8, "the judge's tau")
+    for dtype in TYPES:
+        if case.query.abs().max() > 6e4 and dtype == torch.float16:
+            continue
+        rounded = [case.query.to(dtype), case.passage.to(dtype)]
+        if any((x.abs().sum(1) == 0).any() or not x.isfinite().all() for x in rounded):
+            continue
+        case.query, case.passage = rounded
+        check(case, learn="tau")
+        case, _ = judge.golden(path)
+
+
+def test_there_are_golden_files() -> None:
+    assert len(judge.GOLDEN) >= 39
