@@ -1,0 +1,86 @@
+//! What is refused, and in which words.
+
+use crate::Outcome;
+use crate::support::{matrix, numbers};
+use crate::tensors::wave;
+use burn::tensor::{DType, Device, Tensor};
+use samtone_burn::{Block, Group, Loss, SamToNe, Temperature, ZeroNorm};
+
+const TAU: f64 = 0.1;
+
+pub fn sentences(device: &Device) -> Outcome {
+    let samtone = SamToNe::new(Loss::samtone_query());
+    let (q, p) = (wave(6, 5, 0.7, device), wave(9, 5, 0.9, device));
+    let (query, passage) = (|| q.clone(), || p.clone());
+    let number = |x: f32| Tensor::<1>::from_floats([x], device);
+    let mut refused = vec![
+        (samtone.forward(passage(), query(), TAU), "argument `passage` is 6 rows; allowed: at least as many"),
+        (samtone.forward(query(), wave(9, 4, 0.9, device), TAU), "argument `passage` is embeddings of dimension 4"),
+        (samtone.forward(query(), passage(), 0.0), "argument `temperature` is 0; allowed: a number from 1e-6 to 1e6"),
+        (samtone.forward(query(), passage(), Temperature::Tau(number(-1.0))), "argument `temperature` is -1"),
+        (
+            samtone.forward(query(), passage(), Temperature::LogBeta(number(f32::INFINITY))),
+            "argument `log_beta` is inf",
+        ),
+        (
+            samtone.forward(query(), passage(), Temperature::Tau(Tensor::from_floats([1.0, 2.0], device))),
+            "argument `temperature` is a tensor of shape [2] and type f32; allowed: one number",
+        ),
+        (samtone.clone().passage_ids([1]).forward(query(), passage(), TAU), "argument `passage_ids` is a slice of 1"),
+        (samtone.clone().positives([9; 6]).forward(query(), passage(), TAU), "argument `positives` is 9 at row 0"),
+        (samtone.clone().margin(f64::NAN).forward(query(), passage(), TAU), "argument `margin` is NaN"),
+        (samtone.clone().workspace_bytes(1).forward(query(), passage(), TAU), "option `workspace_bytes` is 1"),
+    ];
+    if device.supports_dtype(DType::F16) {
+        let half = p.clone().cast(DType::F16);
+        refused.push((samtone.forward(query(), half, TAU), "argument `passage` is of type f16; allowed: the type of"));
+    }
+    if device.supports_dtype(DType::F64) {
+        let double = p.clone().cast(DType::F64);
+        refused
+            .push((samtone.forward(query(), double, TAU), "argument `passage` is of type f64; allowed: f32, f16 or"));
+    }
+    for (result, sentence) in refused {
+        match result {
+            Err(error) if error.to_string().starts_with(sentence) => {}
+            Err(error) => return Err(format!("`{error}` instead of `{sentence}`").into()),
+            Ok(_) => return Err(format!("nothing instead of `{sentence}`").into()),
+        }
+    }
+    Ok(())
+}
+
+/// Rows that are wrong, found by whoever looks first: `forward` on the CPU, the report on a device.
+pub fn rows(device: &Device) -> Outcome {
+    let lonely = Loss::custom("lonely", vec![Group::new(1.0, &[Block::QP], 0)?])?;
+    let (q, p) = (wave(6, 5, 0.7, device), wave(9, 5, 0.9, device));
+    let with = |row: usize, value: f64| {
+        let mut values = numbers(q.clone());
+        values[row * 5..row * 5 + 5].fill(0.0);
+        values[row * 5 + 2] = value;
+        matrix(&values, 5, device, DType::F32)
+    };
+    let samtone = SamToNe::new(Loss::samtone_query());
+    for (samtone, q, sentence) in [
+        (samtone.clone(), with(3, 0.0), "the query embedding in row 3 has norm zero"),
+        (samtone.clone(), with(4, f64::NAN), "the query embedding in row 4 contains NaN at column 2"),
+        (samtone.clone(), with(5, f64::INFINITY), "the query embedding in row 5 contains inf at column 2"),
+        (
+            SamToNe::new(lonely).query_ids([7; 6]).passage_ids([7; 9]),
+            q.clone(),
+            "row 0 has no negative left in group 0",
+        ),
+    ] {
+        let found = samtone.forward_with_metrics(q, p.clone(), TAU);
+        match found.and_then(|(loss, report)| {
+            assert!(numbers(loss)[0].is_nan(), "a loss that is refused later is no number until then");
+            report.evaluation()
+        }) {
+            Err(error) if error.to_string().starts_with(sentence) => {}
+            other => return Err(format!("{other:?} instead of `{sentence}`").into()),
+        }
+    }
+    let loss = samtone.zero_norm(ZeroNorm::ZeroGradient).forward(with(3, 0.0), p, TAU)?;
+    assert!(numbers(loss)[0].is_finite());
+    Ok(())
+}

@@ -1,0 +1,101 @@
+//! Loss, metrics and gradients by burn's autodiff against the definition in f64.
+
+use crate::Outcome;
+use crate::support::case::{Case, Expected, GOLDEN_FILES, files};
+use crate::support::compare::{against_definition, verdict};
+use crate::support::problem::Problem;
+use crate::support::{Form, at_device, burn_dtype, rounded, run};
+use burn::tensor::Device;
+use samtone_burn::samtone::{DType, Options, backend};
+use samtone_burn::{Loss, Scope};
+use std::path::Path;
+
+const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+fn wave(len: usize, frequency: f64) -> Vec<f64> {
+    (0..len).map(|i| (i as f64 * frequency + 0.3).sin() + 0.1).collect()
+}
+
+/// 6 queries and 9 passages, with every kind of mask or none.
+fn problem(loss: Loss, masked: bool) -> Problem {
+    let (rows, passages, dim) = (6, 9, 5);
+    let mut options = Options::new(0.1).unwrap();
+    if masked {
+        options = options.with_margin(0.4).unwrap().with_workspace_bytes(64 << 20);
+    }
+    Problem {
+        name: format!("{}{}", loss.name(), if masked { ", masked" } else { "" }),
+        loss,
+        rows,
+        passages,
+        dim,
+        query: wave(rows * dim, 0.7),
+        passage: wave(passages * dim, 0.9),
+        positives: masked.then(|| vec![0, 1, 2, 3, 4, 4]),
+        weights: masked.then(|| vec![1.0, 0.5, 2.0, 0.0, 1.0, 1.0]),
+        query_ids: masked.then(|| vec![1, 2, 1, 4, 5, 6]),
+        passage_ids: masked.then(|| vec![1, 2, 3, 4, 2, 6, 7, 8, 9]),
+        owners: masked.then(|| (vec![-1, -1, -1, -1, -1, -1, 0, 3, -1], Scope::Own)),
+        options,
+    }
+}
+
+/// One problem on the device against `expected`, or the reference if the device rounds what went in.
+fn compare(
+    problem: &Problem,
+    expected: Option<&Expected>,
+    form: Form,
+    device: &Device,
+    dtype: DType,
+    upstream: f64,
+) -> Outcome {
+    let name = format!("{} {dtype} {form:?}", problem.name);
+    let given = at_device(&problem.rounded(dtype), form, device);
+    let is_same = problem.is_exact_in(dtype) && given.options.temperature() == problem.options.temperature();
+    let want = match expected.filter(|_| is_same) {
+        Some(expected) => Ok(expected.clone()),
+        None => given.run(backend::by_name("reference")?, DType::F64, upstream).map(Expected::from),
+    };
+    let got = run(&given, form, device, burn_dtype(dtype), upstream);
+    match (got, want) {
+        (Ok(got), Ok(want)) => {
+            let checks = against_definition(&got, &want, &given, dtype, upstream);
+            verdict(&rounded(checks, &given, burn_dtype(dtype))).map_err(|e| format!("{name}: {e}").into())
+        }
+        (Err(got), Err(want)) if got == want => Ok(()),
+        (got, want) => Err(format!("{name}: {:?} instead of {:?}", got.err(), want.err()).into()),
+    }
+}
+
+fn types(device: &Device) -> impl Iterator<Item = DType> {
+    TYPES.into_iter().filter(|&dtype| device.supports_dtype(burn_dtype(dtype)))
+}
+
+/// Every preset and type, all masks, an upstream factor, a tensor for either form of the temperature.
+pub fn presets(device: &Device) -> Outcome {
+    for (name, _) in Loss::PRESETS {
+        for masked in [false, true] {
+            let problem = problem(Loss::by_name(name)?, masked);
+            for dtype in types(device) {
+                compare(&problem, None, Form::LogBeta, device, dtype, 3.0)?;
+            }
+            compare(&problem, None, Form::Tau, device, DType::F32, 3.0)?;
+        }
+    }
+    Ok(())
+}
+
+/// The golden files of the main crate, in every type that the device has.
+pub fn golden(device: &Device) -> Outcome {
+    let files = files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden"))?;
+    if files.len() != GOLDEN_FILES {
+        return Err(format!("{} golden files instead of {GOLDEN_FILES}", files.len()).into());
+    }
+    for file in files {
+        let Case { problem, expected } = Case::read(&file)?;
+        for dtype in types(device) {
+            compare(&problem, Some(&expected), Form::Tau, device, dtype, 1.0)?;
+        }
+    }
+    Ok(())
+}
