@@ -1,0 +1,284 @@
+"""What autograd, autocast and torch.compile see, and what is read in place."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import judge
+import pytest
+import torch
+from judge import gradient_error
+from test_loss import MASKS, embeddings
+
+import samtone
+from samtone import _native, ops
+
+
+def gradients(q: torch.Tensor, p: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    q, p = q.detach().requires_grad_(), p.detach().requires_grad_()
+    dq, dp = torch.autograd.grad(samtone.samtone_loss(q, p, **options), (q, p))
+    return dq, dp
+
+
+@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)])
+def test_only_needed_gradients_are_computed(needed: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    step = _native.cpu_step
+    monkeypatch.setattr(_native, "cpu_step", lambda *a: (asked.append((a[3], a[4])), step(*a))[1])
+    q, p = embeddings(20)
+    log_beta = torch.tensor(3.0)
+    tensors = (q, p, log_beta)
+    for tensor, need in zip(tensors, needed):
+        tensor.requires_grad_(need)
+    samtone.samtone_loss(q, p, log_beta=log_beta).backward()
+    ((buffers, differentiate),) = asked
+    assert differentiate and [b is not None for b in buffers] == list(needed[:2])
+    assert [t.grad is not None for t in tensors] == list(needed)
+    whole = gradients(*embeddings(20), log_beta=3.0)
+    for tensor, want in zip(tensors[:2], whole):
+        assert tensor.grad is None or torch.equal(tensor.grad, want)
+
+
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "frozen"])
+def test_without_gradients_it_is_a_forward_pass(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    step = _native.cpu_step
+    monkeypatch.setattr(_native, "cpu_step", lambda *a: (asked.append(a[4]), step(*a))[1])
+    q, p = embeddings(21)
+    if how == "frozen":
+        loss = samtone.samtone_loss(q, p)
+    else:
+        with torch.no_grad() if how == "no_grad" else torch.inference_mode():
+            loss = samtone.samtone_loss(q.requires_grad_(), p)
+    assert not loss.requires_grad and asked == [False]
+
+
+LAYOUTS = {
+    "contiguous": (True, lambda x: x.clone()),
+    "columns of a wider matrix": (True, lambda x: torch.cat([x, x, x], 1)[:, x.shape[1] : 2 * x.shape[1]]),
+    "every second row": (True, lambda x: x.repeat_interleave(2, 0)[::2]),
+    "an odd offset": (True, lambda x: torch.cat([torch.zeros(3, dtype=x.dtype), x.flatten()])[3:].view_as(x)),
+    "transposed": (False, lambda x: x.T.contiguous().T),
+    "reversed columns": (False, lambda x: x.flip(1).flip(1).T.contiguous().T),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_are_read_in_place(layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rust sees the addresses of the caller's tensors, and gives the bits that it gives for contiguous copies."""
+    seen: list[tuple[int, int]] = []
+    step = _native.cpu_step
+
+    def spy(settings: Any, query: Any, passage: Any, *rest: Any) -> Any:
+        tensors = [torch.from_dlpack(_Once(capsule)) for capsule in (query, passage)]
+        capsules = [tensor.__dlpack__() for tensor in tensors]
+        seen.append(_native.addresses(*[tensor.__dlpack__() for tensor in tensors]))
+        return step(settings, *capsules, *rest)
+
+    monkeypatch.setattr(_native, "cpu_step", spy)
+    q, p = embeddings(22, dtype)
+    in_place, change = LAYOUTS[layout]
+    strided = change(q), change(p)
+    assert torch.equal(strided[0], q)
+    got = gradients(*strided)
+    own = tuple(x.data_ptr() for x in strided)
+    assert (seen[0] == own) == in_place
+    assert all(torch.equal(a, b) for a, b in zip(got, gradients(q, p)))
+
+
+class _Once:
+    """Hands out a capsule that exists already."""
+
+    def __init__(self, capsule: Any) -> None:
+        self.capsule = capsule
+
+    def __dlpack__(self, **_: Any) -> Any:
+        return self.capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
+def test_gradients_are_written_where_autograd_finds_them() -> None:
+    """The only tensors of the size of a tower that a step makes are the gradients and their products with the upstream one."""
+    q, p = (torch.randn(300, 64).requires_grad_() for _ in range(2))
+    samtone.samtone_loss(q, p).backward()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        samtone.samtone_loss(q, p, temperature=0.02)
+    size = 300 * 64 * 4
+    large = [e.self_cpu_memory_usage for e in profile.key_averages() if e.self_cpu_memory_usage >= size]
+    assert sum(large) < 3 * size, "a forward call allocated more than the two gradients"
+
+
+def test_one_tensor_for_both_towers() -> None:
+    x, _ = embeddings(23)
+    x.requires_grad_()
+    samtone.samtone_loss(x, x, loss="bidirectional").backward()
+    dq, dp = gradients(x, x, loss="bidirectional")
+    assert x.grad is not None and torch.allclose(x.grad, dq + dp, atol=1e-7)
+
+
+def test_outputs_are_memory_of_their_own() -> None:
+    q, p = embeddings(24)
+    (dq, dp), (other, _) = gradients(q, p), gradients(q, p)
+    pointers = {x.untyped_storage().data_ptr() for x in (q, p, dq, dp, other)}
+    assert len(pointers) == 5
+
+
+def test_gradients_accumulate_and_graphs_are_kept() -> None:
+    q, p = (x.requires_grad_() for x in embeddings(25))
+    loss = samtone.samtone_loss(q, p)
+    loss.backward(retain_graph=True)
+    first = q.grad.clone()  # type: ignore[union-attr]
+    loss.backward()
+    assert torch.equal(q.grad, 2 * first)  # type: ignore[arg-type]
+
+
+def test_second_derivatives_are_refused() -> None:
+    q, p = (x.requires_grad_() for x in embeddings(26))
+    (dq,) = torch.autograd.grad(samtone.samtone_loss(q, p), q, create_graph=True)
+    with pytest.raises(samtone.SamtoneError, match="second derivatives"):
+        dq.square().sum().backward()
+
+
+def test_gradcheck() -> None:
+    """PyTorch's own finite differences, with a step and tolerances for an operation that computes in float32."""
+    q, p = (x[:5, :6].contiguous().requires_grad_() for x in embeddings(27))
+    log_beta = torch.tensor(0.5, requires_grad=True)
+    with pytest.warns(UserWarning, match="double precision"):
+        assert torch.autograd.gradcheck(
+            lambda *x: samtone.samtone_loss(x[0], x[1], log_beta=x[2]), (q, p, log_beta), eps=1e-2, atol=2e-3, rtol=2e-2
+        )
+
+
+def test_operations_are_registered_as_pytorch_wants_them() -> None:
+    q, p = (x.requires_grad_() for x in embeddings(28))
+    ids = torch.arange(len(p))
+    arguments = (q, p, torch.tensor(0.1), None, ids, None, None, None, "samtone_both", 0.0, False, None, "error", None, False, 3)
+    torch.library.opcheck(ops.forward, arguments)
+    _, _, _, dq, dp, _ = ops.forward(*arguments)
+    torch.library.opcheck(ops.backward, (torch.tensor(2.0), q.detach(), p.detach(), dq, dp, 3))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compile_without_graph_breaks(backend: str, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    tower = torch.nn.Linear(24, 16)
+    criterion = samtone.SamToNeLoss("samtone_both", temperature=0.05, learnable="log_beta", margin=0.1)
+    ids = torch.tensor(MASKS["passage_ids"]["passage_ids"])
+
+    def step(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        a, b = tower(q).to(dtype), tower(p).to(dtype)
+        return criterion(a, b, passage_ids=ids, weights=torch.ones(len(a)))
+
+    q, p = embeddings(29)
+    parameters = [*tower.parameters(), *criterion.parameters()]
+    want = step(q, p), *torch.autograd.grad(step(q, p), parameters)
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    got = compiled(q, p), *torch.autograd.grad(compiled(q, p), parameters)
+    for a, b in zip(got, want):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_compile_with_dynamic_shapes() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, p: samtone.samtone_loss(2 * q, p), backend="aot_eager", fullgraph=True, dynamic=True)
+    q, p = embeddings(30)
+    for rows in (12, 9, 5):
+        x = q[:rows].clone().requires_grad_()
+        compiled(x, p).backward()
+        assert x.grad is not None and torch.allclose(x.grad, gradients(q[:rows], p)[0], atol=1e-6)
+
+
+def test_autocast_changes_nothing() -> None:
+    q, p = embeddings(31)
+    log_beta = torch.tensor(4.0, requires_grad=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = q.to(dtype), p.to(dtype)
+        want = samtone.samtone_loss(a, b, log_beta=log_beta)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = samtone.samtone_loss(a, b, log_beta=log_beta)
+        assert torch.equal(got, want) and got.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tower = torch.nn.Linear(24, 16)
+        loss = samtone.samtone_loss(tower(q), tower(p))  # bfloat16 under autocast
+        loss.backward()
+    assert tower.weight.grad is not None and tower.weight.grad.dtype == torch.float32
+
+
+def test_same_bits_for_any_number_of_threads() -> None:
+    q, p = torch.randn(700, 40), torch.randn(750, 40)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            results.append((samtone.samtone_loss(q, p), *gradients(q, p)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_threads_of_python_compute_at_the_same_time() -> None:
+    q, p = torch.randn(200, 32), torch.randn(220, 32)
+    want = gradients(q, p)
+    results: list[Any] = [None] * 6
+
+    def work(k: int) -> None:
+        results[k] = [gradients(q, p) for _ in range(4)]
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for own in results:
+        assert all(torch.equal(a, b) for got in own for a, b in zip(got, want))
+
+
+def test_the_interpreter_is_released_during_a_call() -> None:
+    """Another thread of Python counts while a call computes."""
+    q, p = torch.randn(3000, 256), torch.randn(3000, 256)
+    count, done = [0], threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.001):
+            count[0] += 1
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    samtone.samtone_loss(q, p)
+    done.set()
+    ticker.join()
+    assert count[0] >= 5
+
+
+def test_modules_hold_loss_and_temperature() -> None:
+    q, p = embeddings(32)
+    constant = samtone.SamToNeLoss("qwen3", temperature=0.05, margin=0.1)
+    assert not list(constant.parameters()) and "qwen3" in repr(constant)
+    assert torch.equal(constant(q, p), samtone.samtone_loss(q, p, loss="qwen3", temperature=0.05, margin=0.1))
+    for learnable in ("tau", "log_beta"):
+        module = samtone.SamToNeLoss(temperature=0.05, learnable=learnable)
+        assert list(module.state_dict()) == [learnable] and module.current_temperature() == pytest.approx(0.05)
+        module(q, p).backward()
+        want = judge.judge(judge.of_preset("samtone_query", q, p, temperature=0.05)).gradients[learnable]
+        assert getattr(module, learnable).grad.item() == pytest.approx(want.item(), rel=1e-4)
+    evaluation = constant.evaluate(q, p)
+    assert evaluation.row_losses.mean().item() == pytest.approx(evaluation.loss.item(), rel=1e-6)
+    assert not evaluation.row_losses.requires_grad
+
+
+def test_gradients_of_float16_are_scaled_before_they_are_rounded() -> None:
+    q, p = embeddings(33, torch.float16)
+    p = torch.cat([5 * q, p[12:]])  # trained: tiny gradients
+    scale = 2.0**32
+    x = q.clone().requires_grad_()
+    (samtone.samtone_loss(x, p, temperature=0.02) * scale).backward()
+    want = judge.judge(judge.of_preset("samtone_query", q, p, temperature=0.02), scale).gradients["query"]
+    assert x.grad is not None and gradient_error(x.grad, want, q) < 2e-3
+    assert (want.abs().max() / scale).item() < 6e-8, "float16 would not lose these gradients, so this tests nothing"
