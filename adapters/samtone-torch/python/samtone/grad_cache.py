@@ -53,16 +53,13 @@ class Chunks:
         self.sizes = [len(row) for row in rows]
         self.embeddings = torch.cat(rows).requires_grad_(torch.is_grad_enabled())
 
-    def backward(self) -> None:
-        """Encodes every chunk again and passes the gradients of the embeddings on to the tower."""
-        if self.embeddings.grad is None:
-            return
-        for chunk, state, gradient in zip(self.inputs, self.states, self.embeddings.grad.split(self.sizes)):
+    def backward(self, gradient: Tensor) -> None:
+        """Encodes every chunk again and passes the gradients of its embeddings on to the tower."""
+        for chunk, state, rows in zip(self.inputs, self.states, gradient.split(self.sizes)):
             with torch.enable_grad(), state.again():
                 embeddings = self.encode(chunk)
             if embeddings.requires_grad:
-                embeddings.backward(gradient)
-        self.embeddings.grad = None
+                embeddings.backward(rows)
 
 
 def step(
@@ -89,6 +86,7 @@ def step(
         queries, passages = Chunks(*query), Chunks(*passage)
         value = loss(queries.embeddings, passages.embeddings)
         (value * scale).backward()
-    queries.backward()
-    passages.backward()
+    for tower in (queries, passages):
+        if tower.embeddings.grad is not None:
+            tower.backward(tower.embeddings.grad)
     return value.detach()
