@@ -18,6 +18,8 @@
 
 mod autodiff;
 mod backend;
+#[cfg(feature = "wgpu")]
+mod cube;
 mod flex;
 mod loss;
 mod report;

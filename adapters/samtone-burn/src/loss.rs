@@ -8,6 +8,29 @@ use samtone::cpu::Workspace;
 use samtone::{Batch, Options};
 use std::sync::{Arc, Mutex};
 
+/// A batch or pairs, which have the same methods, with everything that was given.
+macro_rules! annotated {
+    ($samtone:ident, $pairs:ident) => {{
+        let mut pairs = $pairs;
+        if let Some(positives) = &$samtone.positives {
+            pairs = pairs.with_positives(positives)?;
+        }
+        if let Some(weights) = &$samtone.weights {
+            pairs = pairs.with_weights(weights)?;
+        }
+        if let Some(ids) = &$samtone.query_ids {
+            pairs = pairs.with_query_ids(ids)?;
+        }
+        if let Some(ids) = &$samtone.passage_ids {
+            pairs = pairs.with_passage_ids(ids)?;
+        }
+        if let Some((owners, scope)) = &$samtone.owners {
+            pairs = pairs.with_hard_negative_owners(owners, *scope)?;
+        }
+        Ok(pairs)
+    }};
+}
+
 /// A contrastive loss of two towers' embeddings, with everything about a batch but these.
 ///
 /// One for each training run, and a clone with `query_ids` and the like for each batch:
@@ -182,22 +205,12 @@ impl SamToNe {
         Ok(self.workspace_bytes.map_or(options, |bytes| options.with_workspace_bytes(bytes)))
     }
 
-    pub(crate) fn annotated<'a>(&'a self, mut batch: Batch<'a>) -> Result<Batch<'a>> {
-        if let Some(positives) = &self.positives {
-            batch = batch.with_positives(positives)?;
-        }
-        if let Some(weights) = &self.weights {
-            batch = batch.with_weights(weights)?;
-        }
-        if let Some(ids) = &self.query_ids {
-            batch = batch.with_query_ids(ids)?;
-        }
-        if let Some(ids) = &self.passage_ids {
-            batch = batch.with_passage_ids(ids)?;
-        }
-        if let Some((owners, scope)) = &self.owners {
-            batch = batch.with_hard_negative_owners(owners, *scope)?;
-        }
-        Ok(batch)
+    pub(crate) fn annotated<'a>(&'a self, batch: Batch<'a>) -> Result<Batch<'a>> {
+        annotated!(self, batch)
+    }
+
+    #[cfg(feature = "wgpu")]
+    pub(crate) fn paired<'a>(&'a self, pairs: samtone::Pairs<'a>) -> Result<samtone::Pairs<'a>> {
+        annotated!(self, pairs)
     }
 }

@@ -1,23 +1,44 @@
 //! What a call found, beside its loss.
 
+#[cfg(feature = "wgpu")]
+use crate::cube::OnDevice;
 use crate::{Evaluation, Result};
+#[cfg(feature = "wgpu")]
+use std::sync::Arc;
 
-/// Loss, row losses, P@1 and MRR of a call.
+/// Loss, row losses, P@1 and MRR of a call, wherever they are.
 #[derive(Debug, Clone)]
-pub struct Report {
-    evaluation: Evaluation,
+pub struct Report(Found);
+
+#[derive(Debug, Clone)]
+enum Found {
+    Here(Evaluation),
+    #[cfg(feature = "wgpu")]
+    OnDevice(Arc<OnDevice>),
 }
 
 impl Report {
     pub(crate) fn known(evaluation: Evaluation) -> Self {
-        Self { evaluation }
+        Self(Found::Here(evaluation))
     }
 
-    /// The loss in f64, that of every row, P@1 and MRR.
+    #[cfg(feature = "wgpu")]
+    pub(crate) fn on_device(results: OnDevice) -> Self {
+        Self(Found::OnDevice(Arc::new(results)))
+    }
+
+    /// The loss in f64, that of every row, P@1 and MRR. On a device, this waits for the call and reads them back; until then the
+    /// report keeps the call's embeddings and O(M + N) numbers there.
     ///
     /// # Errors
-    /// None on the CPU.
+    /// On a device, what the CPU refuses in `forward` is found here: embeddings that are not finite or, by default, of norm zero,
+    /// by row, and a row without any negative if the loss needs one. Until then, the loss and the gradients of such a call are
+    /// NaN.
     pub fn evaluation(&self) -> Result<Evaluation> {
-        Ok(self.evaluation.clone())
+        match &self.0 {
+            Found::Here(evaluation) => Ok(evaluation.clone()),
+            #[cfg(feature = "wgpu")]
+            Found::OnDevice(results) => results.evaluation(),
+        }
     }
 }

@@ -28,6 +28,8 @@ impl Call {
         };
         match kind {
             DispatchTensorKind::Flex(_) => self.on::<Flex>(samtone),
+            #[cfg(feature = "wgpu")]
+            DispatchTensorKind::Cube(_) => self.on::<burn::backend::Cube>(samtone),
             #[allow(unreachable_patterns)]
             // Which variants there are depends on the features of burn in the whole build.
             other => Err(invalid("query", format!("on {:?}", other.device()), ALLOWED)),

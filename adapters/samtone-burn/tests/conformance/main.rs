@@ -29,7 +29,17 @@ const CHECKS: &[Check] = &[
 
 /// Name and device, or why there is none.
 fn places() -> Vec<(&'static str, Result<Device, String>)> {
-    vec![("flex", Ok(Device::flex()))]
+    vec![
+        ("flex", Ok(Device::flex())),
+        #[cfg(feature = "wgpu")]
+        ("wgpu", wgpu()),
+    ]
+}
+
+/// The first device that burn finds, be it software.
+#[cfg(feature = "wgpu")]
+fn wgpu() -> Result<Device, String> {
+    Device::wgpu_options().init().map_err(|error| error.to_string())
 }
 
 fn main() {

@@ -57,7 +57,8 @@ pub fn frozen(device: &Device) -> Outcome {
     let samtone = SamToNe::new(Loss::samtone_both());
     let none = samtone.forward(still_q.clone(), still_p.clone(), TAU)?;
     assert!(!none.is_tracked());
-    assert_eq!(numbers(none)[0], f64::from(samtone.evaluate(q.clone(), p.clone(), TAU)?.loss as f32));
+    let (none, evaluated) = (numbers(none)[0], samtone.evaluate(q.clone(), p.clone(), TAU)?.loss);
+    assert!((none - evaluated).abs() <= 2e-7 * evaluated, "{none} instead of {evaluated}"); // devices add rows up in f32 pairs
     // The temperature alone.
     let log_beta = Tensor::<1>::from_floats([2.0], &device).require_grad();
     let loss = samtone.forward(still_q, still_p, Temperature::LogBeta(log_beta.clone()))?;
