@@ -396,11 +396,25 @@ impl Tensor {
         }
     }
 
+    /// Bytes from the first element to behind the last one.
+    ///
+    /// # Errors
+    /// For a vector that is not contiguous, and as [`Tensor::layout`].
+    pub fn bytes(&self) -> Result<usize, Refusal> {
+        self.range().map(|range| range.len())
+    }
+
     /// Addresses from the first element to behind the last one.
     fn range(&self) -> Result<std::ops::Range<usize>, Refusal> {
         let raw = self.raw();
         let elements = match raw.ndim {
-            1 => self.shape::<1>()?[0].0,
+            1 => match self.shape::<1>()? {
+                [(len, stride)] if len <= 1 || stride == 1 => len,
+                [(len, stride)] => {
+                    let value = format!("a vector of {len} with a stride of {stride}");
+                    return Err(invalid(self.argument, value, "a stride of 1"));
+                }
+            },
             _ => self.layout()?.span(),
         };
         let start = self.address();

@@ -6,6 +6,7 @@
 //!   capsules of tensors ──────────────┼─► dlpack.rs     capsules → slices, or addresses on a device; owns and gives back
 //!   capsules of fresh gradients ──────┼─► annotations.rs ids, positives, owners, weights → pairs
 //!                                     │   cpu.rs        one call on PyTorch's number of threads, without the interpreter's lock
+//!                                     │   cuda.rs       plans and launches on PyTorch's memory and stream
 //!                                     │   errors.rs     sentences → SamtoneError (ValueError), MemoryError, RuntimeError
 //! ```
 
@@ -14,6 +15,7 @@
 
 mod annotations;
 mod cpu;
+mod cuda;
 mod dlpack;
 mod errors;
 mod settings;
@@ -26,6 +28,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("SamtoneError", module.py().get_type::<errors::SamtoneError>())?;
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<settings::Settings>()?;
+    module.add_class::<cuda::CudaPlan>()?;
     module.add_function(wrap_pyfunction!(settings::describe_loss, module)?)?;
     module.add_function(wrap_pyfunction!(settings::presets, module)?)?;
     module.add_function(wrap_pyfunction!(cpu::cpu_step, module)?)?;

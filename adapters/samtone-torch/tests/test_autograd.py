@@ -158,8 +158,9 @@ def test_operations_are_registered_as_pytorch_wants_them() -> None:
     ids = torch.arange(len(p))
     arguments = (q, p, torch.tensor(0.1), None, ids, None, None, None, "samtone_both", 0.0, False, None, "error", None, False, 3)
     torch.library.opcheck(ops.forward, arguments)
-    _, _, _, dq, dp, _ = ops.forward(*arguments)
-    torch.library.opcheck(ops.backward, (torch.tensor(2.0), q.detach(), p.detach(), dq, dp, 3))
+    saved = ops.forward(*arguments)[3:]
+    inputs = (torch.tensor(2.0), q.detach(), p.detach(), *arguments[3:8], *saved)
+    torch.library.opcheck(ops.backward, (*inputs, arguments[8], *arguments[10:]))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -23,6 +23,29 @@ class Settings:
         own: bool = False,
     ) -> Settings: ...
 
+class CudaPlan:
+    """What one call launches on a CUDA device."""
+
+    def __new__(
+        cls, settings: Settings, query: Any, passage: Any, annotations: Mapping[str, Any], wanted: tuple[bool, bool]
+    ) -> CudaPlan: ...
+    state_bytes: int
+    workspace_bytes: int
+    offsets: tuple[int, int, int]
+    def side(self) -> bytes: ...
+    def forward(self, towers: tuple[Any, Any], side: Any, state: Any, workspace: Any, stream: int) -> None: ...
+    def backward(
+        self,
+        towers: tuple[Any, Any],
+        side: Any,
+        state: Any,
+        workspace: Any,
+        gradients: tuple[Any, Any],
+        upstream: Any,
+        stream: int,
+    ) -> None: ...
+    def check(self, towers: tuple[Any, Any], side: Any, state: Any, workspace: Any, stream: int) -> None: ...
+
 def describe_loss(loss: str) -> tuple[str, list[tuple[float, list[str], int]]]: ...
 def presets() -> list[str]: ...
 def release_memory() -> None: ...

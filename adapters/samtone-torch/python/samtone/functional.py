@@ -51,8 +51,8 @@ def _check_embeddings(argument: str, tensor: Tensor) -> None:
         raise _refused(argument, f"a tensor of shape {tuple(tensor.shape)}", "a matrix, rows x dim")
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise _refused(argument, f"of type {tensor.dtype}", "torch.float32, torch.float16 or torch.bfloat16")
-    if tensor.device.type not in ("cpu", "meta"):
-        raise _refused(argument, f"on device {tensor.device}", "tensors on the CPU")
+    if tensor.device.type not in ("cpu", "cuda", "meta"):
+        raise _refused(argument, f"on device {tensor.device}", "tensors on the CPU or a CUDA device")
 
 
 def _indices(argument: str, values: Integers | None) -> Tensor | None:

@@ -2,8 +2,10 @@
 
     forward ── CPU:  loss, and the gradients that are needed, at once, as float32 (a later call would have to compute every
     │                cosine again)
+    │          CUDA: loss, and the state that gradients are computed from, O(M) numbers
     ▼
     backward ─ CPU:  those gradients times the upstream gradient, then rounded to the type of the inputs
+               CUDA: the gradients, times the upstream gradient, in the type of the inputs
 """
 
 from __future__ import annotations
@@ -13,12 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, cuda
 
 # What `wanted` is made of.
 QUERY, PASSAGE, TEMPERATURE = 1, 2, 4
 # Numbers of `results`: the loss, P@1 and MRR of query -> passage, and of passage -> query.
 RESULTS = 5
+
+Tensors = list[Tensor]
+# temperature as used; results; row losses; gradients of both towers; derivative of the temperature; state.
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _capsule(tensor: Tensor | None) -> Any:
@@ -28,7 +34,8 @@ def _capsule(tensor: Tensor | None) -> Any:
 def _readable(argument: str, tensor: Tensor) -> Tensor:
     """The tensor itself if its rows are contiguous, whatever lies between them; otherwise a copy."""
     if tensor.dim() != 2:
-        raise _native.SamtoneError(f"argument `{argument}` is a tensor of shape {tuple(tensor.shape)}; allowed: a matrix, rows x dim")
+        value = f"a tensor of shape {tuple(tensor.shape)}"
+        raise _native.SamtoneError(f"argument `{argument}` is {value}; allowed: a matrix, rows x dim")
     rows, dim = tensor.shape
     row, column = tensor.stride()
     in_place = (dim <= 1 or column == 1) and (rows <= 1 or row >= dim)
@@ -36,20 +43,81 @@ def _readable(argument: str, tensor: Tensor) -> Tensor:
     return tensor if in_place else tensor.contiguous()
 
 
-def _settings(
-    temperature: Tensor | None,
-    loss: str,
-    tau: float,
-    log_beta: bool,
-    margin: float | None,
-    zero_norm: str,
-    workspace_bytes: int | None,
-    own: bool,
-) -> _native.Settings:
-    value = tau if temperature is None else float(temperature.detach().reshape(()).item())
-    return _native.Settings(
-        loss, value, log_beta=log_beta, margin=margin, zero_norm=zero_norm, workspace_bytes=workspace_bytes, own=own
+def _annotations(
+    query_ids: Tensor | None,
+    passage_ids: Tensor | None,
+    positives: Tensor | None,
+    weights: Tensor | None,
+    owners: Tensor | None,
+) -> dict[str, Tensor | None]:
+    return {
+        "query_ids": query_ids,
+        "passage_ids": passage_ids,
+        "positives": positives,
+        "weights": weights,
+        "owners": owners,
+    }
+
+
+def _towers(wanted: int) -> tuple[bool, bool]:
+    return bool(wanted & QUERY), bool(wanted & PASSAGE)
+
+
+def _forward_cpu(
+    settings: tuple[Any, ...], q: Tensor, p: Tensor, annotations: dict[str, Tensor | None], wanted: int
+) -> Tensors:
+    loss, temperature, log_beta, margin, zero_norm, workspace_bytes, own = settings
+    losses = torch.empty(q.shape[0], dtype=torch.float64)
+    gradients = [
+        torch.empty((x.shape[0] if want else 0, x.shape[1]), dtype=torch.float32)
+        for x, want in zip((q, p), _towers(wanted))
+    ]
+    value, metrics, derivative = _native.cpu_step(
+        _native.Settings(
+            loss,
+            temperature,
+            log_beta=log_beta,
+            margin=margin,
+            zero_norm=zero_norm,
+            workspace_bytes=workspace_bytes,
+            own=own,
+        ),
+        _capsule(q),
+        _capsule(p),
+        (_capsule(gradients[0]) if wanted & QUERY else None, _capsule(gradients[1]) if wanted & PASSAGE else None),
+        wanted != 0,
+        {name: _capsule(vector) for name, vector in annotations.items()},
+        _capsule(losses),
+        torch.get_num_threads(),
     )
+    return [
+        torch.tensor(value, dtype=torch.float32),
+        torch.tensor([value, *metrics], dtype=torch.float64),
+        losses,
+        *gradients,
+        torch.tensor([derivative], dtype=torch.float64),
+        torch.empty(0, dtype=torch.uint8),
+    ]
+
+
+def _forward_cuda(
+    settings: tuple[Any, ...], q: Tensor, p: Tensor, annotations: dict[str, Tensor | None], wanted: int
+) -> Tensors:
+    memory = cuda.TorchMemory(q.device)
+    planned = cuda.planned(memory, settings, q, p, annotations, _towers(wanted))
+    state = memory.empty(cuda.state_bytes(q.shape[0]))
+    planned.forward(memory, q, p, state)
+    results, row_losses, _ = planned.plan.offsets
+    numbers = cuda.numbers(state, results, RESULTS)
+    return [
+        numbers[0].to(torch.float32),
+        numbers,
+        cuda.numbers(state, row_losses, q.shape[0]),
+        q.new_empty((0, q.shape[1]), dtype=torch.float32),
+        q.new_empty((0, q.shape[1]), dtype=torch.float32),
+        q.new_empty(1, dtype=torch.float64),
+        state,
+    ]
 
 
 @torch.library.custom_op("samtone::forward", mutates_args=())
@@ -70,39 +138,19 @@ def forward(
     workspace_bytes: int | None,
     own: bool,
     wanted: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (float32), results and row losses (float64), and what the backward call needs.
 
     The latter on the CPU: the gradients of both towers as float32, without rows where they are not wanted, and the
-    derivative of the temperature.
+    derivative of the temperature. On CUDA: the state. On both: the temperature (or log beta) that was used, on the CPU.
     """
-    settings = _settings(temperature, loss, tau, log_beta, margin, zero_norm, workspace_bytes, own)
+    value = tau if temperature is None else float(temperature.detach().reshape(()).item())
+    settings = (loss, value, log_beta, margin, zero_norm, workspace_bytes, own)
+    compute = _forward_cuda if query.device.type == "cuda" else _forward_cpu
     q, p = _readable("query", query), _readable("passage", passage)
-    losses = torch.empty(q.shape[0], dtype=torch.float64)
-    # Always new: what an operation gives back may not be what it was given.
-    gradients = [
-        torch.empty((x.shape[0] if wanted & bit else 0, x.shape[1]), dtype=torch.float32)
-        for x, bit in ((q, QUERY), (p, PASSAGE))
-    ]
-    value, metrics, derivative = _native.cpu_step(
-        settings,
-        _capsule(q),
-        _capsule(p),
-        tuple(_capsule(x) if wanted & bit else None for x, bit in zip(gradients, (QUERY, PASSAGE))),
-        wanted != 0,
-        {
-            "query_ids": _capsule(query_ids),
-            "passage_ids": _capsule(passage_ids),
-            "positives": _capsule(positives),
-            "weights": _capsule(weights),
-            "owners": _capsule(owners),
-        },
-        _capsule(losses),
-        torch.get_num_threads(),
-    )
-    results = torch.tensor([value, *metrics], dtype=torch.float64)
-    scalar = torch.tensor(value, dtype=torch.float32)
-    return scalar, results, losses, gradients[0], gradients[1], torch.tensor([derivative], dtype=torch.float64)
+    annotations = _annotations(query_ids, passage_ids, positives, weights, owners)
+    scalar, results, losses, dq, dp, derivative, state = compute(settings, q, p, annotations, wanted)
+    return scalar, results, losses, dq, dp, derivative, state, torch.tensor([value], dtype=torch.float64)
 
 
 @forward.register_fake
@@ -123,17 +171,20 @@ def _(
     workspace_bytes: int | None,
     own: bool,
     wanted: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     def empty(shape: Any, dtype: torch.dtype) -> Tensor:
         return query.new_empty(shape, dtype=dtype)
 
+    on_cuda = query.device.type == "cuda"
     return (
         empty((), torch.float32),
         empty((RESULTS,), torch.float64),
         empty((query.shape[0],), torch.float64),
-        empty((query.shape[0] if wanted & QUERY else 0, query.shape[1]), torch.float32),
-        empty((passage.shape[0] if wanted & PASSAGE else 0, passage.shape[1]), torch.float32),
+        empty((query.shape[0] if wanted & QUERY and not on_cuda else 0, query.shape[1]), torch.float32),
+        empty((passage.shape[0] if wanted & PASSAGE and not on_cuda else 0, passage.shape[1]), torch.float32),
         empty((1,), torch.float64),
+        empty((cuda.state_bytes(query.shape[0]) if on_cuda else 0,), torch.uint8),
+        torch.empty(1, dtype=torch.float64, device="meta" if query.device.type == "meta" else "cpu"),
     )
 
 
@@ -142,55 +193,112 @@ def backward(
     upstream: Tensor,
     query: Tensor,
     passage: Tensor,
+    query_ids: Tensor | None,
+    passage_ids: Tensor | None,
+    positives: Tensor | None,
+    weights: Tensor | None,
+    owners: Tensor | None,
     grad_query: Tensor,
     grad_passage: Tensor,
+    derivative: Tensor,
+    state: Tensor,
+    temperature: Tensor,
+    loss: str,
+    log_beta: bool,
+    margin: float | None,
+    zero_norm: str,
+    workspace_bytes: int | None,
+    own: bool,
     wanted: int,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of both towers, in their types, times the upstream gradient; without rows where they are not wanted."""
-
-    def scaled(gradient: Tensor, like: Tensor) -> Tensor:
-        return (gradient * upstream.to(torch.float32)).to(like.dtype)
-
-    return scaled(grad_query, query), scaled(grad_passage, passage)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of both towers, in their types and without rows where they are not wanted, and the derivative of the
+    temperature (float64), all times the upstream gradient."""
+    if query.device.type != "cuda":
+        factor = upstream.to(torch.float32)
+        dq, dp = ((x * factor).to(like.dtype) for x, like in ((grad_query, query), (grad_passage, passage)))
+        return dq, dp, derivative * upstream.to(torch.float64)
+    q, p = _readable("query", query), _readable("passage", passage)
+    memory = cuda.TorchMemory(q.device)
+    settings = (loss, float(temperature.item()), log_beta, margin, zero_norm, workspace_bytes, own)
+    annotations = _annotations(query_ids, passage_ids, positives, weights, owners)
+    planned = cuda.planned(memory, settings, q, p, annotations, _towers(wanted))
+    gradients = [
+        torch.empty((x.shape[0] if want else 0, x.shape[1]), dtype=x.dtype, device=x.device)
+        for x, want in zip((q, p), _towers(wanted))
+    ]
+    # A copy of the state: the backward call writes the derivative into it, and autograd may call twice.
+    state = state.clone()
+    planned.backward(
+        memory,
+        q,
+        p,
+        state,
+        (gradients[0] if wanted & QUERY else None, gradients[1] if wanted & PASSAGE else None),
+        upstream.detach().to(device=q.device, dtype=torch.float32).reshape(1),
+    )
+    return gradients[0], gradients[1], cuda.numbers(state, planned.plan.offsets[2], 1)
 
 
 @backward.register_fake
 def _(
-    upstream: Tensor, query: Tensor, passage: Tensor, grad_query: Tensor, grad_passage: Tensor, wanted: int
-) -> tuple[Tensor, Tensor]:
-    return grad_query.to(query.dtype, copy=True), grad_passage.to(passage.dtype, copy=True)
+    upstream: Tensor,
+    query: Tensor,
+    passage: Tensor,
+    query_ids: Tensor | None,
+    passage_ids: Tensor | None,
+    positives: Tensor | None,
+    weights: Tensor | None,
+    owners: Tensor | None,
+    grad_query: Tensor,
+    grad_passage: Tensor,
+    derivative: Tensor,
+    state: Tensor,
+    temperature: Tensor,
+    loss: str,
+    log_beta: bool,
+    margin: float | None,
+    zero_norm: str,
+    workspace_bytes: int | None,
+    own: bool,
+    wanted: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dp = (
+        torch.empty((x.shape[0] if want else 0, x.shape[1]), dtype=x.dtype, device=x.device)
+        for x, want in zip((query, passage), _towers(wanted))
+    )
+    return dq, dp, derivative.new_empty(1)
 
 
 def _no_second_derivatives(ctx: Any, *gradients: Tensor) -> Any:
-    raise _native.SamtoneError("samtone has no second derivatives: its gradients are constants; allowed: create_graph=False")
+    raise _native.SamtoneError(
+        "samtone has no second derivatives: its gradients are constants; allowed: create_graph=False"
+    )
 
 
 backward.register_autograd(_no_second_derivatives)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, passage, temperature = inputs[:3]
-    ctx.wanted = inputs[-1]
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    query, passage, temperature, *vectors = inputs[:8]
+    ctx.loss, _, *ctx.options = inputs[8:]  # the number in between is in the outputs
     ctx.inputs = len(inputs)
-    _, results, losses, grad_query, grad_passage, derivative = output
-    ctx.mark_non_differentiable(results, losses, grad_query, grad_passage, derivative)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.temperature = None if temperature is None else (temperature.dtype, temperature.shape)
-    ctx.save_for_backward(query, passage, grad_query, grad_passage, derivative)
+    ctx.temperature = None if temperature is None else (temperature.dtype, temperature.device, temperature.shape)
+    ctx.save_for_backward(query, passage, *vectors, *output[3:])
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     gradients: list[Any] = [None] * ctx.inputs
     if upstream is None:
         return tuple(gradients)
-    query, passage, grad_query, grad_passage, derivative = ctx.saved_tensors
-    if ctx.wanted & (QUERY | PASSAGE):
-        dq, dp = backward(upstream, query, passage, grad_query, grad_passage, ctx.wanted)
-        gradients[0] = dq if ctx.wanted & QUERY else None
-        gradients[1] = dp if ctx.wanted & PASSAGE else None
-    if ctx.wanted & TEMPERATURE:
-        dtype, shape = ctx.temperature
-        gradients[2] = (derivative * upstream.to(torch.float64)).to(dtype).reshape(shape)
+    wanted = ctx.options[-1]
+    dq, dp, derivative = backward(upstream, *ctx.saved_tensors, ctx.loss, *ctx.options)
+    gradients[0] = dq if wanted & QUERY else None
+    gradients[1] = dp if wanted & PASSAGE else None
+    if wanted & TEMPERATURE:
+        dtype, device, shape = ctx.temperature
+        gradients[2] = derivative.to(device=device, dtype=dtype).reshape(shape)
     return tuple(gradients)
 
 

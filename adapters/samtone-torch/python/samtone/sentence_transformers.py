@@ -208,7 +208,7 @@ class _Deferred(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         ctx.replay(upstream)
         return None, None, None, *(gradient * upstream for gradient in ctx.gradients)
 
@@ -259,15 +259,15 @@ class CachedSamToNeLoss(SamToNeLoss):
         if not value.requires_grad:
             return value
         parameters = [parameter for parameter in self.criterion.parameters() if parameter.requires_grad]
-        inputs = [tower.embeddings for tower in towers]
-        gradients = torch.autograd.grad(value, inputs + parameters)
+        inputs = [*(tower.embeddings for tower in towers), *parameters]
+        gradients = torch.autograd.grad(value, inputs)
 
         def replay(upstream: Tensor) -> None:
             for tower, gradient in zip(towers, gradients):
                 tower.backward((gradient * upstream).to(gradient.dtype))
 
         known = value.detach().requires_grad_()
-        result: Tensor = _Deferred.apply(known, replay, gradients[len(towers) :], *parameters)  # type: ignore[no-untyped-call]
+        result: Tensor = _Deferred.apply(known, replay, gradients[len(towers) :], *parameters)
         return result
 
     def get_config_dict(self) -> dict[str, Any]:

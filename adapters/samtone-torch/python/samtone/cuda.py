@@ -1,0 +1,150 @@
+"""Calls on CUDA: plans kept from step to step, memory from PyTorch's allocator, launches on its current stream.
+
+A plan is made on the host from everything but the embeddings, so ids and the like belong on the CPU: from a GPU they are copied,
+which waits. So does reading a temperature that is on the GPU. Nothing else waits.
+
+Embeddings that are refused (NaN, norm zero, no negative) are found on the device: loss and gradients are NaN then. With
+`torch.autograd.set_detect_anomaly(True)` every call waits and raises the sentence instead.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+# Plans are small (side data is a few numbers for each row); batches with ids of their own need one each.
+KEPT_PLANS = 16
+
+
+class Memory(Protocol):
+    """Where memory of a device comes from, and the stream that it is used on."""
+
+    stream: int
+
+    def empty(self, size: int) -> Any:
+        """So many bytes, of any content."""
+
+    def upload(self, content: bytes) -> Any:
+        """A copy on the device, in the order of the stream."""
+
+
+class TorchMemory:
+    """PyTorch's caching allocator and its current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream: int = torch.cuda.current_stream(device).cuda_stream
+
+    def empty(self, size: int) -> Tensor:
+        """So many bytes, of any content."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def upload(self, content: bytes) -> Tensor:
+        """A copy on the device, in the order of the stream, from page-locked memory that PyTorch keeps until it is done."""
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8).pin_memory().to(self.device, non_blocking=True)
+
+
+def capsule(tensor: Any) -> Any:
+    """As it lies on the device; the stream is the current one, so none has to wait for another."""
+    return tensor.detach().__dlpack__(stream=-1)
+
+
+class Planned:
+    """A plan and its side data on the device."""
+
+    def __init__(self, plan: _native.CudaPlan, side: Any) -> None:
+        self.plan = plan
+        self.side = side
+
+    def _call(self, memory: Memory, query: Any, passage: Any, state: Any) -> dict[str, Any]:
+        return {
+            "towers": (capsule(query), capsule(passage)),
+            "side": capsule(self.side),
+            "state": capsule(state),
+            "workspace": capsule(memory.empty(self.plan.workspace_bytes)),
+            "stream": memory.stream,
+        }
+
+    def forward(self, memory: Memory, query: Any, passage: Any, state: Any) -> None:
+        """Enqueues loss, row losses and metrics into the state."""
+        self.plan.forward(**self._call(memory, query, passage, state))
+        if torch.is_anomaly_enabled():
+            self.plan.check(**self._call(memory, query, passage, state))
+
+    def backward(
+        self, memory: Memory, query: Any, passage: Any, state: Any, gradients: tuple[Any, Any], upstream: Any
+    ) -> None:
+        """Enqueues the gradients of a forward call with this state, times `upstream`, one float32 on the device."""
+        dq, dp = (None if gradient is None else capsule(gradient) for gradient in gradients)
+        self.plan.backward(
+            **self._call(memory, query, passage, state), gradients=(dq, dp), upstream=capsule(upstream)
+        )
+
+
+_plans: OrderedDict[Any, Planned] = OrderedDict()
+_lock = threading.Lock()
+
+
+def planned(
+    memory: Memory,
+    settings: tuple[Any, ...],
+    query: Any,
+    passage: Any,
+    annotations: dict[str, Tensor | None],
+    wanted: tuple[bool, bool],
+) -> Planned:
+    """The plan for such a call, made now or in an earlier step. `settings` are what `Settings` is made of: loss, temperature,
+    whether it is log beta, margin, policy for norms of zero, bound on the workspace, scope."""
+    vectors = tuple(None if x is None else x.numpy().tobytes() for x in annotations.values())
+    towers = tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in (query, passage))
+    key = (settings, towers, vectors, wanted, memory.stream)
+    with _lock:
+        found = _plans.get(key)
+        if found is not None:
+            _plans.move_to_end(key)
+            return found
+    loss, temperature, log_beta, margin, zero_norm, workspace_bytes, own = settings
+    plan = _native.CudaPlan(
+        _native.Settings(
+            loss,
+            temperature,
+            log_beta=log_beta,
+            margin=margin,
+            zero_norm=zero_norm,
+            workspace_bytes=workspace_bytes,
+            own=own,
+        ),
+        capsule(query),
+        capsule(passage),
+        {name: None if x is None else x.__dlpack__() for name, x in annotations.items()},
+        wanted,
+    )
+    made = Planned(plan, memory.upload(plan.side()))
+    with _lock:
+        _plans[key] = made
+        while len(_plans) > KEPT_PLANS:
+            _plans.popitem(last=False)
+    return made
+
+
+def release() -> None:
+    """Gives up all plans and their memory."""
+    with _lock:
+        _plans.clear()
+
+
+def state_bytes(rows: Any) -> Any:
+    """Size of the state, which torch.compile must know before there is a plan. A plan needs 144 bytes for each row, and room
+    for the alignment of its arrays; native code refuses a state that is too short."""
+    return 160 * rows + 4096
+
+
+def numbers(state: Tensor, offset: int, count: int) -> Tensor:
+    """A copy of so many float64 numbers of the state."""
+    return state[offset : offset + 8 * count].view(torch.float64).clone()
