@@ -27,6 +27,10 @@ pub struct Args {
     /// Folder of the report; created if need be.
     #[arg(long, value_name = "FOLDER", default_value = "report")]
     pub out: PathBuf,
+    /// Trains nothing: writes what a training reads (hashed texts, ids, initial towers, batches) as safetensors, for the same
+    /// training in another framework.
+    #[arg(long, value_name = "FILE")]
+    pub export: Option<PathBuf>,
     /// Losses to compare: any preset of the crate.
     #[arg(long, value_delimiter = ',', value_parser = loss_name,
           default_value = "info_nce,bidirectional,pair,samtone_query,samtone_both")]

@@ -15,6 +15,7 @@ mod args;
 mod data;
 mod doc_pairs;
 mod encoder;
+mod export;
 mod features;
 mod files;
 mod geometry;
@@ -61,10 +62,18 @@ fn run() -> Result<()> {
     let start = Instant::now();
     let args = Args::parse().resolve()?;
     let dataset = read(&args)?;
-    std::fs::create_dir_all(&args.out).with_context(|| format!("cannot create the folder {}", args.out.display()))?;
+    if args.export.is_none() {
+        std::fs::create_dir_all(&args.out)
+            .with_context(|| format!("cannot create the folder {}", args.out.display()))?;
+    }
     let source = dataset.source.clone();
     let leaks_dropped = dataset.leaks_dropped;
     let data = Prepared::new(dataset, &args);
+    if let Some(path) = &args.export {
+        export::export(path, &data, &args)?;
+        println!("{source}: {} training pairs in {}", data.train_pairs(), path.display());
+        return Ok(());
+    }
     let summary = DataSummary {
         source,
         train_pairs: data.train_pairs(),

@@ -60,11 +60,15 @@ pub fn save_embeddings(
     write(&folder.join(format!("embeddings-{}.safetensors", file_stem(variant))), tensors, HashMap::new())
 }
 
-fn view(data: &[f32], shape: Vec<usize>) -> Result<TensorView<'_>> {
+pub fn view(data: &[f32], shape: Vec<usize>) -> Result<TensorView<'_>> {
     Ok(TensorView::new(Dtype::F32, shape, bytemuck::cast_slice(data))?)
 }
 
-fn write(path: &Path, tensors: Vec<(&str, TensorView<'_>)>, metadata: HashMap<String, String>) -> Result<()> {
+pub fn write<N: AsRef<str> + Ord + std::fmt::Display>(
+    path: &Path,
+    tensors: Vec<(N, TensorView<'_>)>,
+    metadata: HashMap<String, String>,
+) -> Result<()> {
     safetensors::serialize_to_file(tensors, Some(metadata), path)
         .with_context(|| format!("cannot write {}", path.display()))
 }

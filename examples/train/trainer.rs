@@ -21,8 +21,10 @@ const EVALUATIONS: usize = 5;
 
 /// The data as the encoders read it.
 pub struct Prepared {
-    train: [Features; 2],
-    ids: [Vec<i64>; 2],
+    /// Training queries and passages.
+    pub train: [Features; 2],
+    /// Ids of their texts.
+    pub ids: [Vec<i64>; 2],
     test_queries: Features,
     test_candidates: Features,
     inverse_frequency: InverseFrequency,
@@ -309,7 +311,7 @@ impl Trainer {
 }
 
 /// Batches of a random order of the pairs, a new one each epoch; a rest smaller than a batch is left out.
-struct Batches {
+pub struct Batches {
     order: Vec<u32>,
     batch: usize,
     at: usize,
@@ -317,12 +319,14 @@ struct Batches {
 }
 
 impl Batches {
-    fn new(pairs: usize, batch: usize, seed: u64) -> Self {
+    /// Of so many pairs.
+    pub fn new(pairs: usize, batch: usize, seed: u64) -> Self {
         // Past the end, so that the first call shuffles.
         Self { order: (0..pairs as u32).collect(), batch, at: pairs, rng: fastrand::Rng::with_seed(seed) }
     }
 
-    fn next(&mut self) -> &[u32] {
+    /// Indices of pairs.
+    pub fn next(&mut self) -> &[u32] {
         if self.at + self.batch > self.order.len() {
             self.rng.shuffle(&mut self.order);
             self.at = 0;
