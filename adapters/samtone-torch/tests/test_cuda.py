@@ -1,0 +1,72 @@
+"""CUDA: on the emulated driver in a child process, on a GPU where there is one, and shapes alone everywhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import emulated
+import judge
+import pytest
+import torch
+from conftest import REQUIRED
+from judge import gradient_error
+from test_loss import embeddings
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import samtone
+from samtone import cuda, ops
+
+COMPILER = os.environ.get("CXX", "g++")
+
+
+def test_on_the_emulated_driver() -> None:
+    if sys.platform != "linux" or shutil.which(COMPILER) is None:
+        assert "emulator" not in REQUIRED, "it is required, but there is no C++ compiler on Linux"
+        pytest.skip("the emulated driver needs a C++ compiler and Linux")
+    folder = emulated.build(Path(tempfile.gettempdir()) / f"samtone-emulated-driver-{os.getuid()}", COMPILER)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")]))
+    checks = Path(__file__).with_name("cuda_checks.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(checks)]
+    done = subprocess.run(command, env=os.environ | {"LD_LIBRARY_PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_shapes_on_cuda_without_a_gpu() -> None:
+    """What torch.compile knows of a call on CUDA."""
+    with FakeTensorMode():
+        q, p = (torch.empty(rows, 16, device="cuda", dtype=torch.bfloat16) for rows in (8, 9))
+        evaluation = samtone.evaluate(q, p, passage_ids=torch.arange(9))
+        assert evaluation.loss.device.type == "cuda" and evaluation.row_losses.shape == (8,)
+        options = ("samtone_query", False, None, "error", None, False)
+        saved = ops.forward(q, p, None, None, None, None, None, None, options[0], 0.1, *options[1:], 3)[3:]
+        assert [len(x) for x in saved] == [0, 0, 1, cuda.state_bytes(8), 1] and saved[-1].device.type == "cpu"
+        dq, dp, derivative = ops.backward(evaluation.loss, q, p, None, None, None, None, None, *saved, *options, 1)
+        assert dq.shape == q.shape and dq.dtype == q.dtype and dq.device == q.device
+        assert dp.shape == (0, 16) and derivative.shape == (1,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() and "cuda" not in REQUIRED, reason="there is no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    case = judge.of_preset("samtone_both", *embeddings(50, dtype), passage_ids=[k // 2 for k in range(17)])
+    want = judge.judge(case, 3.0)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        q, p = (x.cuda().requires_grad_() for x in (case.query, case.passage))
+        tau = torch.tensor(case.temperature, device="cuda", requires_grad=True)
+        for _ in range(3):
+            loss = samtone.samtone_loss(q, p, temperature=tau, **{k: v for k, v in case.options().items()})
+            q.grad = p.grad = tau.grad = None
+            (3 * loss).backward()
+    stream.synchronize()
+    judge.close(loss.item(), want.loss.item(), 1e-5)
+    for name, x in (("query", q), ("passage", p)):
+        assert x.grad is not None
+        assert gradient_error(x.grad.cpu(), want.gradients[name], x.detach().cpu()) <= judge.tolerance(dtype, 0.1)
+    judge.close(tau.grad.item(), want.gradients["tau"].item(), judge.tolerance(dtype, 0.1))  # type: ignore[union-attr]
