@@ -1,5 +1,6 @@
 //! Every check on every device. One that is not there is shown as ignored, with the reason, unless `SAMTONE_REQUIRE` names it.
 
+mod curve;
 mod encoder;
 mod errors;
 mod gradients;
@@ -24,6 +25,7 @@ const CHECKS: &[Check] = &[
     ("bad_input_gets_a_sentence", errors::sentences),
     ("rows_that_are_wrong_are_named", errors::rows),
     ("finite_differences_through_modules", encoder::finite_differences),
+    ("training_follows_the_common_curve", curve::follows),
     ("chunks_encoded_apart_give_the_gradients_of_the_batch", encoder::chunks),
 ];
 
