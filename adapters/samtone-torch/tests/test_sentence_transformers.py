@@ -36,6 +36,10 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.rows: list[int] = []
 
+    def __getitem__(self, index: int) -> nn.Module:
+        """The modules of a model, as sentence-transformers looks at them."""
+        return self.dense
+
     def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         self.rows.append(len(features["input_ids"]))
         mask = features["attention_mask"][..., None].float()

@@ -1,0 +1,95 @@
+"""One step, forward and backward, of `samtone_query` on the CPU: an eager module of PyTorch, this package, and the native call
+alone, with its buffers made beforehand: what remains of a step without autograd, custom operations and allocation.
+
+    python benches/step.py [--rows 4096] [--dim 768] [--dtype float32] [--rounds 7]
+
+All in turns; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import samtone
+from samtone import _native
+
+TEMPERATURE = 0.01
+
+
+def eager(q: Tensor, p: Tensor) -> Tensor:
+    """SamToNe as one writes it in PyTorch."""
+    q, p = normalize(q.float(), dim=1), normalize(p.float(), dim=1)
+    logits = q @ p.T / TEMPERATURE
+    same = (q @ q.T / TEMPERATURE).masked_fill(torch.eye(len(q), dtype=torch.bool), -torch.inf)
+    positive = logits.diagonal()
+    forward = torch.logsumexp(torch.cat([logits, same], 1), 1)
+    return (forward + torch.logsumexp(logits, 0) - 2 * positive).mean()
+
+
+def native(q: Tensor, p: Tensor) -> Callable[[], Any]:
+    """The native call on buffers that exist."""
+    gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (q, p)]
+    losses = torch.zeros(len(q), dtype=torch.float64)
+    settings = _native.Settings("samtone_query", TEMPERATURE)
+    annotations = dict.fromkeys(("query_ids", "passage_ids", "positives", "weights", "owners"))
+
+    def call() -> Any:
+        q_, p_, dq, dp, rows = (x.__dlpack__() for x in (q, p, *gradients, losses))
+        return _native.cpu_step(settings, q_, p_, (dq, dp), True, annotations, rows, torch.get_num_threads())
+
+    return call
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    q, p = (torch.randn(arguments.rows, arguments.dim).to(getattr(torch, arguments.dtype)) for _ in range(2))
+    p += q
+    a, b = q.clone().requires_grad_(), p.clone().requires_grad_()
+
+    def step(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Any]:
+        def call() -> None:
+            a.grad = b.grad = None
+            loss(a, b).backward()
+
+        return call
+
+    engines: dict[str, Callable[[], Any]] = {
+        "eager PyTorch": step(eager),
+        "samtone": step(lambda x, y: samtone.samtone_loss(x, y, temperature=TEMPERATURE)),
+        "the native call": native(q, p),
+    }
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for round_ in range(arguments.rounds + 1):
+        for name, call in engines.items():
+            start = time.perf_counter()
+            call()
+            if round_ > 0:  # the first is a warm-up
+                times[name].append(time.perf_counter() - start)
+    threads = torch.get_num_threads()
+    print(f"B = {arguments.rows}, d = {arguments.dim}, {arguments.dtype}, {threads} threads, torch {torch.__version__}")
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, median in medians.items():
+        spread = f"{min(times[name]) * 1e3:.1f} to {max(times[name]) * 1e3:.1f}"
+        print(f"{name:16} {median * 1e3:9.1f} ms   ({spread})")
+    paired = [a / b - 1 for a, b in zip(times["samtone"], times["the native call"])]
+    print(f"eager / samtone: {medians['eager PyTorch'] / medians['samtone']:.2f}")
+    print(f"samtone above the native call: {100 * statistics.median(paired):.1f}%")
+
+
+if __name__ == "__main__":
+    main()

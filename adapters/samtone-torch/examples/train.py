@@ -1,0 +1,69 @@
+"""An ordinary training loop: a dual encoder of hashed words, AdamW, a learned temperature. The data, and the curve that it must
+follow, are specified in adapters/dual-encoder/README.md of the repository.
+
+    python examples/train.py [FOLDER]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import samtone
+
+FOLDER = Path(__file__).resolve().parents[2] / "dual-encoder"
+
+
+class Encoder(nn.Module):
+    """Both towers: a weighted sum of bucket embeddings, projected."""
+
+    def __init__(self, table: Tensor, projection: Tensor) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag.from_pretrained(table, freeze=False, mode="sum")
+        self.projection = nn.Parameter(projection)
+
+    def forward(self, buckets: Tensor, weights: Tensor) -> Tensor:
+        projected: Tensor = self.table(buckets, per_sample_weights=weights) @ self.projection
+        return projected
+
+
+def train(folder: Path) -> tuple[list[float], float]:
+    """The loss before each step, and log beta after the last."""
+    data = load_file(folder / "pairs.safetensors")
+    encoder = Encoder(data["table"].clone(), data["projection"].clone())
+    criterion = samtone.SamToNeLoss("samtone_query", temperature=1 / 20, learnable="log_beta")
+    parameters = [*encoder.parameters(), *criterion.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)
+    curve = []
+    for step, pairs in enumerate(data["batches"].long()):
+        query, passage = (
+            encoder(data[f"{tower}_buckets"].long()[pairs], data[f"{tower}_weights"][pairs])
+            for tower in ("query", "passage")
+        )
+        ids = {f"{tower}_ids": data[f"{tower}_ids"][pairs] for tower in ("query", "passage")}
+        evaluation = criterion.evaluate(query, passage, **ids)
+        optimizer.zero_grad()
+        evaluation.loss.backward()
+        optimizer.step()
+        curve.append(evaluation.loss.item())
+        print(f"step {step:2}  loss {curve[-1]:.6f}  P@1 {evaluation.query_to_passage.precision_at_1.item():.3f}")
+    return curve, -math.log(criterion.current_temperature())
+
+
+def main() -> None:
+    """Trains, and says how far the curve is from the expected one."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
+    curve, log_beta = train(folder)
+    expected = json.loads((folder / "curve.json").read_text())
+    largest = max(abs(a / b - 1) for a, b in zip(curve, expected["loss"]))
+    print(f"log beta {log_beta:.6f}, expected {expected['log_beta']:.6f}; losses within {largest:.1e} of the float64 curve")
+
+
+if __name__ == "__main__":
+    main()
