@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import threading
 from typing import Any
 
@@ -184,6 +187,20 @@ def test_compile_without_graph_breaks(backend: str, dtype: torch.dtype) -> None:
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler")
+def test_inductor() -> None:
+    torch._dynamo.reset()
+    tower = torch.nn.Linear(24, 16)
+    q, p = embeddings(34)
+
+    def step(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        return samtone.samtone_loss(tower(q), tower(p), temperature=0.1)
+
+    (got,) = torch.autograd.grad(torch.compile(step, fullgraph=True)(q, p), tower.weight)
+    (want,) = torch.autograd.grad(step(q, p), tower.weight)
+    assert torch.allclose(got, want, atol=1e-5)
+
+
 def test_compile_with_dynamic_shapes() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda q, p: samtone.samtone_loss(2 * q, p), backend="aot_eager", fullgraph=True, dynamic=True)
@@ -256,6 +273,17 @@ def test_the_interpreter_is_released_during_a_call() -> None:
     done.set()
     ticker.join()
     assert count[0] >= 5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    q, p = embeddings(35)
+    want = samtone.samtone_loss(q, p).item()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(0 if samtone.samtone_loss(q, p).item() == want else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_modules_hold_loss_and_temperature() -> None:

@@ -184,7 +184,7 @@ def test_trainer(cached: bool, tmp_path: Path) -> None:
 
     torch.manual_seed(5)
     model = static_model()
-    options: dict[str, Any] = {"temperature": 0.1, "hard_negative_scope": "own"}
+    options: dict[str, Any] = {"temperature": 0.1, "hard_negative_scope": "own", "learnable": "log_beta"}
     loss = CachedSamToNeLoss(model, mini_batch_size=2, **options) if cached else SamToNeLoss(model, **options)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(tmp_path),
@@ -202,6 +202,7 @@ def test_trainer(cached: bool, tmp_path: Path) -> None:
     trainer.train()
     curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(curve) == 15 and curve[-1] < 0.5 * curve[0]
+    assert abs(loss.temperature - 0.1) > 0.01, "the trainer's optimizer has not got the parameters of the loss"
     # For the model card, as JSON.
     assert loss.get_config_dict()["loss"] == "samtone_query" and "SamToNe" in loss.citation
     model.save(str(tmp_path / "model"))
