@@ -50,7 +50,7 @@ macro_rules! annotated {
 /// # }
 /// ```
 ///
-/// Clones share the memory of their calls (up to [`workspace_bytes`](Self::workspace_bytes), and O((M + N)·d)), so that a step
+/// On the CPU, clones share the memory of their calls (up to [`workspace_bytes`](Self::workspace_bytes), and O((M + N)·d)), so that a step
 /// allocates none of it again. Calls at the same time are right, too; all but one then take memory of their own.
 #[derive(Debug, Clone)]
 pub struct SamToNe {
@@ -130,7 +130,7 @@ impl SamToNe {
     }
 
     /// Bound on the memory a call may take beyond O((M + N)·d); more saves computing cosines twice. Default:
-    /// [`samtone::cpu::DEFAULT_WORKSPACE_BYTES`].
+    /// [`samtone::cpu::DEFAULT_WORKSPACE_BYTES`], on a device [`samtone::wgpu::DEFAULT_WORKSPACE_BYTES`].
     pub fn workspace_bytes(mut self, bytes: usize) -> Self {
         self.workspace_bytes = Some(bytes);
         self
@@ -138,19 +138,27 @@ impl SamToNe {
 
     /// The loss as a tensor of shape \[1\], f32, whose `backward` reaches `query`, `passage` and the tensor in `temperature`.
     ///
-    /// `query` is M × d and `passage` N × d with N ≥ M, both f32, f16 or bf16 and on the CPU, `Device::flex()`. Tensors whose rows
-    /// are contiguous are read in place, whatever lies between the rows; others are copied first. Gradients come in the type
-    /// of what they belong to, rounded after the upstream gradient has been applied.
+    /// `query` is M × d and `passage` N × d with N ≥ M, both f32, f16 or bf16 and on one device: `Device::flex()`, or, with the
+    /// feature `wgpu`, `Device::wgpu`. Tensors whose rows are contiguous are read in place, whatever lies between the rows; others
+    /// are copied first. Gradients come in the type of what they belong to, rounded after the upstream gradient has been
+    /// applied.
     ///
     /// Gradients are computed here, together with the loss, and only those of tensors that autodiff tracks: a frozen tower costs
     /// nothing, and without any tracked tensor this is a forward pass. They are constants to autodiff: there are no second
     /// derivatives.
     ///
+    /// On a wgpu device nothing waits for the device: loss and gradients are computed in the order of burn's own operations, in
+    /// memory that burn manages. A tensor as temperature is the exception, because the host plans with τ: its number is read
+    /// back, which waits for what computes it, such as the optimizer's last step.
+    ///
     /// # Errors
     /// A sentence that names the argument, its value and what is allowed: for shapes, types and devices; for ids and
     /// the like of another length than the batch; for embeddings that are not finite or, by default, of norm zero, by
-    /// row; for a row without any negative if the loss needs one; for a workspace below the smallest plan. burn's
-    /// `backward` has no errors: an upstream gradient that is not finite makes gradients that are not.
+    /// row; for a row without any negative if the loss needs one; for a workspace below the smallest plan.
+    ///
+    /// On a wgpu device, the rows that are wrong are found by the device: the loss and the gradients are NaN then, and
+    /// [`Report::evaluation`] has the sentence. burn's `backward` has no errors: an upstream gradient that is not finite makes
+    /// gradients that are not.
     pub fn forward(
         &self,
         query: Tensor<2>,
@@ -160,7 +168,8 @@ impl SamToNe {
         self.forward_with_metrics(query, passage, temperature).map(|(loss, _)| loss)
     }
 
-    /// [`SamToNe::forward`], and the loss of every row, P@1 and MRR of the batch, which cost nothing more.
+    /// [`SamToNe::forward`], and a report with the loss of every row, P@1 and MRR of the batch. On the CPU it costs nothing more; on
+    /// a device it is read back only when it is asked for.
     ///
     /// # Errors
     /// As [`SamToNe::forward`].
@@ -175,10 +184,10 @@ impl SamToNe {
         Call { query, passage, temperature }.run(self)
     }
 
-    /// Loss, row losses, P@1 and MRR without any gradient, be the tensors tracked or not: for validation.
+    /// Loss, row losses, P@1 and MRR without any gradient, be the tensors tracked or not: for validation. Waits for the device.
     ///
     /// # Errors
-    /// As [`SamToNe::forward`].
+    /// As [`SamToNe::forward`], on every device.
     pub fn evaluate(
         &self,
         query: Tensor<2>,

@@ -10,7 +10,11 @@ use burn::backend::{
 };
 use burn::tensor::Tensor;
 
-const ALLOWED: &str = "tensors on the CPU, `Device::flex()`: `to_device` is differentiable";
+const ALLOWED: &str = if cfg!(feature = "wgpu") {
+    "tensors of `Device::flex()` or `Device::wgpu`: `to_device` is differentiable"
+} else {
+    "tensors of `Device::flex()`, or of `Device::wgpu` with the feature `wgpu`: `to_device` is differentiable"
+};
 
 /// The tensors of a call.
 pub(crate) struct Call {
@@ -104,7 +108,11 @@ where
     match DispatchTensor::try_into_backend(tensor) {
         Ok(BackendTensor::Float(tensor)) => Ok(tensor),
         Ok(other) => Err(invalid(argument, format!("of type {}", other.dtype().name()), "f32, f16 or bf16")),
-        Err(_) => Err(invalid(argument, format!("on {place}"), "tensors of one backend, that of `query`")),
+        Err(_) => Err(invalid(
+            argument,
+            format!("on {place}"),
+            "tensors of one backend, that of `query`: `to_device` is differentiable",
+        )),
     }
 }
 

@@ -1,5 +1,9 @@
 //! burn's wgpu backend: the plan of [`samtone::wgpu`] as launches of cubecl, on burn's device, in burn's buffers and in the order of
 //! burn's own kernels. Nothing is read back but a temperature that is a tensor.
+//!
+//! cubecl owns device and queue, and gives neither to others unless they made them. What it does take is a kernel of given WGSL
+//! ([`shader`]), which then shares its pipelines, its memory and its order. So a plan is replayed as data, as pages in browsers do;
+//! `samtone::wgpu`'s own driver, and the wgpu behind it, are not in this build.
 
 mod fusion;
 mod launch;
@@ -12,7 +16,6 @@ use crate::backend::{Inputs, Outputs, SamToNeBackend, Wanted};
 use crate::{Report, Result, SamToNe, invalid};
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::{DType, Shape};
-use burn::cubecl::features::Plane;
 use burn::cubecl::ir::{ElemType, FloatKind};
 use burn::cubecl::prelude::Client;
 use burn_cubecl::CubeBackend;
@@ -31,6 +34,13 @@ impl SamToNeBackend for CubeBackend {
     fn samtone(samtone: &SamToNe, inputs: Inputs<Self>, wanted: Wanted) -> Result<Outputs<Self>> {
         let client = inputs.query.client.clone();
         check_runtime(&client)?;
+        let others = [("passage", Some(&inputs.passage)), ("temperature", inputs.temperature.tensor())];
+        for (argument, tensor) in others {
+            if let Some(device) = tensor.map(|tensor| &tensor.device).filter(|device| **device != inputs.query.device) {
+                let allowed = format!("the device of `query`, {:?}", inputs.query.device);
+                return Err(invalid(argument, format!("on {device:?}"), allowed));
+            }
+        }
         let by_log_beta = matches!(inputs.temperature, crate::Temperature::LogBeta(_));
         let options = samtone.options(&inputs.temperature.try_map(|tensor| read::scalar(&tensor))?)?;
         let (q, p) = (launch::readable("query", inputs.query)?, launch::readable("passage", inputs.passage)?);
@@ -122,7 +132,8 @@ fn capabilities(client: &Client) -> Capabilities {
         max_workgroups: hardware.max_cube_count.0.min(hardware.max_cube_count.1),
         workgroup_bytes: hardware.max_shared_memory_size.try_into().unwrap_or(u32::MAX),
         f16: properties.supports_type(ElemType::Float(FloatKind::F16)),
-        subgroups: properties.features.plane.contains(Plane::Ops),
+        // They speed up sums over rows, not products, and cubecl offers none on the software devices on which this is tested.
+        subgroups: false,
         products: Products::Fma,
     }
 }

@@ -40,6 +40,18 @@ pub fn sentences(device: &Device) -> Outcome {
         refused
             .push((samtone.forward(query(), double, TAU), "argument `passage` is of type f64; allowed: f32, f16 or"));
     }
+    if *device != Device::flex() {
+        let elsewhere = wave(9, 5, 0.9, &Device::flex());
+        refused.push((samtone.forward(query(), elsewhere, TAU), "argument `passage` is on Flex"));
+        let number = Tensor::<1>::from_floats([1.0], &Device::flex());
+        let result = samtone.forward(query(), passage(), Temperature::Tau(number));
+        refused.push((result, "argument `temperature` is on Flex"));
+    }
+    let (balanced, plain) = (device.clone().autodiff().gradient_checkpointing(), device.clone().autodiff());
+    refused.push((
+        samtone.forward(wave(6, 5, 0.7, &plain), wave(9, 5, 0.9, &balanced), TAU),
+        "argument `passage` is a tensor with gradient checkpointing",
+    ));
     for (result, sentence) in refused {
         match result {
             Err(error) if error.to_string().starts_with(sentence) => {}

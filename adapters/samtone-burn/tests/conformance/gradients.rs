@@ -99,3 +99,28 @@ pub fn golden(device: &Device) -> Outcome {
     }
     Ok(())
 }
+
+/// Several tiles and, by a tight bound, several parts of the batch; passages repeat.
+pub fn tiles(device: &Device) -> Outcome {
+    let (rows, passages, dim) = (150, 170, 24);
+    let scattered = |len: usize, seed: f64| (0..len).map(|i| ((i * i) as f64 * seed).sin()).collect::<Vec<f64>>();
+    let problem = Problem {
+        name: "tiles".into(),
+        rows,
+        passages,
+        dim,
+        query: scattered(rows * dim, 0.7),
+        passage: scattered(passages * dim, 1.1),
+        positives: None,
+        weights: None,
+        query_ids: None,
+        passage_ids: Some((0..passages as i64).map(|n| n % 160).collect()),
+        owners: None,
+        options: Options::new(0.05)?.with_workspace_bytes(600_000),
+        ..problem(Loss::samtone_both(), false)
+    };
+    for dtype in types(device) {
+        compare(&problem, None, Form::LogBeta, device, dtype, 0.5)?;
+    }
+    Ok(())
+}

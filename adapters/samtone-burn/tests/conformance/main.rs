@@ -17,6 +17,7 @@ type Check = (&'static str, fn(&Device) -> Outcome);
 
 const CHECKS: &[Check] = &[
     ("gradients_are_those_of_the_reference", gradients::presets),
+    ("several_tiles_and_parts", gradients::tiles),
     ("golden_files", gradients::golden),
     ("frozen_towers_get_no_gradient_and_change_no_other", tensors::frozen),
     ("strided_and_transposed_tensors_give_the_same_bits", tensors::strided),
