@@ -14,12 +14,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import samtone
 import torch
+from samtone import _native
 from torch import Tensor
 from torch.nn.functional import normalize
-
-import samtone
-from samtone import _native
 
 TEMPERATURE = 0.01
 

@@ -11,11 +11,10 @@ import math
 import sys
 from pathlib import Path
 
+import samtone
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-
-import samtone
 
 FOLDER = Path(__file__).resolve().parents[2] / "dual-encoder"
 
@@ -62,7 +61,9 @@ def main() -> None:
     curve, log_beta = train(folder)
     expected = json.loads((folder / "curve.json").read_text())
     largest = max(abs(a / b - 1) for a, b in zip(curve, expected["loss"]))
-    print(f"log beta {log_beta:.6f}, expected {expected['log_beta']:.6f}; losses within {largest:.1e} of the float64 curve")
+    print(
+        f"log beta {log_beta:.6f}, expected {expected['log_beta']:.6f}; losses within {largest:.1e} of the float64 curve"
+    )
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ from typing import Any
 import emulated
 import judge
 import pytest
+import samtone
 import torch
 from judge import Case, close, gradient_error
-from test_loss import MASKS, embeddings
-
-import samtone
 from samtone import _native, cuda
+from test_loss import MASKS, embeddings
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +55,18 @@ class Result:
         head = memory.read(state)
         self.results = cuda.numbers(head, results, 5).tolist()
         self.row_losses = cuda.numbers(head, row_losses, len(case.query)).tolist()
-        self.gradients = [memory.tensor(torch.full_like(x, 7.0)) if w else None for x, w in zip((case.query, case.passage), wanted)]
+        self.gradients = [
+            memory.tensor(torch.full_like(x, 7.0)) if w else None for x, w in zip((case.query, case.passage), wanted)
+        ]
         factor = memory.put(torch.tensor([upstream]).numpy().tobytes(), (1,), torch.float32)
         self.planned.backward(memory, q, p, state, (self.gradients[0], self.gradients[1]), factor)
         self.derivative = cuda.numbers(memory.read(state), derivative, 1).item()
         self.read = [None if g is None else memory.read(g) for g in self.gradients]
 
 
-def check(memory: emulated.EmulatedMemory, case: Case, upstream: float = 1.0, log_beta: bool = False, pitch: int = 0) -> None:
+def check(
+    memory: emulated.EmulatedMemory, case: Case, upstream: float = 1.0, log_beta: bool = False, pitch: int = 0
+) -> None:
     dtype, before = case.query.dtype, emulated.leaked()
     want = judge.judge(case, upstream)
     got = Result(memory, case, upstream, log_beta=log_beta, pitch=pitch)
@@ -118,7 +121,14 @@ def test_plans_are_kept(memory: emulated.EmulatedMemory) -> None:
     assert Result(memory, case).results == first.results, "same bits"
     for k in range(2 * cuda.KEPT_PLANS):
         case.temperature = 0.1 + 0.01 * k
-        cuda.planned(memory, settings(case), memory.tensor(case.query), memory.tensor(case.passage), annotations(case), (True, True))
+        cuda.planned(
+            memory,
+            settings(case),
+            memory.tensor(case.query),
+            memory.tensor(case.passage),
+            annotations(case),
+            (True, True),
+        )
     assert len(cuda._plans) == cuda.KEPT_PLANS
 
 
@@ -139,7 +149,10 @@ def test_refused_embeddings_are_nan_or_a_sentence(memory: emulated.EmulatedMemor
     case.passage[5, 7] = float("inf")
     got = Result(memory, case)
     assert got.results[0] != got.results[0] and got.read[0] is not None and got.read[0].isnan().all()
-    with torch.autograd.set_detect_anomaly(True), pytest.raises(samtone.SamtoneError, match="passage embedding in row 5 contains"):
+    with (
+        torch.autograd.set_detect_anomaly(True),
+        pytest.raises(samtone.SamtoneError, match="passage embedding in row 5 contains"),
+    ):
         Result(memory, case)
 
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import samtone
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
-
-import samtone
 
 PRESETS: dict[str, list[tuple[float, list[str], int]]] = {
     "info_nce": [(1.0, ["qp"], 1)],

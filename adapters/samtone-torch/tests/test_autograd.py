@@ -10,12 +10,11 @@ from typing import Any
 
 import judge
 import pytest
+import samtone
 import torch
 from judge import gradient_error
-from test_loss import MASKS, embeddings
-
-import samtone
 from samtone import _native, ops
+from test_loss import MASKS, embeddings
 
 
 def gradients(q: torch.Tensor, p: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,7 +23,9 @@ def gradients(q: torch.Tensor, p: torch.Tensor, **options: Any) -> tuple[torch.T
     return dq, dp
 
 
-@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)])
+@pytest.mark.parametrize(
+    "needed", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
+)
 def test_only_needed_gradients_are_computed(needed: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     step = _native.cpu_step
@@ -159,7 +160,24 @@ def test_gradcheck() -> None:
 def test_operations_are_registered_as_pytorch_wants_them() -> None:
     q, p = (x.requires_grad_() for x in embeddings(28))
     ids = torch.arange(len(p))
-    arguments = (q, p, torch.tensor(0.1), None, ids, None, None, None, "samtone_both", 0.0, False, None, "error", None, False, 3)
+    arguments = (
+        q,
+        p,
+        torch.tensor(0.1),
+        None,
+        ids,
+        None,
+        None,
+        None,
+        "samtone_both",
+        0.0,
+        False,
+        None,
+        "error",
+        None,
+        False,
+        3,
+    )
     torch.library.opcheck(ops.forward, arguments)
     saved = ops.forward(*arguments)[3:]
     inputs = (torch.tensor(2.0), q.detach(), p.detach(), *arguments[3:8], *saved)
@@ -203,7 +221,9 @@ def test_inductor() -> None:
 
 def test_compile_with_dynamic_shapes() -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(lambda q, p: samtone.samtone_loss(2 * q, p), backend="aot_eager", fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda q, p: samtone.samtone_loss(2 * q, p), backend="aot_eager", fullgraph=True, dynamic=True
+    )
     q, p = embeddings(30)
     for rows in (12, 9, 5):
         x = q[:rows].clone().requires_grad_()
@@ -284,6 +304,15 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
         signal.alarm(60)
         os._exit(0 if samtone.samtone_loss(q, p).item() == want else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_the_default_device_of_pytorch_changes_nothing() -> None:
+    q, p = embeddings(36)
+    options: dict[str, Any] = {"passage_ids": [0] * 3 + list(range(14)), "weights": [1.0] * 12}
+    want = gradients(q, p, **options)
+    with torch.device("meta"):
+        got = gradients(q, p, **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
 def test_modules_hold_loss_and_temperature() -> None:

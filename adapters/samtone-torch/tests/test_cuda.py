@@ -12,14 +12,13 @@ from pathlib import Path
 import emulated
 import judge
 import pytest
+import samtone
 import torch
 from conftest import REQUIRED
 from judge import gradient_error
+from samtone import cuda, ops
 from test_loss import embeddings
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-import samtone
-from samtone import cuda, ops
 
 COMPILER = os.environ.get("CXX", "g++")
 

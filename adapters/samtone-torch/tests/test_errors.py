@@ -2,50 +2,111 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import numpy
 import pytest
-import torch
-from test_loss import DIM, HARD, ROWS, embeddings
-
 import samtone
+import torch
 from samtone import _native
+from test_loss import DIM, HARD, ROWS, embeddings
 
 N = ROWS + HARD
 CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("a list", {"query": [[1.0]]}, "`query` is a list; allowed: a tensor"),
     ("a vector", {"query": torch.ones(3)}, "`query` is a tensor of shape (3,); allowed: a matrix"),
-    ("float64", {"passage": torch.ones(N, DIM, dtype=torch.float64)}, "`passage` is of type torch.float64; allowed: torch.float32"),
+    (
+        "float64",
+        {"passage": torch.ones(N, DIM, dtype=torch.float64)},
+        "`passage` is of type torch.float64; allowed: torch.float32",
+    ),
     ("integers", {"query": torch.ones(ROWS, DIM, dtype=torch.int64)}, "`query` is of type torch.int64"),
-    ("two types", {"passage": torch.ones(N, DIM, dtype=torch.float16)}, "`passage` is of type f16; allowed: the type of the queries, f32"),
-    ("two dimensions", {"passage": torch.ones(N, 3)}, "`passage` is embeddings of dimension 3; allowed: the dimension of the queries, 24"),
-    ("too few passages", {"passage": torch.ones(3, DIM)}, "`passage` is 3 rows; allowed: at least as many rows as there are queries"),
+    (
+        "two types",
+        {"passage": torch.ones(N, DIM, dtype=torch.float16)},
+        "`passage` is of type f16; allowed: the type of the queries, f32",
+    ),
+    (
+        "two dimensions",
+        {"passage": torch.ones(N, 3)},
+        "`passage` is embeddings of dimension 3; allowed: the dimension of the queries, 24",
+    ),
+    (
+        "too few passages",
+        {"passage": torch.ones(3, DIM)},
+        "`passage` is 3 rows; allowed: at least as many rows as there are queries",
+    ),
     ("no rows", {"query": torch.ones(0, DIM)}, "`query` is a matrix of shape 0 x 24"),
     ("no columns", {"query": torch.ones(ROWS, 0), "passage": torch.ones(N, 0)}, "at least one row and column"),
-    ("sparse", {"query": torch.eye(ROWS).to_sparse()}, "`query` is a tensor of layout torch.sparse_coo; allowed: a dense tensor"),
-    ("two devices", {"passage": torch.ones(N, DIM, device="meta")}, "`passage` is on device meta; allowed: the device of the queries, cpu"),
+    (
+        "sparse",
+        {"query": torch.eye(ROWS).to_sparse()},
+        "`query` is a tensor of layout torch.sparse_coo; allowed: a dense tensor",
+    ),
+    (
+        "two devices",
+        {"passage": torch.ones(N, DIM, device="meta")},
+        "`passage` is on device meta; allowed: the device of the queries, cpu",
+    ),
     ("an unknown loss", {"loss": "simclr"}, "`loss` is 'simclr'; allowed: a `Loss`, or info_nce, bidirectional, clip"),
     ("a temperature of 0", {"temperature": 0.0}, "`temperature` is 0; allowed: a number from 1e-6 to 1e6"),
     ("a temperature of NaN", {"temperature": float("nan")}, "`temperature` is NaN"),
     ("a tensor of 0", {"temperature": torch.tensor(0.0)}, "`temperature` is 0"),
-    ("two numbers", {"temperature": torch.ones(2)}, "`temperature` is a tensor of shape (2,) and type torch.float32; allowed: one number"),
+    (
+        "two numbers",
+        {"temperature": torch.ones(2)},
+        "`temperature` is a tensor of shape (2,) and type torch.float32; allowed: one number",
+    ),
     ("integers as log_beta", {"log_beta": torch.tensor(3)}, "`log_beta` is a tensor of shape () and type torch.int64"),
     ("log_beta of 50", {"log_beta": 50.0}, "`log_beta` is 50; allowed: a number from -13.816 to 13.816"),
     ("both", {"temperature": 0.1, "log_beta": 3.0}, "`log_beta` is given together with `temperature`"),
-    ("short query_ids", {"query_ids": [1, 2]}, "`query_ids` is a tensor of 2 elements; allowed: 12, one for each query"),
-    ("short passage_ids", {"passage_ids": [1]}, "`passage_ids` is a tensor of 1 elements; allowed: 17, one for each passage"),
-    ("ids of floats", {"query_ids": torch.ones(ROWS)}, "`query_ids` is a tensor of type torch.float32; allowed: integers"),
-    ("a matrix of ids", {"query_ids": torch.ones(ROWS, 1, dtype=torch.int64)}, "`query_ids` is a tensor of shape (12, 1); allowed: a vector"),
+    (
+        "short query_ids",
+        {"query_ids": [1, 2]},
+        "`query_ids` is a tensor of 2 elements; allowed: 12, one for each query",
+    ),
+    (
+        "short passage_ids",
+        {"passage_ids": [1]},
+        "`passage_ids` is a tensor of 1 elements; allowed: 17, one for each passage",
+    ),
+    (
+        "ids of floats",
+        {"query_ids": torch.ones(ROWS)},
+        "`query_ids` is a tensor of type torch.float32; allowed: integers",
+    ),
+    (
+        "a matrix of ids",
+        {"query_ids": torch.ones(ROWS, 1, dtype=torch.int64)},
+        "`query_ids` is a tensor of shape (12, 1); allowed: a vector",
+    ),
     ("a positive beyond", {"positives": [0] * 11 + [N]}, "`positives` is 17 at row 11; allowed: 0 to 16"),
-    ("a negative positive", {"positives": [0] * 11 + [-1]}, "`positives` is -1 at index 11; allowed: rows of the passages"),
+    (
+        "a negative positive",
+        {"positives": [0] * 11 + [-1]},
+        "`positives` is -1 at index 11; allowed: rows of the passages",
+    ),
     ("a positive of 2**33", {"positives": [2**33] + [0] * 11}, "`positives` is 8589934592 at index 0"),
     ("short weights", {"weights": [1.0]}, "`weights` is a tensor of 1 elements"),
-    ("a negative weight", {"weights": [1.0] * 11 + [-2.0]}, "`weights` is -2 at row 11; allowed: finite numbers of at least 0"),
+    (
+        "a negative weight",
+        {"weights": [1.0] * 11 + [-2.0]},
+        "`weights` is -2 at row 11; allowed: finite numbers of at least 0",
+    ),
     ("no weight", {"weights": [0.0] * 12}, "`weights` is 0 in every row"),
-    ("weights of integers", {"weights": torch.ones(ROWS, dtype=torch.int64)}, "`weights` is a tensor of type torch.int64"),
-    ("an owner beyond", {"hard_negative_owners": [-1] * 16 + [12]}, "`hard_negative_owners` is 12 at passage 16; allowed: -1"),
+    (
+        "weights of integers",
+        {"weights": torch.ones(ROWS, dtype=torch.int64)},
+        "`weights` is a tensor of type torch.int64",
+    ),
+    (
+        "an owner beyond",
+        {"hard_negative_owners": [-1] * 16 + [12]},
+        "`hard_negative_owners` is 12 at passage 16; allowed: -1",
+    ),
     ("an owner of -2", {"hard_negative_owners": [-2] + [-1] * 16}, "`hard_negative_owners` is -2 at passage 0"),
-    ("an unknown scope", {"hard_negative_scope": "mine"}, "`hard_negative_scope` is 'mine'; allowed: \"all\" or \"own\""),
+    ("an unknown scope", {"hard_negative_scope": "mine"}, '`hard_negative_scope` is \'mine\'; allowed: "all" or "own"'),
     ("a margin of NaN", {"margin": float("nan")}, "`margin` is NaN; allowed: a finite number"),
     ("an unknown policy", {"zero_norm": "skip"}, '`zero_norm` is "skip"; allowed: "error" or "zero_gradient"'),
     ("a small workspace", {"workspace_bytes": 10}, "option `workspace_bytes` is 10, but the smallest plan"),
@@ -68,7 +129,9 @@ def test_sentence(change: dict[str, Any], sentence: str) -> None:
 def test_embeddings_that_are_not_finite(tower: str, value: float) -> None:
     tensors = dict(zip(("query", "passage"), embeddings()))
     tensors[tower][3, 5] = value
-    with pytest.raises(samtone.SamtoneError, match=f"the {tower} embedding in row 3 contains .* at column 5; allowed: finite"):
+    with pytest.raises(
+        samtone.SamtoneError, match=f"the {tower} embedding in row 3 contains .* at column 5; allowed: finite"
+    ):
         samtone.samtone_loss(**tensors)
 
 
@@ -94,11 +157,20 @@ def test_tensors_without_memory_have_results_without_memory() -> None:
         (lambda: samtone.Loss.preset("x"), "`loss` is 'x'"),
         (lambda: samtone.Loss.custom("a|b", [samtone.Group(1.0, ["qp"])]), "`name` is 'a|b'"),
         (lambda: samtone.Loss.custom("a", []), "`groups` is an empty list"),
-        (lambda: samtone.Loss.custom("a", [samtone.Group(-1.0, ["qp"])]), "`coefficient` is -1; allowed: a finite number"),
-        (lambda: samtone.Loss.custom("a", [samtone.Group(1.0, [])]), "`blocks` is []; allowed: one to four different blocks"),
+        (
+            lambda: samtone.Loss.custom("a", [samtone.Group(-1.0, ["qp"])]),
+            "`coefficient` is -1; allowed: a finite number",
+        ),
+        (
+            lambda: samtone.Loss.custom("a", [samtone.Group(1.0, [])]),
+            "`blocks` is []; allowed: one to four different blocks",
+        ),
         (lambda: samtone.Loss.custom("a", [samtone.Group(1.0, ["qp", "qp"])]), "`blocks` is [QP, QP]"),
         (lambda: samtone.Loss.custom("a", [samtone.Group(1.0, ["xy"])]), '`blocks` is "xy"; allowed: qp, pq, qq, pp'),
-        (lambda: samtone.Loss.custom("a", [samtone.Group(1.0, ["qp"], 3)]), "`positive_copies` is 3; allowed: 0, 1 or 2"),
+        (
+            lambda: samtone.Loss.custom("a", [samtone.Group(1.0, ["qp"], 3)]),
+            "`positive_copies` is 3; allowed: 0, 1 or 2",
+        ),
         (lambda: samtone.Loss.custom("a", [samtone.Group(0.0, ["qp"])]), "at least one with a coefficient above 0"),
         (lambda: samtone.SamToNeLoss(temperature=-1.0), "`temperature` is -1"),
         (lambda: samtone.SamToNeLoss(learnable="beta"), "`learnable` is 'beta'"),
@@ -131,10 +203,6 @@ def test_capsules_are_taken_once_and_both_kinds() -> None:
 
 def test_capsules_keep_their_memory_and_give_it_back() -> None:
     """The deleter runs once: NumPy's reference count says so."""
-    import sys
-
-    import numpy
-
     array = numpy.random.default_rng(0).normal(size=(ROWS, DIM)).astype(numpy.float32)
     _, p = embeddings()
     before = sys.getrefcount(array)
@@ -160,7 +228,8 @@ def test_outputs_may_not_be_inputs_nor_read_only() -> None:
     with pytest.raises(refused, match=r"gradients.query` is 3 x 24; allowed: 12 x 24"):
         step(q.__dlpack__(), p.__dlpack__(), (grad[:3].__dlpack__(), None))
     with pytest.raises(refused, match="`query_gradient` is read-only memory"):
-        read_only = grad.__dlpack__(max_version=(1, 0), read_only=True)
-        step(q.__dlpack__(), p.__dlpack__(), (read_only, None))
+        constant = numpy.zeros((ROWS, DIM), numpy.float32)
+        constant.setflags(write=False)
+        step(q.__dlpack__(), p.__dlpack__(), (constant.__dlpack__(max_version=(1, 0)), None))
     with pytest.raises(refused, match="`row_losses` is a vector of 3; allowed: 12"):
         step(q.__dlpack__(), p.__dlpack__(), losses=torch.empty(3, dtype=torch.float64))

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
-
 import samtone
+import torch
 from samtone import grad_cache
+from torch import nn
 
 
 class Tower(nn.Module):

@@ -7,10 +7,9 @@ from typing import Any
 
 import judge
 import pytest
+import samtone
 import torch
 from judge import Case, close, gradient_error
-
-import samtone
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROWS, HARD, DIM = 12, 5, 24
@@ -124,7 +123,9 @@ def test_zero_norm_policy() -> None:
     q, p = embeddings(7)
     q[4] = 0
     p[14] = 0
-    with pytest.raises(samtone.SamtoneError, match=r"query embedding in row 4 has norm zero.*zero_norm=\"zero_gradient\""):
+    with pytest.raises(
+        samtone.SamtoneError, match=r"query embedding in row 4 has norm zero.*zero_norm=\"zero_gradient\""
+    ):
         samtone.samtone_loss(q, p)
     q.requires_grad_()
     samtone.samtone_loss(q, p, zero_norm="zero_gradient").backward()
@@ -135,7 +136,11 @@ def test_finite_differences() -> None:
     """Independent of the judge's code: the loss itself, along random directions."""
     q, p = embeddings(8)
     tensors = [q.requires_grad_(), p.requires_grad_()]
-    options: dict[str, Any] = {"temperature": 0.2, "loss": "samtone_both", "passage_ids": MASKS["passage_ids"]["passage_ids"]}
+    options: dict[str, Any] = {
+        "temperature": 0.2,
+        "loss": "samtone_both",
+        "passage_ids": MASKS["passage_ids"]["passage_ids"],
+    }
 
     def loss(*x: torch.Tensor) -> float:
         return float(samtone.evaluate(*x, **options).row_losses.mean())  # in float64
@@ -145,7 +150,9 @@ def test_finite_differences() -> None:
     for k in range(2):
         for _ in range(5):
             step = 1e-2 * torch.randn(tensors[k].shape, generator=generator)
-            moved = [[x.detach() + sign * step if j == k else x.detach() for j, x in enumerate(tensors)] for sign in (1, -1)]
+            moved = [
+                [x.detach() + sign * step if j == k else x.detach() for j, x in enumerate(tensors)] for sign in (1, -1)
+            ]
             slope = (loss(*moved[0]) - loss(*moved[1])) / 2
             want = (gradients[k] * (moved[0][k] - moved[1][k]) / 2).sum().item()
             assert slope == pytest.approx(want, rel=2e-2, abs=2e-5)
@@ -158,8 +165,13 @@ def test_golden(path: Any) -> None:
     case, file = judge.golden(path)
     of_file = judge.judge(case)
     close(of_file.loss.item(), file["loss"], 1e-9, "the judge itself")
-    assert gradient_error(of_file.gradients["query"], torch.tensor(file["grad_q"], dtype=torch.float64), case.query) < 1e-8
-    assert gradient_error(of_file.gradients["passage"], torch.tensor(file["grad_p"], dtype=torch.float64), case.passage) < 1e-8
+    assert (
+        gradient_error(of_file.gradients["query"], torch.tensor(file["grad_q"], dtype=torch.float64), case.query) < 1e-8
+    )
+    assert (
+        gradient_error(of_file.gradients["passage"], torch.tensor(file["grad_p"], dtype=torch.float64), case.passage)
+        < 1e-8
+    )
     close(of_file.gradients["tau"].item(), file["grad_temperature"], 1e-8, "the judge's tau")
     largest = max(of_file.gradients[name].abs().max().item() for name in ("query", "passage"))
     upstream = 2.0 ** -round(math.log2(largest)) if largest > 0 else 1.0

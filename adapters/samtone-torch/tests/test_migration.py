@@ -7,14 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import samtone
 import torch
 from conftest import missing
 from judge import gradient_error
+from samtone.sentence_transformers import SamToNeLoss
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
-
-import samtone
-from samtone.sentence_transformers import SamToNeLoss
 
 needs_sentence_transformers = pytest.mark.skipif(
     missing("sentence-transformers", "sentence_transformers"), reason="sentence-transformers is not installed"
@@ -110,11 +109,10 @@ def test_gte_with_hard_negatives_differs_as_the_table_says() -> None:
 @pytest.mark.parametrize("cached", [False, True])
 def test_symmetric_and_cached_classes_of_sentence_transformers(cached: bool) -> None:
     """The classes themselves, with a model and features: equal gradients of its parameters."""
+    from samtone.sentence_transformers import CachedSamToNeLoss
     from sentence_transformers.sentence_transformer import losses
     from test_sentence_transformers import Encoder
     from test_sentence_transformers import columns as texts
-
-    from samtone.sentence_transformers import CachedSamToNeLoss
 
     model = Encoder().double()
     if cached:

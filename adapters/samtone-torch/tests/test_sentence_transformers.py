@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import samtone
 import torch
 from conftest import missing
-from torch import nn
-
-import samtone
 from samtone.sentence_transformers import CachedSamToNeLoss, SamToNeLoss, text_ids
+from torch import nn
 
 needs_sentence_transformers = pytest.mark.skipif(
     missing("sentence-transformers", "sentence_transformers"), reason="sentence-transformers is not installed"
@@ -60,7 +59,9 @@ def columns(negatives: int) -> list[dict[str, Any]]:
     return [tokenized(TEXTS[name], 4 + k) for k, name in enumerate(names)]
 
 
-def parameters_after(loss: Any, model: nn.Module, batch: list[dict[str, Any]], upstream: float = 1.0) -> list[torch.Tensor]:
+def parameters_after(
+    loss: Any, model: nn.Module, batch: list[dict[str, Any]], upstream: float = 1.0
+) -> list[torch.Tensor]:
     """The loss, and all gradients."""
     loss.zero_grad()
     model.zero_grad()

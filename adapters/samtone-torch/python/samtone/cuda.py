@@ -82,9 +82,7 @@ class Planned:
     ) -> None:
         """Enqueues the gradients of a forward call with this state, times `upstream`, one float32 on the device."""
         dq, dp = (None if gradient is None else capsule(gradient) for gradient in gradients)
-        self.plan.backward(
-            **self._call(memory, query, passage, state), gradients=(dq, dp), upstream=capsule(upstream)
-        )
+        self.plan.backward(**self._call(memory, query, passage, state), gradients=(dq, dp), upstream=capsule(upstream))
 
 
 _plans: OrderedDict[Any, Planned] = OrderedDict()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch import Tensor
 from . import _native, ops
 from .loss import Loss, spec_of
 
-Integers = Union[Tensor, Sequence[int]]
-Numbers = Union[Tensor, Sequence[float]]
+Integers = Tensor | Sequence[int]
+Numbers = Tensor | Sequence[float]
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -59,7 +59,7 @@ def _indices(argument: str, values: Integers | None) -> Tensor | None:
     """As a contiguous vector of int64 on the host, where plans are made."""
     if values is None:
         return None
-    tensor = values if isinstance(values, Tensor) else torch.as_tensor(values)
+    tensor = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise _refused(argument, f"a tensor of type {tensor.dtype}", "integers of up to 64 bits")
     if tensor.dim() != 1:
@@ -70,7 +70,7 @@ def _indices(argument: str, values: Integers | None) -> Tensor | None:
 def _weights(values: Numbers | None) -> Tensor | None:
     if values is None:
         return None
-    tensor = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float32)
+    tensor = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float32, device="cpu")
     if tensor.dtype not in _FLOATS:
         raise _refused("weights", f"a tensor of type {tensor.dtype}", "floating-point numbers")
     if tensor.dim() != 1:
@@ -78,7 +78,9 @@ def _weights(values: Numbers | None) -> Tensor | None:
     return tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
 
 
-def _temperature(temperature: float | Tensor | None, log_beta: float | Tensor | None) -> tuple[Tensor | None, float, bool]:
+def _temperature(
+    temperature: float | Tensor | None, log_beta: float | Tensor | None
+) -> tuple[Tensor | None, float, bool]:
     """The tensor, if it is one; the number otherwise; and whether it is log beta."""
     if temperature is not None and log_beta is not None:
         raise _refused("log_beta", "given together with `temperature`", "one of the two")

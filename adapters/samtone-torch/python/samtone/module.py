@@ -41,7 +41,9 @@ class SamToNeLoss(nn.Module):
             raise _native.SamtoneError(f'argument `learnable` is {learnable!r}; allowed: None, "tau" or "log_beta"')
         own = hard_negative_scope == "own"
         if not own and hard_negative_scope != "all":
-            raise _native.SamtoneError(f'argument `hard_negative_scope` is {hard_negative_scope!r}; allowed: "all" or "own"')
+            raise _native.SamtoneError(
+                f'argument `hard_negative_scope` is {hard_negative_scope!r}; allowed: "all" or "own"'
+            )
         # Refused here rather than in the first step.
         _native.Settings(
             self.loss.spec, temperature, margin=margin, zero_norm=zero_norm, workspace_bytes=workspace_bytes, own=own

@@ -1,11 +1,11 @@
 """The operations that autograd and torch.compile see: `samtone::forward` and `samtone::backward`.
 
-    forward ── CPU:  loss, and the gradients that are needed, at once, as float32 (a later call would have to compute every
-    │                cosine again)
-    │          CUDA: loss, and the state that gradients are computed from, O(M) numbers
-    ▼
-    backward ─ CPU:  those gradients times the upstream gradient, then rounded to the type of the inputs
-               CUDA: the gradients, times the upstream gradient, in the type of the inputs
+forward ── CPU:  loss, and the gradients that are needed, at once, as float32 (a later call would have to compute every
+│                cosine again)
+│          CUDA: loss, and the state that gradients are computed from, O(M) numbers
+▼
+backward ─ CPU:  those gradients times the upstream gradient, then rounded to the type of the inputs
+           CUDA: the gradients, times the upstream gradient, in the type of the inputs
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def _forward_cpu(
     settings: tuple[Any, ...], q: Tensor, p: Tensor, annotations: dict[str, Tensor | None], wanted: int
 ) -> Tensors:
     loss, temperature, log_beta, margin, zero_norm, workspace_bytes, own = settings
-    losses = torch.empty(q.shape[0], dtype=torch.float64)
+    losses = torch.empty(q.shape[0], dtype=torch.float64, device="cpu")  # whatever PyTorch's default device is
     gradients = [
-        torch.empty((x.shape[0] if want else 0, x.shape[1]), dtype=torch.float32)
+        torch.empty((x.shape[0] if want else 0, x.shape[1]), dtype=torch.float32, device="cpu")
         for x, want in zip((q, p), _towers(wanted))
     ]
     value, metrics, derivative = _native.cpu_step(
@@ -91,12 +91,12 @@ def _forward_cpu(
         torch.get_num_threads(),
     )
     return [
-        torch.tensor(value, dtype=torch.float32),
-        torch.tensor([value, *metrics], dtype=torch.float64),
+        torch.tensor(value, dtype=torch.float32, device="cpu"),
+        torch.tensor([value, *metrics], dtype=torch.float64, device="cpu"),
         losses,
         *gradients,
-        torch.tensor([derivative], dtype=torch.float64),
-        torch.empty(0, dtype=torch.uint8),
+        torch.tensor([derivative], dtype=torch.float64, device="cpu"),
+        torch.empty(0, dtype=torch.uint8, device="cpu"),
     ]
 
 
@@ -150,7 +150,8 @@ def forward(
     q, p = _readable("query", query), _readable("passage", passage)
     annotations = _annotations(query_ids, passage_ids, positives, weights, owners)
     scalar, results, losses, dq, dp, derivative, state = compute(settings, q, p, annotations, wanted)
-    return scalar, results, losses, dq, dp, derivative, state, torch.tensor([value], dtype=torch.float64)
+    used = torch.tensor([value], dtype=torch.float64, device="cpu")
+    return scalar, results, losses, dq, dp, derivative, state, used
 
 
 @forward.register_fake

@@ -126,7 +126,9 @@ class SamToNeLoss(nn.Module):
     def batch(self, columns: list[Features]) -> dict[str, Any]:
         """What the criterion takes beside embeddings: ids of texts, owners of hard negatives."""
         if len(columns) < 2:
-            raise _refused("sentence_features", f"{len(columns)} columns", "anchor, positive, and any number of negatives")
+            raise _refused(
+                "sentence_features", f"{len(columns)} columns", "anchor, positive, and any number of negatives"
+            )
         if not self.mask_duplicates:
             return {}
         return {"query_ids": text_ids(columns[:1]), "passage_ids": text_ids(columns[1:])}
@@ -180,7 +182,9 @@ def _rows(features: Features) -> int:
         return len(features["offsets"])
     sizes = [len(value) for value in features.values() if isinstance(value, Tensor) and value.dim() > 0]
     if not sizes:
-        raise _refused("sentence_features", f"features {sorted(features)} without a tensor", "features with `input_ids`")
+        raise _refused(
+            "sentence_features", f"features {sorted(features)} without a tensor", "features with `input_ids`"
+        )
     return sizes[0]
 
 
@@ -228,7 +232,9 @@ class CachedSamToNeLoss(SamToNeLoss):
     # What MatryoshkaLoss and others ask: the model is called again in the backward pass.
     uses_gradient_cache = True
 
-    def __init__(self, model: Any, loss: str | Loss = "samtone_query", *, mini_batch_size: int = 32, **options: Any) -> None:
+    def __init__(
+        self, model: Any, loss: str | Loss = "samtone_query", *, mini_batch_size: int = 32, **options: Any
+    ) -> None:
         super().__init__(model, loss, **options)
         if mini_batch_size < 1:
             raise _refused("mini_batch_size", str(mini_batch_size), "1 or more")
