@@ -33,16 +33,16 @@ impl<B: SamToNeBackend, C: CheckpointStrategy> SamToNeBackend for Autodiff<B, C>
         // Together with the loss, because a later call would have to compute every cosine again.
         let computed = B::samtone(samtone, inner, wanted_or_tracked)?;
         let [dq, dp, dt] = computed.gradients;
-        let kept = |gradient: &Option<FloatTensor<B>>, tracked: bool, of: &AutodiffTensor<B>| Kept {
-            gradient: if tracked { gradient.clone() } else { None },
+        let kept = |gradient: &Option<FloatTensor<B>>, of: &AutodiffTensor<B>| Kept {
+            gradient: gradient.clone(),
             dtype: of.dtype(),
             shape: of.shape(),
         };
-        let (of_q, of_p) = (kept(&dq, tracked.query, &query), kept(&dp, tracked.passage, &passage));
+        let (of_q, of_p) = (kept(&dq, &query), kept(&dp, &passage));
         let loss = match of_temperature {
             None => record::<B, C, 2>([query, passage], [of_q, of_p], computed.loss),
             Some(tensor) => {
-                let of_t = kept(&dt, tracked.temperature, &tensor);
+                let of_t = kept(&dt, &tensor);
                 record::<B, C, 3>([query, passage, tensor], [of_q, of_p, of_t], computed.loss)
             }
         };
@@ -91,5 +91,38 @@ impl<B: Backend, const N: usize> Backward<B, N> for SamToNeStep {
             let scaled = if dtype == DType::F32 { scaled } else { B::float_cast(scaled, dtype.into()) };
             gradients.register::<B>(parent.id, scaled);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Loss, Temperature};
+    use burn::backend::flex::FlexTensor;
+    use burn::backend::{Flex, TensorData};
+
+    type Tracking = Autodiff<Flex>;
+
+    fn numbers(tensor: FlexTensor) -> Vec<f32> {
+        tensor.into_data().try_to_vec().unwrap()
+    }
+
+    /// What is wanted comes as constants, beside what autodiff tracks, which it gets.
+    #[test]
+    fn gradients_that_are_wanted_are_those_that_backward_gives() {
+        let tensor = |frequency: f32| {
+            let values: Vec<f32> = (0..12).map(|i| (i as f32 * frequency).sin() + 0.2).collect();
+            Tracking::from_inner(FlexTensor::from_data(TensorData::new(values, [4, 3])))
+        };
+        let (query, passage) = (tensor(0.7).require_grad(), tensor(0.9));
+        let inputs = Inputs::<Tracking> { query: query.clone(), passage, temperature: Temperature::Fixed(0.5) };
+        let wanted = Wanted { query: true, passage: true, temperature: false };
+        let outputs = Tracking::samtone(&SamToNe::new(Loss::samtone_both()), inputs, wanted).unwrap();
+        let [dq, dp, dt] = outputs.gradients;
+        let (dq, dp) = (dq.unwrap(), dp.unwrap());
+        assert!(dt.is_none() && !dq.is_tracked() && !dp.is_tracked());
+        assert!(numbers(dp.into_primitive()).iter().any(|x| *x != 0.0));
+        let gradients = outputs.loss.backward();
+        assert_eq!(numbers(query.grad(&gradients).unwrap()), numbers(dq.into_primitive()));
     }
 }
