@@ -131,6 +131,27 @@ def test_outputs_are_memory_of_their_own() -> None:
     assert len(pointers) == 5
 
 
+def test_gradients_that_are_passed_on_are_nobody_elses() -> None:
+    """An upstream gradient of 1 has them passed on without a copy; what becomes of them afterwards must not matter."""
+    x, p = embeddings(37)
+    x.requires_grad_()
+    q = 1.0 * x
+    q.retain_grad()
+    loss = samtone.samtone_loss(q, p)
+    (want,) = torch.autograd.grad(loss, x, retain_graph=True)
+    want = want.clone()
+    for _ in range(2):
+        x.grad = q.grad = None
+        loss.backward(retain_graph=True)
+        assert torch.equal(x.grad, want)
+        x.grad.zero_()
+        q.grad.zero_()
+    (kept,) = torch.autograd.grad(loss, q, retain_graph=True)
+    kept.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_gradients_accumulate_and_graphs_are_kept() -> None:
     q, p = (x.requires_grad_() for x in embeddings(25))
     loss = samtone.samtone_loss(q, p)
