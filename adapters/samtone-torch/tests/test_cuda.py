@@ -16,7 +16,7 @@ import samtone
 import torch
 from conftest import REQUIRED
 from judge import gradient_error
-from samtone import cuda, ops
+from samtone import _native, cuda, ops
 from test_loss import embeddings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -34,6 +34,16 @@ def test_on_the_emulated_driver() -> None:
     done = subprocess.run(command, env=os.environ | {"LD_LIBRARY_PATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_driver_it_is_a_sentence() -> None:
+    """Of a tensor that says it is on a GPU, of which nothing is read before a device is found."""
+    there = emulated.DeviceTensor(1 << 20, (4, 8), torch.float32)
+    annotations = dict.fromkeys(("query_ids", "passage_ids", "positives", "weights", "owners"))
+    settings = _native.Settings("clip", 0.1)
+    with pytest.raises(RuntimeError, match="CUDA is not available: .*; allowed: "):
+        _native.CudaPlan(settings, cuda.capsule(there), cuda.capsule(there), annotations, (True, True))
 
 
 def test_shapes_on_cuda_without_a_gpu() -> None:

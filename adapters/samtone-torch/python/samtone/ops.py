@@ -295,9 +295,9 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
         return tuple(gradients)
     wanted = ctx.options[-1]
     query, passage, *_, dq, dp, derivative, _, _ = saved = ctx.saved_tensors
-    # The usual case of `loss.backward()`: the gradients are what they will be, so they are not copied. (Who
-    # writes to them and keeps the graph for another call gets autograd's error about saved tensors.) Not while a compiler
-    # traces, for which tensors have no values, nor for second derivatives, which the operation refuses.
+    # The usual case of `loss.backward()`: the gradients are what they will be, so they are not copied. Whoever writes to them
+    # and keeps the graph for another call gets autograd's error about saved tensors. Not while a compiler traces, for which
+    # tensors have no values, nor for second derivatives, which the operation refuses.
     plain = type(upstream) is Tensor and upstream.device.type == "cpu" and not torch.is_grad_enabled()
     if not (plain and query.dtype == torch.float32 and upstream.item() == 1.0):
         dq, dp, derivative = backward(upstream, *saved, ctx.loss, *ctx.options)
