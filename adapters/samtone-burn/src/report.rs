@@ -42,3 +42,15 @@ impl Report {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    /// Training programs hand losses and reports to other threads.
+    #[test]
+    fn builder_and_report_go_to_other_threads() {
+        fn goes<T: Send + Sync + 'static>() {}
+        goes::<crate::SamToNe>();
+        goes::<crate::Report>();
+        goes::<crate::Temperature>();
+    }
+}

@@ -33,7 +33,7 @@ const OF_LOG_BETA: usize = 6;
 impl SamToNeBackend for CubeBackend {
     fn samtone(samtone: &SamToNe, inputs: Inputs<Self>, wanted: Wanted) -> Result<Outputs<Self>> {
         let client = inputs.query.client.clone();
-        check_runtime(&client)?;
+        check_runtime(client.name())?;
         let others = [("passage", Some(&inputs.passage)), ("temperature", inputs.temperature.tensor())];
         for (argument, tensor) in others {
             if let Some(device) = tensor.map(|tensor| &tensor.device).filter(|device| **device != inputs.query.device) {
@@ -110,17 +110,14 @@ impl SamToNeBackend for CubeBackend {
     }
 }
 
-/// An error unless the tensors' device takes WGSL.
-fn check_runtime(client: &Client) -> Result<()> {
-    match client.name() {
-        "wgpu<wgsl>" => Ok(()),
-        other => Err(invalid(
-            "query",
-            format!("on a device of cubecl's runtime {other}"),
-            "tensors of `Device::flex()`, or of `Device::wgpu` in a build whose burn compiles WGSL for it: without burn's features \
-             `vulkan` and `metal`",
-        )),
+/// An error unless the tensors' device, whose runtime has this name, takes WGSL.
+fn check_runtime(name: &str) -> Result<()> {
+    if name == "wgpu<wgsl>" {
+        return Ok(());
     }
+    let allowed = "tensors of `Device::flex()`, or of `Device::wgpu` where burn compiles WGSL, that is without its features `vulkan` \
+                   and `metal`: `to_device` is differentiable";
+    Err(invalid("query", format!("on a device of cubecl's runtime {name}"), allowed))
 }
 
 fn capabilities(client: &Client) -> Capabilities {
@@ -135,5 +132,20 @@ fn capabilities(client: &Client) -> Capabilities {
         // They speed up sums over rows, not products, and cubecl offers none on the software devices on which this is tested.
         subgroups: false,
         products: Products::Fma,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runtimes_without_wgsl_are_refused_by_name() {
+        check_runtime("wgpu<wgsl>").unwrap();
+        for name in ["wgpu<spirv>", "wgpu<msl>", "cuda", "hip", "cpu"] {
+            let error = check_runtime(name).unwrap_err().to_string();
+            let sentence = format!("argument `query` is on a device of cubecl's runtime {name}; allowed: tensors of");
+            assert!(error.starts_with(&sentence), "{error}");
+        }
     }
 }
