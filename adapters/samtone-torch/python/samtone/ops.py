@@ -216,7 +216,11 @@ def backward(
     temperature (float64), all times the upstream gradient."""
     if query.device.type != "cuda":
         factor = upstream.to(torch.float32)
-        dq, dp = ((x * factor).to(like.dtype) for x, like in ((grad_query, query), (grad_passage, passage)))
+        one = upstream.item() == 1.0  # one pass less
+        dq, dp = (
+            (x if one else x * factor).to(like.dtype, copy=True)
+            for x, like in ((grad_query, query), (grad_passage, passage))
+        )
         return dq, dp, derivative * upstream.to(torch.float64)
     q, p = _readable("query", query), _readable("passage", passage)
     memory = cuda.TorchMemory(q.device)
