@@ -109,6 +109,67 @@ fn frozen_towers_get_no_gradient_and_change_no_other() -> Result<()> {
     Ok(())
 }
 
+/// Each option by itself reaches the computation: it changes the loss, to what the reference gives with it.
+#[test]
+fn each_option_alone_is_that_of_the_reference() -> Result<()> {
+    type Set = (fn(SamToNe) -> SamToNe, for<'a> fn(Batch<'a>) -> Batch<'a>, fn(Options) -> Options);
+    const IDS: [i64; PASSAGES] = [1, 2, 1, 4, 5, 6, 2, 8, 5];
+    const OWNERS: [i32; PASSAGES] = [-1, -1, -1, -1, -1, -1, 0, 3, -1];
+    const WEIGHTS: [f32; ROWS] = [1.0, 0.5, 2.0, 0.0, 1.0, 1.0];
+    const POSITIVES: [u32; ROWS] = [0, 1, 2, 3, 4, 4];
+    let sets: [(&str, Set); 6] = [
+        ("query_ids", (|op| op.query_ids(&IDS[..ROWS]), |b| b.with_query_ids(&IDS[..ROWS]).unwrap(), |o| o)),
+        ("passage_ids", (|op| op.passage_ids(IDS), |b| b.with_passage_ids(&IDS).unwrap(), |o| o)),
+        ("positives", (|op| op.positives(POSITIVES), |b| b.with_positives(&POSITIVES).unwrap(), |o| o)),
+        ("weights", (|op| op.weights(WEIGHTS), |b| b.with_weights(&WEIGHTS).unwrap(), |o| o)),
+        ("margin", (|op| op.margin(0.1), |b| b, |o| o.with_margin(0.1).unwrap())),
+        (
+            "owners",
+            (
+                |op| op.hard_negative_owners(OWNERS, Scope::Own),
+                |b| b.with_hard_negative_owners(&OWNERS, Scope::Own).unwrap(),
+                |o| o,
+            ),
+        ),
+    ];
+    let loss = Loss::samtone_both();
+    let (q, p) = (Var::from_tensor(&wave(ROWS, DIM, 0.7))?, Var::from_tensor(&wave(PASSAGES, DIM, 0.9))?);
+    let (qs, ps) = (numbers(&q), numbers(&p));
+    let plain = SamToNe::new(loss.clone()).evaluate(&q, &p, TAU)?.loss;
+    for (name, (adapter, batch, options)) in sets {
+        let inputs = Batch::new(Embeddings::new(&qs, ROWS, DIM).unwrap(), Embeddings::new(&ps, PASSAGES, DIM).unwrap());
+        let want =
+            reference::loss_and_gradients(&loss, &batch(inputs.unwrap()), &options(Options::new(TAU).unwrap()), 1.0)
+                .unwrap();
+        assert!((want.evaluation.loss - plain).abs() > 1e-3, "{name} changes nothing");
+        let (result, evaluation) = adapter(SamToNe::new(loss.clone())).forward_with_metrics(&q, &p, TAU)?;
+        assert_close(&evaluation.row_losses, &want.evaluation.row_losses, 1e-5, name);
+        assert_close(&[evaluation.loss], &[want.evaluation.loss], 1e-5, name);
+        let gradients = result.backward()?;
+        assert_close(&numbers(gradients.get(&q).unwrap()), &want.grad_query, 3e-5, name);
+        assert_close(&numbers(gradients.get(&p).unwrap()), &want.grad_passage, 3e-5, name);
+    }
+    Ok(())
+}
+
+#[test]
+fn any_one_argument_may_be_the_only_tracked_one() -> Result<()> {
+    let op = SamToNe::new(Loss::samtone_both());
+    let (q, p) = (Var::from_tensor(&wave(ROWS, DIM, 0.7))?, Var::from_tensor(&wave(PASSAGES, DIM, 0.9))?);
+    let tau = Var::new(TAU, &Device::Cpu)?;
+    let all = op.forward(&q, &p, Temperature::Tau(&tau))?.backward()?;
+    for only in 0..3 {
+        let var = |k: usize, var: &Var| if k == only { var.as_tensor().clone() } else { var.as_detached_tensor() };
+        let result = op.forward(&var(0, &q), &var(1, &p), Temperature::Tau(&var(2, &tau)))?;
+        let gradients = result.backward()?;
+        for (k, var) in [&q, &p, &tau].into_iter().enumerate() {
+            let (got, want) = (gradients.get(var), all.get(var).unwrap());
+            assert_eq!(got.map(numbers), (k == only).then(|| numbers(want)), "argument {k}, tracked is {only}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn bad_input_gets_a_sentence() -> Result<()> {
     let op = SamToNe::new(Loss::samtone_query());

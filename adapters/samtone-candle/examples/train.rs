@@ -1,0 +1,63 @@
+//! Trains a small dual encoder with candle, as [the specification](../../dual-encoder/README.md) says:
+//!
+//! ```text
+//! cargo run --release --manifest-path adapters/samtone-candle/Cargo.toml --example train
+//! ```
+
+use candle_core::{DType, Device, Result, Tensor, Var, safetensors};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW};
+use samtone_candle::{Loss, SamToNe, Temperature};
+use std::collections::HashMap;
+
+/// Both towers: weighted mean of embeddings of hashed features, projected.
+struct DualEncoder {
+    table: Var,
+    projection: Var,
+}
+
+impl DualEncoder {
+    /// `buckets` and `weights` are texts × length.
+    fn encode(&self, buckets: &Tensor, weights: &Tensor) -> Result<Tensor> {
+        let (texts, length) = buckets.dims2()?;
+        let features = self.table.index_select(&buckets.flatten_all()?, 0)?.reshape((texts, length, ()))?;
+        features.broadcast_mul(&weights.unsqueeze(2)?)?.sum(1)?.matmul(&self.projection)
+    }
+}
+
+/// The loss before each step.
+pub fn train(path: &str) -> Result<Vec<f32>> {
+    let device = Device::Cpu;
+    let data: HashMap<String, Tensor> = safetensors::load(path, &device)?;
+    let encoder =
+        DualEncoder { table: Var::from_tensor(&data["table"])?, projection: Var::from_tensor(&data["projection"])? };
+    let log_beta = Var::new(20f32.ln(), &device)?;
+    let parameters = vec![encoder.table.clone(), encoder.projection.clone(), log_beta.clone()];
+    let settings = ParamsAdamW { lr: 0.01, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
+    let mut optimizer = AdamW::new(parameters, settings)?;
+    let samtone = SamToNe::new(Loss::samtone_query());
+
+    let mut curve = Vec::new();
+    for step in 0..data["batches"].dim(0)? {
+        let pairs = data["batches"].get(step)?;
+        let of = |name: &str| data[name].index_select(&pairs, 0);
+        let query = encoder.encode(&of("query_buckets")?, &of("query_weights")?)?;
+        let passage = encoder.encode(&of("passage_buckets")?, &of("passage_weights")?)?;
+        let loss = samtone
+            .clone()
+            .query_ids(of("query_ids")?.to_vec1()?)
+            .passage_ids(of("passage_ids")?.to_vec1()?)
+            .forward(&query, &passage, Temperature::LogBeta(&log_beta))?;
+        optimizer.backward_step(&loss)?;
+        curve.push(loss.to_dtype(DType::F32)?.to_scalar()?);
+    }
+    Ok(curve)
+}
+
+#[allow(dead_code)] // the test of this training calls `train`
+fn main() -> Result<()> {
+    let pairs = concat!(env!("CARGO_MANIFEST_DIR"), "/../dual-encoder/pairs.safetensors");
+    for (step, loss) in train(pairs)?.into_iter().enumerate() {
+        println!("step {step:2}  loss {loss:.5}");
+    }
+    Ok(())
+}
