@@ -71,7 +71,6 @@ struct Combine {
 };
 
 constexpr double LN_2 = 0.693147180559945309417232121458;
-SAMTONE_DEVICE double minus_infinity() { return double_of(0xfff0000000000000ull); }
 
 SAMTONE_DEVICE double ln_of(const ExpSum& x) { return x.sum == 0 ? minus_infinity() : log_f64(x.sum) + x.exponent * LN_2; }
 

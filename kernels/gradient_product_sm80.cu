@@ -1,9 +1,9 @@
 // gradient_product_sm80.cu: sums of gradients of logits times embeddings; mma.sync.
 // Math     sums[i] (+)= Σ_j ĝ_ij x_j over the super-blocks of the wave that i is an edge of; x packed rows. For an index of a column
 //          edge Σ_i ĝ_ij x_i. A super-block on the diagonal of a triangle is a whole symmetric matrix: its rows are enough
-// In/out   gradients of gradient_tile_sm80.cu, towers · sums of either space, f32, row-major with a stride
+// In/out   gradients of gradient_tile_sm80.cu, towers, skipped (skipping.cuh) · sums of either space, f32, row-major with a stride
 // Tiles    one TILE x TILE tile of a sum per block, grid (blocks of rows of both spaces · tiles along d); a space's blocks of rows
-//          begin at its cuts, so that each is whole within the edges it meets
+//          begin at its cuts, so that each is whole within the edges it meets. Along k, runs of tiles that are not skipped
 // Threads  2·TILE; see product.cuh
 // Shared   product.cuh's stages
 // Sync     P1, P2, P3 product.cuh
@@ -11,10 +11,26 @@
 // Limits   stride even, sums aligned to 8 bytes
 #include "common/outputs.cuh"
 #include "common/product.cuh"
+#include "common/skipping.cuh"
+
+// The first tile of a line, from `from` on, that is computed, or is not; `count` if there is none. All lanes of a warp.
+SAMTONE_DEVICE u32 next_tile(const Line& line, u32 from, bool computed SAMTONE_SITE) {
+    while (from < line.count) {
+        u32 bits = computed_from(line, from SAMTONE_EMULATED_AS(, site));
+        if (!computed) bits = ~bits;
+        if (bits == 0) {
+            from += WARP;
+            continue;
+        }
+        for (; (bits & 1) == 0; bits >>= 1) ++from;
+        break;
+    }
+    return from < line.count ? from : line.count;
+}
 
 template <u32 TILE, Arithmetic A>
 SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, const unsigned char* gradients, u64 plane,
-                                     const Product& product) {
+                                     const Product& product, const u32* skipped) {
     constexpr u32 BYTES = Numbers<A>::BYTES, SEGMENTS = Numbers<A>::GRADIENT_SEGMENTS;
     // [1] which sums
     const u32 column = blockIdx.x % product.tiles_along_dim * TILE;
@@ -33,14 +49,25 @@ SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, con
             const Edge &edge = side == 0 ? block.row : block.col, &other = side == 0 ? block.col : block.row;
             if (edge.gradients == 0 || edge.space != space || begin < edge.begin || begin >= edge.end) continue;
             const Tower& tower = tower_of(towers, other.space);
-            const u32 steps = other.tiles * TILE / Numbers<A>::DEPTH;
-            const Source x = by_depth<TILE, A>(tower.packed, towers.row_bytes, tower.plane, other.packed, column * BYTES);
-            if (side == 0)
-                multiply<TILE, A, SEGMENTS, Layout::rows, Layout::depth>(total, by_rows<TILE>(matrix, row_bytes, plane, begin - edge.begin), x,
-                                                               steps);
-            else
-                multiply<TILE, A, SEGMENTS, Layout::depth, Layout::depth>(
-                    total, by_depth<TILE, A>(matrix, row_bytes, plane, 0, (begin - edge.begin) * BYTES), x, steps);
+            const u32 own = begin - edge.begin;
+            const Line line = line_of(skipped, block, side, own / TILE, 1);
+            for (u32 from = 0; from < line.count;) {
+                u32 to = line.count;
+                if (line.skipped != nullptr) {
+                    from = next_tile(line, from, true);
+                    if (from == to) break;
+                    to = next_tile(line, from, false);
+                }
+                const u32 steps = (to - from) * TILE / Numbers<A>::DEPTH;
+                const Source x = by_depth<TILE, A>(tower.packed, towers.row_bytes, tower.plane, other.packed + from * TILE, column * BYTES);
+                if (side == 0)
+                    multiply<TILE, A, SEGMENTS, Layout::rows, Layout::depth>(
+                        total, by_rows<TILE>(matrix + from * (TILE * BYTES), row_bytes, plane, own), x, steps);
+                else
+                    multiply<TILE, A, SEGMENTS, Layout::depth, Layout::depth>(
+                        total, by_depth<TILE, A>(matrix, row_bytes, plane, from * TILE, own * BYTES), x, steps);
+                from = to;
+            }
             any = true;
         }
     }
@@ -62,8 +89,8 @@ SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, con
 
 #define GRADIENT_PRODUCT(name, TILE, arithmetic)                                                                             \
     KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const unsigned char* gradients, u64 plane, \
-           BY_VALUE(Product) product) {                                                                                      \
-        gradient_product<TILE, Arithmetic::arithmetic>(wave, towers, gradients, plane, product);                             \
+           BY_VALUE(Product) product, const u32* skipped) {                                                                  \
+        gradient_product<TILE, Arithmetic::arithmetic>(wave, towers, gradients, plane, product, skipped);                    \
     }
 GRADIENT_PRODUCT(gradient_product_f16_64, 64, f16)
 GRADIENT_PRODUCT(gradient_product_f16_128, 128, f16)

@@ -1,8 +1,8 @@
 // gradient_product_sm90a.cu: sums of gradients of logits times embeddings; wgmma.
 // Math     as gradient_product_sm80.cu
-// In/out   gradients of gradient_tile_sm90a.cu, towers in panels · sums as gradient_product_sm80.cu
+// In/out   gradients of gradient_tile_sm90a.cu, towers in panels, skipped (skipping.cuh) · sums as gradient_product_sm80.cu
 // Tiles    a cluster visits squares of 256 rows x 256 columns of the sums in turn, a block 128 of the rows: grid (2·clusters), any number
-//          of clusters. A part's blocks of rows (common/outputs.cuh) have 256
+//          of clusters. A part's blocks of rows (common/outputs.cuh) have 256. Along k, squares that are not skipped
 // Threads  384; see pipeline.cuh
 // Shared   pipeline.cuh's slots and mbarriers. Where k runs along a row of the gradients, A is 128 rows of one panel; where it runs
 //          down their columns, 64 rows of two. B is 64 rows of four panels of the embeddings
@@ -13,6 +13,7 @@
 // Limits   as gradient_product_sm80.cu
 #include "common/outputs.cuh"
 #include "common/pipeline.cuh"
+#include "common/skipping.cuh"
 
 constexpr u32 STAGES = 4;
 static_assert(Ring<STAGES>::END <= 227 << 10, "the memory of a multiprocessor");
@@ -37,10 +38,17 @@ template <class Visit> SAMTONE_DEVICE void for_each_matrix(const Wave& wave, con
     }
 }
 
-// The copying thread. Segments of planes: lo·x, hi·x; of split f32 lo·hi, hi·lo, hi·hi.
+// The squares of a matrix that a square of sums meets along k.
+SAMTONE_DEVICE Line line_along(const u32* skipped, const SuperBlock& block, u32 side, const Square& square) {
+    const Edge& edge = side == 0 ? block.row : block.col;
+    return line_of(skipped, block, side, (square.rows.begin - edge.begin) / PAIR, 2);
+}
+constexpr u32 SLOTS_OF_SQUARE = PAIR / 64; // slots of k
+
+// The warp that copies, one lane of which does. Segments of planes: lo·x, hi·x; of split f32 lo·hi, hi·lo, hi·hi.
 template <Arithmetic A>
 SAMTONE_DEVICE void copy_matrix(Ring<STAGES>& ring, const SuperBlock& block, u32 side, const Square& square, const Towers& towers,
-                                const unsigned char* gradients, u64 plane) {
+                                const unsigned char* gradients, u64 plane, const u32* skipped) {
     constexpr u32 SEGMENTS = Numbers<A>::GRADIENT_SEGMENTS;
     const Edge &edge = side == 0 ? block.row : block.col, &other = side == 0 ? block.col : block.row;
     const Tower& tower = tower_of(towers, other.space);
@@ -52,26 +60,46 @@ SAMTONE_DEVICE void copy_matrix(Ring<STAGES>& ring, const SuperBlock& block, u32
     const u32 last = towers.row_bytes / 128 - 1, first = square.column / 64 + 2 * cluster_rank();
     const u32 panels[2] = {first < last ? first : last, first + 1 < last ? first + 1 : last};
     const u32 half = cluster_rank() * (B_BYTES / 2);
+    const Line line = line_along(skipped, block, side, square);
     for (u32 segment = 0; segment < SEGMENTS; ++segment) {
-        const unsigned char* a = a_start + (SEGMENTS > 1 && segment == 0 ? plane : 0);
-        const unsigned char* b = tower.packed + static_cast<u64>(other.packed) * 128 + (SEGMENTS == 3 && segment == 1 ? tower.plane : 0);
-        for (u32 step = 0; step < 2 * other.tiles; ++step) {
-            const shared_address slot = begin_stage(ring);
-            if (side == 0) {
-                cp_async_bulk_load(slot, a, A_BYTES, ring.full());
-            } else {
-                cp_async_bulk_load(slot, a, A_BYTES / 2, ring.full());
-                cp_async_bulk_load(slot + A_BYTES / 2, a + panel, A_BYTES / 2, ring.full());
+        const unsigned char* a_segment = a_start + (SEGMENTS > 1 && segment == 0 ? plane : 0);
+        const unsigned char* b_segment = tower.packed + static_cast<u64>(other.packed) * 128 + (SEGMENTS == 3 && segment == 1 ? tower.plane : 0);
+        for (u32 from = 0; from < line.count; from += WARP) {
+            u32 bits = computed_from(line, from);
+            if (lane_id() != 0) continue;
+            for (u32 at = from; bits != 0; bits >>= 1, ++at) {
+                if ((bits & 1) == 0) continue;
+                const unsigned char* a = a_segment + at * (SLOTS_OF_SQUARE * a_step);
+                const unsigned char* b = b_segment + at * (SLOTS_OF_SQUARE * 64ull * 128);
+                KEEP_LOOP
+                for (u32 step = 0; step < SLOTS_OF_SQUARE; ++step) {
+                    const shared_address slot = begin_stage(ring);
+                    if (side == 0) {
+                        cp_async_bulk_load(slot, a, A_BYTES, ring.full());
+                    } else {
+                        cp_async_bulk_load(slot, a, A_BYTES / 2, ring.full());
+                        cp_async_bulk_load(slot + A_BYTES / 2, a + panel, A_BYTES / 2, ring.full());
+                    }
+                    UNROLL
+                    for (u32 p = 0; p < 2; ++p)
+                        cp_async_bulk_load_multicast(slot + A_BYTES + half + p * (B_BYTES / 4), b + panels[p] * tower.panel, B_BYTES / 4,
+                                                     ring.full(), BOTH_BLOCKS);
+                    ring.next();
+                    a += a_step;
+                    b += 64 * 128;
+                }
             }
-            UNROLL
-            for (u32 p = 0; p < 2; ++p)
-                cp_async_bulk_load_multicast(slot + A_BYTES + half + p * (B_BYTES / 4), b + panels[p] * tower.panel, B_BYTES / 4, ring.full(),
-                                             BOTH_BLOCKS);
-            ring.next();
-            a += a_step;
-            b += 64 * 128;
         }
     }
+}
+
+// The warps that multiply: slots of one segment.
+SAMTONE_DEVICE u32 slots_of(const Line& line) {
+    if (line.skipped == nullptr) return SLOTS_OF_SQUARE * line.count;
+    u32 squares = 0;
+    for (u32 from = 0; from < line.count; from += WARP)
+        for (u32 bits = computed_from(line, from); bits != 0; bits &= bits - 1) ++squares;
+    return SLOTS_OF_SQUARE * squares;
 }
 
 // Products of one slot: 64 of k. TRANSPOSED: k runs down the columns of the gradients.
@@ -143,18 +171,18 @@ template <bool TRANSPOSED> SAMTONE_DEVICE void multiply_apart(HalfSums (&total)[
 
 template <Arithmetic A>
 SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, const unsigned char* gradients, u64 plane,
-                                     const Product& product) {
+                                     const Product& product, const u32* skipped) {
     start_pipeline<STAGES>([] {});
     Ring<STAGES> ring{0, 0};
     const u32 squares = (product.of[0].blocks + product.of[1].blocks) * product.tiles_along_dim;
     if (warpgroup_id() == 0) {
         // [1] load
         setmaxnreg_dec<COPY_REGISTERS>();
-        if (threadIdx.x == 0) {
+        if (warp_id() == 0) {
             for (u32 k = cluster_id(); k < squares; k += clusters()) {
                 const Square square = square_of(product, k);
                 for_each_matrix(wave, square.rows, [&](const SuperBlock& block, u32 side) {
-                    copy_matrix<A>(ring, block, side, square, towers, gradients, plane);
+                    copy_matrix<A>(ring, block, side, square, towers, gradients, plane, skipped);
                 });
             }
         }
@@ -166,7 +194,9 @@ SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, con
             HalfSums total[2] = {};
             bool started = false, any = false;
             for_each_matrix(wave, square.rows, [&](const SuperBlock& block, u32 side) {
-                const u32 steps = Numbers<A>::GRADIENT_SEGMENTS * 2 * (side == 0 ? block.col.tiles : block.row.tiles);
+                const u32 steps = Numbers<A>::GRADIENT_SEGMENTS * slots_of(line_along(skipped, block, side, square));
+                any = true;
+                if (steps == 0) return;
                 if constexpr (Numbers<A>::SPLIT) {
                     if (side == 0) multiply_apart<false>(total, ring, steps);
                     else multiply_apart<true>(total, ring, steps);
@@ -174,7 +204,6 @@ SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, con
                     if (side == 0) multiply_together<false>(total, ring, steps, started);
                     else multiply_together<true>(total, ring, steps, started);
                 }
-                any = true;
             });
             if (product.accumulate != 0 && !any) continue;
 
@@ -200,8 +229,8 @@ SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, con
 
 #define GRADIENT_PRODUCT(name, arithmetic)                                                                                      \
     KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const unsigned char* gradients, \
-                   u64 plane, BY_VALUE(Product) product) {                                                                      \
-        gradient_product<Arithmetic::arithmetic>(wave, towers, gradients, plane, product);                                      \
+                   u64 plane, BY_VALUE(Product) product, const u32* skipped) {                                                  \
+        gradient_product<Arithmetic::arithmetic>(wave, towers, gradients, plane, product, skipped);                             \
     }
 GRADIENT_PRODUCT(gradient_product_f16_sm90a, f16)
 GRADIENT_PRODUCT(gradient_product_f16x2_sm90a, f16x2)

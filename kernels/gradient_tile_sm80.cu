@@ -2,9 +2,10 @@
 // Math     g_ij = exp(β s_ij)·([kept for row i] a_i + [kept for column j] b_j), with log a, log b from combine.cu, in units of
 //          2^SHIFT; ĝ_ij = g_ij·n_i·n_j with n = 2^12/‖packed row‖, so that products with packed rows need no other scale.
 //          dots: Σ g (s − s⁺), each part with the positive of its own anchor
-// In/out   towers, rows, log_coefficients [4][rows_count], positive [rows_count], results (SHIFT) · gradients: per super-block a
+// In/out   towers, rows, log_coefficients [4][rows_count], positive [rows_count], results (SHIFT), skipped (skipping.cuh) · gradients: per super-block a
 //          row-major matrix of [row.tiles·TILE][col.tiles·TILE], f16, two planes of f16, or f32; dots: f64 for each tile
-// Tiles    one tile per block, grid (tiles of the wave). Off the diagonal of a triangle, also the mirror image of the tile
+// Tiles    one tile per block, grid (tiles of the wave). Off the diagonal of a triangle, also the mirror image of the tile. Of a tile that
+//          is skipped nothing is written but a dot of 0
 // Threads  2·TILE; see product.cuh
 // Shared   product.cuh's stages; afterwards
 //            0           edges, 48 bytes each (epilogue.cuh); of the pass: exponent and factor of the coefficient, s⁺
@@ -17,6 +18,7 @@
 //          its own. |g| ≤ 2^14: it cannot leave f16, and what lies below 2^-24 is lost: 2^-38 of the largest row
 // Limits   as logsumexp_sm80.cu
 #include "common/epilogue.cuh"
+#include "common/skipping.cuh"
 
 template <u32 TILE, Arithmetic A> struct Staging {
     static constexpr u32 ROW = TILE * Numbers<A>::BYTES + 16, PLANE = TILE * ROW, START = 2 * TILE * EDGE_BYTES,
@@ -69,12 +71,16 @@ SAMTONE_DEVICE void copy_out(unsigned char* matrix, u64 plane, u32 columns, u32 
 template <u32 TILE, Arithmetic A>
 SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta,
                                   const double* log_coefficients, const double* positive, const double* results, u32 row_count,
-                                  unsigned char* gradients, u64 plane, double* dots) {
+                                  unsigned char* gradients, u64 plane, double* dots, const u32* skipped) {
     using E = Elements<TILE>;
     constexpr float NEVER = -1e9f; // an exponent that flushes everything to 0
     // [1] load
     const TilePlace at = place_of(wave, blockIdx.x);
     const SuperBlock& block = wave.blocks[at.block];
+    if (is_skipped(skipped, block, at.row, at.col, 1)) {
+        if (threadIdx.x == 0) st_global_f64(dots + blockIdx.x, 0);
+        return;
+    }
     const EdgeEntry edge = load_edge<TILE>(block, at, towers, rows);
     float exponent = NEVER, factor = 0, cosine = 0;
     if (edge.anchor.z != NONE) {
@@ -178,9 +184,9 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
 #define GRADIENT_TILE(name, TILE, arithmetic)                                                                             \
     KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta,   \
            const double* log_coefficients, const double* positive, const double* results, u32 row_count,                  \
-           unsigned char* gradients, u64 plane, double* dots) {                                                           \
+           unsigned char* gradients, u64 plane, double* dots, const u32* skipped) {                                       \
         gradient_tile<TILE, Arithmetic::arithmetic>(wave, towers, rows, beta, log_coefficients, positive, results, row_count, \
-                                                    gradients, plane, dots);                                              \
+                                                    gradients, plane, dots, skipped);                                     \
     }
 GRADIENT_TILE(gradient_tile_f16_64, 64, f16)
 GRADIENT_TILE(gradient_tile_f16_128, 128, f16)

@@ -3,7 +3,7 @@
 // In/out   as gradient_tile_sm80.cu, with packed embeddings in panels, and so the gradients: per super-block and plane
 //          [col.tiles·2][row.tiles·128] rows of 64 columns, f16, swizzled as wgmma reads them. dots: f64 for each block and square
 // Tiles    a cluster visits squares of 256 x 256 in turn, a block two tiles of it: grid (2·clusters), any number of clusters. Off
-//          the diagonal of a triangle, also the mirror image of a tile
+//          the diagonal of a triangle, also the mirror image of a tile. Of a square that is skipped nothing is written but dots of 0
 // Threads  384; see pipeline.cuh. Warps 1..3 load the edges
 // Shared   pipeline.cuh's slots; then, from STAGING on
 //            0              16 KiB for each warpgroup that multiplies: its part of a tile, 64 rows of two panels, or, mirrored, 128
@@ -21,6 +21,7 @@
 //          serves both; what is lost is below 2^-40. Elsewhere each is taken with its own. |g| ≤ 2^14, as in gradient_tile_sm80.cu
 // Limits   as logsumexp_sm80.cu
 #include "common/pipeline.cuh"
+#include "common/skipping.cuh"
 
 constexpr u32 STAGES = 3;
 constexpr u32 STAGING_BYTES = 128 * HALF;
@@ -164,21 +165,26 @@ SAMTONE_DEVICE void store_half(HalfSums& x, unsigned char* gradients, u64 plane,
 
 template <Arithmetic A>
 SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta, const CoefficientOf& of,
-                                  unsigned char* gradients, u64 plane, double* dots) {
+                                  unsigned char* gradients, u64 plane, double* dots, const u32* skipped) {
     Edges edges{shared_base() + EDGES, 0};
     start_pipeline<STAGES>([&] { make_edges(edges); });
     Ring<STAGES> ring{0, 0};
     const u32 squares = squares_of(wave);
+    auto left_out = [&](const TilePlace& at) { return is_skipped(skipped, wave.blocks[at.block], at.row / 2, at.col / 2, 2); };
     if (warpgroup_id() == 0) {
         // [1] load
         setmaxnreg_dec<COPY_REGISTERS>();
         load_squares<A>(ring, edges, wave, towers, rows, [&](float (&numbers)[3], const EdgeEntry& entry, const Edge& edge) {
             coefficient(numbers, of, entry, edge.block);
-        });
+        }, left_out);
     } else {
         setmaxnreg_inc<MULTIPLY_REGISTERS>();
         for (u32 k = cluster_id(); k < squares; k += clusters()) {
             const TilePlace at = square_of(wave, k);
+            if (left_out(at)) {
+                if (threadIdx.x == WARPGROUP) st_global_f64(dots + 2 * k + cluster_rank(), 0);
+                continue;
+            }
             const SuperBlock& block = wave.blocks[at.block];
             HalfSums x[2] = {};
             multiply_cosines<A>(x, ring, Numbers<A>::COSINE_SEGMENTS * (towers.row_bytes / 128));
@@ -230,9 +236,9 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
 #define GRADIENT_TILE(name, arithmetic)                                                                                         \
     KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows,       \
                    Beta beta, const double* log_coefficients, const double* positive, const double* results, u32 row_count,     \
-                   unsigned char* gradients, u64 plane, double* dots) {                                                         \
+                   unsigned char* gradients, u64 plane, double* dots, const u32* skipped) {                                     \
         gradient_tile<Arithmetic::arithmetic>(wave, towers, rows, beta, {log_coefficients, positive, results, row_count}, gradients, \
-                                              plane, dots);                                                                     \
+                                              plane, dots, skipped);                                                            \
     }
 GRADIENT_TILE(gradient_tile_f16_sm90a, f16)
 GRADIENT_TILE(gradient_tile_f16x2_sm90a, f16x2)

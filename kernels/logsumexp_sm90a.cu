@@ -169,7 +169,7 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
         load_squares<A>(ring, edges, wave, towers, rows, [&](float (&numbers)[3], const EdgeEntry& entry, const Edge&) {
             numbers[0] = numbers[1] = numbers[2] = 0;
             if (entry.anchor.z != NONE) numbers[0] = float_of(ld_global_u32(reinterpret_cast<const u32*>(rows + entry.row) + 3));
-        });
+        }, [](const TilePlace&) { return false; });
     } else {
         setmaxnreg_inc<MULTIPLY_REGISTERS>();
         for (u32 k = cluster_id(); k < squares; k += clusters()) {

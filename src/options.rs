@@ -19,6 +19,7 @@ pub struct Options {
     margin: Option<f64>,
     zero_norm: ZeroNorm,
     workspace_bytes: Option<usize>,
+    tile_skipping: Option<f64>,
 }
 
 impl Options {
@@ -33,7 +34,7 @@ impl Options {
             let allowed = format!("a number from {:e} to {:e}", Self::MIN_TEMPERATURE, Self::MAX_TEMPERATURE);
             return Err(Error::invalid("temperature", temperature.to_string(), allowed));
         }
-        Ok(Self { temperature, margin: None, zero_norm: ZeroNorm::Error, workspace_bytes: None })
+        Ok(Self { temperature, margin: None, zero_norm: ZeroNorm::Error, workspace_bytes: None, tile_skipping: None })
     }
 
     /// Drops every negative whose cosine exceeds s⁺ᵢ + margin: a filter of false negatives. Of either sign; Qwen3 uses 0.1.
@@ -61,6 +62,24 @@ impl Options {
         self
     }
 
+    /// Lets a backend leave out of the gradient what tiles of cosines with little softmax mass would add: for every row i at most
+    /// the share η, `share`, of what its negatives get. Off by default; above 0 and below 1, such as 1e-3.
+    ///
+    /// Precisely: the derivatives ∂L/∂(β s_ij) that are left out, summed over all blocks and negatives j of row i, are at most
+    /// η·Σ_j ∂L/∂(β s_ij) = η·|∂L/∂(β s⁺ᵢ)|. Loss, row losses, metrics and the derivative of the positive do not change, to the
+    /// bit. What follows for the gradients of embeddings and temperature is derived in docs/skipping.md of the repository.
+    ///
+    /// It pays for batches that come in clusters at τ of 0.02 or less, ordered so that neighbouring rows belong together; batches
+    /// of independent pairs lose nothing and gain nothing. Only the CUDA backend makes use of it; the others compute every tile,
+    /// whose error of 0 is within any η.
+    pub fn with_tile_skipping(mut self, share: f64) -> Result<Self> {
+        if !(share > 0.0 && share < 1.0) {
+            return Err(Error::invalid("tile_skipping", share.to_string(), "a number above 0 and below 1"));
+        }
+        self.tile_skipping = Some(share);
+        Ok(self)
+    }
+
     /// τ.
     pub fn temperature(&self) -> f64 {
         self.temperature
@@ -79,6 +98,11 @@ impl Options {
     /// Policy for embeddings of norm zero.
     pub fn zero_norm(&self) -> ZeroNorm {
         self.zero_norm
+    }
+
+    /// η of [`Options::with_tile_skipping`], if set.
+    pub fn tile_skipping(&self) -> Option<f64> {
+        self.tile_skipping
     }
 
     /// Bound on the workspace, in bytes, if set.

@@ -9,6 +9,8 @@ use std::ops::Range;
 /// A piece of a region; in kernels/common/problem.cuh, `SuperBlock`.
 #[derive(Debug, Clone)]
 pub(crate) struct SuperBlock {
+    /// Among those of the call.
+    pub number: usize,
     pub spaces: [Space; 2],
     pub blocks: [Block; 2],
     pub ranges: [Range<usize>; 2],
@@ -44,6 +46,11 @@ impl SuperBlock {
         if self.triangle { rows * (rows + 1) / 2 } else { rows * cols }
     }
 
+    /// Squares of tiles that are visited together, mirror images of a triangle's included.
+    pub(crate) fn squares(&self, tile: Tiling) -> usize {
+        self.tiles_along(0, tile) * self.tiles_along(1, tile) / (tile.together * tile.together)
+    }
+
     /// Elements of the matrix of gradients, padded to whole tiles.
     pub(crate) fn elements(&self, tile: impl Into<Tiling>) -> usize {
         let tile = tile.into();
@@ -60,6 +67,11 @@ impl SuperBlock {
     /// Whether an anchor here has a coefficient in the loss, and so the cosines gradients.
     pub(crate) fn has_coefficients(&self, loss: &Loss) -> bool {
         (0..2).any(|edge| self.anchors[edge] && loss.uses(self.blocks[edge]))
+    }
+
+    /// Whether every anchor that has gradients here has its sums taken here, too, so that its share in each tile is known.
+    pub(crate) fn knows_shares(&self) -> bool {
+        (0..2).all(|edge| self.sums[edge] || !self.anchors[edge])
     }
 
     /// Floating-point operations of the cosines of dimension `dim`.
@@ -117,6 +129,7 @@ pub(crate) fn super_blocks(
                 let triangle = region.triangle && c == r;
                 let gradient = |edge: usize| region.gradients[edge] && wanted(region.spaces[edge]);
                 blocks.push(SuperBlock {
+                    number: blocks.len(),
                     spaces: region.spaces,
                     blocks: region.blocks,
                     ranges: [rows.clone(), cols.clone()],

@@ -360,7 +360,7 @@ fn barriers(how: &'static CudaEmulated) -> Result<(), Failed> {
     for (module, label) in labels.iter().flat_map(|(module, labels)| labels.iter().map(move |label| (*module, *label)))
     {
         let run = |seed, ignore_races| {
-            let run = Run { seed, ignore_races, mutant: Some((module, label)) };
+            let run = Run { seed, ignore_races, mutant: Some((module, label)), ..Run::default() };
             run_with(&problem, DType::BF16, run, |p| Ok(how.problem(p)))
         };
         // Conflicts come first and so are looked for under one order after the other; results are compared for the smaller kernels

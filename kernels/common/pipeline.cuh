@@ -224,19 +224,22 @@ SAMTONE_DEVICE void release_edges(Edges& edges SAMTONE_SITE) {
     edges.parity ^= 1;
 }
 
-// [1] load: the warpgroup that copies, all squares of this cluster. `of_pass` as for load_edges, with the super-block first.
-template <Arithmetic A, u32 STAGES, class OfPass>
+// [1] load: the warpgroup that copies, all squares of this cluster that are not `left_out`. `of_pass` as for load_edges, with the
+// super-block first.
+template <Arithmetic A, u32 STAGES, class OfPass, class LeftOut>
 SAMTONE_DEVICE void load_squares(Ring<STAGES>& ring, Edges& edges, const Wave& wave, const Towers& towers, const AnchorKeys* rows,
-                                 OfPass of_pass) {
+                                 OfPass of_pass, LeftOut left_out) {
     const u32 squares = squares_of(wave);
     if (threadIdx.x == 0) {
         for (u32 k = cluster_id(); k < squares; k += clusters()) {
             const TilePlace at = square_of(wave, k);
+            if (left_out(at)) continue;
             copy_square<A>(ring, wave.blocks[at.block], at, towers);
         }
     } else if (warp_id() > 0) {
         for (u32 k = cluster_id(); k < squares; k += clusters()) {
             const TilePlace at = square_of(wave, k);
+            if (left_out(at)) continue;
             const SuperBlock& block = wave.blocks[at.block];
             load_edges(edges, block, at, towers, rows, [&](float (&numbers)[3], const EdgeEntry& entry, bool row) {
                 of_pass(numbers, entry, row ? block.row : block.col);

@@ -31,7 +31,7 @@ struct SuperBlock {
     u32 triangle;     // both edges are the same: tiles below the diagonal are mirror images, and not visited
     u32 ranks;        // whether kept negatives above the positive are counted
     u32 counted;      // whether the columns' part of ∂L/∂β is added here
-    u32 padding;
+    u32 first_square; // of its squares among those that may be skipped (skipping.cuh); NONE: none of them may
     u64 row_partials; // first element of [col.tiles][row.tiles·TILE] partial sums
     u64 col_partials; // first element of [row.tiles][col.tiles·TILE] partial sums
     u64 gradient;     // first element of [row.tiles·TILE][col.tiles·TILE] gradients of logits
@@ -103,10 +103,12 @@ SAMTONE_DEVICE bool is_refused(const u32* status, u32 zero_is_error SAMTONE_SITE
     return refused;
 }
 SAMTONE_DEVICE double not_a_number() { return double_of(0x7ff8000000000000ull); }
+SAMTONE_DEVICE double infinity() { return double_of(0x7ff0000000000000ull); }
+SAMTONE_DEVICE double minus_infinity() { return double_of(0xfff0000000000000ull); }
 
 // Results of a call, f64 each.
 constexpr u32 LOSS = 0, PRECISION_QP = 1, MRR_QP = 2, PRECISION_PQ = 3, MRR_PQ = 4, SHIFT = 5, BETA_SUM = 6, GRAD_TAU = 7,
-              GRAD_LOG_BETA = 8, RESULTS = 16;
+              GRAD_LOG_BETA = 8, SQUARES = 9, SKIPPED = 10, RESULTS = 16;
 
 // 2^n for whole n of −1022 … 1023, else 0 or 2^1023.
 SAMTONE_DEVICE double power_of_two(i32 n) {

@@ -6,6 +6,7 @@ use super::problem::Tile;
 use super::schedule::{Address, ArrayId, Slot};
 use crate::candidates::candidates;
 use crate::dtype::DType;
+use crate::loss::Block;
 use crate::mask::Keys;
 use crate::order::Space;
 use crate::problem::GradientOutput;
@@ -63,6 +64,16 @@ pub(super) struct Common {
     pub(super) log_coefficients: ArrayId,
     pub(super) block_results: ArrayId,
     pub(super) upstream: Address,
+    pub(super) skipping: Option<Skipping>,
+}
+
+/// What decides which squares of cosines are left out of the gradient.
+#[derive(Clone, Copy)]
+pub(super) struct Skipping {
+    pub(super) masses: ArrayId,
+    pub(super) skipped: ArrayId,
+    /// log₂ of η for each of the candidates that a row meets.
+    pub(super) log2_share: f64,
 }
 
 /// Where sums of gradients are collected: in the output itself where its type and order allow.
@@ -115,6 +126,7 @@ impl Launches<'_> {
         let (sums, above) = (state("sums", 4 * 16 * m), state("above", 2 * 4 * m));
         let (positive, anchors) = (state("positive", 8 * m), state("anchors", 16 * m));
         let (diagonal, log_coefficients) = (state("diagonal", 8 * m), state("log_coefficients", 4 * 8 * m));
+        let skipping = self.skipping();
         let block_results = self.layout.add(Slot::Workspace, "block_results", 8 * 8 * m.div_ceil(REDUCE_THREADS));
         Common {
             row_keys,
@@ -136,7 +148,28 @@ impl Launches<'_> {
             log_coefficients,
             block_results,
             upstream,
+            skipping,
         }
+    }
+
+    /// Gives every square that may be skipped its place; none if the options ask for no skipping, or there is no such square.
+    fn skipping(&mut self) -> Option<Skipping> {
+        let Layouts { problem, tile, backward_waves, .. } = self.layouts;
+        let share = problem.options.tile_skipping()?;
+        let mut squares = 0;
+        for block in backward_waves.iter().flatten().filter(|s| s.knows_shares()) {
+            self.first_squares.insert(block.number, squares);
+            squares += block.squares(tile.tiling());
+        }
+        // Of a row in all its blocks, itself and its positive among them, so that shares of tiles add up to η at the most.
+        let (m, n, _) = problem.shape();
+        let candidates = |block: &Block| if matches!(block, Block::QP | Block::PP) { n } else { m };
+        let met: usize = Block::ALL.iter().filter(|b| problem.loss.uses(**b)).map(candidates).sum();
+        (squares > 0).then(|| Skipping {
+            masses: self.layout.add(Slot::State, "square_masses", 16 * squares),
+            skipped: self.layout.add(Slot::State, "skipped", 4 * squares),
+            log2_share: share.log2() - (met as f64).log2(),
+        })
     }
 
     pub(super) fn tower(&mut self, space: Space) -> TowerArrays {

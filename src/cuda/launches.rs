@@ -1,6 +1,6 @@
 //! From a plan's waves to launches: arguments in the order of the kernels' parameters.
 
-use super::arrays::{Common, Part, Sums, TowerArrays};
+use super::arrays::{Common, Part, Skipping, Sums, TowerArrays};
 use super::plan::{Layout, Layouts, MAX_SUPER_BLOCKS, Wave};
 use super::problem::{Arithmetic, Pass, Tile};
 use super::schedule::{Address, Argument, ArrayId, Launch, Slot};
@@ -9,6 +9,7 @@ use crate::loss::Block;
 use crate::options::ZeroNorm;
 use crate::order::Space;
 use crate::super_blocks::{SuperBlock, Tiling};
+use std::collections::HashMap;
 
 /// As in kernels/common/problem.cuh.
 const MAX_CUTS: usize = 8;
@@ -27,6 +28,8 @@ pub(super) struct Launches<'a> {
     pub backward: Vec<Launch>,
     pub bounded_bytes: usize,
     pub gradient_alignment: [u64; 2],
+    /// Of super-blocks, by number, whose squares may be skipped: the first.
+    pub first_squares: HashMap<usize, usize>,
 }
 
 pub(super) fn at(id: ArrayId) -> Address {
@@ -45,6 +48,7 @@ impl<'a> Launches<'a> {
             backward: Vec::new(),
             bounded_bytes: 0,
             gradient_alignment: [1; 2],
+            first_squares: HashMap::new(),
         };
         let common = this.common();
         let towers = [Space::Query, Space::Passage].map(|space| this.tower(space));
@@ -78,6 +82,7 @@ impl<'a> Launches<'a> {
         this.prepare(&towers, &common);
         this.sum_pass(&towers, &common, partials, counts);
         this.combine_step(&common);
+        this.choose_step(&towers, &common);
         this.gradient_pass(&towers, &common, &sums, gradients, plane, dots);
         this.projection(&towers, &common, &sums);
         Ok(this)
@@ -160,7 +165,8 @@ impl<'a> Launches<'a> {
             }
             let [triangle, ranks, counted] = s.flags();
             let [row_partials, col_partials] = s.partials(tile);
-            block = block.u32(first_tile).u32(s.tiles(tile)).flag(triangle).flag(ranks).flag(counted).u32(0_u32);
+            let first_square = self.first_squares.get(&s.number).map_or(u32::MAX, |first| *first as u32);
+            block = block.u32(first_tile).u32(s.tiles(tile)).flag(triangle).flag(ranks).flag(counted).u32(first_square);
             block = block.u64(partial as u64).u64((partial + row_partials) as u64).u64(element as u64).end();
             blocks = blocks.nested(&block);
             first_tile += s.tiles(tile);
@@ -219,6 +225,16 @@ impl<'a> Launches<'a> {
                     .pointer(at(partials))
                     .pointer(at(counts)),
             );
+            if let Some((skipping, grid)) = common.skipping.zip(self.squares_to_judge(wave)) {
+                self.partials.push(
+                    self.judge("square_masses", grid)
+                        .argument(argument.clone())
+                        .pointer(at(partials))
+                        .pointer(at(skipping.masses))
+                        .u32(self.layouts.tile.edge())
+                        .u32(self.layouts.tile.tiling().together),
+                );
+            }
             let grid = [m.div_ceil(REDUCE_THREADS) as u32, Block::ALL.len() as u32];
             self.partials.push(
                 Launch::new("combine", "merge", grid, REDUCE_THREADS as u32)
@@ -267,6 +283,42 @@ impl<'a> Launches<'a> {
             .push(launch("finish_forward", 1).pointer(at(common.results)).u32(blocks).flag(self.zero_is_error()));
     }
 
+    /// Squares of a wave that may be skipped, mirror images included; `None` if there are none.
+    fn squares_to_judge(&self, wave: &Wave) -> Option<u32> {
+        let judged = wave.iter().filter(|s| self.first_squares.contains_key(&s.number));
+        let squares: usize = judged.map(|s| s.squares(self.layouts.tile.tiling())).sum();
+        (squares > 0).then_some(squares as u32)
+    }
+
+    fn judge(&self, kernel: &str, blocks: u32) -> Launch {
+        Launch::new("skip_squares", kernel, [blocks, 1], REDUCE_THREADS as u32).shared(REDUCE_BYTES)
+    }
+
+    /// Which squares the gradient leaves out, once the coefficients are known.
+    fn choose_step(&mut self, towers: &[TowerArrays; 2], common: &Common) {
+        let Some(Skipping { masses, skipped, log2_share }) = common.skipping else { return };
+        let together = self.layouts.tile.tiling().together;
+        for (k, wave) in self.layouts.backward_waves.iter().enumerate() {
+            let (argument, _) = self.wave(wave, towers);
+            if let Some(grid) = self.squares_to_judge(wave) {
+                let choice = Argument::new()
+                    .pointer(at(common.log_coefficients))
+                    .pointer(at(common.diagonal))
+                    .pointer(at(masses))
+                    .pointer(at(skipped))
+                    .f64(log2_share)
+                    .u32(self.layouts.problem.pairs.rows())
+                    .u32(self.layouts.tile.step())
+                    .u32(together)
+                    .u32(0_u32);
+                let launch = self.judge("choose_skipped", grid).argument(argument.clone());
+                self.combine.push(launch.argument(self.towers(towers)).argument(choice));
+            }
+            let count = self.judge("count_skipped", 1).argument(argument).pointer(at(skipped));
+            self.combine.push(count.pointer(at(common.results)).u32(together).flag(k == 0));
+        }
+    }
+
     fn gradient_pass(
         &mut self,
         towers: &[TowerArrays; 2],
@@ -278,6 +330,7 @@ impl<'a> Launches<'a> {
     ) {
         let Layouts { problem, backward_waves, .. } = self.layouts;
         let tower_argument = self.towers(towers);
+        let skipped = common.skipping.map_or(Address::Null, |s| at(s.skipped));
         for (k, wave) in backward_waves.iter().enumerate() {
             let (argument, tiles) = self.wave(wave, towers);
             let squares = self.squares(wave);
@@ -295,7 +348,8 @@ impl<'a> Launches<'a> {
                         .u32(problem.pairs.rows())
                         .pointer(at(gradients))
                         .u64(plane)
-                        .pointer(at(dots)),
+                        .pointer(at(dots))
+                        .pointer(skipped),
                 );
             }
             let dot_launch = Launch::new("combine", "sum_dots", [1, 1], REDUCE_THREADS as u32).shared(REDUCE_BYTES);
@@ -310,7 +364,8 @@ impl<'a> Launches<'a> {
                         .argument(tower_argument.clone())
                         .pointer(at(gradients))
                         .u64(plane)
-                        .argument(product),
+                        .argument(product)
+                        .pointer(skipped),
                 );
             }
         }

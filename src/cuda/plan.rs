@@ -289,8 +289,12 @@ mod tests {
     use crate::options::Options;
 
     fn plan(rows: usize, dtype: DType, change: fn(Problem<'_>) -> Problem<'_>) -> Plan {
+        plan_with(&Options::new(0.01).unwrap(), rows, dtype, change)
+    }
+
+    fn plan_with(options: &Options, rows: usize, dtype: DType, change: fn(Problem<'_>) -> Problem<'_>) -> Plan {
         let (loss, pairs) = (Loss::samtone_query(), Pairs::new(rows, rows).unwrap());
-        Plan::new(&change(Problem::new(&loss, &pairs, &Options::new(0.01).unwrap(), dtype, 768).unwrap())).unwrap()
+        Plan::new(&change(Problem::new(&loss, &pairs, options, dtype, 768).unwrap())).unwrap()
     }
 
     #[test]
@@ -315,7 +319,8 @@ mod tests {
                 },
             ] as [fn(Problem<'_>) -> Problem<'_>; 3]
             {
-                let plan = plan(rows, dtype, change);
+                let skipping = Options::new(0.01).unwrap().with_tile_skipping(1e-3).unwrap();
+                let plan = plan_with(&skipping, rows, dtype, change);
                 for launch in plan.forward().iter().chain(plan.backward()) {
                     assert_eq!(
                         launch.shared_bytes,
@@ -341,6 +346,28 @@ mod tests {
         let unbounded = |plan: &Plan| extra(plan) - plan.bounded_bytes() as u64;
         let per_pair = (unbounded(&large) - unbounded(&half)) / 65_536;
         assert!((2 * 2 * 768..2 * 2 * 768 + 400).contains(&per_pair), "{per_pair} bytes for each pair");
+    }
+
+    #[test]
+    fn skipping_costs_nothing_unless_asked_for_and_little_then() {
+        let skipping = Options::new(0.01).unwrap().with_tile_skipping(1e-3).unwrap();
+        for (change, edge) in [((|p| p) as fn(Problem<'_>) -> Problem<'_>, 128), (|p| p.with_tile(Tile::Small), 64)] {
+            let (without, with) = (plan(4096, DType::BF16, change), plan_with(&skipping, 4096, DType::BF16, change));
+            assert!(without.array("skipped").is_none() && without.array("square_masses").is_none());
+            assert!(without.forward().iter().all(|launch| launch.module != "skip_squares"), "{without}");
+            // S, and the square that holds the triangle of QQ, 20 bytes each.
+            let squares = 2 * (4096 / edge) * (4096 / edge);
+            assert_eq!(with.array("skipped").unwrap().bytes, 4 * squares);
+            let more = with.slot_bytes(Slot::State) - without.slot_bytes(Slot::State);
+            assert!((20 * squares..20 * squares + 3 * ARRAY_ALIGNMENT).contains(&more), "{more}");
+            for slot in [Slot::Workspace, Slot::Side] {
+                assert_eq!(with.slot_bytes(slot), without.slot_bytes(slot));
+            }
+        }
+        let (loss, pairs) = (Loss::info_nce(), Pairs::new(4096, 5000).unwrap());
+        let problem = Problem::new(&loss, &pairs, &skipping, DType::BF16, 64).unwrap();
+        let clusters = problem.with_architecture(Architecture::Sm90a { multiprocessors: 132 });
+        assert_eq!(Plan::new(&clusters).unwrap().array("skipped").unwrap().bytes, 4 * 16 * (16 + 4));
     }
 
     #[test]

@@ -8,4 +8,5 @@ pub mod cuda_emulated;
 pub mod data;
 pub mod emulator;
 pub mod problem;
+pub mod skipped;
 pub mod tolerance;

@@ -21,7 +21,7 @@ macro_rules! modules {
 }
 
 modules! {
-    "prepare" "combine" "project"
+    "prepare" "combine" "project" "skip_squares"
     "logsumexp_sm80" "gradient_tile_sm80" "gradient_product_sm80"
     "logsumexp_sm90a" "gradient_tile_sm90a" "gradient_product_sm90a"
 }
@@ -155,7 +155,7 @@ mod tests {
         let positives = [2, 2, 0, 5, 4];
         let plain = Pairs::new(5, 7).unwrap();
         let shared = plain.with_positives(&positives).unwrap();
-        let options = Options::new(0.05).unwrap();
+        let options = Options::new(0.05).unwrap().with_tile_skipping(0.01).unwrap();
         for (loss, pairs) in [(Loss::samtone_both(), plain), (Loss::samtone_query(), shared)] {
             for (arithmetic, tile) in [
                 (Arithmetic::F16, Tile::Small),
@@ -184,7 +184,7 @@ mod tests {
     /// What every device and driver takes: blocks of threads, at least one, and the shared memory of the device that has least.
     #[test]
     fn plans_launch_what_every_device_takes() {
-        let (options, crowded) = (Options::new(0.05).unwrap(), [0, 0, 0]);
+        let (options, crowded) = (Options::new(0.05).unwrap().with_tile_skipping(0.01).unwrap(), [0, 0, 0]);
         let only = |block| Loss::custom("only", vec![Group::new(1.0, &[block], 1).unwrap()]).unwrap();
         let presets = Loss::PRESETS.iter().map(|(name, _)| Loss::by_name(name).unwrap());
         for loss in presets.chain([Block::QP, Block::PQ, Block::QQ, Block::PP].map(only)) {

@@ -1,0 +1,163 @@
+// skip_squares.cu: which squares of cosines may be left out of the gradient.
+// Math     square_masses  U = max_i Σ_j exp(β s_ij) over the square's rows i that anchor, j its kept columns; V likewise down its columns
+//          choose_skipped a square is skipped if, for the rows of each of its edges, max_i a_i/|Dᵢ| · U <= η·J/C: a_i the
+//                         coefficient of the edge's block, Dᵢ = ∂L/∂(β s⁺ᵢ), J the square's candidates, C those of a row in all blocks.
+//                         docs/skipping.md has the proof. Never a square on the diagonal of a triangle
+//          count_skipped  how many there are, and how many are skipped, without mirror images
+// In/out   partials of the logsumexp pass · masses: U and V of each square · skipped: a word for each (common/skipping.cuh), results
+// Tiles    square_masses, choose_skipped: one square per block, grid (squares of the wave, mirror images included). count_skipped: one block
+// Threads  256
+// Shared   64 bytes (reduce.cuh)
+// Sync     R1, R2 reduce.cuh
+// Numerics The largest sum is found by whole numbers, exactly. Logarithms to base 2; what they are off by, and sums of f32, is within SLACK.
+//          Comparisons with NaN, and a row without a derivative of its positive, keep the square
+// Limits   squares of 256 rows and columns at the most
+#include "common/reduce.cuh"
+#include "common/skipping.cuh"
+
+// Subtracted from the logarithm of what is allowed: 0.07% of it.
+constexpr double SLACK = 0x1p-10;
+
+// The largest sums along the two edges of a square; a sum of 0 where no anchor has a negative.
+struct Masses {
+    Partial row, col;
+};
+
+// Block and place of square k of a wave, among those that may be skipped.
+struct Square {
+    u32 block, row, col;
+};
+SAMTONE_DEVICE u32 squares_of(const SuperBlock& block, u32 together) {
+    return block.first_square == NONE ? 0 : block.row.tiles / together * (block.col.tiles / together);
+}
+SAMTONE_DEVICE Square square_of(const Wave& wave, u32 k, u32 together) {
+    u32 b = 0;
+    for (u32 squares = squares_of(wave.blocks[0], together); k >= squares; squares = squares_of(wave.blocks[b], together)) {
+        k -= squares;
+        ++b;
+    }
+    const u32 cols = wave.blocks[b].col.tiles / together;
+    return {b, k / cols, k % cols};
+}
+// Whether the square is computed once and can be skipped at all.
+SAMTONE_DEVICE bool is_candidate(const SuperBlock& block, const Square& at) { return block.triangle == 0 || at.row < at.col; }
+
+// Partial sums as whole numbers in the same order, exact in f64; −∞ for an empty sum.
+constexpr double OCTAVE = 0x1p23;
+SAMTONE_DEVICE double order_of(const Partial& x) {
+    return x.sum == 0 ? minus_infinity() : x.exponent * OCTAVE + static_cast<double>(bits_of(x.sum));
+}
+
+// The largest sum of the indices of one edge over `together` tiles. `first`: its partial for the square's first index and tile.
+SAMTONE_DEVICE Partial largest_sum(const Edge& edge, const Partial* first, u32 indices, u32 tile, u32 together) {
+    Partial mine{0, 0};
+    for (u32 t = 0; edge.sums != 0 && threadIdx.x < indices && t < together; ++t) {
+        const u32x2 words = ld_global_u32x2(first + static_cast<u64>(t) * (edge.tiles * tile) + threadIdx.x);
+        const Partial more{float_of(words.x), static_cast<i32>(words.y)};
+        if (more.sum == 0) continue;
+        if (mine.sum == 0) {
+            mine = more;
+            continue;
+        }
+        const i32 top = mine.exponent > more.exponent ? mine.exponent : more.exponent;
+        auto scaled = [top](const Partial& x) { return static_cast<double>(x.sum) * power_of_two(x.exponent - top); };
+        mine = {static_cast<float>(scaled(mine) + scaled(more)), top};
+    }
+    const double order = order_of(mine), largest = reduce_block<Largest>(order);
+    if (largest == minus_infinity()) return {0, 0};
+    const i64 whole = static_cast<i64>(largest);
+    constexpr i32 ONE = 127; // the biased exponent of 1
+    return {float_of(static_cast<u32>(whole & 0x7fffff) | static_cast<u32>(ONE) << 23), static_cast<i32>(whole >> 23) - ONE};
+}
+
+KERNEL(square_masses, REDUCE_THREADS, BY_VALUE(Wave) wave, const Partial* partials, Masses* masses, u32 tile, u32 together) {
+    const Square at = square_of(wave, blockIdx.x, together);
+    const SuperBlock& block = wave.blocks[at.block];
+    if (!is_candidate(block, at)) return;
+    const u32 step = tile * together, rows = block.row.end - block.row.begin, cols = block.col.end - block.col.begin;
+    auto indices = [step](u32 from, u32 all) { return from >= all ? 0 : all - from < step ? all - from : step; };
+    const Partial* row_partials = partials + block.row_partials + static_cast<u64>(at.col * together) * (block.row.tiles * tile);
+    const Partial* col_partials = partials + block.col_partials + static_cast<u64>(at.row * together) * (block.col.tiles * tile);
+    const Partial row = largest_sum(block.row, row_partials + at.row * step, indices(at.row * step, rows), tile, together);
+    const Partial col = largest_sum(block.col, col_partials + at.col * step, indices(at.col * step, cols), tile, together);
+    if (threadIdx.x != 0) return;
+    unsigned char* to = reinterpret_cast<unsigned char*>(masses + square_entry(block, at.row, at.col, together));
+    st_global_u32x4(to, {bits_of(row.sum), static_cast<u32>(row.exponent), bits_of(col.sum), static_cast<u32>(col.exponent)});
+}
+
+struct Choice {
+    const double *log_coefficients, *diagonal;
+    const Masses* masses;
+    u32* skipped;
+    double log2_share; // of η/C
+    u32 rows, step, together, padding;
+};
+
+// log2 of a positive number, to 2^-21.
+SAMTONE_DEVICE double log2_of(double x) {
+    const u64 bits = bits_of(x);
+    const double fraction = double_of((bits & 0xfffffffffffffull) | 0x3ff0000000000000ull);
+    return static_cast<double>(static_cast<i32>(bits >> 52) - 1023) + lg2_approx(static_cast<float>(fraction));
+}
+
+// log2 of a_i/|Dᵢ|, the largest of the edge's anchors in the square; −∞ if none has a coefficient.
+SAMTONE_DEVICE double largest_demand(const Choice& c, const Edge& edge, u32 begin, const Towers& towers) {
+    constexpr double LOG2_E = 1.44269504088896340735992468100, SMALLEST = 1e-300;
+    double demand = minus_infinity();
+    const u32 index = begin + threadIdx.x;
+    if (threadIdx.x < c.step && index < edge.end && edge.anchors != 0) {
+        const u32 row = ld_global_nc_u32x4(tower_of(towers, edge.space).candidates + index).w;
+        if (row != NONE) {
+            const double log = ld_global_f64(c.log_coefficients + static_cast<u64>(edge.block) * c.rows + row);
+            const double derivative = -ld_global_f64(c.diagonal + row);
+            if (log != minus_infinity()) demand = derivative > SMALLEST ? log * LOG2_E - log2_of(derivative) : infinity();
+        }
+    }
+    return reduce_block<Largest>(demand);
+}
+
+// Whether the anchors of an edge can do without the square.
+SAMTONE_DEVICE bool spares(const Partial& mass, double demand, u32 candidates, double log2_share) {
+    if (mass.sum == 0 || demand == minus_infinity()) return true;
+    const double share = demand + mass.exponent + lg2_approx(mass.sum);
+    return share + SLACK <= log2_share + lg2_approx(static_cast<float>(candidates));
+}
+
+KERNEL(choose_skipped, REDUCE_THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, BY_VALUE(Choice) c) {
+    const Square at = square_of(wave, blockIdx.x, c.together);
+    const SuperBlock& block = wave.blocks[at.block];
+    const u32 entry = square_entry(block, at.row, at.col, c.together);
+    if (!is_candidate(block, at)) {
+        if (at.row == at.col && threadIdx.x == 0) st_global_u32(c.skipped + entry, 0);
+        return;
+    }
+    const u32 row = block.row.begin + at.row * c.step, col = block.col.begin + at.col * c.step;
+    const double row_demand = largest_demand(c, block.row, row, towers), col_demand = largest_demand(c, block.col, col, towers);
+    if (threadIdx.x != 0) return;
+    const u32x4 words = ld_global_u32x4(c.masses + entry);
+    const Partial row_mass{float_of(words.x), static_cast<i32>(words.y)}, col_mass{float_of(words.z), static_cast<i32>(words.w)};
+    auto live = [&](const Edge& edge, u32 begin) { return begin >= edge.end ? 0 : edge.end - begin < c.step ? edge.end - begin : c.step; };
+    const bool skipped = spares(row_mass, row_demand, live(block.col, col), c.log2_share) &&
+                         spares(col_mass, col_demand, live(block.row, row), c.log2_share);
+    st_global_u32(c.skipped + entry, skipped ? 1 : 0);
+    if (block.triangle != 0) st_global_u32(c.skipped + square_entry(block, at.col, at.row, c.together), skipped ? 1 : 0);
+}
+
+// SQUARES and SKIPPED ← (first ? 0 : what they were) + those of the wave.
+KERNEL(count_skipped, REDUCE_THREADS, BY_VALUE(Wave) wave, const u32* skipped, double* results, u32 together, u32 first) {
+    double squares = 0, count = 0;
+    for (u32 b = 0; b < wave.count; ++b) {
+        const SuperBlock& block = wave.blocks[b];
+        const u32 rows = block.row.tiles / together, cols = block.col.tiles / together;
+        for (u32 k = threadIdx.x; k < rows * cols; k += REDUCE_THREADS) {
+            if (block.triangle != 0 && k / cols > k % cols) continue;
+            squares += 1;
+            if (is_skipped(skipped, block, k / cols, k % cols, together)) count += 1;
+        }
+    }
+    squares = reduce_block<Sum>(squares);
+    count = reduce_block<Sum>(count);
+    if (threadIdx.x != 0) return;
+    st_global_f64(results + SQUARES, (first != 0 ? 0 : ld_global_f64(results + SQUARES)) + squares);
+    st_global_f64(results + SKIPPED, (first != 0 ? 0 : ld_global_f64(results + SKIPPED)) + count);
+}
