@@ -6,6 +6,7 @@
 //! prepare    pack: norms, powers of two, f16; positives in f64            O((M+N)·d)                      prepare.cu
 //! [1] sums       products → cosines → mask → exponential sums, ranks      3 B²d (one same-tower block)    logsumexp_sm*.cu
 //! [2] combine    loss, row losses, metrics, coefficients, f64             O(M)                            combine.cu
+//!     skip       squares with a trace of softmax mass alone, if asked     O(B²/128)                       skip_squares.cu
 //! [3] gradients  products again → gradient tiles in a super-block         3 B²d                           gradient_tile_sm*.cu
 //!                products of the super-block with Q and P                 6 B²d                           gradient_product_sm*.cu
 //! [4] project    diagonal, tangent, β, output type                        O((M+N)·d)                      project.cu

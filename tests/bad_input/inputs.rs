@@ -132,6 +132,12 @@ fn temperature_and_margin() -> Outcome {
         expect_invalid(options.with_margin(margin), "margin", &margin.to_string(), "a finite number");
     }
     assert!(options.with_margin(-2.5).is_ok() && options.with_margin(f64::MAX).is_ok());
+    for share in [0.0, 1.0, -1e-3, f64::NAN, f64::INFINITY] {
+        let allowed = "a number above 0 and below 1";
+        expect_invalid(options.with_tile_skipping(share), "tile_skipping", &share.to_string(), allowed);
+    }
+    assert_eq!(options.tile_skipping(), None);
+    assert_eq!(options.with_tile_skipping(1e-300)?.tile_skipping(), Some(1e-300));
     Ok(())
 }
 

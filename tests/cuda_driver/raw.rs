@@ -7,7 +7,7 @@ use super::support::data::{self, Kind};
 use super::support::problem::{Buffer, Outputs, Problem};
 use super::{Check, demand, text};
 use samtone::backend;
-use samtone::cuda::{Device, GradientOutput, Plan, Pointers, Readout, Slot, Stream, Tile};
+use samtone::cuda::{Device, GradientOutput, Plan, Pointers, Readout, SkippedSquares, Slot, Stream, Tile};
 use samtone::{Batch, DType, Error, Loss, Tower, cuda};
 
 pub const CHECKS: &[Check] = &[
@@ -43,6 +43,27 @@ pub const CHECKS: &[Check] = &[
             let reference = backend::by_name("reference").map_err(text)?;
             let want = Expected::from(problem.run(reference, DType::F64, 0.5).map_err(text)?);
             verdict(&against_definition(&call.outputs()?, &want, &problem, DType::BF16, 0.5))
+        })
+    }),
+    ("skipped squares are counted", || {
+        // Two clusters, opposite to each other: what is between them has no mass.
+        let mut problem =
+            data::problem(Loss::samtone_query(), Kind::Trained, (128, 128, 16), 0.05, 5, 0.0).map_err(text)?;
+        for x in [&mut problem.query, &mut problem.passage] {
+            x.chunks_mut(16).enumerate().for_each(|(i, row)| row[0] = if i < 64 { 30.0 } else { -30.0 });
+        }
+        with_call(&problem, DType::BF16, |call, _| {
+            // SAFETY: as in `Call::run`.
+            let count =
+                |call: &Call<'_>| unsafe { call.device.skipped_squares(&call.plan, &call.pointers, call.stream) };
+            let error = count(call).err();
+            demand(matches!(error, Some(Error::StateMismatch { .. })), &format!("without the option: {error:?}"))?;
+            let mut problem = problem.clone();
+            problem.options = problem.options.with_tile_skipping(1e-3).map_err(text)?;
+            let call = call.replan(&problem, |p| Ok(p))?;
+            call.run(Device::loss_and_gradients)?;
+            let got = count(&call).map_err(text)?;
+            demand(got == SkippedSquares { squares: 7, skipped: 3 }, &format!("{got:?}"))
         })
     }),
     ("two threads on two streams do not disturb each other", || {

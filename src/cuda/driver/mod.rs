@@ -9,6 +9,7 @@
 //! graph.rs      a call as a CUDA graph
 //! memory.rs     whose memory is it, and is it enough?
 //! readout.rs    state → results, errors, partials of a shard
+//! skipped.rs    what tile skipping left out
 //! backend.rs    batches in host memory
 //! slices/       batches in memory of cudarc                                  feature `cudarc`
 //! ```
@@ -24,6 +25,7 @@ mod memory;
 mod probe;
 mod ptx;
 mod readout;
+mod skipped;
 #[cfg(feature = "cudarc")]
 mod slices;
 
@@ -33,6 +35,7 @@ pub use device::Device;
 pub use graph::Graph;
 pub use probe::{available, device_count, is_available};
 pub use readout::Readout;
+pub use skipped::SkippedSquares;
 #[cfg(feature = "cudarc")]
 pub use slices::{
     DeviceBatch, DeviceGradients, DeviceLossAndGradients, Forward, GradientSlices, GraphBuffers, Shard, Step,

@@ -1,0 +1,47 @@
+//! What tile skipping left out of a call.
+
+use super::arguments::{Pointers, Stream};
+use super::device::Device;
+use crate::cuda::{Plan, Slot};
+use crate::error::{Error, Result};
+
+/// Numbers of the array `results`, f64: squares, and how many of them were skipped (kernels/common/problem.cuh).
+const SQUARES: u64 = 9;
+
+/// Squares of cosines that the gradient of a call consists of, each of a triangle once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SkippedSquares {
+    /// All of them.
+    pub squares: u64,
+    /// Those that were left out of the gradient.
+    pub skipped: u64,
+}
+
+impl Device {
+    /// Waits for the stream, then says how many squares of cosines the call that was enqueued there leaves out of its gradient, if
+    /// its options ask for [tile skipping](crate::Options::with_tile_skipping); known from the forward call on.
+    ///
+    /// # Errors
+    /// [`Error::StateMismatch`] for a plan without the option, or a state that no call has written; [`Error::InvalidArgument`] while
+    /// the stream is being captured, [`Error::Cuda`] for whatever failed meanwhile.
+    ///
+    /// # Safety
+    /// As [`Device::evaluation`], for the state.
+    pub unsafe fn skipped_squares(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<SkippedSquares> {
+        let mismatch =
+            |saved: &str| Error::StateMismatch { saved: saved.into(), given: "a question what was skipped".into() };
+        let asked = plan.array("square_masses").and(plan.array("results")).filter(|a| a.slot == Slot::State);
+        let results = asked.ok_or_else(|| mismatch("a plan without tile skipping"))?;
+        let from = pointers.state + results.offset + 8 * SQUARES;
+        // SAFETY: the caller's promise; the array has 16 numbers.
+        let bytes = unsafe { self.download(from, 16, stream) }?;
+        let mut numbers =
+            bytes.chunks_exact(8).map(|chunk| chunk.iter().rev().fold(0, |bits, b| bits << 8 | u64::from(*b)));
+        let mut number = || f64::from_bits(numbers.next().unwrap_or_default());
+        let (squares, skipped) = (number(), number());
+        if !(squares >= 1.0 && (0.0..=squares).contains(&skipped)) {
+            return Err(mismatch("no call that has run"));
+        }
+        Ok(SkippedSquares { squares: squares as u64, skipped: skipped as u64 })
+    }
+}
