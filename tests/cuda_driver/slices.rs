@@ -71,12 +71,17 @@ pub const CHECKS: &[Check] = &[
             }
             let step = step.as_mut().ok_or("no step")?;
             demand(step.loss().is_err(), "a loss before the call")?;
+            step.forward(&query, &passage).map_err(text)?;
+            demand(step.temperature().is_err(), "a temperature before the backward call")?;
             let mut gradients = at.gradients(problem)?;
             for _ in 0..2 {
                 let slices = GradientSlices::both(&mut gradients.query, &mut gradients.passage);
                 step.loss_and_gradients(&query, &passage, slices, 1.0).map_err(text)?;
             }
             let (evaluation, temperature) = step.results(&query, &passage).map_err(text)?;
+            let on_device = at.stream.clone_dtoh(&step.temperature().map_err(text)?).map_err(debug)?;
+            at.stream.synchronize().map_err(debug)?;
+            demand(on_device == [temperature.tau, temperature.log_beta], "another temperature on the device")?;
             at.judge(problem, evaluation, temperature, &gradients, 1.0)?;
         }
         Ok(())

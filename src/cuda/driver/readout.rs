@@ -28,7 +28,7 @@ const LOSS: usize = 0;
 const QUERY_TO_PASSAGE: usize = 1;
 const PASSAGE_TO_QUERY: usize = 3;
 const GRAD_TAU: usize = 7;
-const GRAD_LOG_BETA: usize = 8;
+const GRAD_LOG_BETA: usize = GRAD_TAU + 1;
 const RESULTS: usize = 16;
 /// `ExpSum` of kernels/common/problem.cuh: f64 sum, i32 exponent, padding.
 const EXP_SUM_BYTES: usize = 16;
@@ -199,6 +199,12 @@ impl Readout {
     /// Byte of the loss, an f64, in the state.
     pub fn loss_offset(&self) -> usize {
         self.results.start + 8 * LOSS
+    }
+
+    /// Byte of ∂L/∂τ, an f64, in the state; ∂L/∂log β follows.
+    #[cfg(feature = "cudarc")]
+    pub(super) fn temperature_offset(&self) -> usize {
+        self.results.start + 8 * GRAD_TAU
     }
 
     /// Element type of the embeddings.

@@ -1,6 +1,7 @@
 //! A loss that is computed again and again in the same memory.
 
 mod graph;
+mod results;
 
 pub use graph::{GraphBuffers, StepGraph};
 
@@ -11,11 +12,8 @@ use crate::cuda::driver::readout::Readout;
 use crate::cuda::{GradientOutput, Plan, Problem, Slot};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
-use crate::output::{Evaluation, TemperatureGradient};
 use crate::partials::Partials;
-use cudarc::driver::{
-    CudaEvent, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, DeviceSlice,
-};
+use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, DeviceSlice};
 use std::fmt;
 use std::sync::Arc;
 use std::thread::{self, ThreadId};
@@ -310,52 +308,6 @@ impl Step {
         self.enqueue(Device::loss_and_gradients, query, passage, backward, Progress::Nothing)?;
         (self.progress, self.packed) = (Progress::Backward, true);
         Ok(())
-    }
-
-    /// The loss on the device: valid once the stream is done with the step, NaN if its inputs are refused.
-    ///
-    /// # Errors
-    /// [`Error::StateMismatch`] without a forward call.
-    pub fn loss(&self) -> Result<CudaView<'_, f64>> {
-        self.expect(Progress::Forward)?;
-        let offset = self.readout.loss_offset();
-        let bytes = self.state.slice.try_slice(offset..offset + size_of::<f64>());
-        // SAFETY: any bits are an f64, and the state's arrays are aligned to more than its 8 bytes.
-        let view = bytes.and_then(|bytes| unsafe { bytes.transmute(1) });
-        view.ok_or_else(|| mismatch("a state without a loss"))
-    }
-
-    /// Waits for the stream, then gives loss, row losses and metrics. The embeddings are those of the forward call, where the
-    /// value of an element that is not finite is looked up.
-    ///
-    /// # Errors
-    /// As [`Device::evaluation`], and [`Error::StateMismatch`] without a forward call.
-    pub fn evaluation<T: Element>(&self, query: &impl DevicePtr<T>, passage: &impl DevicePtr<T>) -> Result<Evaluation> {
-        self.expect(Progress::Forward)?;
-        self.check_inputs(query, passage)?;
-        let ((query, _q), (passage, _p)) = (query.device_ptr(&self.stream), passage.device_ptr(&self.stream));
-        let pointers = Pointers { query, passage, state: self.state.address, ..Pointers::default() };
-        self.wait_for_other_thread()?;
-        // SAFETY: state and embeddings are as long as the plan says, and alive; the forward call is enqueued on this stream.
-        unsafe { self.device.evaluation(&self.readout, &pointers, raw(&self.stream)) }
-    }
-
-    /// [`Step::evaluation`], and the gradient of the temperature.
-    ///
-    /// # Errors
-    /// As [`Device::evaluation`], and [`Error::StateMismatch`] without a backward call.
-    pub fn results<T: Element>(
-        &self,
-        query: &impl DevicePtr<T>,
-        passage: &impl DevicePtr<T>,
-    ) -> Result<(Evaluation, TemperatureGradient)> {
-        self.expect(Progress::Backward)?;
-        self.check_inputs(query, passage)?;
-        let ((query, _q), (passage, _p)) = (query.device_ptr(&self.stream), passage.device_ptr(&self.stream));
-        let pointers = Pointers { query, passage, state: self.state.address, ..Pointers::default() };
-        self.wait_for_other_thread()?;
-        // SAFETY: as in `evaluation`; the backward call is enqueued on this stream.
-        unsafe { self.device.results(&self.readout, &pointers, raw(&self.stream)) }
     }
 
     /// Computes the sums of a shard, waits, and gives them.
