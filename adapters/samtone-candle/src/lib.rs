@@ -12,6 +12,8 @@
 #![warn(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod loss;
 mod op;
 mod temperature;

@@ -3,7 +3,9 @@
 use crate::op::Computed;
 use crate::refused;
 use crate::temperature::Temperature;
-use crate::view::{embeddings, readable};
+use crate::view::{check_same_device, embeddings, readable};
+#[cfg(feature = "cuda")]
+use candle_core::Storage;
 use candle_core::{Device, Result, Tensor};
 use samtone::cpu::Workspace;
 use samtone::{Batch, EmbeddingsMut, Evaluation, GradientBuffers, Loss, Options, Scope, ZeroNorm};
@@ -28,7 +30,8 @@ use std::sync::{Arc, Mutex};
 /// ```
 ///
 /// Clones share the memory of their calls (up to [`workspace_bytes`](Self::workspace_bytes), and O((M + N)·d)), so that a step
-/// allocates none of it again. Calls at the same time are right, too; all but one then take memory of their own.
+/// allocates none of it again. Calls at the same time are right, too; all but one then take memory of their own. On a CUDA device
+/// that memory is on candle's stream, and kept for one stream at a time.
 #[derive(Debug, Clone)]
 pub struct SamToNe {
     loss: Loss,
@@ -41,6 +44,33 @@ pub struct SamToNe {
     zero_norm: ZeroNorm,
     workspace_bytes: Option<usize>,
     workspace: Arc<Mutex<Workspace>>,
+    #[cfg(feature = "cuda")]
+    step: Arc<crate::cuda::Shared>,
+}
+
+/// The batch or the pairs, which have these methods in common, with what the builder holds.
+macro_rules! annotated {
+    ($of:expr, $plain:expr) => {
+        (|| {
+            let (of, mut annotated) = ($of, $plain);
+            if let Some(positives) = &of.positives {
+                annotated = annotated.with_positives(positives)?;
+            }
+            if let Some(weights) = &of.weights {
+                annotated = annotated.with_weights(weights)?;
+            }
+            if let Some(ids) = &of.query_ids {
+                annotated = annotated.with_query_ids(ids)?;
+            }
+            if let Some(ids) = &of.passage_ids {
+                annotated = annotated.with_passage_ids(ids)?;
+            }
+            if let Some((owners, scope)) = &of.owners {
+                annotated = annotated.with_hard_negative_owners(owners, *scope)?;
+            }
+            samtone::Result::Ok(annotated)
+        })()
+    };
 }
 
 impl SamToNe {
@@ -57,6 +87,8 @@ impl SamToNe {
             zero_norm: ZeroNorm::default(),
             workspace_bytes: None,
             workspace: Arc::default(),
+            #[cfg(feature = "cuda")]
+            step: Arc::default(),
         }
     }
 
@@ -115,13 +147,18 @@ impl SamToNe {
 
     /// The loss as a scalar tensor, f32, whose `backward` reaches `query`, `passage` and the tensor in `temperature`.
     ///
-    /// `query` is M × d and `passage` N × d with N ≥ M, both f32, f16 or bf16 and on the CPU. Tensors whose rows are contiguous
+    /// `query` is M × d and `passage` N × d with N ≥ M, both f32, f16 or bf16 and on the CPU or, with the feature `cuda`, on one
+    /// CUDA device. Tensors whose rows are contiguous
     /// are read in place, whatever lies between the rows; others are copied first. Gradients come in the type of what
     /// they belong to, rounded after the upstream gradient has been applied.
     ///
     /// Gradients are computed here, together with the loss, and only those of tensors that candle tracks: a frozen tower costs
     /// nothing, and without any tracked tensor this is a forward pass. They are constants to candle: there are no second
     /// derivatives.
+    ///
+    /// On a CUDA device all of it is enqueued on candle's stream, and nothing waits, unless a tensor holds the temperature: see
+    /// [`Temperature`]. So what is wrong with the embeddings themselves, or an upstream gradient that is not finite, is no error
+    /// there but NaN: in the loss and all gradients, or in the gradients. [`SamToNe::evaluate`] has the sentence.
     ///
     /// # Errors
     /// A sentence that names the argument, its value and what is allowed: for shapes, types and devices; for ids and
@@ -134,10 +171,11 @@ impl SamToNe {
         passage: &Tensor,
         temperature: impl Into<Temperature<'t>>,
     ) -> Result<Tensor> {
-        self.forward_with_metrics(query, passage, temperature).map(|(loss, _)| loss)
+        self.differentiable(query, passage, temperature.into(), false).map(|(loss, _)| loss)
     }
 
-    /// [`SamToNe::forward`], and the loss of every row, P@1 and MRR of the batch, which cost nothing more.
+    /// [`SamToNe::forward`], and the loss of every row, P@1 and MRR of the batch. They cost nothing more on the CPU; on a CUDA
+    /// device they are waited for, and what is wrong with the embeddings is an error as on the CPU.
     ///
     /// # Errors
     /// As [`SamToNe::forward`].
@@ -147,16 +185,11 @@ impl SamToNe {
         passage: &Tensor,
         temperature: impl Into<Temperature<'t>>,
     ) -> Result<(Tensor, Evaluation)> {
-        let temperature = temperature.into();
-        let (evaluation, computed) = self.compute(query, passage, temperature, true)?;
-        let loss = match temperature.tensor() {
-            Some(tensor) => query.apply_op3(passage, tensor, computed)?,
-            None => query.apply_op2(passage, computed)?,
-        };
-        Ok((loss, evaluation))
+        let (loss, evaluation) = self.differentiable(query, passage, temperature.into(), true)?;
+        Ok((loss, evaluation.ok_or_else(unevaluated)?))
     }
 
-    /// Loss, row losses, P@1 and MRR without any gradient, be the tensors tracked or not: for validation.
+    /// Loss, row losses, P@1 and MRR without any gradient, be the tensors tracked or not: for validation. Waits for a CUDA device.
     ///
     /// # Errors
     /// As [`SamToNe::forward`].
@@ -166,7 +199,26 @@ impl SamToNe {
         passage: &Tensor,
         temperature: impl Into<Temperature<'t>>,
     ) -> Result<Evaluation> {
-        self.compute(query, passage, temperature.into(), false).map(|(evaluation, _)| evaluation)
+        let (evaluation, _) = self.compute(query, passage, temperature.into(), false, true)?;
+        evaluation.ok_or_else(unevaluated)
+    }
+
+    fn differentiable(
+        &self,
+        query: &Tensor,
+        passage: &Tensor,
+        temperature: Temperature<'_>,
+        evaluate: bool,
+    ) -> Result<(Tensor, Option<Evaluation>)> {
+        let (evaluation, computed) = self.compute(query, passage, temperature, true, evaluate)?;
+        let loss = match temperature.tensor() {
+            // Differentiably moved to the towers, because candle's operations are on one device.
+            Some(tensor) if computed.temperature.is_some() => {
+                query.apply_op3(passage, &tensor.to_device(query.device())?, computed)?
+            }
+            _ => query.apply_op2(passage, computed)?,
+        };
+        Ok((loss, evaluation))
     }
 
     fn options(&self, temperature: Temperature<'_>) -> Result<Options> {
@@ -177,45 +229,48 @@ impl SamToNe {
         Ok(self.workspace_bytes.map_or(options, |bytes| options.with_workspace_bytes(bytes)))
     }
 
-    fn annotated<'a>(&'a self, mut batch: Batch<'a>) -> samtone::Result<Batch<'a>> {
-        if let Some(positives) = &self.positives {
-            batch = batch.with_positives(positives)?;
-        }
-        if let Some(weights) = &self.weights {
-            batch = batch.with_weights(weights)?;
-        }
-        if let Some(ids) = &self.query_ids {
-            batch = batch.with_query_ids(ids)?;
-        }
-        if let Some(ids) = &self.passage_ids {
-            batch = batch.with_passage_ids(ids)?;
-        }
-        if let Some((owners, scope)) = &self.owners {
-            batch = batch.with_hard_negative_owners(owners, *scope)?;
-        }
-        Ok(batch)
-    }
-
-    /// Everything, with the gradients of what candle tracks if `differentiate`.
+    /// Everything, with the gradients of what candle tracks if `differentiate`. On the CPU there always is an evaluation; on a
+    /// device only if `evaluate`, because it waits.
     fn compute(
         &self,
         query: &Tensor,
         passage: &Tensor,
         temperature: Temperature<'_>,
         differentiate: bool,
-    ) -> Result<(Evaluation, Computed)> {
+        evaluate: bool,
+    ) -> Result<(Option<Evaluation>, Computed)> {
         let tracked = |tensor: &Tensor| differentiate && tensor.track_op();
         let wanted = [tracked(query), tracked(passage), temperature.tensor().is_some_and(tracked)];
-        let options = self.options(temperature)?;
         let (q, p) = (readable("query", query)?, readable("passage", passage)?);
+        check_same_device(query, passage)?;
+        let options = self.options(temperature)?;
         let ((q_storage, q_layout), (p_storage, p_layout)) = (q.storage_and_layout(), p.storage_and_layout());
+        #[cfg(feature = "cuda")]
+        if let (Storage::Cuda(q), Storage::Cuda(p)) = (&*q_storage, &*p_storage) {
+            let pairs = samtone::Pairs::new(query.dim(0)?, passage.dim(0)?);
+            let pairs = pairs.and_then(|pairs| annotated!(self, pairs)).map_err(refused)?;
+            let call = crate::cuda::Call { loss: &self.loss, options: &options, temperature, wanted, evaluate };
+            return crate::cuda::compute(&call, [(q, q_layout), (p, p_layout)], pairs, &self.step);
+        }
+        let _ = evaluate;
         let batch = Batch::new(embeddings(&q_storage, q_layout)?, embeddings(&p_storage, p_layout)?);
-        let batch = batch.and_then(|batch| self.annotated(batch)).map_err(refused)?;
+        let batch = batch.and_then(|batch| annotated!(self, batch)).map_err(refused)?;
+        let (evaluation, computed) = self.on_cpu(&batch, &options, temperature, wanted)?;
+        Ok((Some(evaluation), computed))
+    }
 
+    fn on_cpu(
+        &self,
+        batch: &Batch<'_>,
+        options: &Options,
+        temperature: Temperature<'_>,
+        wanted: [bool; 3],
+    ) -> Result<(Evaluation, Computed)> {
+        let scalar = |loss: f64| Tensor::new(loss as f32, &Device::Cpu);
         if wanted == [false; 3] {
-            let forward = samtone::cpu::forward(&self.loss, &batch, &options).map_err(refused)?;
+            let forward = samtone::cpu::forward(&self.loss, batch, options).map_err(refused)?;
             let evaluation = forward.evaluation().clone();
-            let computed = Computed { loss: evaluation.loss as f32, embeddings: [None, None], temperature: None };
+            let computed = Computed { loss: scalar(evaluation.loss)?, embeddings: [None, None], temperature: None };
             return Ok((evaluation, computed));
         }
         let dim = batch.dim();
@@ -230,19 +285,24 @@ impl SamToNe {
             let mut own = Workspace::new();
             let mut shared = self.workspace.try_lock();
             let workspace = shared.as_deref_mut().unwrap_or(&mut own);
-            workspace.loss_and_gradients_into(&self.loss, &batch, &options, 1.0, buffers).map_err(refused)?
+            workspace.loss_and_gradients_into(&self.loss, batch, options, 1.0, buffers).map_err(refused)?
         };
         let [dq, dp] = gradients;
         let tensor = |gradient: Option<Vec<f32>>, rows| {
             gradient.map(|gradient| Tensor::from_vec(gradient, (rows, dim), &Device::Cpu)).transpose()
         };
         let computed = Computed {
-            loss: evaluation.loss as f32,
+            loss: scalar(evaluation.loss)?,
             embeddings: [tensor(dq, rows[0])?, tensor(dp, rows[1])?],
-            temperature: wanted[2].then(|| temperature.gradient(derivative)),
+            temperature: wanted[2].then(|| Tensor::new(temperature.gradient(derivative), &Device::Cpu)).transpose()?,
         };
         Ok((evaluation, computed))
     }
+}
+
+/// Cannot happen: whoever asks for an evaluation gets it.
+fn unevaluated() -> candle_core::Error {
+    candle_core::Error::msg("a call that was not evaluated")
 }
 
 fn buffer(gradient: &mut Option<Vec<f32>>, rows: usize, dim: usize) -> samtone::Result<Option<EmbeddingsMut<'_>>> {

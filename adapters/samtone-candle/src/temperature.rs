@@ -9,6 +9,10 @@ use samtone::{Options, TemperatureGradient};
 ///
 /// A tensor holds one element of any shape, in f64, f32, f16 or bf16, and gets its gradient in its own type and shape. There
 /// is no conversion from a bare tensor, because nothing tells τ from log β.
+///
+/// Its number has to be known before anything is enqueued. A tensor on a CUDA device is read, which waits for whatever computes it
+/// and everything enqueued before. So keep one that is not learned on the CPU, also for towers on a device; one that is learned
+/// and on the CPU is read at once, but its gradient is then waited for by `backward`. A constant never waits.
 #[derive(Debug, Clone, Copy)]
 pub enum Temperature<'a> {
     /// A constant τ. An `f64` converts to it.

@@ -1,0 +1,191 @@
+//! Tensors on a CUDA device against the same on the CPU. Without a device every test says that it is skipped.
+#![cfg(feature = "cuda")]
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Result, Tensor, Var};
+use samtone_candle::{Loss, SamToNe, Scope, Temperature, ZeroNorm};
+
+const ROWS: usize = 6;
+const PASSAGES: usize = 9;
+const DIM: usize = 5;
+const TAU: f64 = 0.1;
+
+fn device() -> Option<Device> {
+    match Device::new_cuda(0) {
+        Ok(device) => Some(device),
+        Err(error) => {
+            eprintln!("SKIPPED, no CUDA device: {error}");
+            None
+        }
+    }
+}
+
+fn wave(rows: usize, dim: usize, frequency: f32) -> Tensor {
+    let values: Vec<f32> = (0..rows * dim).map(|i| (i as f32 * frequency + 0.3).sin() + 0.1).collect();
+    Tensor::from_vec(values, (rows, dim), &Device::Cpu).unwrap()
+}
+
+fn numbers(tensor: &Tensor) -> Vec<f64> {
+    // Rounded types are widened on the CPU, so that the comparison owes nothing to the device.
+    let tensor = tensor.to_device(&Device::Cpu).unwrap();
+    tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+fn assert_close(got: &[f64], want: &[f64], tolerance: f64, what: &str) {
+    assert_eq!(got.len(), want.len(), "{what}");
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|v| v * v).sum::<f64>().sqrt();
+    let (off, size) = (norm(&mut got.iter().zip(want).map(|(g, w)| g - w)), norm(&mut want.iter().copied()));
+    assert!(off <= tolerance * size + 1e-7, "{what}: off by {off:e} of {size:e}");
+}
+
+fn var(tensor: &Tensor, device: &Device) -> Var {
+    Var::from_tensor(&tensor.to_device(device).unwrap()).unwrap()
+}
+
+fn masked(op: SamToNe) -> SamToNe {
+    op.query_ids([1, 2, 1, 4, 5, 6])
+        .passage_ids([1, 2, 3, 4, 2, 6, 7, 8, 9])
+        .positives([0, 1, 2, 3, 4, 4])
+        .weights([1.0, 0.5, 2.0, 0.0, 1.0, 1.0])
+        .hard_negative_owners([-1, -1, -1, -1, -1, -1, 0, 3, -1], Scope::Own)
+        .margin(0.4)
+}
+
+fn of(gradients: &GradStore, var: &Var) -> Vec<f64> {
+    let gradient = gradients.get(var).unwrap();
+    assert_eq!((gradient.dtype(), gradient.dims()), (var.dtype(), var.dims()));
+    assert!(gradient.device().same_device(var.device()));
+    numbers(gradient)
+}
+
+/// Every preset and type, all masks, an upstream factor, both forms of the temperature on either device.
+#[test]
+fn gradients_are_those_of_the_cpu() -> Result<()> {
+    let Some(cuda) = device() else { return Ok(()) };
+    for (name, _) in Loss::PRESETS {
+        for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F16, 2e-3), (DType::BF16, 1e-2)] {
+            for mask in [false, true] {
+                let what = format!("{name}, {dtype:?}, masks: {mask}");
+                let plain = SamToNe::new(Loss::by_name(name).unwrap());
+                let op = if mask { masked(plain) } else { plain };
+                let [q, p] = [wave(ROWS, DIM, 0.7).to_dtype(dtype)?, wave(PASSAGES, DIM, 0.9).to_dtype(dtype)?];
+                for log in [false, true] {
+                    let value = Tensor::new(&[if log { -TAU.ln() } else { TAU }], &Device::Cpu)?;
+                    let run = |towers: &Device, temperature: &Device| -> Result<[Vec<f64>; 4]> {
+                        let (q, p, t) = (var(&q, towers), var(&p, towers), var(&value, temperature));
+                        let held = if log { Temperature::LogBeta(&t) } else { Temperature::Tau(&t) };
+                        let loss = op.forward(&q, &p, held)?;
+                        assert!(loss.device().same_device(towers) && loss.dtype() == DType::F32);
+                        let gradients = (&loss * 3.0)?.backward()?;
+                        Ok([numbers(&loss), of(&gradients, &q), of(&gradients, &p), of(&gradients, &t)])
+                    };
+                    let want = match run(&Device::Cpu, &Device::Cpu) {
+                        Ok(want) => want,
+                        Err(_) => continue, // a row without any negative
+                    };
+                    for temperature in [&Device::Cpu, &cuda] {
+                        let got = run(&cuda, temperature)?;
+                        let tolerances = [1e-5, tolerance, tolerance, 1e-3];
+                        for ((got, want), tolerance) in got.iter().zip(&want).zip(tolerances) {
+                            assert_close(got, want, tolerance, &what);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn strided_and_transposed_inputs_give_the_same_gradients() -> Result<()> {
+    let Some(cuda) = device() else { return Ok(()) };
+    let op = SamToNe::new(Loss::samtone_both());
+    let (wide, tall) = (var(&wave(ROWS, 8, 0.7), &cuda), var(&wave(DIM, PASSAGES, 0.9), &cuda));
+    let (q, p) = (wide.narrow(1, 2, DIM)?, tall.t()?);
+    let strided = op.forward(&q, &p, TAU)?.backward()?;
+    let (q, p) = (Var::from_tensor(&q.contiguous()?)?, Var::from_tensor(&p.contiguous()?)?);
+    let plain = op.forward(&q, &p, TAU)?.backward()?;
+    let got = strided.get(&wide).unwrap().narrow(1, 2, DIM)?;
+    assert_eq!(numbers(&got), of(&plain, &q));
+    assert_eq!(numbers(&strided.get(&tall).unwrap().t()?), of(&plain, &p));
+    Ok(())
+}
+
+#[test]
+fn metrics_are_those_of_the_cpu_and_frozen_arguments_get_no_gradient() -> Result<()> {
+    let Some(cuda) = device() else { return Ok(()) };
+    let op = masked(SamToNe::new(Loss::samtone_both()));
+    let [q, p] = [wave(ROWS, DIM, 0.7), wave(PASSAGES, DIM, 0.9)];
+    let want = op.evaluate(&q, &p, TAU)?;
+    let (q, p, tau) = (var(&q, &cuda), var(&p, &cuda), Var::new(TAU, &cuda)?);
+    for evaluation in [op.evaluate(&q, &p, TAU)?, op.forward_with_metrics(&q, &p, TAU)?.1] {
+        assert_close(&evaluation.row_losses, &want.row_losses, 1e-5, "row losses");
+        assert_eq!(evaluation.query_to_passage, want.query_to_passage);
+        assert_eq!(evaluation.passage_to_query, want.passage_to_query);
+    }
+    let all = op.forward(&q, &p, Temperature::Tau(&tau))?.backward()?;
+    for only in 0..3 {
+        let pick = |k: usize, var: &Var| if k == only { var.as_tensor().clone() } else { var.as_detached_tensor() };
+        let result = op.forward(&pick(0, &q), &pick(1, &p), Temperature::Tau(&pick(2, &tau)))?;
+        let gradients = result.backward()?;
+        for (k, var) in [&q, &p, &tau].into_iter().enumerate() {
+            assert_eq!(gradients.get(var).is_some(), k == only, "argument {k}, tracked is {only}");
+            if k == only {
+                assert_close(&of(&gradients, var), &of(&all, var), 1e-6, "the only tracked argument");
+            }
+        }
+    }
+    assert!(!op.forward(&q.detach(), &p.detach(), TAU)?.track_op());
+    Ok(())
+}
+
+/// The memory of a call is that of the next, also for another type, other shapes and another thread; what it gave stays.
+#[test]
+fn results_outlive_the_calls_after_them() -> Result<()> {
+    let Some(cuda) = device() else { return Ok(()) };
+    let op = SamToNe::new(Loss::samtone_query());
+    let (q, p) = (var(&wave(ROWS, DIM, 0.7), &cuda), var(&wave(PASSAGES, DIM, 0.9), &cuda));
+    let first = op.forward(&q, &p, TAU)?;
+    let (small_q, small_p) = (q.narrow(0, 0, 3)?.to_dtype(DType::F16)?, p.narrow(0, 0, 4)?.to_dtype(DType::F16)?);
+    let small = op.forward(&small_q, &small_p, TAU)?;
+    let again = op.forward(&q, &p, TAU)?;
+    assert_eq!(numbers(&first), numbers(&again));
+    assert_ne!(numbers(&first), numbers(&small));
+    assert_eq!(of(&first.backward()?, &q), of(&again.backward()?, &q));
+    std::thread::scope(|scope| {
+        let threads = [0; 4].map(|_| scope.spawn(|| numbers(&op.forward(&q, &p, TAU).unwrap())));
+        threads.into_iter().for_each(|thread| assert_eq!(thread.join().unwrap(), numbers(&first)));
+    });
+    Ok(())
+}
+
+/// Nothing waits, so what is wrong inside a tensor is NaN, and a sentence where results are read; the rest is refused at once.
+#[test]
+fn bad_input_is_nan_or_a_sentence() -> Result<()> {
+    let Some(cuda) = device() else { return Ok(()) };
+    let op = SamToNe::new(Loss::samtone_query());
+    let (q, p) = (var(&wave(ROWS, DIM, 0.7), &cuda), var(&wave(PASSAGES, DIM, 0.9), &cuda));
+    let zero = Var::from_tensor(&q.zeros_like()?)?;
+    let loss = op.forward(&zero, &p, TAU)?;
+    assert!(numbers(&loss)[0].is_nan());
+    assert!(of(&loss.backward()?, &p).iter().all(|x| x.is_nan()));
+    let ignored = op.clone().zero_norm(ZeroNorm::ZeroGradient).forward(&zero, &p, TAU)?;
+    assert!(numbers(&ignored)[0].is_finite());
+    let infinite = (op.forward(&q, &p, TAU)? * f64::INFINITY)?.backward()?;
+    assert!(of(&infinite, &q).iter().all(|x| !x.is_finite()));
+    for (result, sentence) in [
+        (op.evaluate(&zero, &p, TAU), "the query embedding in row 0 has norm zero"),
+        (op.forward_with_metrics(&zero, &p, TAU).map(|(_, e)| e), "the query embedding in row 0 has norm zero"),
+        (op.evaluate(&q, &p.to_dtype(DType::F16)?, TAU), "argument `passage` is of type f16; allowed: the type of"),
+        (op.evaluate(&q, &p.narrow(1, 0, 3)?, TAU), "argument `passage` is embeddings of dimension 3"),
+        (op.evaluate(&p, &q, TAU), "argument `passage` is 6 rows"),
+        (op.evaluate(&q, &wave(PASSAGES, DIM, 0.9), TAU), "argument `passage` is on the CPU; allowed: the device of"),
+        (op.evaluate(&wave(ROWS, DIM, 0.7), &p, TAU), "argument `passage` is on CUDA device 0; allowed: the device of"),
+        (op.clone().passage_ids([1]).evaluate(&q, &p, TAU), "argument `passage_ids` is a slice of 1"),
+    ] {
+        let error = result.unwrap_err().to_string();
+        assert!(error.starts_with(sentence), "{error}");
+    }
+    Ok(())
+}
