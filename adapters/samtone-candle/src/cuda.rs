@@ -108,11 +108,9 @@ fn typed<T: Element + CudaDType + DeviceRepr>(
         }
         false => None,
     };
-    let evaluation = match call.evaluate {
-        true => Some(step.evaluation(batch.query(), batch.passage()).map_err(refused)?),
-        false => None,
-    };
+    let evaluation = call.evaluate.then(|| step.evaluation(batch.query(), batch.passage()));
     *shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(step);
+    let evaluation = evaluation.transpose().map_err(refused)?;
     let gradient = |slice: Option<CudaSlice<f32>>, rows| slice.map(|slice| tensor(device, slice, &[rows, dim]));
     let embeddings = [gradient(dq, rows), gradient(dp, passages)];
     Ok((evaluation, Computed { loss, embeddings, temperature }))

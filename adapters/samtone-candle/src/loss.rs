@@ -156,7 +156,8 @@ impl SamToNe {
     /// nothing, and without any tracked tensor this is a forward pass. They are constants to candle: there are no second
     /// derivatives.
     ///
-    /// On a CUDA device all of it is enqueued on candle's stream, and nothing waits, unless a tensor holds the temperature: see
+    /// On a CUDA device all of it is enqueued on candle's stream. The call waits for none of it, but for what was enqueued before
+    /// the call before it, whose ids and weights must have been copied; and for a temperature that is on a device: see
     /// [`Temperature`]. So what is wrong with the embeddings themselves, or an upstream gradient that is not finite, is no error
     /// there but NaN: in the loss and all gradients, or in the gradients. [`SamToNe::evaluate`] has the sentence.
     ///
