@@ -63,6 +63,7 @@ impl Device {
                 .iter()
                 .find(|l| l.0 == LARGE_TILES.0)
                 .map_or(baseline.workgroup_bytes, |l| l.1),
+            large_tile_rows: 0, // the cases are small
             ..baseline
         }
     }

@@ -20,6 +20,9 @@ pub struct Capabilities {
     pub subgroups: bool,
     /// Whether cooperative matrices multiply.
     pub products: Products,
+    /// From how many queries or passages on tiles of 128 x 128 are taken, where the device has room for them. Smaller batches have
+    /// fewer such tiles than most GPUs have places for workgroups, and the shaders of small tiles compile sooner.
+    pub large_tile_rows: usize,
 }
 
 impl Default for Capabilities {
@@ -32,15 +35,19 @@ impl Default for Capabilities {
             f16: false,
             subgroups: false,
             products: Products::Fma,
+            large_tile_rows: LARGE_TILE_ROWS,
         }
     }
 }
+
+/// With 2048 queries and passages S has 256 large tiles.
+const LARGE_TILE_ROWS: usize = 2048;
 
 /// Workgroup memory of the shaders with tiles of 128 x 128.
 const LARGE_TILE_BYTES: u32 = 32 << 10;
 
 impl Capabilities {
-    /// The variant that suits the device for embeddings of a type.
+    /// The variant that suits the device for large batches of embeddings of a type.
     pub fn variant(&self, dtype: DType) -> Variant {
         let large_tiles = self.workgroup_bytes >= LARGE_TILE_BYTES; // also what cooperative matrices take
         let f16 = self.f16 && dtype.bytes() == 2;

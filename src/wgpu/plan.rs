@@ -60,13 +60,15 @@ pub(super) struct Parts<'a> {
 }
 
 impl Plan {
-    /// The plan of one call, with the variant that suits the device and the bound on the workspace.
+    /// The plan of one call, with the variant that suits the device, the batch and the bound on the workspace.
     ///
     /// # Errors
     /// As [`Plan::with_variant`].
     pub fn new(problem: &Problem<'_>, capabilities: &Capabilities) -> Result<Self> {
         let mut variant = capabilities.variant(problem.dtype);
         let tile = variant.tile() as u64;
+        let (m, n, _) = problem.shape();
+        variant.large_tiles &= m.max(n) >= capabilities.large_tile_rows;
         variant.large_tiles &= bounded_bytes(tile, tile) <= bound(problem, capabilities);
         Self::with_variant(problem, capabilities, variant)
     }
@@ -269,4 +271,25 @@ fn flops(parts: &Parts<'_>) -> f64 {
     let of =
         |(s, graded): (&SuperBlock, &bool)| s.forward_flops(dim) + if *graded { s.backward_flops(dim) } else { 0.0 };
     parts.blocks.iter().zip(&parts.graded).map(of).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::Pairs;
+    use crate::loss::Loss;
+    use crate::options::Options;
+
+    #[test]
+    fn small_batches_take_small_tiles() {
+        let device = Capabilities { workgroup_bytes: 32 << 10, ..Capabilities::default() };
+        let tile = |m, n, device| {
+            let (loss, pairs, options) = (Loss::info_nce(), Pairs::new(m, n).unwrap(), Options::new(0.05).unwrap());
+            let problem = Problem::new(&loss, &pairs, &options, DType::F32, 16).unwrap();
+            Plan::new(&problem, &device).unwrap().variant().tile()
+        };
+        assert_eq!([tile(2047, 2047, device), tile(2048, 2048, device), tile(512, 2048, device)], [64, 128, 128]);
+        assert_eq!(tile(2048, 2048, Capabilities::default()), 64);
+        assert_eq!(tile(1, 2, Capabilities { large_tile_rows: 0, ..device }), 128);
+    }
 }

@@ -58,6 +58,7 @@ pub fn devices() -> [(&'static str, Capabilities); 4] {
         workgroup_bytes: 32 << 10,
         f16: true,
         subgroups: true,
+        large_tile_rows: 0,
         ..baseline
     };
     let cooperative = Capabilities { products: Products::Cooperative, ..large };

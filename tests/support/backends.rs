@@ -16,7 +16,7 @@ const WGPU: [Wgpu; 6] = [
         Some(Capabilities { max_workgroups, ..Capabilities::default() })
     }),
     Wgpu::restricted("wgpu-large-tiles", |device| {
-        let chosen = Capabilities { f16: false, subgroups: false, ..device };
+        let chosen = Capabilities { large_tile_rows: 0, ..device };
         chosen.variant(DType::F32).large_tiles.then_some(chosen)
     }),
     Wgpu::restricted("wgpu-f16", |device| {

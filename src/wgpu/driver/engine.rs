@@ -42,6 +42,7 @@ impl Inner {
             f16: features.contains(wgpu::Features::SHADER_F16),
             subgroups: features.contains(wgpu::Features::SUBGROUP),
             products: Products::Fma,
+            ..Capabilities::default()
         };
         Self {
             device: device.clone(),

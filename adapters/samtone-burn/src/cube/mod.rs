@@ -132,6 +132,7 @@ fn capabilities(client: &Client) -> Capabilities {
         // They speed up sums over rows, not products, and cubecl offers none on the software devices on which this is tested.
         subgroups: false,
         products: Products::Fma,
+        ..Capabilities::default()
     }
 }
 
