@@ -38,7 +38,8 @@ SAMTONE_DEVICE void bar_warp_sync(u32 mask SAMTONE_SITE) {
     SAMTONE_EMULATED_AS(emulator::bar_warp_sync(mask, site));
 }
 
-// fence.acq_rel.gpu: what this thread wrote is seen by other blocks before anything it writes later.
+// fence.acq_rel.gpu: what this thread knows of, its own writes and those before a barrier, is known to whoever finds its later
+// atomic at some place by an atomic of his own, and then fences.
 SAMTONE_DEVICE void fence_acq_rel_gpu(SAMTONE_SITE_ONLY) {
     SAMTONE_PTX("fence.acq_rel.gpu;" ::: "memory");
     SAMTONE_EMULATED_AS(emulator::fence(site));

@@ -81,6 +81,13 @@ SAMTONE_DEVICE u32 atom_global_min_u32(void* address, u32 value SAMTONE_SITE) {
     SAMTONE_EMULATED_AS(r = emulator::atomic(address, value, emulator::Atomic::min, site));
     return r;
 }
+// atom.global.inc: one more, and 0 after `last`: whoever gets `last` is the last of last + 1, and the next ones count anew.
+SAMTONE_DEVICE u32 atom_global_inc_u32(void* address, u32 last SAMTONE_SITE) {
+    u32 r = 0;
+    SAMTONE_PTX("atom.global.inc.u32 %0, [%1], %2;" : "=r"(r) : "l"(address), "r"(last) : "memory");
+    SAMTONE_EMULATED_AS(r = emulator::atomic(address, last, emulator::Atomic::increment, site));
+    return r;
+}
 SAMTONE_DEVICE u32 atom_global_or_u32(void* address, u32 value SAMTONE_SITE) {
     u32 r = 0;
     SAMTONE_PTX("atom.global.or.b32 %0, [%1], %2;" : "=r"(r) : "l"(address), "r"(value) : "memory");

@@ -41,7 +41,7 @@ void read_shared(shared_address address, void* to, u32 bytes, const char* operat
 void write_shared(shared_address address, const void* from, u32 bytes, const char* operation, Site site);
 void read_global(const void* address, void* to, u32 bytes, Way way, const char* operation, Site site);
 void write_global(void* address, const void* from, u32 bytes, const char* operation, Site site);
-enum class Atomic { add, min, bit_or };
+enum class Atomic { add, min, bit_or, increment };
 u32 atomic(void* address, u32 value, Atomic what, Site site);
 void cp_async(shared_address to, const void* from, u32 bytes, u32 source_bytes, const char* operation, Site site);
 void cp_async_commit_group();

@@ -42,7 +42,7 @@ bool matters(const Access& access, bool shared) {
 // Is `earlier` before what the actor does now?
 bool ordered(const Access& earlier, const Actor& me) {
     if (earlier.serial < now.first_serial) return true;
-    if (earlier.serial != now.serial) return false;
+    if (earlier.serial != now.serial) return was_told(earlier, me.known);
     if (earlier.party == me.self) return true;
     if (clock_of(me.known, earlier.party) < earlier.clock) return false;
     if (is_thread(earlier.party) || agent_of(earlier.party).kind != Agent::wgmma) return true;
@@ -61,7 +61,7 @@ bool fenced(const Access& store, const Actor& me) {
 [[noreturn]] void race(const Actor& me, const std::string& mine, const Access& earlier, const char* what) {
     const std::string at = " (" + place(earlier.site) + ")";
     if (earlier.serial != now.serial)
-        fail(me.thread, mine + ", which another block " + what + at + " with no barrier between them");
+        fail(me.thread, mine + ", which another block " + what + at + " with no barrier between them, nor a message");
     if (is_thread(earlier.party))
         fail(me.thread, mine + ", which " + name_of(*now.threads[earlier.party], me.thread) + " " + what + at +
                             " with no barrier between them");
@@ -239,7 +239,7 @@ void write_global(void* address, const void* from, u32 bytes, const char* operat
 
 u32 atomic(void* address, u32 value, Atomic what, Site site) {
     maybe_preempt();
-    constexpr const char* NAMES[] = {"atom.global.add", "atom.global.min", "atom.global.or"};
+    constexpr const char* NAMES[] = {"atom.global.add", "atom.global.min", "atom.global.or", "atom.global.inc"};
     const char* operation = NAMES[static_cast<u32>(what)];
     Place at = global_place(*now.running, address, sizeof value, sizeof value, operation, "changes", site);
     u32 before = 0;
@@ -252,12 +252,14 @@ u32 atomic(void* address, u32 value, Atomic what, Site site) {
             if (cell.writer.serial == 0) fail(me.thread, mine() + ", which nobody has written");
             if (!ordered(cell.writer, me)) race(me, mine(), cell.writer, "wrote");
         });
+        message(*now.running, at);
     }
     u32 after = before;
     switch (what) {
     case Atomic::add: after = before + value; break;
     case Atomic::min: after = std::min(before, value); break;
     case Atomic::bit_or: after = before | value; break;
+    case Atomic::increment: after = before >= value ? 0 : before + 1; break;
     }
     std::memcpy(at.bytes(), &after, sizeof after);
     return before;
