@@ -306,6 +306,7 @@ mod tests {
             (64, DType::BF16),
             (512, DType::BF16),
             (4096, DType::BF16),
+            (20_480, DType::BF16), // several waves
             (64, DType::F16),
             (4096, DType::F16),
             (64, DType::F32),
