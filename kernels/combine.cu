@@ -216,6 +216,7 @@ SAMTONE_DEVICE void finish(const Combine& c, double value) {
 }
 
 KERNEL(combine, REDUCE_THREADS, BY_VALUE(Wave) wave, BY_VALUE(Merge) m, BY_VALUE(Combine) c) {
+    begin_launch();
     const u32 row = blockIdx.x * ROWS + threadIdx.x % ROWS, block = threadIdx.x / ROWS;
     const shared_address logarithm = shared_base() + LOGARITHMS + 8 * threadIdx.x;
     // [1] merge

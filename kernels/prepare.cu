@@ -72,6 +72,7 @@ SAMTONE_DEVICE void store_anchor(const Positives& p, u32 row, double cosine) {
 }
 
 KERNEL(prepare, REDUCE_THREADS, BY_VALUE(Prepare) all) {
+    begin_launch();
     const Positives& positives = all.positives;
     if (blockIdx.x == 0 && threadIdx.x == 0) st_global_u32(positives.ticket, 0);
     u32 packed_row = blockIdx.x * ROWS_PER_BLOCK + warp_id();

@@ -64,7 +64,10 @@ SAMTONE_DEVICE double sum_of(const Dots& d SAMTONE_SITE) {
 }
 
 // After each wave but the last, whose dots `project` adds.
-KERNEL(sum_dots, REDUCE_THREADS, BY_VALUE(Dots) dots) { sum_of(dots); }
+KERNEL(sum_dots, REDUCE_THREADS, BY_VALUE(Dots) dots) {
+    begin_launch();
+    sum_of(dots);
+}
 
 // The upstream gradient; NaN if the call is refused.
 SAMTONE_DEVICE double upstream_of(const Backward& b SAMTONE_SITE) {
@@ -130,6 +133,7 @@ SAMTONE_DEVICE void gather(double (&g)[8], const Backward& b, const Projection& 
 }
 
 KERNEL(project, REDUCE_THREADS, BY_VALUE(Backward) b) {
+    begin_launch();
     if (blockIdx.x == 0) return finish(b);
     u32 block = blockIdx.x - 1;
     const u32 blocks = (b.of[0].rows + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK, space = block < blocks ? 0 : 1;

@@ -3,7 +3,7 @@
 // One line of the tables below makes, for `f32x4` say:
 //   f32x4 ld_shared_f32x4(shared_address)      ld.shared.v4.f32
 //   f32x4 ld_global_f32x4(const void*)         ld.global.v4.f32       may have been written by this launch
-//   f32x4 ld_global_nc_f32x4(const void*)      ld.global.nc.v4.f32    not written by any block of this launch
+//   f32x4 ld_global_nc_f32x4(const void*)      ld.global.nc.v4.f32    not written by any block of this launch, nor one before
 //   void  st_shared_f32x4(shared_address, f32x4)
 //   void  st_global_f32x4(void*, f32x4)
 // Addresses are aligned to the size of the value: 16 bytes here.

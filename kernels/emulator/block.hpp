@@ -65,6 +65,7 @@ struct Progress {
     Known fenced;              // what it knew at its last fence, which its atomics tell other blocks; null: it has not fenced
     std::vector<u64> told;     // where they did
     std::vector<u32> unfenced; // releases that its atomics found, known to it after its next fence
+    bool waited = false;       // for the launches before
 
     // while it waits
     const char* operation = nullptr;
@@ -156,6 +157,7 @@ struct Launch {
     u64 seed = 0;
     std::string mutant;
     bool detect_races = true;
+    bool overlaps = false; // begins before the launches before it are complete
     std::vector<std::vector<unsigned char>> arguments;
 };
 
@@ -219,6 +221,9 @@ void rendezvous(const char* operation, u32 mask, Site site, void* operand, void 
 void meet(Thread* const* threads, std::size_t count);
 // Fails if somebody waits for this thread, which ends.
 void nobody_waits_for(const Thread& self);
+
+// ---- memory.cpp: of a launch that overlaps with those before it
+void overlap_exit(const Thread& thread);
 
 // ---- messages.cpp
 void forget_messages(); // of the launch before

@@ -27,6 +27,7 @@ bool mutant(const char* name);
 void bar_sync(Site site);
 void bar_warp_sync(u32 mask, Site site);
 void fence(Site site);
+void griddepcontrol_wait(Site site);
 u32 shfl_sync_idx(u32 mask, u32 value, u32 source, Site site);
 u32 shfl_sync_bfly(u32 mask, u32 value, u32 lane_mask, Site site);
 u32 shfl_sync_down(u32 mask, u32 value, u32 delta, Site site);

@@ -125,6 +125,8 @@ Place global_place(const Thread& thread, const void* address, u32 bytes, u32 ali
     Place at = find(reinterpret_cast<u64>(address));
     if (at.memory == nullptr)
         fail(thread, std::string(operation) + " " + what + " an address of no buffer (" + place(site) + ")");
+    if (now.launch.overlaps && !thread.waited)
+        fail(thread, accessed(operation, bytes, what, at, site) + " before griddepcontrol.wait: earlier launches may not be complete");
     check_range(thread, at, bytes, alignment, operation, what, site);
     return at;
 }
@@ -139,6 +141,8 @@ void note_read(const Actor& me, Place at, u32 bytes, Way way, const char* operat
         if (shared && writer.clock >= IS_MBARRIER) check_special(me, writer, mine);
         if (way == Way::read_only && writer.serial >= now.first_serial)
             fail(me.thread, mine() + ", which this launch wrote (" + place(writer.site) + "): not read-only memory");
+        if (way == Way::read_only && now.launch.overlaps && writer.serial > HOST)
+            fail(me.thread, mine() + ", which an earlier launch wrote, and that launch may end within this one: not read-only memory");
         if (!ordered(writer, me)) race(me, mine(), writer, "wrote");
         if (me.async && is_thread(writer.party) && writer.serial >= now.first_serial) {
             auto who = [&] { return name_of(*now.threads[writer.party], me.thread) + " wrote (" + place(writer.site) + ")"; };
@@ -167,6 +171,16 @@ void note_write(const Actor& me, Place at, u32 bytes, const char* operation, con
         // Who is ordered after this write is ordered after what it is ordered after.
         cell = {me.access, {}, {}};
     });
+}
+
+void griddepcontrol_wait(Site) {
+    maybe_preempt();
+    now.running->waited = true;
+}
+
+void overlap_exit(const Thread& thread) {
+    if (now.launch.overlaps && !thread.waited)
+        fail(thread, "ends without griddepcontrol.wait: the launch after would take those before for complete");
 }
 
 void set_writer(Place at, u32 bytes, const Access& access) {

@@ -27,6 +27,7 @@ std::map<std::string, Kernel>& kernels() {
     for (;;) {
         now.kernel->call(now.arguments.data());
         Thread& self = *now.running;
+        overlap_exit(self);
         copies_exit(self);
         stores_exit(self);
         warpgroup_exit(self);
