@@ -8,7 +8,7 @@ mod support;
 use libtest_mimic::{Arguments, Failed, Trial};
 use samtone::backend::{self, Backend};
 use samtone::cuda::{Arithmetic, GradientOutput, Plan, Problem as Planned, Tile};
-use samtone::{DType, EmbeddingsMut, Error, GradientBuffers, Loss, Options, ZeroNorm};
+use samtone::{Block, DType, EmbeddingsMut, Error, GradientBuffers, Group, Loss, Options, ZeroNorm};
 use std::process::ExitCode;
 use support::case::Expected;
 use support::compare::{against_definition, verdict};
@@ -310,6 +310,14 @@ fn refused(how: &'static CudaEmulated) -> Result<(), Failed> {
     match with(|p| p.passage_ids = Some(vec![1; 9])) {
         Err(Error::NoNegative { row: 0, group: 0, .. }) => {}
         other => return Err(format!("no negative gave {other:?}").into()),
+    }
+    let groups = [[Block::QP], [Block::QQ]].map(|blocks| Group::new(1.0, &blocks, 0));
+    let loss = Loss::custom("two groups", groups.into_iter().collect::<samtone::Result<_>>()?)?;
+    let mut second = sized(Kind::Random, loss, (9, 12, 8))?; // passages of nobody are negatives of all
+    (second.query_ids, second.weights) = (Some(vec![1; 9]), Some(vec![0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0]));
+    match run_with(&second, DType::F32, Run::default(), |p| Ok(how.problem(p))) {
+        Err(Error::NoNegative { row: 2, group: 1, .. }) => {}
+        other => return Err(format!("no negative in the second group gave {other:?}").into()),
     }
     let zero = with(|p| {
         p.passage[2 * 8..3 * 8].fill(0.0);
