@@ -1,15 +1,57 @@
-// combine.cu: the O(M) steps between the heavy passes: partial sums → loss, metrics, coefficients; and the dot of ∂L/∂β.
+// combine.cu: the O(M) steps between the heavy passes: partial sums → loss, metrics, coefficients, and what is wrong with the inputs.
 // Math     src/combine.rs, line by line: log D_gi = log Σ_b Σ_j exp(β (s^b_ij − s⁺ᵢ)), ℓ_gi − β s⁺ᵢ = log(e_g + D_gi),
 //          D_i = −Σ_g c_g w̃ᵢ D_gi / (e_g + D_gi), log a^b_i = log Σ_{g∋b} c_g w̃ᵢ exp(−ℓ_gi)
-// In/out   partials and counts of the logsumexp pass · sums [4][rows], above [2][rows], row_losses, diagonal [rows],
-//          log_coefficients [4][rows], results (problem.cuh)
-// Tiles    merge: grid (⌈rows / 256⌉, 4): a thread is one row in one block. combine: grid (⌈rows / 256⌉). Others: one block
-// Threads  256
-// Shared   64 bytes (reduce.cuh)
-// Sync     R1, R2 reduce.cuh
-// Numerics f64, logarithms. Tiles, super-blocks and rows are added in one fixed order: same bits on every run
-// Limits   none
+// In/out   partials and counts of the logsumexp pass, faults of prepare.cu · sums [4][rows], above [2][rows], row_losses, diagonal
+//          [rows], log_coefficients [4][rows], results, status (problem.cuh)
+// Tiles    grid (⌈rows / 64⌉); the last block to come adds up what all have left
+// Threads  256: [1] a thread is one row in one block of cosines, [2] those of the first are one row, [3] a value of the results
+// Shared   0: 704 bytes, values of the warps (reduce.cuh); 704: 4 bytes, the number that the block drew; 768: 2048 bytes, f64 [4][64],
+//          logarithms of the rows' sums
+// Sync     C1 a row's four logarithms are written before they are read
+//          C2 what the block leaves is written, by some lanes of warp 0, before lane 0 tells of it
+//          C3 a release: by this fence and the number it draws, the block tells the last one of what it left
+//          C4 an acquire: having drawn the last number, the block knows of what all have left
+//          C5 the number is written before it is read; the rest of the block knows what lane 0 does; all have read the block's values
+//          R1 reduce.cuh
+// Numerics f64, logarithms. Tiles, super-blocks and rows are added in one fixed order: same bits on every run, whichever block is
+//          last. The ticket is 0 again afterwards
+// Limits   fewer than 2^20 groups
 #include "common/reduce.cuh"
+
+constexpr u32 ROWS = REDUCE_THREADS / BLOCKS;
+// What a block, and then the call, finds: sums of losses and metrics as in the results; the logarithm of the largest share; and, as
+// negative numbers so that the largest is the lowest, faulty rows in the order of the status. −∞: none.
+constexpr u32 SUMS = 5, LARGEST_SHARE = 5, FAULTS = 6, FOUND = FAULTS + NO_NEGATIVE + 1;
+static_assert(LARGEST_SHARE == SHIFT && FOUND <= WARP, "a lane for each");
+constexpr u32 DRAWN = REDUCE_THREADS / WARP * FOUND * 8, LOGARITHMS = 768;
+static_assert(DRAWN + 4 <= LOGARITHMS, "as the header says");
+
+// A row without negatives, and the group that has none.
+constexpr double GROUPS = 1 << 20;
+
+struct Merge {
+    const Partial* partials;
+    const u32* counts;
+    const u32* anchor_index; // index of the passage space of each row's positive, or null for the identity
+    u32 tile;
+    u32 first; // instead of adding to what is there, starts from nothing
+};
+
+struct Combine {
+    ExpSum* sums;
+    u32* above;
+    const double *positive, *weight; // s⁺, w̃
+    const Group* groups;
+    double *row_losses, *diagonal, *log_coefficients, *results;
+    const Fault* faults[2];
+    double* found; // [grid][FOUND]
+    u32 *status, *ticket;
+    double beta;
+    u32 rows, group_count;
+    u32 indices[2]; // entries of faults
+    u32 zero_is_error;
+    u32 merges_only; // 0: the sums are complete
+};
 
 SAMTONE_DEVICE void merge_into(ExpSum& all, double sum, i32 exponent) {
     if (sum == 0) return;
@@ -21,19 +63,17 @@ SAMTONE_DEVICE void merge_into(ExpSum& all, double sum, i32 exponent) {
     all = {all.sum * power_of_two(all.exponent - top) + sum * power_of_two(exponent - top), top, 0};
 }
 
-// Adds the partials of the tiles of a wave to the sums of every row; `first`: instead of adding, starts from nothing.
-KERNEL(merge, REDUCE_THREADS, BY_VALUE(Wave) wave, const Partial* partials, const u32* counts, const u32* anchor_index,
-       ExpSum* sums, u32* above, u32 rows, u32 tile, u32 first) {
-    const u32 row = blockIdx.x * REDUCE_THREADS + threadIdx.x, block = blockIdx.y;
-    if (row >= rows) return;
+// Adds the partials of the tiles of a wave to a row's sum in a block; gives the sum.
+SAMTONE_DEVICE ExpSum merge(const Wave& wave, const Merge& m, const Combine& c, u32 row, u32 block) {
+    constexpr u32 AT_ONCE = 8; // loads under way
     const bool ranked = block == QP || block == PQ;
     u32 index = row;
-    if ((block == PQ || block == PP) && anchor_index != nullptr) index = ld_global_nc_u32(anchor_index + row);
-    ExpSum* to = sums + static_cast<u64>(block) * rows + row;
-    u32* count_to = above + static_cast<u64>(block) * rows + row;
+    if ((block == PQ || block == PP) && m.anchor_index != nullptr) index = ld_global_nc_u32(m.anchor_index + row);
+    ExpSum* to = c.sums + static_cast<u64>(block) * c.rows + row;
+    u32* count_to = c.above + static_cast<u64>(block) * c.rows + row;
     ExpSum all{0, 0, 0};
     u32 count = 0;
-    if (first == 0) {
+    if (m.first == 0) {
         all = ld_global_exp_sum(to);
         if (ranked) count = ld_global_u32(count_to);
     }
@@ -44,31 +84,33 @@ KERNEL(merge, REDUCE_THREADS, BY_VALUE(Wave) wave, const Partial* partials, cons
             if (edge.sums == 0 || edge.block != block || index < edge.begin || index >= edge.end) continue;
             const u32 local = index - edge.begin;
             // Of a triangle, tiles right of the diagonal give rows, and those above it columns.
-            const u32 begin = s.triangle != 0 && side == 0 ? local / tile : 0;
-            const u32 end = s.triangle != 0 && side == 1 ? local / tile : other.tiles;
-            for (u32 t = begin; t < end; ++t) {
-                const u64 at = (side == 0 ? s.row_partials : s.col_partials) + static_cast<u64>(t) * (edge.tiles * tile) + local;
-                const u32x2 partial = ld_global_u32x2(partials + at);
-                merge_into(all, static_cast<double>(float_of(partial.x)), static_cast<i32>(partial.y));
-                if (s.ranks != 0) count += ld_global_u32(counts + at);
+            const u32 begin = s.triangle != 0 && side == 0 ? local / m.tile : 0;
+            const u32 end = s.triangle != 0 && side == 1 ? local / m.tile : other.tiles;
+            const u64 first = (side == 0 ? s.row_partials : s.col_partials) + local;
+            for (u32 t = begin; t < end; t += AT_ONCE) {
+                u32x2 partials[AT_ONCE];
+                u32 counts[AT_ONCE];
+                UNROLL
+                for (u32 i = 0; i < AT_ONCE; ++i) {
+                    const u64 at = first + static_cast<u64>(t + i) * (edge.tiles * m.tile);
+                    partials[i] = {0, 0};
+                    counts[i] = 0;
+                    if (t + i >= end) continue;
+                    partials[i] = ld_global_u32x2(m.partials + at);
+                    if (s.ranks != 0) counts[i] = ld_global_u32(m.counts + at);
+                }
+                UNROLL
+                for (u32 i = 0; i < AT_ONCE; ++i) {
+                    merge_into(all, static_cast<double>(float_of(partials[i].x)), static_cast<i32>(partials[i].y));
+                    count += counts[i];
+                }
             }
         }
     }
     st_global_exp_sum(to, all);
     if (ranked) st_global_u32(count_to, count);
+    return all;
 }
-
-struct Combine {
-    const ExpSum* sums;
-    const u32* above;
-    const double *positive, *weight; // s⁺, w̃
-    const Group* groups;
-    double *row_losses, *diagonal, *log_coefficients;
-    double* block_results; // [grid][8]: loss, four metrics, log of the largest share
-    u32* status;
-    double beta;
-    u32 rows, group_count;
-};
 
 constexpr double LN_2 = 0.693147180559945309417232121458;
 
@@ -96,108 +138,128 @@ SAMTONE_DEVICE double log_negatives(u32 blocks, const double (&ln)[BLOCKS], doub
     return log_d;
 }
 
-KERNEL(combine, REDUCE_THREADS, BY_VALUE(Combine) c) {
-    const u32 row = blockIdx.x * REDUCE_THREADS + threadIdx.x;
-    double loss = 0, precision[2] = {}, mrr[2] = {}, magnitude = minus_infinity();
-    if (row < c.rows) {
-        const double positive = c.beta * ld_global_f64(c.positive + row), weight = ld_global_nc_f64(c.weight + row);
-        double ln[BLOCKS], coefficients[BLOCKS], row_loss = 0, diagonal = 0;
-        UNROLL
-        for (u32 b = 0; b < BLOCKS; ++b) {
-            ln[b] = ln_of(ld_global_exp_sum(c.sums + static_cast<u64>(b) * c.rows + row));
-            coefficients[b] = minus_infinity();
-        }
-        for (u32 g = 0; g < c.group_count; ++g) {
-            const unsigned char* group = reinterpret_cast<const unsigned char*>(c.groups + g);
-            const double coefficient = ld_global_nc_f64(group);
-            const u32x2 rest = ld_global_nc_u32x2(group + 8);
-            if (!(coefficient > 0)) continue;
-            const double e = rest.y, log_d = log_negatives(rest.x, ln, positive);
-            if (e == 0 && log_d == minus_infinity()) {
-                if (weight != 0) atom_global_min_u32(c.status + NO_NEGATIVE, row);
-                continue;
-            }
-            const double relative = log_add(e, log_d);
-            row_loss += coefficient * relative;
-            if (weight == 0) continue;
-            diagonal -= coefficient * weight * exp_f64(log_d - relative);
-            const double log_coefficient = log_f64(coefficient * weight) - relative - positive;
-            UNROLL
-            for (u32 b = 0; b < BLOCKS; ++b)
-                if ((rest.x >> b & 1) != 0) coefficients[b] = log_add_exp(coefficients[b], log_coefficient);
-        }
-        st_global_f64(c.row_losses + row, row_loss);
-        st_global_f64(c.diagonal + row, diagonal);
-        UNROLL
-        for (u32 b = 0; b < BLOCKS; ++b) {
-            st_global_f64(c.log_coefficients + static_cast<u64>(b) * c.rows + row, coefficients[b]);
-            const double share = coefficients[b] + ln[b];
-            if (share > magnitude) magnitude = share;
-        }
-        loss = row_loss * weight;
-        UNROLL
-        for (u32 k = 0; k < 2; ++k) {
-            const u32 above = ld_global_u32(c.above + static_cast<u64>(k) * c.rows + row);
-            precision[k] = above == 0 ? weight : 0;
-            mrr[k] = weight / (1.0 + above);
-        }
-    }
-    const double sums[5] = {loss, precision[0], mrr[0], precision[1], mrr[1]};
+// Loss, coefficients and metrics of a row, from the logarithms of its sums.
+SAMTONE_DEVICE void combine_row(const Combine& c, u32 row, const double (&ln)[BLOCKS], double (&found)[FOUND]) {
+    const double positive = c.beta * ld_global_f64(c.positive + row), weight = ld_global_nc_f64(c.weight + row);
+    double coefficients[BLOCKS], row_loss = 0, diagonal = 0;
     UNROLL
-    for (u32 k = 0; k < 5; ++k) {
-        const double all = reduce_block<Sum>(sums[k]);
-        if (threadIdx.x == 0) st_global_f64(c.block_results + 8 * blockIdx.x + k, all);
+    for (u32 b = 0; b < BLOCKS; ++b) coefficients[b] = minus_infinity();
+    for (u32 g = 0; g < c.group_count; ++g) {
+        const unsigned char* group = reinterpret_cast<const unsigned char*>(c.groups + g);
+        const double coefficient = ld_global_nc_f64(group);
+        const u32x2 rest = ld_global_nc_u32x2(group + 8);
+        if (!(coefficient > 0)) continue;
+        const double e = rest.y, log_d = log_negatives(rest.x, ln, positive);
+        if (e == 0 && log_d == minus_infinity()) {
+            double& none = found[FAULTS + NO_NEGATIVE];
+            if (weight != 0 && none == minus_infinity()) none = -(GROUPS * row + g);
+            continue;
+        }
+        const double relative = log_add(e, log_d);
+        row_loss += coefficient * relative;
+        if (weight == 0) continue;
+        diagonal -= coefficient * weight * exp_f64(log_d - relative);
+        const double log_coefficient = log_f64(coefficient * weight) - relative - positive;
+        UNROLL
+        for (u32 b = 0; b < BLOCKS; ++b)
+            if ((rest.x >> b & 1) != 0) coefficients[b] = log_add_exp(coefficients[b], log_coefficient);
     }
-    magnitude = reduce_block<Largest>(magnitude);
-    if (threadIdx.x == 0) st_global_f64(c.block_results + 8 * blockIdx.x + 5, magnitude);
+    st_global_f64(c.row_losses + row, row_loss);
+    st_global_f64(c.diagonal + row, diagonal);
+    UNROLL
+    for (u32 b = 0; b < BLOCKS; ++b) {
+        st_global_f64(c.log_coefficients + static_cast<u64>(b) * c.rows + row, coefficients[b]);
+        found[LARGEST_SHARE] = Largest::of(coefficients[b] + ln[b], found[LARGEST_SHARE]); // not NaN
+    }
+    found[LOSS] = row_loss * weight;
+    UNROLL
+    for (u32 k = 0; k < 2; ++k) {
+        const u32 above = ld_global_u32(c.above + static_cast<u64>(k) * c.rows + row);
+        found[PRECISION_QP + 2 * k] = above == 0 ? weight : 0;
+        found[MRR_QP + 2 * k] = weight / (1.0 + above);
+    }
 }
 
-// Results from those of the blocks. The largest share of the gradient becomes about 2^13 in units of 2^SHIFT, so that gradients
-// of logits use the range of f16 and none leaves it.
-KERNEL(finish_forward, REDUCE_THREADS, BY_VALUE(Combine) c, double* results, u32 blocks, u32 zero_is_error) {
+// A share of the faults of the embeddings.
+SAMTONE_DEVICE void find_faults(const Combine& c, double (&found)[FOUND]) {
+    UNROLL
+    for (u32 space = 0; space < 2; ++space)
+        for (u32 k = blockIdx.x * REDUCE_THREADS + threadIdx.x; k < c.indices[space]; k += gridDim.x * REDUCE_THREADS) {
+            const Fault fault = ld_global_u32x2(c.faults[space] + k);
+            auto note = [&](u32 word, u32 row) {
+                if (row != NONE) found[FAULTS + word] = Largest::of(found[FAULTS + word], -static_cast<double>(row));
+            };
+            note(NON_FINITE_QUERY + space, fault.x);
+            note(ZERO_QUERY + space, fault.y);
+        }
+}
+
+// Results and status from what the call found: value k in lane k of the warp. The largest share of the gradient becomes about 2^13
+// in units of 2^SHIFT, so that gradients of logits use the range of f16 and none leaves it.
+SAMTONE_DEVICE void finish(const Combine& c, double value) {
     constexpr u32 TARGET = 13;
-    for (u32 k = 0; k < 5; ++k) {
-        double x = 0;
-        for (u32 b = threadIdx.x; b < blocks; b += REDUCE_THREADS) x += ld_global_f64(c.block_results + 8 * b + k);
-        x = reduce_block<Sum>(x);
-        if (threadIdx.x == 0) st_global_f64(results + k, x); // LOSS … MRR_PQ
+    const u32 k = lane_id();
+    const bool faulty = k >= FAULTS && k < FOUND && value != minus_infinity();
+    const u32 faults = vote_sync_ballot(ALL_LANES, faulty) >> FAULTS;
+    const u32 fatal = 1u << NO_NEGATIVE | (c.zero_is_error != 0 ? 15u : 3u); // as `is_refused`
+    if (k == LOSS && (faults & fatal) != 0) value = not_a_number();
+    if (k < SUMS) st_global_f64(c.results + k, value);
+    if (k == LARGEST_SHARE) st_global_f64(c.results + SHIFT, value == minus_infinity() ? 0 : round_f64(value / LN_2) - TARGET);
+    if (k < FAULTS || k >= FAULTS + STATUS_WORDS) return;
+    u32* word = c.status + (k - FAULTS);
+    if (k - FAULTS < NO_NEGATIVE) st_global_u32(word, faulty ? static_cast<u32>(-value) : NONE);
+    else if (k - FAULTS == NO_NEGATIVE) {
+        const u64 both = faulty ? static_cast<u64>(-value) : 0;
+        st_global_u32(word, faulty ? static_cast<u32>(both >> 20) : NONE);
+        st_global_u32(word + 1, faulty ? static_cast<u32>(both & 0xfffff) : NONE);
+    } else if (k - FAULTS > NO_NEGATIVE_GROUP) st_global_u32(word, NONE);
+}
+
+KERNEL(combine, REDUCE_THREADS, BY_VALUE(Wave) wave, BY_VALUE(Merge) m, BY_VALUE(Combine) c) {
+    begin_launch();
+    const u32 row = blockIdx.x * ROWS + threadIdx.x % ROWS, block = threadIdx.x / ROWS;
+    const shared_address logarithm = shared_base() + LOGARITHMS + 8 * threadIdx.x;
+    // [1] merge
+    if (row < c.rows) {
+        const ExpSum sum = merge(wave, m, c, row, block);
+        if (c.merges_only == 0) st_shared_f64(logarithm, ln_of(sum));
     }
-    double magnitude = minus_infinity();
-    for (u32 b = threadIdx.x; b < blocks; b += REDUCE_THREADS)
-        magnitude = Largest::of(magnitude, ld_global_f64(c.block_results + 8 * b + 5));
-    magnitude = reduce_block<Largest>(magnitude);
-    if (threadIdx.x != 0) return;
-    st_global_f64(results + SHIFT, magnitude == minus_infinity() ? 0 : round_f64(magnitude / LN_2) - TARGET);
-    const u32 row = ld_global_u32(c.status + NO_NEGATIVE);
-    for (u32 g = 0; row != NONE && g < c.group_count; ++g) {
-        const unsigned char* group = reinterpret_cast<const unsigned char*>(c.groups + g);
+    if (c.merges_only != 0) return;
+    SYNC(C1, bar_sync());
+    // [2] combine
+    double found[FOUND];
+    UNROLL
+    for (u32 k = 0; k < FOUND; ++k) found[k] = k < SUMS ? 0 : minus_infinity();
+    if (block == 0 && row < c.rows) {
         double ln[BLOCKS];
         UNROLL
-        for (u32 b = 0; b < BLOCKS; ++b) ln[b] = ln_of(ld_global_exp_sum(c.sums + static_cast<u64>(b) * c.rows + row));
-        const u32x2 rest = ld_global_nc_u32x2(group + 8);
-        if (!(ld_global_nc_f64(group) > 0) || rest.y != 0 || log_negatives(rest.x, ln, 0) != minus_infinity()) continue;
-        st_global_u32(c.status + NO_NEGATIVE_GROUP, g);
-        break;
+        for (u32 b = 0; b < BLOCKS; ++b) ln[b] = ld_shared_f64(logarithm + b * (8 * ROWS));
+        combine_row(c, row, ln, found);
     }
-    if (is_refused(c.status, zero_is_error)) st_global_f64(results + LOSS, not_a_number());
-}
-
-// BETA_SUM ← (first ? 0 : BETA_SUM) + Σ of the tiles of a wave.
-KERNEL(sum_dots, REDUCE_THREADS, const double* dots, double* results, u32 tiles, u32 first) {
-    double x = 0;
-    for (u32 t = threadIdx.x; t < tiles; t += REDUCE_THREADS) x += ld_global_f64(dots + t);
-    x = reduce_block<Sum>(x);
-    if (threadIdx.x == 0) st_global_f64(results + BETA_SUM, first != 0 ? x : ld_global_f64(results + BETA_SUM) + x);
-}
-
-// ∂L/∂τ and ∂L/∂log β from Σ G (s − s⁺), which is ∂L/∂β without the cancellation of the negatives and the positive.
-KERNEL(finish_backward, WARP, double* results, const float* upstream, double factor, double beta, const u32* status,
-       u32 zero_is_error) {
-    if (threadIdx.x != 0) return;
-    double scale = factor * exp2_f64(ld_global_f64(results + SHIFT));
-    if (upstream != nullptr) scale *= ld_global_f32(upstream);
-    if (is_refused(status, zero_is_error)) scale = not_a_number();
-    const double grad_beta = scale * ld_global_f64(results + BETA_SUM);
-    st_global_f64(results + GRAD_TAU, -beta * beta * grad_beta);
-    st_global_f64(results + GRAD_LOG_BETA, beta * grad_beta);
+    find_faults(c, found);
+    double value = reduce_block_to_lanes<SUMS>(found);
+    if (warp_id() == 0) {
+        if (lane_id() < FOUND) st_global_f64(c.found + blockIdx.x * FOUND + lane_id(), value);
+        SYNC(C2, bar_warp_sync(ALL_LANES));
+        if (lane_id() == 0) {
+            SYNC(C3, fence_acq_rel_gpu());
+            const u32 drawn = atom_global_inc_u32(c.ticket, gridDim.x - 1);
+            SYNC(C4, fence_acq_rel_gpu());
+            st_shared_u32(shared_base() + DRAWN, drawn);
+        }
+    }
+    SYNC(C5, bar_sync());
+    if (ld_shared_u32(shared_base() + DRAWN) != gridDim.x - 1) return;
+    // [3] results
+    UNROLL
+    for (u32 k = 0; k < FOUND; ++k) found[k] = k < SUMS ? 0 : minus_infinity();
+    for (u32 b = threadIdx.x; b < gridDim.x; b += REDUCE_THREADS) {
+        UNROLL
+        for (u32 k = 0; k < FOUND; ++k) {
+            const double x = ld_global_f64(c.found + b * FOUND + k);
+            found[k] = k < SUMS ? found[k] + x : Largest::of(found[k], x);
+        }
+    }
+    value = reduce_block_to_lanes<SUMS>(found);
+    if (warp_id() == 0) finish(c, value);
 }

@@ -91,18 +91,20 @@ def build(kernels):
         for kernel, architecture, job in jobs:
             found, remarks = job.result()
             problems += remarks
-            if not remarks and "wgmma.mma_async" in wanted[kernel.stem]:
-                problems += matrix_units(kernel.stem, wanted[kernel.stem], architecture)
+            if not remarks and architecture.startswith("sm_90") and "griddepcontrol" in wanted[kernel.stem]:
+                problems += machine_code(kernel.stem, wanted[kernel.stem], architecture)
             for entry, used in found.items():
                 usage.setdefault((kernel.name, entry), {})[architecture] = used
     return wanted, usage, problems
 
 
-def matrix_units(stem, ptx, architecture):
+def machine_code(stem, ptx, architecture):
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / f"{stem}.cubin"
         ptxas.assemble(stem, ptx, architecture, cubin)
-        return list(ptxas.matrix_units(f"{stem}.ptx for {architecture}", ptx, ptxas.disassemble(cubin)))
+        sass = ptxas.disassemble(cubin)
+    file = f"{stem}.ptx for {architecture}"
+    return [*ptxas.matrix_units(file, ptx, sass), *ptxas.early_accesses(file, ptx, sass)]
 
 
 def read_shared_memory(path, entries):

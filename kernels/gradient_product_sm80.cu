@@ -31,6 +31,7 @@ SAMTONE_DEVICE u32 next_tile(const Line& line, u32 from, bool computed SAMTONE_S
 template <u32 TILE, Arithmetic A>
 SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, const unsigned char* gradients, u64 plane,
                                      const Product& product, const u32* skipped) {
+    begin_launch();
     constexpr u32 BYTES = Numbers<A>::BYTES, SEGMENTS = Numbers<A>::GRADIENT_SEGMENTS;
     // [1] which sums
     const u32 column = blockIdx.x % product.tiles_along_dim * TILE;

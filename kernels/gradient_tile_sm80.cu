@@ -72,6 +72,7 @@ template <u32 TILE, Arithmetic A>
 SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta,
                                   const double* log_coefficients, const double* positive, const double* results, u32 row_count,
                                   unsigned char* gradients, u64 plane, double* dots, const u32* skipped) {
+    begin_launch();
     using E = Elements<TILE>;
     constexpr float NEVER = -1e9f; // an exponent that flushes everything to 0
     // [1] load

@@ -166,6 +166,7 @@ SAMTONE_DEVICE void store_half(HalfSums& x, unsigned char* gradients, u64 plane,
 template <Arithmetic A>
 SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta, const CoefficientOf& of,
                                   unsigned char* gradients, u64 plane, double* dots, const u32* skipped) {
+    begin_launch();
     Edges edges{shared_base() + EDGES, 0};
     start_pipeline<STAGES>([&] { make_edges(edges); });
     Ring<STAGES> ring{0, 0};

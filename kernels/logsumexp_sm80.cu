@@ -61,6 +61,7 @@ SAMTONE_DEVICE void store_partial(shared_address sums, u32 parts, u32 index, Par
 template <u32 TILE, Arithmetic A>
 SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta, Partial* partials,
                               u32* counts) {
+    begin_launch();
     using E = Elements<TILE>;
     // [1] load
     const TilePlace at = place_of(wave, blockIdx.x);

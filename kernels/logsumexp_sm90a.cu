@@ -159,6 +159,7 @@ SAMTONE_DEVICE void store_column(shared_address sums, Partial* partials, u32* co
 
 template <Arithmetic A>
 SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta, Partial* partials, u32* counts) {
+    begin_launch();
     Edges edges{shared_base() + EDGES, 0};
     start_pipeline<STAGES>([&] { make_edges(edges); });
     Ring<STAGES> ring{0, 0};

@@ -1,17 +1,17 @@
 // prepare.cu: what the heavy passes read: packed embeddings, norms, the positives' cosines, keys of the anchors.
-// Math     reset      status ← NONE
-//          pack       n = ‖x‖ (f64); packed = x·2^e with norm in [2^12, 2^13), as f16, two f16 or f32; inverse = 2^12/‖packed‖
-//          positives  s⁺ᵢ = q̂ᵢ·p̂_{π(i)} from the raw embeddings, in f64; thresholds of margin and rank
+// Math     n = ‖x‖ (f64); packed = x·2^e with norm in [2^12, 2^13), as f16, two f16 or f32; inverse = 2^12/‖packed‖
+//          s⁺ᵢ = q̂ᵢ·p̂_{π(i)} from the raw embeddings, in f64; thresholds of margin and rank
 // In/out   raw embeddings of f32, f16 or bf16 with any row stride; order: row behind each index, or null for the identity ·
 //          packed rows with zeros up to 128 bytes, in either layout of
-//          problem.cuh; norms; anchor keys
-// Tiles    grid (⌈indices / 8⌉) or (⌈rows / 8⌉)
-// Threads  256: one warp per index
+//          problem.cuh; norms; faults of each index; anchor keys; 0 in the ticket of combine.cu
+// Tiles    grid (⌈rows of the packed queries / 8⌉ + ⌈rows of the packed passages / 8⌉)
+// Threads  256: one warp per index; that of a query also reads its positive
 // Shared   none
 // Sync     none but exchanges within a warp
-// Numerics f64 sums over lanes in a fixed order. A power of two changes no digit; f16 loses what lies 2^-37 below a row's norm,
-//          far under the last bit of an f32 cosine, and that is so for bf16 inputs as well, which therefore need no kernels of
-//          their own. A row that is not finite or has norm zero packs as zeros and leaves its number in `status`
+// Numerics f64 sums over lanes in a fixed order, the same for a passage's norm wherever it is taken. A power of two changes no digit;
+//          f16 loses what lies 2^-37 below a row's norm, far under the last bit of an f32 cosine, and that is so for bf16 inputs as
+//          well, which therefore need no kernels of their own. A row that is not finite or has norm zero packs as zeros and leaves
+//          its number among the faults: combine.cu makes the status of them, so that nothing has to be cleared before this launch
 // Limits   raw rows are aligned to their elements
 #include "common/raw.cuh"
 #include "common/reduce.cuh"
@@ -26,20 +26,59 @@ struct Packing {
     u64 plane;
     float* inverse;
     double* inverse_norm;
-    u32* status; // of this tower: [0] not finite, [2] zero
+    Fault* faults;        // by index
     u64 row_pitch, panel; // bytes from row to row of a panel, and from 128 bytes of a row to the next (problem.cuh)
     u32 indices, padded, row_bytes, format;
     u32 swizzled, parts;
     u32 index[MAX_CUTS], row[MAX_CUTS]; // of each part of the space: its first index, and the packed row of that
 };
 
-KERNEL(reset, WARP, u32* status) {
-    if (threadIdx.x < STATUS_WORDS) st_global_u32(status + threadIdx.x, NONE);
+struct Positives {
+    const u32* positives;  // passage of each row's positive, or null for the identity
+    const u32x2* row_keys; // query key, passage key
+    double* positive;      // s⁺
+    AnchorKeys* anchors;
+    u32* ticket;
+    double margin;         // +∞ for none
+    u32 wanted, padding;   // 0: they are there already
+};
+
+struct Prepare {
+    Packing of[2];
+    Positives positives;
+};
+
+// What follows from a sum of squares.
+struct Norm {
+    double norm, inverse; // 0 for a row that has no direction
+    bool finite;
+};
+SAMTONE_DEVICE Norm norm_of(double squares) {
+    const bool finite = squares < 1e300; // false for NaN; squares of finite f32 numbers stay far below
+    const double norm = finite && squares > 0 ? sqrt_rn(squares) : 0;
+    return {norm, norm > 0 ? 1 / norm : 0, finite};
+}
+SAMTONE_DEVICE void add_squares(double& squares, const float (&v)[8]) {
+    UNROLL
+    for (u32 i = 0; i < 8; ++i) squares = fma_rn(static_cast<double>(v[i]), static_cast<double>(v[i]), squares);
 }
 
-KERNEL(pack, REDUCE_THREADS, BY_VALUE(Packing) p) {
-    const u32 packed_row = blockIdx.x * ROWS_PER_BLOCK + warp_id();
-    if (packed_row >= p.padded) return;
+SAMTONE_DEVICE void store_anchor(const Positives& p, u32 row, double cosine) {
+    constexpr double COSINE_TIE = 1.0 / (1 << 20); // src/mask.rs
+    const u32x2 keys = ld_global_nc_u32x2(p.row_keys + row);
+    const float threshold = static_cast<float>(cosine + p.margin + COSINE_TIE), above = static_cast<float>(cosine + COSINE_TIE);
+    st_global_f64(p.positive + row, cosine);
+    st_global_u32x4(p.anchors + row, {keys.x, keys.y, bits_of(threshold), bits_of(above)});
+}
+
+KERNEL(prepare, REDUCE_THREADS, BY_VALUE(Prepare) all) {
+    begin_launch();
+    const Positives& positives = all.positives;
+    if (blockIdx.x == 0 && threadIdx.x == 0) st_global_u32(positives.ticket, 0);
+    u32 packed_row = blockIdx.x * ROWS_PER_BLOCK + warp_id();
+    const u32 space = packed_row < all.of[0].padded ? 0 : 1; // whole blocks
+    if (space == 1) packed_row -= all.of[0].padded;
+    const Packing& p = all.of[space];
     u32 part = 0;
     while (part + 1 < p.parts && packed_row >= p.row[part + 1]) ++part;
     const u32 index = p.index[part] + packed_row - p.row[part], end = part + 1 < p.parts ? p.index[part + 1] : p.indices;
@@ -48,29 +87,41 @@ KERNEL(pack, REDUCE_THREADS, BY_VALUE(Packing) p) {
     if (exists && p.order != nullptr) row = ld_global_nc_u32(p.order + index);
     const unsigned char* x = p.raw.data + row * p.raw.row_bytes;
     double scale = 0;
-    if (exists) { // [1] norm
-        double squares = 0;
+    if (exists) { // [1] norm; of a query, cosine with its positive
+        const bool pairs = space == 0 && positives.wanted != 0;
+        const Raw& other = all.of[1].raw;
+        const bool other_aligned = is_aligned(other);
+        u32 positive = row;
+        if (pairs && positives.positives != nullptr) positive = ld_global_nc_u32(positives.positives + row);
+        const unsigned char* y = other.data + positive * other.row_bytes;
+        double squares = 0, other_squares = 0, dot = 0;
         for (u32 column = 8 * lane_id(); column < p.raw.dim; column += 8 * WARP) {
-            float v[8];
+            float v[8], w[8];
             load_eight(v, p.raw, x, column, aligned);
+            if (pairs) load_eight(w, other, y, column, other_aligned);
+            add_squares(squares, v);
+            if (!pairs) continue;
+            add_squares(other_squares, w);
             UNROLL
-            for (u32 i = 0; i < 8; ++i) squares = fma_rn(static_cast<double>(v[i]), static_cast<double>(v[i]), squares);
+            for (u32 i = 0; i < 8; ++i) dot = fma_rn(static_cast<double>(v[i]), static_cast<double>(w[i]), dot);
         }
         squares = reduce_warp<Sum>(squares);
-        const bool finite = squares < 1e300; // false for NaN; squares of finite f32 numbers stay far below
-        double inverse_norm = 0, inverse = 0;
-        if (finite && squares > 0) {
-            const double norm = sqrt_rn(squares);
-            const i32 exponent = static_cast<i32>(bits_of(norm) >> 52) - 1023;
+        const Norm norm = norm_of(squares);
+        double inverse = 0;
+        if (norm.norm > 0) {
+            const i32 exponent = static_cast<i32>(bits_of(norm.norm) >> 52) - 1023;
             scale = power_of_two(12 - exponent);
-            inverse_norm = 1 / norm;
-            inverse = 4096 / (norm * scale);
+            inverse = 4096 / (norm.norm * scale);
         }
         if (lane_id() == 0) {
-            if (!finite) atom_global_min_u32(p.status, row);
-            if (squares == 0) atom_global_min_u32(p.status + 2, row);
+            st_global_u32x2(p.faults + index, {norm.finite ? NONE : row, squares == 0 ? row : NONE});
             st_global_f32(p.inverse + index, static_cast<float>(inverse));
-            st_global_f64(p.inverse_norm + index, inverse_norm);
+            st_global_f64(p.inverse_norm + index, norm.inverse);
+        }
+        if (pairs) {
+            other_squares = reduce_warp<Sum>(other_squares);
+            dot = reduce_warp<Sum>(dot);
+            if (lane_id() == 0) store_anchor(positives, row, dot * norm.inverse * norm_of(other_squares).inverse);
         }
     }
     // [2] pack
@@ -99,44 +150,4 @@ KERNEL(pack, REDUCE_THREADS, BY_VALUE(Packing) p) {
         st_global_u32x4(chunk(2 * column), {high[0], high[1], high[2], high[3]});
         if (p.format == PACK_F16X3) st_global_u32x4(chunk(2 * column) + p.plane, {low[0], low[1], low[2], low[3]});
     }
-}
-
-struct Positives {
-    Raw query, passage;
-    const u32* positives;    // passage of each row's positive, or null for the identity
-    const u32* anchor_index; // index of the passage space of each row's positive, or null for the identity
-    const double *query_inverse_norm, *passage_inverse_norm; // by index
-    const u32x2* row_keys;   // query key, passage key
-    double* positive;        // s⁺
-    AnchorKeys* anchors;
-    double margin;           // +∞ for none
-    u32 rows, padding;
-};
-
-KERNEL(positives, REDUCE_THREADS, BY_VALUE(Positives) p) {
-    constexpr double COSINE_TIE = 1.0 / (1 << 20); // src/mask.rs
-    const u32 row = blockIdx.x * ROWS_PER_BLOCK + warp_id();
-    if (row >= p.rows) return;
-    u32 passage = row, index = row;
-    if (p.positives != nullptr) {
-        passage = ld_global_nc_u32(p.positives + row);
-        index = ld_global_nc_u32(p.anchor_index + row);
-    }
-    const unsigned char *q = p.query.data + row * p.query.row_bytes, *x = p.passage.data + passage * p.passage.row_bytes;
-    const bool q_aligned = is_aligned(p.query), x_aligned = is_aligned(p.passage);
-    double dot = 0;
-    for (u32 column = 8 * lane_id(); column < p.query.dim; column += 8 * WARP) {
-        float a[8], b[8];
-        load_eight(a, p.query, q, column, q_aligned);
-        load_eight(b, p.passage, x, column, x_aligned);
-        UNROLL
-        for (u32 i = 0; i < 8; ++i) dot = fma_rn(static_cast<double>(a[i]), static_cast<double>(b[i]), dot);
-    }
-    dot = reduce_warp<Sum>(dot);
-    if (lane_id() != 0) return;
-    const double cosine = dot * ld_global_f64(p.query_inverse_norm + row) * ld_global_f64(p.passage_inverse_norm + index);
-    const u32x2 keys = ld_global_nc_u32x2(p.row_keys + row);
-    const float threshold = static_cast<float>(cosine + p.margin + COSINE_TIE), above = static_cast<float>(cosine + COSINE_TIE);
-    st_global_f64(p.positive + row, cosine);
-    st_global_u32x4(p.anchors + row, {keys.x, keys.y, bits_of(threshold), bits_of(above)});
 }

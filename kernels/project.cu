@@ -1,37 +1,88 @@
-// project.cu: the diagonal term, the projection onto the tangent of each embedding, the factor β, and the output type.
+// project.cu: the diagonal term, the projection onto the tangent of each embedding, the factor β, and the output type; ∂L/∂β.
 // Math     ∂L/∂x = β (I − x̂x̂ᵀ)(u + Σ D_i ŷ) / ‖x‖, u = Σ_j G_j ŷ_j over the negatives = sums·2^SHIFT·2^-12 / n, where n = 2^12/‖packed‖
-//          and ŷ is the other side of each positive pair that x belongs to; times the upstream gradient
-// In/out   raw embeddings of both towers, norms, D, sums of gradient_product_sm80.cu · gradients, f32, f16 or bf16, any row stride
-// Tiles    grid (⌈output rows / 8⌉)
+//          and ŷ is the other side of each positive pair that x belongs to; times the upstream gradient.
+//          ∂L/∂τ = −β²·∂L/∂β, ∂L/∂log β = β·∂L/∂β from the dots of the gradient tiles
+// In/out   raw embeddings of both towers, norms, D, sums of gradient_product_sm80.cu · gradients, f32, f16 or bf16, any row stride;
+//          dots · results
+// Tiles    project: grid (1 + ⌈rows of ∂L/∂q / 8⌉ + ⌈rows of ∂L/∂p / 8⌉), the first block for ∂L/∂β. sum_dots: one block
 // Threads  256: one warp per output row
-// Shared   none
-// Sync     none but exchanges within a warp
+// Shared   64 bytes (reduce.cuh)
+// Sync     R1, R2 reduce.cuh
 // Numerics f64 until it is stored, rounded once. May write where the sums are: a lane reads an element before it writes it. A row
-//          without direction gets zeros; a refused call NaN
+//          without direction gets zeros; a refused call NaN. Dots are added in one fixed order
 // Limits   gradients are aligned to their elements
 #include "common/raw.cuh"
 #include "common/reduce.cuh"
 
+constexpr u32 ROWS_PER_BLOCK = REDUCE_THREADS / WARP;
+
+// One tower's gradient.
 struct Projection {
     Raw own, other;               // raw embeddings of the tower, and of the other one
     const float* sums;
     u64 sums_stride;              // elements
     const float* inverse;         // of the tower, by index
     const double *inverse_norm, *other_inverse_norm; // by index
-    const double *diagonal, *results;
+    unsigned char* out;
+    u64 out_row_bytes;
+    u32 out_type, rows;           // of the output; no rows where there is none
+    u32 first_row;                // queries: the row of the first output row
+    u32 is_passage;
+};
+
+// The sum of a wave's dots, to be added to that of earlier ones.
+struct Dots {
+    const double* dots;
+    double* results;
+    u32 count;
+    u32 first; // instead of adding, starts from nothing
+};
+
+struct Backward {
+    Projection of[2];
+    Dots dots;
+    const double* diagonal;
     // Pairs. Queries: the passage and the index of each row's positive (null: the identity). Passages: the indices behind each
     // passage, occurrence_start[n] … occurrence_start[n + 1] (null: the identity), and the row that each index anchors.
     const u32 *positives, *anchor_index, *occurrence_start, *occurrences, *anchor_row;
     const float* upstream;        // null for 1
     const u32* status;
-    unsigned char* out;
-    u64 out_row_bytes;
-    double factor;                // β, times the host's part of the upstream gradient
-    u32 out_type, rows;           // of the output
-    u32 first_row;                // queries: the row of the first output row
+    double beta, factor;          // the host's part of the upstream gradient
     u32 row_begin, row_end;       // rows of the shard
-    u32 is_passage, zero_is_error, padding;
+    u32 zero_is_error, padding;
 };
+
+// BETA_SUM ← (first ? 0 : BETA_SUM) + Σ dots, in every thread.
+SAMTONE_DEVICE double sum_of(const Dots& d SAMTONE_SITE) {
+    double x = 0;
+    for (u32 t = threadIdx.x; t < d.count; t += REDUCE_THREADS) x += ld_global_f64(d.dots + t SAMTONE_EMULATED_AS(, site));
+    x = reduce_block<Sum>(x SAMTONE_EMULATED_AS(, site));
+    if (threadIdx.x != 0) return x;
+    if (d.first == 0) x += ld_global_f64(d.results + BETA_SUM SAMTONE_EMULATED_AS(, site));
+    st_global_f64(d.results + BETA_SUM, x SAMTONE_EMULATED_AS(, site));
+    return x;
+}
+
+// After each wave but the last, whose dots `project` adds.
+KERNEL(sum_dots, REDUCE_THREADS, BY_VALUE(Dots) dots) {
+    begin_launch();
+    sum_of(dots);
+}
+
+// The upstream gradient; NaN if the call is refused.
+SAMTONE_DEVICE double upstream_of(const Backward& b SAMTONE_SITE) {
+    if (is_refused(b.status, b.zero_is_error SAMTONE_EMULATED_AS(, site))) return not_a_number();
+    return b.upstream != nullptr ? b.factor * ld_global_f32(b.upstream SAMTONE_EMULATED_AS(, site)) : b.factor;
+}
+
+// ∂L/∂τ and ∂L/∂log β from Σ G (s − s⁺), which is ∂L/∂β without the cancellation of the negatives and the positive.
+SAMTONE_DEVICE void finish(const Backward& b) {
+    const double sum = sum_of(b.dots);
+    if (threadIdx.x != 0) return;
+    const double grad_beta = upstream_of(b) * exp2_f64(ld_global_f64(b.dots.results + SHIFT)) * sum;
+    st_global_f64(b.dots.results + GRAD_TAU, -b.beta * b.beta * grad_beta);
+    st_global_f64(b.dots.results + GRAD_LOG_BETA, b.beta * grad_beta);
+}
 
 SAMTONE_DEVICE void store_element(const Projection& p, u32 row, u32 column, double value) {
     unsigned char* to = p.out + row * p.out_row_bytes;
@@ -49,7 +100,7 @@ SAMTONE_DEVICE void add_scaled(double (&g)[8], const Raw& raw, u32 row, u32 colu
 }
 
 // u + Σ D_i ŷ at columns column … column + 7.
-SAMTONE_DEVICE void gather(double (&g)[8], const Projection& p, u32 row, u32 column, double unit, bool aligned) {
+SAMTONE_DEVICE void gather(double (&g)[8], const Backward& b, const Projection& p, u32 row, u32 column, double unit, bool aligned) {
     UNROLL
     for (u32 i = 0; i < 8; ++i) g[i] = 0;
     auto add_sum = [&](u32 index) {
@@ -60,46 +111,51 @@ SAMTONE_DEVICE void gather(double (&g)[8], const Projection& p, u32 row, u32 col
                 g[i] = fma_rn(scale, static_cast<double>(ld_global_f32(p.sums + index * p.sums_stride + column + i)), g[i]);
     };
     if (p.is_passage == 0) {
-        const u32 positive = p.positives != nullptr ? ld_global_nc_u32(p.positives + row) : row;
-        const u32 index = p.anchor_index != nullptr ? ld_global_nc_u32(p.anchor_index + row) : row;
+        const u32 positive = b.positives != nullptr ? ld_global_nc_u32(b.positives + row) : row;
+        const u32 index = b.anchor_index != nullptr ? ld_global_nc_u32(b.anchor_index + row) : row;
         add_sum(row);
-        add_scaled(g, p.other, positive, column, aligned, ld_global_f64(p.diagonal + row) * ld_global_f64(p.other_inverse_norm + index));
+        add_scaled(g, p.other, positive, column, aligned, ld_global_f64(b.diagonal + row) * ld_global_f64(p.other_inverse_norm + index));
         return;
     }
     u32 first = row, last = row + 1;
-    if (p.occurrence_start != nullptr) {
-        first = ld_global_nc_u32(p.occurrence_start + row);
-        last = ld_global_nc_u32(p.occurrence_start + row + 1);
+    if (b.occurrence_start != nullptr) {
+        first = ld_global_nc_u32(b.occurrence_start + row);
+        last = ld_global_nc_u32(b.occurrence_start + row + 1);
     }
     for (u32 k = first; k < last; ++k) {
-        const u32 index = p.occurrence_start != nullptr ? ld_global_nc_u32(p.occurrences + k) : k;
-        const u32 anchored = ld_global_nc_u32(p.anchor_row + index);
+        const u32 index = b.occurrence_start != nullptr ? ld_global_nc_u32(b.occurrences + k) : k;
+        const u32 anchored = ld_global_nc_u32(b.anchor_row + index);
         add_sum(index);
-        if (anchored < p.row_begin || anchored >= p.row_end) continue; // also NONE
+        if (anchored < b.row_begin || anchored >= b.row_end) continue; // also NONE
         add_scaled(g, p.other, anchored, column, aligned,
-                   ld_global_f64(p.diagonal + anchored) * ld_global_f64(p.other_inverse_norm + anchored));
+                   ld_global_f64(b.diagonal + anchored) * ld_global_f64(p.other_inverse_norm + anchored));
     }
 }
 
-KERNEL(project, REDUCE_THREADS, BY_VALUE(Projection) p) {
-    const u32 out_row = blockIdx.x * (REDUCE_THREADS / WARP) + warp_id();
+KERNEL(project, REDUCE_THREADS, BY_VALUE(Backward) b) {
+    begin_launch();
+    if (blockIdx.x == 0) return finish(b);
+    u32 block = blockIdx.x - 1;
+    const u32 blocks = (b.of[0].rows + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK, space = block < blocks ? 0 : 1;
+    if (space == 1) block -= blocks;
+    const Projection& p = b.of[space];
+    const u32 out_row = block * ROWS_PER_BLOCK + warp_id();
     if (out_row >= p.rows) return;
     const u32 row = p.first_row + out_row;
     u32 index = row;
-    if (p.is_passage != 0 && p.occurrence_start != nullptr)
-        index = ld_global_nc_u32(p.occurrences + ld_global_nc_u32(p.occurrence_start + row));
+    if (p.is_passage != 0 && b.occurrence_start != nullptr)
+        index = ld_global_nc_u32(b.occurrences + ld_global_nc_u32(b.occurrence_start + row));
     const bool aligned = is_aligned(p.own), other_aligned = is_aligned(p.other);
     const double inverse = ld_global_f64(p.inverse_norm + index);
-    const double unit = exp2_f64(ld_global_f64(p.results + SHIFT) - 12);
+    const double unit = exp2_f64(ld_global_f64(b.dots.results + SHIFT) - 12);
     const unsigned char* x = p.own.data + row * p.own.row_bytes;
-    double along = 0, factor = p.factor * inverse;
-    if (p.upstream != nullptr) factor *= ld_global_f32(p.upstream);
-    if (is_refused(p.status, p.zero_is_error)) factor = not_a_number();
+    const double factor = b.beta * inverse * upstream_of(b);
+    double along = 0;
     for (u32 pass = 0; pass < 2; ++pass) { // [1] x̂·g / ‖x‖, [2] tangent and store
         for (u32 column = 8 * lane_id(); column < p.own.dim; column += 8 * WARP) {
             double g[8];
             float v[8];
-            gather(g, p, row, column, unit, other_aligned);
+            gather(g, b, p, row, column, unit, other_aligned);
             load_eight(v, p.own, x, column, aligned);
             UNROLL
             for (u32 i = 0; i < 8; ++i) {

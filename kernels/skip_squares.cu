@@ -71,6 +71,7 @@ SAMTONE_DEVICE Partial largest_sum(const Edge& edge, const Partial* first, u32 i
 }
 
 KERNEL(square_masses, REDUCE_THREADS, BY_VALUE(Wave) wave, const Partial* partials, Masses* masses, u32 tile, u32 together) {
+    begin_launch();
     const Square at = square_of(wave, blockIdx.x, together);
     const SuperBlock& block = wave.blocks[at.block];
     if (!is_candidate(block, at)) return;
@@ -124,6 +125,7 @@ SAMTONE_DEVICE bool spares(const Partial& mass, double demand, u32 candidates, d
 }
 
 KERNEL(choose_skipped, REDUCE_THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, BY_VALUE(Choice) c) {
+    begin_launch();
     const Square at = square_of(wave, blockIdx.x, c.together);
     const SuperBlock& block = wave.blocks[at.block];
     const u32 entry = square_entry(block, at.row, at.col, c.together);
@@ -145,6 +147,7 @@ KERNEL(choose_skipped, REDUCE_THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) tow
 
 // SQUARES and SKIPPED ← (first ? 0 : what they were) + those of the wave.
 KERNEL(count_skipped, REDUCE_THREADS, BY_VALUE(Wave) wave, const u32* skipped, double* results, u32 together, u32 first) {
+    begin_launch();
     double squares = 0, count = 0;
     for (u32 b = 0; b < wave.count; ++b) {
         const SuperBlock& block = wave.blocks[b];

@@ -406,7 +406,7 @@ fn orders(how: &'static CudaEmulated) -> Result<(), Failed> {
             return Err(format!("seed {seed} gives other bits").into());
         }
     }
-    for label in ["R1", "R2"] {
+    for label in ["D1", "R1", "R2"] {
         let mutant = Some(("skip_squares", label));
         let noticed =
             |seed| run_with(how, &problem, DType::BF16, Run { seed, mutant, ..Run::default() }, keep).is_err();

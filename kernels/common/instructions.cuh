@@ -38,10 +38,28 @@ SAMTONE_DEVICE void bar_warp_sync(u32 mask SAMTONE_SITE) {
     SAMTONE_EMULATED_AS(emulator::bar_warp_sync(mask, site));
 }
 
-// fence.acq_rel.gpu: what this thread wrote is seen by other blocks before anything it writes later.
+// fence.acq_rel.gpu: what this thread knows of, its own writes and those before a barrier, is known to whoever finds its later
+// atomic at some place by an atomic of his own, and then fences.
 SAMTONE_DEVICE void fence_acq_rel_gpu(SAMTONE_SITE_ONLY) {
     SAMTONE_PTX("fence.acq_rel.gpu;" ::: "memory");
     SAMTONE_EMULATED_AS(emulator::fence(site));
+}
+
+// griddepcontrol.wait: the launches before are complete, and what they wrote is known. Of compute capability 9.0; there a launch may
+// begin before, if the driver was told so, and everywhere else has nothing to wait for.
+SAMTONE_DEVICE void griddepcontrol_wait(SAMTONE_SITE_ONLY) {
+    SAMTONE_PTX_90("griddepcontrol.wait;" ::: "memory");
+    SAMTONE_EMULATED_AS(emulator::griddepcontrol_wait(site));
+}
+
+// griddepcontrol.launch_dependents: for all that this block minds, the launch after may begin, and wait.
+SAMTONE_DEVICE void griddepcontrol_launch_dependents() { SAMTONE_PTX_90("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// How every kernel begins. After D1 it may touch global memory: what launches before it wrote is there, and what they read is free.
+// A launch that has waited is complete only after those before it, so that waiting for the one before is waiting for all.
+SAMTONE_DEVICE void begin_launch(SAMTONE_SITE_ONLY) {
+    SYNC(D1, griddepcontrol_wait(SAMTONE_EMULATED_AS(site)));
+    griddepcontrol_launch_dependents();
 }
 
 // ---- exchanges within a warp: every lane of mask calls, at the same line, and is itself in mask

@@ -3,7 +3,7 @@
 // One line of the tables below makes, for `f32x4` say:
 //   f32x4 ld_shared_f32x4(shared_address)      ld.shared.v4.f32
 //   f32x4 ld_global_f32x4(const void*)         ld.global.v4.f32       may have been written by this launch
-//   f32x4 ld_global_nc_f32x4(const void*)      ld.global.nc.v4.f32    not written by any block of this launch
+//   f32x4 ld_global_nc_f32x4(const void*)      ld.global.nc.v4.f32    not written by any block of this launch, nor one before
 //   void  st_shared_f32x4(shared_address, f32x4)
 //   void  st_global_f32x4(void*, f32x4)
 // Addresses are aligned to the size of the value: 16 bytes here.
@@ -79,6 +79,13 @@ SAMTONE_DEVICE u32 atom_global_min_u32(void* address, u32 value SAMTONE_SITE) {
     u32 r = 0;
     SAMTONE_PTX("atom.global.min.u32 %0, [%1], %2;" : "=r"(r) : "l"(address), "r"(value) : "memory");
     SAMTONE_EMULATED_AS(r = emulator::atomic(address, value, emulator::Atomic::min, site));
+    return r;
+}
+// atom.global.inc: one more, and 0 after `last`: whoever gets `last` is the last of last + 1, and the next ones count anew.
+SAMTONE_DEVICE u32 atom_global_inc_u32(void* address, u32 last SAMTONE_SITE) {
+    u32 r = 0;
+    SAMTONE_PTX("atom.global.inc.u32 %0, [%1], %2;" : "=r"(r) : "l"(address), "r"(last) : "memory");
+    SAMTONE_EMULATED_AS(r = emulator::atomic(address, last, emulator::Atomic::increment, site));
     return r;
 }
 SAMTONE_DEVICE u32 atom_global_or_u32(void* address, u32 value SAMTONE_SITE) {

@@ -56,6 +56,7 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 #define SAMTONE_MEMBER
 #define SAMTONE_PTX(...)
 #define SAMTONE_PURE_PTX(...)
+#define SAMTONE_PTX_90(...)
 #define SAMTONE_EMULATED_AS(...) __VA_ARGS__
 // Where the instruction stands in the kernel: a last parameter that the caller never writes.
 #define SAMTONE_SITE_ONLY emulator::Site site = emulator::Site::current()
@@ -87,6 +88,13 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 // Instructions with effects or that involve other lanes stay in program order; pure ones may be moved and merged.
 #define SAMTONE_PTX(...) asm volatile(__VA_ARGS__)
 #define SAMTONE_PURE_PTX(...) asm(__VA_ARGS__)
+// One of compute capability 9.0 in a kernel for every device: a comment, of which src/cuda/driver/ptx.rs makes the instruction on
+// devices that have it, so that no kernel is there twice.
+#if __CUDA_ARCH__ >= 900
+#define SAMTONE_PTX_90(text, ...) asm volatile(text __VA_ARGS__)
+#else
+#define SAMTONE_PTX_90(text, ...) asm volatile("// " text __VA_ARGS__)
+#endif
 #define SAMTONE_EMULATED_AS(...)
 #define SAMTONE_SITE_ONLY
 #define SAMTONE_SITE

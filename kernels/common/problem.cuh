@@ -91,6 +91,9 @@ struct Group {
     u32 copies; // of the positive in the denominator
 };
 
+// What is wrong with one embedding: its row, NONE if it is finite, and if its norm is not zero.
+using Fault = u32x2;
+
 // What a call found wrong with its inputs: the lowest row, NONE if there is none. u32 each.
 constexpr u32 NON_FINITE_QUERY = 0, NON_FINITE_PASSAGE = 1, ZERO_QUERY = 2, ZERO_PASSAGE = 3, NO_NEGATIVE = 4, NO_NEGATIVE_GROUP = 5,
               STATUS_WORDS = 8;

@@ -1,7 +1,7 @@
 // reduce.cuh: sums and maxima over a block of 256 threads, in f64 and in an order that never changes.
 //
-// Shared   from 0 on: 8 bytes for each warp
-// Sync     R1 every warp's value is written
+// Shared   from 0 on: 8 bytes for each warp and value
+// Sync     R1 every warp's values are written
 //          R2 all have read the result: shared memory is free
 #pragma once
 #include "problem.cuh"
@@ -28,5 +28,28 @@ template <class Operation> SAMTONE_DEVICE double reduce_block(double x SAMTONE_S
     double all = ld_shared_f64(shared_base());
     for (u32 warp = 1; warp < REDUCE_THREADS / WARP; ++warp) all = Operation::of(all, ld_shared_f64(shared_base() + 8 * warp));
     SYNC(R2, bar_sync(SAMTONE_EMULATED_AS(site)));
+    return all;
+}
+
+// Several at once: value k of all threads in lane k of every warp, sums for k < SUMS, beyond that the largest. In the same order; but
+// only after another barrier have all read the results.
+template <u32 SUMS, u32 COUNT> SAMTONE_DEVICE double reduce_block_to_lanes(const double (&x)[COUNT] SAMTONE_SITE) {
+    static_assert(COUNT <= WARP, "a lane for each");
+    const shared_address mine = shared_base() + 8 * COUNT * warp_id();
+    UNROLL
+    for (u32 k = 0; k < COUNT; ++k) {
+        const double all = k < SUMS ? reduce_warp<Sum>(x[k] SAMTONE_EMULATED_AS(, site)) : reduce_warp<Largest>(x[k] SAMTONE_EMULATED_AS(, site));
+        if (lane_id() == k) st_shared_f64(mine + 8 * k, all);
+    }
+    SYNC(R1, bar_sync(SAMTONE_EMULATED_AS(site)));
+    const u32 k = lane_id();
+    double all = minus_infinity();
+    if (k < COUNT) {
+        all = ld_shared_f64(shared_base() + 8 * k);
+        for (u32 warp = 1; warp < REDUCE_THREADS / WARP; ++warp) {
+            const double other = ld_shared_f64(shared_base() + 8 * (COUNT * warp + k));
+            all = k < SUMS ? all + other : Largest::of(all, other);
+        }
+    }
     return all;
 }

@@ -14,7 +14,7 @@ SAMTONE_DEVICE u32 square_entry(const SuperBlock& block, u32 row, u32 col, u32 t
 // `skipped`: a word for each square, 0 where it is computed; null where nothing is skipped.
 SAMTONE_DEVICE bool is_skipped(const u32* skipped, const SuperBlock& block, u32 row, u32 col, u32 together SAMTONE_SITE) {
     return skipped != nullptr && block.first_square != NONE &&
-           ld_global_nc_u32(skipped + square_entry(block, row, col, together) SAMTONE_EMULATED_AS(, site)) != 0;
+           ld_global_u32(skipped + square_entry(block, row, col, together) SAMTONE_EMULATED_AS(, site)) != 0;
 }
 
 // The squares that a row or a column of squares meets: what a product along it walks over.
@@ -35,6 +35,6 @@ SAMTONE_DEVICE u32 computed_from(const Line& line, u32 from SAMTONE_SITE) {
     const u32 k = from + lane_id();
     bool computed = k < line.count;
     if (computed && line.skipped != nullptr)
-        computed = ld_global_nc_u32(line.skipped + static_cast<u64>(k) * line.stride SAMTONE_EMULATED_AS(, site)) == 0;
+        computed = ld_global_u32(line.skipped + static_cast<u64>(k) * line.stride SAMTONE_EMULATED_AS(, site)) == 0;
     return vote_sync_ballot(ALL_LANES, computed SAMTONE_EMULATED_AS(, site));
 }

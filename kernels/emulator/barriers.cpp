@@ -40,8 +40,6 @@ void all_meet(State state, const char* operation, Site site, const std::vector<T
 }
 } // namespace
 
-void fence(Site) { maybe_preempt(); }
-
 void bar_sync(Site site) {
     Block& block = *now.running->block;
     all_meet(State::barrier, "bar.sync", site, block.threads, block.arrived);

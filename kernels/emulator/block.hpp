@@ -62,6 +62,11 @@ struct Progress {
     Known known;
     std::vector<u32> fences; // clocks up to which its stores are for asynchronous reads, too
 
+    Known fenced;              // what it knew at its last fence, which its atomics tell other blocks; null: it has not fenced
+    std::vector<u64> told;     // where they did
+    std::vector<u32> unfenced; // releases that its atomics found, known to it after its next fence
+    bool waited = false;       // for the launches before
+
     // while it waits
     const char* operation = nullptr;
     u32 mask = 0;
@@ -138,11 +143,11 @@ struct Block {
 };
 
 // Who acts behind a thread's back: an mbarrier, for the copies that it counts; the products of a warpgroup, one entry for
-// each warp that waits for them; a thread's bulk stores, reading and writing.
+// each warp that waits for them; a thread's bulk stores, reading and writing; another cluster's thread, up to a fence.
 struct Agent {
-    enum Kind { mbarrier, wgmma, store_reads, store_writes } kind;
+    enum Kind { mbarrier, wgmma, store_reads, store_writes, release } kind;
     const Block* block;
-    u32 number; // offset, warpgroup or thread
+    u32 number; // offset, warpgroup, thread or release
 };
 
 struct Launch {
@@ -152,6 +157,7 @@ struct Launch {
     u64 seed = 0;
     std::string mutant;
     bool detect_races = true;
+    bool overlaps = false; // begins before the launches before it are complete
     std::vector<std::vector<unsigned char>> arguments;
 };
 
@@ -215,6 +221,17 @@ void rendezvous(const char* operation, u32 mask, Site site, void* operand, void 
 void meet(Thread* const* threads, std::size_t count);
 // Fails if somebody waits for this thread, which ends.
 void nobody_waits_for(const Thread& self);
+
+// ---- memory.cpp: of a launch that overlaps with those before it
+void overlap_exit(const Thread& thread);
+
+// ---- messages.cpp
+void forget_messages(); // of the launch before
+void forget_hearing();  // of the cluster before
+// The running thread's atomic, at this place.
+void message(Thread& self, Place at);
+// Is an access of another cluster of this launch before what is done by who knows this?
+bool was_told(const Access& earlier, const Clock& known);
 
 // ---- memory.cpp
 // Who accesses memory, and what is noted of it.

@@ -27,6 +27,7 @@ bool mutant(const char* name);
 void bar_sync(Site site);
 void bar_warp_sync(u32 mask, Site site);
 void fence(Site site);
+void griddepcontrol_wait(Site site);
 u32 shfl_sync_idx(u32 mask, u32 value, u32 source, Site site);
 u32 shfl_sync_bfly(u32 mask, u32 value, u32 lane_mask, Site site);
 u32 shfl_sync_down(u32 mask, u32 value, u32 delta, Site site);
@@ -41,7 +42,7 @@ void read_shared(shared_address address, void* to, u32 bytes, const char* operat
 void write_shared(shared_address address, const void* from, u32 bytes, const char* operation, Site site);
 void read_global(const void* address, void* to, u32 bytes, Way way, const char* operation, Site site);
 void write_global(void* address, const void* from, u32 bytes, const char* operation, Site site);
-enum class Atomic { add, min, bit_or };
+enum class Atomic { add, min, bit_or, increment };
 u32 atomic(void* address, u32 value, Atomic what, Site site);
 void cp_async(shared_address to, const void* from, u32 bytes, u32 source_bytes, const char* operation, Site site);
 void cp_async_commit_group();

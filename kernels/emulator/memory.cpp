@@ -42,7 +42,7 @@ bool matters(const Access& access, bool shared) {
 // Is `earlier` before what the actor does now?
 bool ordered(const Access& earlier, const Actor& me) {
     if (earlier.serial < now.first_serial) return true;
-    if (earlier.serial != now.serial) return false;
+    if (earlier.serial != now.serial) return was_told(earlier, me.known);
     if (earlier.party == me.self) return true;
     if (clock_of(me.known, earlier.party) < earlier.clock) return false;
     if (is_thread(earlier.party) || agent_of(earlier.party).kind != Agent::wgmma) return true;
@@ -61,7 +61,7 @@ bool fenced(const Access& store, const Actor& me) {
 [[noreturn]] void race(const Actor& me, const std::string& mine, const Access& earlier, const char* what) {
     const std::string at = " (" + place(earlier.site) + ")";
     if (earlier.serial != now.serial)
-        fail(me.thread, mine + ", which another block " + what + at + " with no barrier between them");
+        fail(me.thread, mine + ", which another block " + what + at + " with no barrier between them, nor a message");
     if (is_thread(earlier.party))
         fail(me.thread, mine + ", which " + name_of(*now.threads[earlier.party], me.thread) + " " + what + at +
                             " with no barrier between them");
@@ -125,6 +125,8 @@ Place global_place(const Thread& thread, const void* address, u32 bytes, u32 ali
     Place at = find(reinterpret_cast<u64>(address));
     if (at.memory == nullptr)
         fail(thread, std::string(operation) + " " + what + " an address of no buffer (" + place(site) + ")");
+    if (now.launch.overlaps && !thread.waited)
+        fail(thread, accessed(operation, bytes, what, at, site) + " before griddepcontrol.wait: earlier launches may not be complete");
     check_range(thread, at, bytes, alignment, operation, what, site);
     return at;
 }
@@ -139,6 +141,8 @@ void note_read(const Actor& me, Place at, u32 bytes, Way way, const char* operat
         if (shared && writer.clock >= IS_MBARRIER) check_special(me, writer, mine);
         if (way == Way::read_only && writer.serial >= now.first_serial)
             fail(me.thread, mine() + ", which this launch wrote (" + place(writer.site) + "): not read-only memory");
+        if (way == Way::read_only && now.launch.overlaps && writer.serial > HOST)
+            fail(me.thread, mine() + ", which an earlier launch wrote, and that launch may end within this one: not read-only memory");
         if (!ordered(writer, me)) race(me, mine(), writer, "wrote");
         if (me.async && is_thread(writer.party) && writer.serial >= now.first_serial) {
             auto who = [&] { return name_of(*now.threads[writer.party], me.thread) + " wrote (" + place(writer.site) + ")"; };
@@ -167,6 +171,16 @@ void note_write(const Actor& me, Place at, u32 bytes, const char* operation, con
         // Who is ordered after this write is ordered after what it is ordered after.
         cell = {me.access, {}, {}};
     });
+}
+
+void griddepcontrol_wait(Site) {
+    maybe_preempt();
+    now.running->waited = true;
+}
+
+void overlap_exit(const Thread& thread) {
+    if (now.launch.overlaps && !thread.waited)
+        fail(thread, "ends without griddepcontrol.wait: the launch after would take those before for complete");
 }
 
 void set_writer(Place at, u32 bytes, const Access& access) {
@@ -239,7 +253,7 @@ void write_global(void* address, const void* from, u32 bytes, const char* operat
 
 u32 atomic(void* address, u32 value, Atomic what, Site site) {
     maybe_preempt();
-    constexpr const char* NAMES[] = {"atom.global.add", "atom.global.min", "atom.global.or"};
+    constexpr const char* NAMES[] = {"atom.global.add", "atom.global.min", "atom.global.or", "atom.global.inc"};
     const char* operation = NAMES[static_cast<u32>(what)];
     Place at = global_place(*now.running, address, sizeof value, sizeof value, operation, "changes", site);
     u32 before = 0;
@@ -252,12 +266,14 @@ u32 atomic(void* address, u32 value, Atomic what, Site site) {
             if (cell.writer.serial == 0) fail(me.thread, mine() + ", which nobody has written");
             if (!ordered(cell.writer, me)) race(me, mine(), cell.writer, "wrote");
         });
+        message(*now.running, at);
     }
     u32 after = before;
     switch (what) {
     case Atomic::add: after = before + value; break;
     case Atomic::min: after = std::min(before, value); break;
     case Atomic::bit_or: after = before | value; break;
+    case Atomic::increment: after = before >= value ? 0 : before + 1; break;
     }
     std::memcpy(at.bytes(), &after, sizeof after);
     return before;

@@ -9,9 +9,11 @@ namespace emulator {
 // Where in the kernel an access was, as a small number.
 using SiteNumber = u16;
 
+constexpr u32 HOST = 1;
+
 // One access to a cell of memory: enough to ask whether it is ordered before another.
 struct Access {
-    u32 serial = 0; // of the cluster; 0: none, 1: the host
+    u32 serial = 0; // of the cluster; 0: none, or HOST
     u32 clock = 0;  // of the party
     Party party = 0;
     SiteNumber site = 0;

@@ -27,6 +27,7 @@ std::map<std::string, Kernel>& kernels() {
     for (;;) {
         now.kernel->call(now.arguments.data());
         Thread& self = *now.running;
+        overlap_exit(self);
         copies_exit(self);
         stores_exit(self);
         warpgroup_exit(self);
@@ -140,6 +141,7 @@ void run_cluster(u64 number) {
     now.cluster_arrived = 0;
     now.ready.clear();
     now.agents.clear();
+    forget_hearing();
     now.loads.clear();
     now.stores.clear();
     const Index grid = now.launch.grid;
@@ -317,6 +319,7 @@ std::string run(const Launch& launch) {
     for (u64 i = clusters; i > 1; --i) std::swap(order[i - 1], order[random.below(static_cast<u32>(i))]);
 
     now.first_serial = now.serial + 1;
+    forget_messages();
     for (u64 number : order) {
         ++now.serial;
         run_cluster(number);

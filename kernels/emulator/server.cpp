@@ -60,6 +60,7 @@ void serve_launch() {
     launch.shared_bytes = receive<u32>();
     launch.seed = receive<u64>();
     launch.detect_races = receive<u32>() != 0;
+    launch.overlaps = receive<u32>() != 0;
     u32 seconds = receive<u32>();
     launch.mutant = receive_text();
     for (u32 left = receive<u32>(); left > 0; --left) launch.arguments.push_back(receive_blob());

@@ -55,8 +55,16 @@ def parse(output):
     return usage, remarks
 
 
+def as_loaded(ptx, architecture):
+    """What the library makes of PTX for every device on one of this architecture: src/cuda/driver/ptx.rs."""
+    if int(re.sub(r"\D", "", architecture)) < 90:
+        return ptx
+    return ptx.replace("\n.target sm_80\n", "\n.target sm_90\n").replace("// griddepcontrol.", "griddepcontrol.")
+
+
 def assemble(name, ptx, architecture, cubin="/dev/null"):
     """Usage of each entry, and problems as sentences."""
+    ptx = as_loaded(ptx, architecture)
     program = install.program("ptxas", "ptxas")
     with tempfile.TemporaryDirectory() as folder:
         file = f"{name}.ptx"
@@ -76,6 +84,22 @@ def bodies(text, start):
     """Entry → its text, where each begins as `start` finds it."""
     found = [(m[1], m.start()) for m in start.finditer(text)]
     return {name: text[at:end] for (name, at), (_, end) in zip(found, [*found[1:], (None, len(text))])}
+
+
+# What reaches global memory; `LD` and `ST` may.
+GLOBAL = re.compile(r"\b(LDG|STG|LDGSTS|ATOM|ATOMG|RED|REDG|LD|ST|UBLKCP|UBLKRED|UTMA\w+)\b")
+
+
+def early_accesses(file, ptx, sass):
+    """A problem for each entry that does not wait for earlier launches before anything else."""
+    code = bodies(sass, re.compile(r"^\.text\.(\w+):", re.MULTILINE))
+    for entry in bodies(ptx, ENTRY):
+        text = code.get(entry, "")
+        wait, access = text.find("ACQBULK"), GLOBAL.search(text)
+        if wait < 0:
+            yield f"{file}: {entry} does not wait for earlier launches"
+        elif access and access.start() < wait:
+            yield f"{file}: {entry} has {access[0]} before it waits for earlier launches"
 
 
 def matrix_units(file, ptx, sass):

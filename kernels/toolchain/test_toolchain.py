@@ -177,6 +177,29 @@ class Commands(unittest.TestCase):
             self.assertIn(word, problem)
 
 
+class Waits(unittest.TestCase):
+    PTX = "\n.target sm_80\n.visible .entry k(\n)\n.maxntid 32\n// begin inline asm\n// griddepcontrol.wait;\n"
+
+    def test_comments_become_instructions_where_there_are_such(self):
+        for architecture in ("sm_80", "sm_89"):
+            self.assertEqual(ptxas.as_loaded(self.PTX, architecture), self.PTX)
+        for architecture in ("sm_90", "sm_100", "sm_120"):
+            loaded = ptxas.as_loaded(self.PTX, architecture)
+            self.assertIn("\ngriddepcontrol.wait;\n", loaded)
+            self.assertIn("\n.target sm_90\n", loaded)
+
+    def test_nothing_comes_before_the_wait(self):
+        def found(*code):
+            return list(ptxas.early_accesses("a", self.PTX, "\n".join((".text.k:", *code))))
+
+        self.assertEqual(found("ULDC R1", "LDC R2", "STS [R1]", "ACQBULK", "LDG.E R3", "STG.E [R2]"), [])
+        for early in ("LDG.E.CONSTANT R3", "@!P1 STG.E [R2]", "LDGSTS.E [R1]", "ATOMG.E.INC R2", "UBLKCP.S.G [UR4]", "LD.E R2"):
+            [problem] = found(early, "ACQBULK")
+            self.assertIn(f"k has {early.removeprefix('@!P1 ').split('.')[0]} before", problem)
+        [problem] = found("LDG.E R3")
+        self.assertIn("k does not wait", problem)
+
+
 class Hash(unittest.TestCase):
     def test_equals_what_tests_artefacts_rs_computes(self):
         # The same files and number stand in tests/artefacts.rs.

@@ -1,6 +1,7 @@
 //! Arrays of a call: their names, slots and sizes, and the content of the side data.
 
-use super::launches::{Launches, REDUCE_THREADS, ROWS_PER_BLOCK, at};
+use super::launches::{Launches, at};
+use super::per_row::{COMBINED_ROWS, FOUND, ROWS_PER_BLOCK};
 use super::plan::Layouts;
 use super::problem::Tile;
 use super::schedule::{Address, ArrayId, Slot};
@@ -26,6 +27,8 @@ pub(super) struct TowerArrays {
     pub(super) parts: Vec<Part>,
     pub(super) inverse: ArrayId,
     pub(super) inverse_norm: ArrayId,
+    /// For each index, what is wrong with its embedding.
+    pub(super) faults: ArrayId,
     pub(super) candidates: ArrayId,
 }
 
@@ -55,6 +58,8 @@ pub(super) struct Common {
     pub(super) occurrences: Address,
     pub(super) results: ArrayId,
     pub(super) status: ArrayId,
+    /// Blocks of `combine` that are done, 0 between launches.
+    pub(super) ticket: ArrayId,
     pub(super) row_losses: ArrayId,
     pub(super) sums: ArrayId,
     pub(super) above: ArrayId,
@@ -121,13 +126,14 @@ impl Launches<'_> {
             false => Address::Null,
         };
         let mut state = |name, bytes| self.layout.add(Slot::State, name, bytes);
-        let (results, status, row_losses) =
-            (state("results", 16 * 8), state("status", 8 * 4), state("row_losses", 8 * m));
+        let (results, status, ticket) = (state("results", 16 * 8), state("status", 8 * 4), state("ticket", 4));
+        let row_losses = state("row_losses", 8 * m);
         let (sums, above) = (state("sums", 4 * 16 * m), state("above", 2 * 4 * m));
         let (positive, anchors) = (state("positive", 8 * m), state("anchors", 16 * m));
         let (diagonal, log_coefficients) = (state("diagonal", 8 * m), state("log_coefficients", 4 * 8 * m));
         let skipping = self.skipping();
-        let block_results = self.layout.add(Slot::Workspace, "block_results", 8 * 8 * m.div_ceil(REDUCE_THREADS));
+        let blocks = m.div_ceil(COMBINED_ROWS);
+        let block_results = self.layout.add(Slot::Workspace, "block_results", 8 * FOUND * blocks);
         Common {
             row_keys,
             weights,
@@ -139,6 +145,7 @@ impl Launches<'_> {
             occurrences: indices,
             results,
             status,
+            ticket,
             row_losses,
             sums,
             above,
@@ -182,12 +189,20 @@ impl Launches<'_> {
         };
         let candidates = candidates(problem, order, &keys, space);
         let (slot, names) = match space {
-            Space::Query => {
-                (Slot::Query, ["query", "query_candidates", "query_packed", "query_inverse", "query_inverse_norm"])
-            }
+            Space::Query => (
+                Slot::Query,
+                ["query", "query_candidates", "query_packed", "query_inverse", "query_inverse_norm", "query_faults"],
+            ),
             Space::Passage => (
                 Slot::Passage,
-                ["passage", "passage_candidates", "passage_packed", "passage_inverse", "passage_inverse_norm"],
+                [
+                    "passage",
+                    "passage_candidates",
+                    "passage_packed",
+                    "passage_inverse",
+                    "passage_inverse_norm",
+                    "passage_faults",
+                ],
             ),
         };
         let row_bytes = (problem.row_strides[space as usize] * problem.dtype.bytes()) as u64;
@@ -233,6 +248,8 @@ impl Launches<'_> {
             parts,
             inverse: self.layout.add(Slot::Workspace, names[3], 4 * indices),
             inverse_norm: self.layout.add(Slot::Workspace, names[4], 8 * indices),
+            // A shard's sums are exchanged before `combine` reads them, and the workspace may serve others meanwhile.
+            faults: self.layout.add(Slot::State, names[5], 8 * indices),
             candidates,
         }
     }

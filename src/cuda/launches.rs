@@ -1,22 +1,19 @@
 //! From a plan's waves to launches: arguments in the order of the kernels' parameters.
 
-use super::arrays::{Common, Part, Skipping, Sums, TowerArrays};
+use super::arrays::{Common, Skipping, Sums, TowerArrays};
 use super::plan::{Layout, Layouts, MAX_SUPER_BLOCKS, Wave};
 use super::problem::{Arithmetic, Pass, Tile};
 use super::schedule::{Address, Argument, ArrayId, Launch, Slot};
 use crate::error::Result;
-use crate::loss::Block;
-use crate::options::ZeroNorm;
 use crate::order::Space;
 use crate::super_blocks::{SuperBlock, Tiling};
 use std::collections::HashMap;
 
 /// As in kernels/common/problem.cuh.
-const MAX_CUTS: usize = 8;
-/// Warps, and so rows, of a block of `pack`, `positives` and `project`.
-pub(super) const ROWS_PER_BLOCK: usize = 8;
-pub(super) const REDUCE_THREADS: usize = 256;
-const REDUCE_BYTES: u32 = 64;
+pub(super) const MAX_CUTS: usize = 8;
+/// As in kernels/common/reduce.cuh.
+pub(super) const REDUCE_THREADS: u32 = 256;
+pub(super) const REDUCE_BYTES: u32 = 64;
 
 pub(super) struct Launches<'a> {
     pub layouts: &'a Layouts<'a>,
@@ -24,6 +21,8 @@ pub(super) struct Launches<'a> {
     pub side: Vec<u8>,
     pub partials: Vec<Launch>,
     pub combine: Vec<Launch>,
+    /// Both, with the last wave merged and the sums combined in one launch.
+    pub forward: Vec<Launch>,
     pub repack: Vec<Launch>,
     pub backward: Vec<Launch>,
     pub bounded_bytes: usize,
@@ -44,6 +43,7 @@ impl<'a> Launches<'a> {
             side: Vec::new(),
             partials: Vec::new(),
             combine: Vec::new(),
+            forward: Vec::new(),
             repack: Vec::new(),
             backward: Vec::new(),
             bounded_bytes: 0,
@@ -81,67 +81,10 @@ impl<'a> Launches<'a> {
         let plane = (elements * bytes) as u64;
         this.prepare(&towers, &common);
         this.sum_pass(&towers, &common, partials, counts);
-        this.combine_step(&common);
         this.choose_step(&towers, &common);
-        this.gradient_pass(&towers, &common, &sums, gradients, plane, dots);
-        this.projection(&towers, &common, &sums);
+        let last_dots = this.gradient_pass(&towers, &common, &sums, gradients, plane, dots);
+        this.projection(&towers, &common, &sums, &last_dots);
         Ok(this)
-    }
-
-    fn raw(&self, tower: &TowerArrays) -> Argument {
-        let problem = self.layouts.problem;
-        Argument::new().pointer(at(tower.raw)).u64(tower.row_bytes).u32(problem.dim).u32(problem.dtype.code())
-    }
-
-    fn prepare(&mut self, towers: &[TowerArrays; 2], common: &Common) {
-        let problem = self.layouts.problem;
-        let m = problem.pairs.rows();
-        let format = match problem.arithmetic() {
-            Arithmetic::F16 | Arithmetic::F16x2 => 0_u32,
-            Arithmetic::F16x3 => 1,
-            Arithmetic::Exact => 2,
-        };
-        for (k, tower) in towers.iter().enumerate() {
-            let packing = Argument::new()
-                .nested(&self.raw(tower))
-                .pointer(tower.order)
-                .pointer(at(tower.packed))
-                .u64(tower.plane)
-                .pointer(at(tower.inverse))
-                .pointer(at(tower.inverse_norm))
-                .pointer(Address::In(common.status, 4 * k as i64))
-                .u64(tower.row_pitch)
-                .u64(tower.panel)
-                .u32(tower.indices)
-                .u32(tower.padded)
-                .u32(self.packed_row_bytes())
-                .u32(format)
-                .flag(self.layouts.tile == Tile::Cluster)
-                .u32(tower.parts.len());
-            let parts = |a: Argument, of: fn(&Part) -> usize| {
-                (0..MAX_CUTS).fold(a, |a, p| a.u32(tower.parts.get(p).map_or(0, of)))
-            };
-            let packing = parts(parts(packing, |p| p.index), |p| p.row);
-            let grid = [tower.padded.div_ceil(ROWS_PER_BLOCK) as u32, 1];
-            self.repack.push(Launch::new("prepare", "pack", grid, 256).argument(packing));
-        }
-        self.partials.push(Launch::new("prepare", "reset", [1, 1], 32).pointer(at(common.status)));
-        self.partials.extend(self.repack.clone());
-        let positives = Argument::new()
-            .nested(&self.raw(&towers[0]))
-            .nested(&self.raw(&towers[1]))
-            .pointer(common.positives)
-            .pointer(common.anchor_index)
-            .pointer(at(towers[0].inverse_norm))
-            .pointer(at(towers[1].inverse_norm))
-            .pointer(at(common.row_keys))
-            .pointer(at(common.positive))
-            .pointer(at(common.anchors))
-            .f64(problem.options.margin().unwrap_or(f64::INFINITY))
-            .u32(m)
-            .u32(0_u32);
-        let grid = [m.div_ceil(ROWS_PER_BLOCK) as u32, 1];
-        self.partials.push(Launch::new("prepare", "positives", grid, 256).argument(positives));
     }
 
     /// The argument, and the number of tiles.
@@ -210,7 +153,6 @@ impl<'a> Launches<'a> {
     }
 
     fn sum_pass(&mut self, towers: &[TowerArrays; 2], common: &Common, partials: ArrayId, counts: ArrayId) {
-        let m = self.layouts.problem.pairs.rows();
         let tower_argument = self.towers(towers);
         for (k, wave) in self.layouts.forward_waves.iter().enumerate() {
             let (argument, tiles) = self.wave(wave, towers);
@@ -235,52 +177,22 @@ impl<'a> Launches<'a> {
                         .u32(self.layouts.tile.tiling().together),
                 );
             }
-            let grid = [m.div_ceil(REDUCE_THREADS) as u32, Block::ALL.len() as u32];
-            self.partials.push(
-                Launch::new("combine", "merge", grid, REDUCE_THREADS as u32)
-                    .argument(argument)
-                    .pointer(at(partials))
-                    .pointer(at(counts))
-                    .pointer(common.anchor_index)
-                    .pointer(at(common.sums))
-                    .pointer(at(common.above))
-                    .u32(m)
-                    .u32(self.layouts.tile.edge())
-                    .flag(k == 0),
-            );
+            let merge = Argument::new()
+                .pointer(at(partials))
+                .pointer(at(counts))
+                .pointer(common.anchor_index)
+                .u32(self.layouts.tile.edge())
+                .flag(k == 0);
+            if k + 1 == self.layouts.forward_waves.len() {
+                self.forward = self.partials.clone();
+                self.forward.push(self.combine_launch(towers, common, argument.clone(), merge.clone(), true));
+            }
+            self.partials.push(self.combine_launch(towers, common, argument, merge, false));
         }
-    }
-
-    fn zero_is_error(&self) -> bool {
-        self.layouts.problem.options.zero_norm() == ZeroNorm::Error
-    }
-
-    fn combine_step(&mut self, common: &Common) {
-        let problem = self.layouts.problem;
-        let m = problem.pairs.rows();
-        let blocks = m.div_ceil(REDUCE_THREADS) as u32;
-        let combine = Argument::new()
-            .pointer(at(common.sums))
-            .pointer(at(common.above))
-            .pointer(at(common.positive))
-            .pointer(at(common.weights))
-            .pointer(at(common.groups))
-            .pointer(at(common.row_losses))
-            .pointer(at(common.diagonal))
-            .pointer(at(common.log_coefficients))
-            .pointer(at(common.block_results))
-            .pointer(at(common.status))
-            .f64(problem.options.beta())
-            .u32(m)
-            .u32(problem.loss.groups().len());
-        let launch = |kernel, blocks| {
-            Launch::new("combine", kernel, [blocks, 1], REDUCE_THREADS as u32)
-                .shared(REDUCE_BYTES)
-                .argument(combine.clone())
-        };
-        self.combine.push(launch("combine", blocks));
-        self.combine
-            .push(launch("finish_forward", 1).pointer(at(common.results)).u32(blocks).flag(self.zero_is_error()));
+        // Of sums that are complete: adds no wave to what is there.
+        let nothing = Argument::new().pointer(at(partials)).pointer(at(counts)).pointer(Address::Null).u32(1_u32);
+        let no_wave = self.wave(&Wave::new(), towers).0;
+        self.combine.push(self.combine_launch(towers, common, no_wave, nothing.flag(false), true));
     }
 
     /// Squares of a wave that may be skipped, mirror images included; `None` if there are none.
@@ -291,13 +203,14 @@ impl<'a> Launches<'a> {
     }
 
     fn judge(&self, kernel: &str, blocks: u32) -> Launch {
-        Launch::new("skip_squares", kernel, [blocks, 1], REDUCE_THREADS as u32).shared(REDUCE_BYTES)
+        Launch::new("skip_squares", kernel, [blocks, 1], REDUCE_THREADS).shared(REDUCE_BYTES)
     }
 
     /// Which squares the gradient leaves out, once the coefficients are known.
     fn choose_step(&mut self, towers: &[TowerArrays; 2], common: &Common) {
         let Some(Skipping { masses, skipped, log2_share }) = common.skipping else { return };
         let together = self.layouts.tile.tiling().together;
+        let mut chosen = Vec::new();
         for (k, wave) in self.layouts.backward_waves.iter().enumerate() {
             let (argument, _) = self.wave(wave, towers);
             if let Some(grid) = self.squares_to_judge(wave) {
@@ -312,13 +225,16 @@ impl<'a> Launches<'a> {
                     .u32(together)
                     .u32(0_u32);
                 let launch = self.judge("choose_skipped", grid).argument(argument.clone());
-                self.combine.push(launch.argument(self.towers(towers)).argument(choice));
+                chosen.push(launch.argument(self.towers(towers)).argument(choice));
             }
             let count = self.judge("count_skipped", 1).argument(argument).pointer(at(skipped));
-            self.combine.push(count.pointer(at(common.results)).u32(together).flag(k == 0));
+            chosen.push(count.pointer(at(common.results)).u32(together).flag(k == 0));
         }
+        self.combine.extend(chosen.clone());
+        self.forward.extend(chosen);
     }
 
+    /// Gives the argument of the sum of the last wave's dots.
     fn gradient_pass(
         &mut self,
         towers: &[TowerArrays; 2],
@@ -327,10 +243,11 @@ impl<'a> Launches<'a> {
         gradients: ArrayId,
         plane: u64,
         dots: ArrayId,
-    ) {
+    ) -> Argument {
         let Layouts { problem, backward_waves, .. } = self.layouts;
         let tower_argument = self.towers(towers);
         let skipped = common.skipping.map_or(Address::Null, |s| at(s.skipped));
+        let mut last_dots = Argument::new();
         for (k, wave) in backward_waves.iter().enumerate() {
             let (argument, tiles) = self.wave(wave, towers);
             let squares = self.squares(wave);
@@ -352,9 +269,14 @@ impl<'a> Launches<'a> {
                         .pointer(skipped),
                 );
             }
-            let dot_launch = Launch::new("combine", "sum_dots", [1, 1], REDUCE_THREADS as u32).shared(REDUCE_BYTES);
             let dot_count = if self.layouts.tile == Tile::Cluster { 2 * squares } else { tiles };
-            self.backward.push(dot_launch.pointer(at(dots)).pointer(at(common.results)).u32(dot_count).flag(k == 0));
+            let sum = Argument::new().pointer(at(dots)).pointer(at(common.results)).u32(dot_count).flag(k == 0);
+            if k + 1 < backward_waves.len() {
+                let launch = Launch::new("project", "sum_dots", [1, 1], REDUCE_THREADS).shared(REDUCE_BYTES);
+                self.backward.push(launch.argument(sum));
+            } else {
+                last_dots = sum; // the projection adds them
+            }
             let (product, blocks) = self.product(sums, k > 0);
             if blocks > 0 {
                 let launch = self.tiled(Pass::GradientProduct, problem.arithmetic(), blocks, blocks);
@@ -369,6 +291,7 @@ impl<'a> Launches<'a> {
                 );
             }
         }
+        last_dots
     }
 
     /// Outputs of the products, and the number of blocks of threads, or of squares of clusters.
@@ -398,54 +321,5 @@ impl<'a> Launches<'a> {
         }
         let along_dim = problem.dim.div_ceil(tile);
         (argument.u32(problem.dim).u32(along_dim).flag(accumulate).u32(0_u32), row_blocks * along_dim)
-    }
-
-    fn projection(&mut self, towers: &[TowerArrays; 2], common: &Common, sums: &[Option<Sums>; 2]) {
-        let problem = self.layouts.problem;
-        let (beta, rows) = (problem.options.beta(), &problem.rows);
-        for (k, sums) in sums.iter().enumerate() {
-            let (Some(sums), Some(output)) = (sums, problem.gradients[k]) else { continue };
-            let (own, other) = (&towers[k], &towers[1 - k]);
-            let out_rows = if k == 0 { rows.len() } else { problem.pairs.passages() };
-            let projection = Argument::new()
-                .nested(&self.raw(own))
-                .nested(&self.raw(other))
-                .pointer(sums.address)
-                .u64(sums.stride as u64)
-                .pointer(at(own.inverse))
-                .pointer(at(own.inverse_norm))
-                .pointer(at(other.inverse_norm))
-                .pointer(at(common.diagonal))
-                .pointer(at(common.results))
-                .pointer(common.positives)
-                .pointer(common.anchor_index)
-                .pointer(common.occurrence_start)
-                .pointer(common.occurrences)
-                .pointer(at(common.anchor_row))
-                .pointer(common.upstream)
-                .pointer(at(common.status))
-                .pointer(at(sums.output))
-                .u64((output.row_stride * output.dtype.bytes()) as u64)
-                .f64(problem.upstream * beta)
-                .u32(output.dtype.code())
-                .u32(out_rows)
-                .u32(if k == 0 { rows.start } else { 0 })
-                .u32(rows.start)
-                .u32(rows.end)
-                .u32(k)
-                .flag(self.zero_is_error())
-                .u32(0_u32);
-            let grid = [out_rows.div_ceil(ROWS_PER_BLOCK) as u32, 1];
-            self.backward.push(Launch::new("project", "project", grid, 256).argument(projection));
-        }
-        self.backward.push(
-            Launch::new("combine", "finish_backward", [1, 1], 32)
-                .pointer(at(common.results))
-                .pointer(common.upstream)
-                .f64(problem.upstream)
-                .f64(beta)
-                .pointer(at(common.status))
-                .flag(self.zero_is_error()),
-        );
     }
 }

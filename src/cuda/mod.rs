@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Problem    loss, pairs, options, types, strides, rows of the shard      validated                       problem.rs
-//! Plan       tile, super-blocks, waves, arrays, launches: all as data     no GPU needed, prints itself    plan.rs, launches.rs
+//! Plan       tile, super-blocks, waves, arrays, launches: all as data     no GPU needed, prints itself    plan.rs, launches.rs, per_row.rs
 //! prepare    pack: norms, powers of two, f16; positives in f64            O((M+N)·d)                      prepare.cu
 //! [1] sums       products → cosines → mask → exponential sums, ranks      3 B²d (one same-tower block)    logsumexp_sm*.cu
 //! [2] combine    loss, row losses, metrics, coefficients, f64             O(M)                            combine.cu
@@ -23,6 +23,7 @@ mod arrays;
 #[cfg(feature = "cuda")]
 mod driver;
 mod launches;
+mod per_row;
 mod plan;
 mod problem;
 mod schedule;

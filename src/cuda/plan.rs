@@ -122,7 +122,7 @@ impl Plan {
             slot_alignment: Slot::ALL.map(alignment),
             arrays: launches.layout.arrays,
             side: launches.side,
-            forward: [launches.partials.clone(), launches.combine.clone()].concat(),
+            forward: launches.forward,
             partials: launches.partials,
             combine: launches.combine,
             backward_alone: [launches.repack, launches.backward.clone()].concat(),
@@ -153,7 +153,7 @@ impl Plan {
         self.arrays.iter().find(|a| a.name == name)
     }
 
-    /// Loss, metrics and coefficients: [`Plan::partials`], then [`Plan::combine`].
+    /// Loss, metrics and coefficients: what [`Plan::partials`] and then [`Plan::combine`] give, in one launch less.
     pub fn forward(&self) -> &[Launch] {
         &self.forward
     }
@@ -306,6 +306,7 @@ mod tests {
             (64, DType::BF16),
             (512, DType::BF16),
             (4096, DType::BF16),
+            (20_480, DType::BF16), // several waves
             (64, DType::F16),
             (4096, DType::F16),
             (64, DType::F32),
@@ -333,6 +334,48 @@ mod tests {
             }
         }
         assert!(table.keys().all(|kernel| seen.contains(kernel)), "the table names kernels that nothing launches");
+    }
+
+    /// What small batches wait for.
+    #[test]
+    fn a_wave_is_six_launches_and_each_further_one_five() {
+        let launches = |plan: &Plan| {
+            let kernel = |launch: &Launch| launch.kernel.split("_f16").next().unwrap().to_owned();
+            plan.forward().iter().chain(plan.backward()).map(kernel).collect::<Vec<_>>()
+        };
+        let one = ["prepare", "logsumexp", "combine", "gradient_tile", "gradient_product", "project"];
+        for (rows, change) in [
+            (256, (|p| p) as fn(Problem<'_>) -> Problem<'_>),
+            (2048, |p| p),
+            (2048, |p| p.with_architecture(Architecture::Sm90a { multiprocessors: 132 })),
+        ] {
+            let plan = plan(rows, DType::BF16, change);
+            assert_eq!((plan.waves, launches(&plan)), ([1, 1], one.map(String::from).to_vec()), "{plan}");
+            // A shard's sums are exchanged in between, which takes one more; packing again takes one.
+            assert_eq!(plan.partials().len() + plan.combine().len(), plan.forward().len() + 1);
+            assert_eq!(plan.backward_alone().len(), plan.backward().len() + 1);
+        }
+        let tight = Options::new(0.01).unwrap().with_workspace_bytes(3 << 20);
+        let two = plan_with(&tight, 1024, DType::BF16, |p| p);
+        assert_eq!(two.waves, [2, 2], "{two}");
+        assert_eq!(
+            launches(&two),
+            [
+                "prepare",
+                "logsumexp",
+                "combine",
+                "logsumexp",
+                "combine",
+                "gradient_tile",
+                "sum_dots",
+                "gradient_product",
+                "gradient_tile",
+                "gradient_product",
+                "project"
+            ]
+        );
+        let skipping = Options::new(0.01).unwrap().with_tile_skipping(1e-3).unwrap();
+        assert_eq!(launches(&plan_with(&skipping, 1024, DType::BF16, |p| p)).len(), 9);
     }
 
     #[test]

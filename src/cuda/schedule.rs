@@ -203,10 +203,6 @@ impl Launch {
     pub(super) fn u64(self, value: u64) -> Self {
         self.argument(Argument::new().u64(value))
     }
-
-    pub(super) fn f64(self, value: f64) -> Self {
-        self.argument(Argument::new().f64(value))
-    }
 }
 
 impl fmt::Display for Launch {

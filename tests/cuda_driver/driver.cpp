@@ -15,6 +15,7 @@
 //   allocations=N the allocation after the N-th gives 2 (out of memory)
 //   launches=N    the launch after the N-th faults: 700 from then on
 //   refused=N     the launch after the N-th gives 1, and those after it are done again
+//   plain=1       a launch that may overlap with the one before gives 1
 //   captures=N    the capture after the N-th is spoiled before its third launch
 //   graphs=N      no more than N graphs, and as many executables, at a time: 2 for the next
 //   late=N        copies of N bytes or more read the host's memory late
@@ -112,6 +113,8 @@ Code cuModuleLoadDataEx(Module** module, const void* image, unsigned count, int*
         return static_cast<Code>(code);
     }
     if (loaded++ >= setting("loads", 1L << 40)) return INVALID_PTX;
+    const bool later = std::strstr(static_cast<const char*>(image), "\n.target sm_90") != nullptr;
+    if (later && setting("capability", 80) < 90) return INVALID_PTX;
     *module = new Module;
     (*module)->text = static_cast<const char*>(image);
     (*module)->context = current.back();
@@ -130,6 +133,9 @@ Code cuModuleGetFunction(Function** function, Module* module, const char* name) 
     if (at == std::string::npos) return NOT_FOUND;
     std::string list = module->text.substr(at, module->text.find(')', at) - at + 1);
     module->functions.push_back(std::make_unique<Function>(Function{name, parameters(list), 48 << 10, module->context, module->loaded}));
+    const std::size_t body = module->text.find('{', at), next = module->text.find(".entry ", body);
+    const std::size_t wait = module->text.find("\n\tgriddepcontrol.wait;", body);
+    module->functions.back()->waits = wait < next;
     *function = module->functions.back().get();
     return DONE;
 }
@@ -140,16 +146,16 @@ Code cuFuncSetAttribute(Function* function, int attribute, int value) {
     function->shared_bytes = value;
     return DONE;
 }
-Code cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned,
-                    unsigned shared_bytes, void* handle, void** values, void**) {
-    ENTER;
+static Code launch_kernel(Function* function, unsigned x, unsigned y, unsigned threads, unsigned shared_bytes, void* handle,
+                          void** values, bool overlaps) {
     Stream* stream = stream_of(handle);
     if (function->context != current.back()) return INVALID_CONTEXT;
     if (stream->context != nullptr && stream->context != current.back()) return INVALID_HANDLE;
     if (static_cast<int>(shared_bytes) > function->shared_bytes) return INVALID_VALUE;
     emulator::Launch launch;
     launch.kernel = function->name;
-    launch.grid = {x, y, z};
+    launch.grid = {x, y, 1};
+    launch.overlaps = overlaps;
     launch.threads = threads;
     launch.shared_bytes = shared_bytes;
     for (std::size_t i = 0; i < function->parameters.size(); ++i) {
@@ -165,6 +171,18 @@ Code cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned z, unsi
         std::string error = emulator::run(launch);
         return error.empty() ? DONE : fault(error);
     });
+}
+Code cuLaunchKernel(Function* function, unsigned x, unsigned y, unsigned, unsigned threads, unsigned, unsigned,
+                    unsigned shared_bytes, void* handle, void** values, void**) {
+    ENTER;
+    return launch_kernel(function, x, y, threads, shared_bytes, handle, values, false);
+}
+Code cuLaunchKernelEx(const LaunchConfig* config, Function* function, void** values, void**) {
+    ENTER;
+    const auto& [x, y, z, threads, block_y, block_z, shared_bytes, stream, attributes, count] = *config;
+    if (z != 1 || block_y != 1 || block_z != 1 || count != 1 || attributes->id != 6 || attributes->value != 1) return INVALID_VALUE;
+    if (!function->waits || setting("version", 12040) < 12030 || setting("plain", 0) != 0) return INVALID_VALUE;
+    return launch_kernel(function, x, y, threads, shared_bytes, stream, values, true);
 }
 
 Code cuMemAlloc_v2(u64* pointer, std::size_t bytes) {

@@ -76,7 +76,25 @@ struct Function {
     int shared_bytes = 48 << 10;
     Context* context = nullptr;
     std::shared_ptr<bool> loaded;
+    bool waits = false; // by an instruction, for launches before it
 };
+
+// As `cuda.h` has them.
+struct LaunchAttribute {
+    int id;
+    char padding[4];
+    union {
+        char bytes[64];
+        int value;
+    };
+};
+struct LaunchConfig {
+    unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+    void* stream;
+    LaunchAttribute* attributes;
+    unsigned attribute_count;
+};
+static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56, "of 64 bits");
 
 struct Module {
     std::string text;

@@ -41,6 +41,21 @@ const FAULTS: &[(&str, Make, &[&str])] = &[
         &["ld.global.nc.f32", "which this launch wrote", "not read-only memory"],
     ),
     (
+        "memory before earlier launches are complete",
+        |x, y| of("touches_before_it_waits").argument(x).argument(y).overlaps(true),
+        &["ld.global.f32 reads 4 bytes", "before griddepcontrol.wait"],
+    ),
+    (
+        "a launch of which a thread does not wait",
+        |x, y| of("ends_without_waiting").argument(x).argument(y).overlaps(true),
+        &["thread 5: ends without griddepcontrol.wait"],
+    ),
+    (
+        "a wait that is left out",
+        |x, y| of("reads_only_what_a_launch_wrote").argument(x).argument(y).overlaps(true).mutant("D1"),
+        &["ld.global.nc.f32 reads 4 bytes", "before griddepcontrol.wait"],
+    ),
+    (
         "copy that nobody awaits",
         |x, _| of("copy_that_nobody_awaits").argument(x).shared_bytes(128),
         &["ends without having waited for its cp.async.ca 4"],
@@ -106,9 +121,22 @@ pub fn checks() -> Vec<(String, Check)> {
         (format!("fault: {name}"), check)
     };
     let mut checks: Vec<_> = FAULTS.iter().map(check).collect();
+    checks.push(("fault: read-only load of what an earlier launch wrote".into(), Box::new(earlier_launch)));
     checks.push(("fault: a device goes on after a kernel's error".into(), Box::new(goes_on)));
     checks.push(("fault: host copies stay in bounds".into(), Box::new(host_copies)));
     checks
+}
+
+fn earlier_launch(emulators: &Emulators) -> Result<(), String> {
+    let mut device = emulators.device(FILE)?;
+    let (x, y) = buffers(&mut device)?;
+    let launch =
+        |from, to, overlaps| of("reads_only_what_a_launch_wrote").argument(from).argument(to).overlaps(overlaps);
+    device.launch(&launch(x, y, true))?; // the host wrote x
+    device.launch(&launch(y, x, false))?; // the launch that wrote y is complete
+    let error = device.launch(&launch(x, y, true)).err().ok_or("not noticed")?;
+    let wanted = "which an earlier launch wrote, and that launch may end within this one";
+    if error.contains(wanted) { Ok(()) } else { Err(error) }
 }
 
 fn buffers(device: &mut Device) -> Result<(u64, u64), String> {

@@ -18,6 +18,7 @@ struct Kernel {
 }
 
 const RACE: &str = "with no barrier between them";
+const MESSAGE: &str = "with no barrier between them, nor a message";
 const UNWAITED: &str = "has not been waited for";
 const OUT_OF_BOUNDS: &str = "out of bounds";
 const MISALIGNED: &str = "not a multiple of";
@@ -73,6 +74,20 @@ const KERNELS: &[Kernel] = &[
             ("barrier_in_branch", &[DIVERGENCE]),
             ("unwritten", &[UNWRITTEN]),
             ("same_place", &[RACE]),
+        ]
+    ),
+    kernel!(
+        "last_block",
+        "last_block.cu",
+        last_block,
+        &[
+            ("no_barrier", &[MESSAGE]),
+            ("no_release", &[MESSAGE]),
+            ("no_acquire", &[MESSAGE]),
+            ("fences_too_early", &[MESSAGE]),
+            ("another_draws", &[MESSAGE]),
+            ("no_ticket", &[MESSAGE, UNWRITTEN]),
+            ("tickets_of_their_own", &[MESSAGE, UNWRITTEN]),
         ]
     ),
     kernel!(
@@ -254,6 +269,21 @@ pub fn compare_to(got: &[f32], want: &[(f64, f64)], slack: f64) -> Result<(), St
         Some(i) => Err(format!("{WRONG}: element {i} is {}, not {}", got[i], want[i].0)),
         None => Ok(()),
     }
+}
+
+fn last_block(device: &mut Device, adjust: &dyn Fn(Launch) -> Launch) -> Result<(), String> {
+    let (blocks, threads) = (5u32, 64usize);
+    let x = random(3, blocks as usize * threads);
+    let from = device.upload("x", &x)?;
+    let (parts, sum) = (device.allocate("parts", 4 * x.len())?, device.allocate("sum", 4)?);
+    let ticket = device.upload("ticket", &[0u32; 6])?;
+    let launch = Launch::new("last_block", threads as u32).grid(blocks, 1, 1).shared_bytes(4);
+    let launch = adjust(launch.argument(from).argument(parts).argument(sum).argument(ticket));
+    for _ in 0..2 {
+        device.launch(&launch)?; // the ticket is as it was
+        compare(&device.download::<f32>(sum, 1)?, &[x.iter().fold(0.0, |all, x| all + 2.0 * x)])?;
+    }
+    compare(&device.download::<u32>(ticket, 1)?, &[0])
 }
 
 fn block_reduction(device: &mut Device, adjust: &dyn Fn(Launch) -> Launch) -> Result<(), String> {

@@ -147,6 +147,7 @@ impl Emulated {
                 .shared_bytes(launch.shared_bytes)
                 .seed(self.run.seed)
                 .detect_races(!self.run.ignore_races)
+                .overlaps(true)
                 .mutant_if_reached(self.run.mutant.filter(|(module, _)| *module == launch.module).map_or("", |m| m.1));
             for argument in &launch.arguments {
                 let mut bytes = argument.bytes.clone();

@@ -126,6 +126,7 @@ pub struct Launch {
     shared_bytes: u32,
     seed: u64,
     detect_races: bool,
+    overlaps: bool,
     seconds: u32,
     mutant: String,
     arguments: Vec<Vec<u8>>,
@@ -140,6 +141,7 @@ impl Launch {
             shared_bytes: 0,
             seed: 0,
             detect_races: true,
+            overlaps: false,
             seconds: 120,
             mutant: String::new(),
             arguments: Vec::new(),
@@ -181,6 +183,11 @@ impl Launch {
     /// Without detection a missing barrier shows as a wrong result, in some order of the threads.
     pub fn detect_races(mut self, detect: bool) -> Self {
         self.detect_races = detect;
+        self
+    }
+    /// It may begin before earlier launches are complete, so that it must wait before it touches global memory.
+    pub fn overlaps(mut self, overlaps: bool) -> Self {
+        self.overlaps = overlaps;
         self
     }
     /// The launch fails if it takes longer.
@@ -267,7 +274,8 @@ impl Device {
         let mut parts = vec![text(&launch.kernel)];
         parts.extend(launch.grid.map(number));
         parts.extend([number(launch.threads), number(launch.shared_bytes), launch.seed.to_le_bytes().to_vec()]);
-        parts.extend([number(launch.detect_races.into()), number(launch.seconds), text(&launch.mutant)]);
+        parts.extend([number(launch.detect_races.into()), number(launch.overlaps.into()), number(launch.seconds)]);
+        parts.push(text(&launch.mutant));
         parts.push(number(launch.arguments.len() as u32));
         parts.extend(launch.arguments.iter().map(|argument| blob(argument)));
         self.request(5, &parts.iter().map(Vec::as_slice).collect::<Vec<_>>()).map(drop)

@@ -46,3 +46,19 @@ KERNEL(never_ends, 32, u32* y) {
     while (ld_global_u32(y) != 1) {
     }
 }
+
+// Launched as one that may begin before earlier ones are complete.
+KERNEL(touches_before_it_waits, 32, const float* x, float* y) {
+    if (threadIdx.x == 0) begin_launch();
+    st_global_f32(y + threadIdx.x, ld_global_f32(x + threadIdx.x)); // the others have not waited
+}
+
+KERNEL(ends_without_waiting, 32, float*, float*) {
+    if (threadIdx.x != 5) begin_launch();
+}
+
+KERNEL(reads_only_what_a_launch_wrote, 32, float* x, float* y) {
+    begin_launch();
+    if (blockIdx.x != 0) return;
+    st_global_f32(y + threadIdx.x, ld_global_nc_f32(x + threadIdx.x));
+}

@@ -11,6 +11,36 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 /// `CUcontext`, `CUmodule`, `CUfunction`, `CUstream`: what only the driver looks into.
 pub(super) type Handle = *mut c_void;
 
+/// `cuLaunchKernelEx`.
+type LaunchWithAttributes =
+    unsafe extern "system" fn(*const LaunchConfig, Handle, *mut *mut c_void, *mut *mut c_void) -> c_int;
+
+/// `CUlaunchConfig`.
+#[repr(C)]
+pub(super) struct LaunchConfig {
+    pub grid: [c_uint; 3],
+    pub block: [c_uint; 3],
+    pub shared_bytes: c_uint,
+    pub stream: Handle,
+    pub attributes: *const LaunchAttribute,
+    pub attribute_count: c_uint,
+}
+
+/// `CUlaunchAttribute`, with the one value in use.
+#[repr(C, align(8))]
+pub(super) struct LaunchAttribute {
+    kind: c_int,
+    padding: [u8; 4],
+    value: c_int,
+    rest: [u8; 60],
+}
+
+impl LaunchAttribute {
+    /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: the launch may begin before the one before it on the stream is
+    /// complete, and waits for that by an instruction of its own.
+    pub(super) const OVERLAPPING: Self = Self { kind: 6, padding: [0; 4], value: 1, rest: [0; 60] };
+}
+
 /// Names of the driver's library, the one that every installation has first.
 const LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] };
 
@@ -21,6 +51,7 @@ macro_rules! functions {
         #[allow(non_snake_case, reason = "the driver's names")]
         pub(super) struct Driver {
             $($name: unsafe extern "system" fn($($kind),*) -> c_int,)*
+            launch_with_attributes: Option<LaunchWithAttributes>,
         }
 
         #[allow(non_snake_case, clippy::too_many_arguments, reason = "the driver's names and parameters")]
@@ -32,7 +63,9 @@ macro_rules! functions {
                     // SAFETY: the driver's function of this name has these parameters, in every version of it.
                     let $name = unsafe { library.get(stringify!($name)) };
                 )*
-                Ok(Self { $($name: *$name.map_err(|_| stringify!($name))?,)* })
+                // SAFETY: likewise.
+                let launch_with_attributes = unsafe { library.get("cuLaunchKernelEx") }.ok().map(|function| *function);
+                Ok(Self { $($name: *$name.map_err(|_| stringify!($name))?,)* launch_with_attributes })
             }
 
             $(
@@ -88,6 +121,26 @@ functions! {
 }
 
 impl Driver {
+    /// Whether launches can have attributes: `cuLaunchKernelEx` came with CUDA 11.8.
+    pub(super) fn has_attributes(&self) -> bool {
+        self.launch_with_attributes.is_some()
+    }
+
+    /// # Safety
+    /// As of the functions above, of `cuLaunchKernelEx`.
+    pub(super) unsafe fn launch_with_attributes(
+        &self,
+        config: &LaunchConfig,
+        function: Handle,
+        parameters: *mut *mut c_void,
+    ) -> Result<()> {
+        let Some(launch) = self.launch_with_attributes else {
+            return Err(unavailable("the driver library has no function `cuLaunchKernelEx`".into()));
+        };
+        // SAFETY: the library stays loaded; the rest is the caller's promise.
+        codes::check("cuLaunchKernelEx", unsafe { launch(config, function, parameters, std::ptr::null_mut()) })
+    }
+
     /// Loads the driver's library, which then stays. Does not start it: that is [`Driver::cuInit`].
     pub(super) fn load() -> Result<Self> {
         let mut refusals = Vec::new();

@@ -1,6 +1,7 @@
 //! The kernels as PTX, and what their text says before any driver reads it.
 
 use crate::error::{Error, Result};
+use std::borrow::Cow;
 
 /// A file of kernels/ptx.
 pub(super) struct Module {
@@ -42,9 +43,14 @@ pub(super) fn reads_hopper(supported: (u32, u32)) -> bool {
 }
 
 impl Module {
-    /// The text, with the 0 that ends it.
-    pub(super) fn bytes(&self) -> &'static [u8] {
-        self.text.as_bytes()
+    /// The text for a device, with the 0 that ends it. PTX for every device has the two instructions of compute capability 9.0 that
+    /// its kernels begin with as comments; devices that have them get instructions.
+    pub(super) fn image(&self, capability: (u32, u32)) -> Cow<'static, [u8]> {
+        if capability < (9, 0) || self.target() != "sm_80" {
+            return Cow::Borrowed(self.text.as_bytes());
+        }
+        let later = self.text.replacen("\n.target sm_80\n", "\n.target sm_90\n", 1);
+        Cow::Owned(later.replace("// griddepcontrol.", "griddepcontrol.").into_bytes())
     }
 
     /// What follows the directive at the beginning of a line.
@@ -121,10 +127,34 @@ mod tests {
             let module = module(&name).unwrap_or_else(|| unreachable!("src/cuda/driver/ptx.rs does not list {name}"));
             assert!(module.target().starts_with("sm_"), "{name} is for {:?}", module.target());
             assert!(module.version() < (100, 0), "{name} is PTX {:?}", module.version());
-            assert!(module.bytes().ends_with(b"\0"));
+            assert!(module.text.ends_with('\0'));
             names += 1;
         }
         assert_eq!(names, MODULES.len());
+    }
+
+    /// What lets a launch begin before the one before it is complete.
+    #[test]
+    fn every_kernel_waits_for_earlier_launches_where_they_may_overlap() {
+        for module in MODULES {
+            let entries = module.text.matches(".entry ").count();
+            let text = |capability| String::from_utf8(module.image(capability).into_owned()).unwrap();
+            let lines = |text: &str, line| text.lines().filter(|l| l.trim() == line).count();
+            for capability in [(9, 0), (12, 0)] {
+                let text = text(capability);
+                assert_eq!(lines(&text, "griddepcontrol.wait;"), entries, "{}", module.name);
+                assert_eq!(lines(&text, "griddepcontrol.launch_dependents;"), entries, "{}", module.name);
+                let target = if module.name.ends_with("_sm90a") { ".target sm_90a" } else { ".target sm_90" };
+                assert_eq!(lines(&text, target), 1, "{}", module.name);
+                assert!(text.ends_with('\0'));
+            }
+            if module.target() == "sm_80" {
+                let text = text((8, 9));
+                assert_eq!(text, module.text);
+                assert_eq!(lines(&text, "// griddepcontrol.wait;"), entries, "{}", module.name);
+                assert_eq!(text.matches("griddepcontrol").count(), 2 * entries, "{}", module.name);
+            }
+        }
     }
 
     #[test]
