@@ -34,7 +34,7 @@ template <u32 TILE, Arithmetic A> struct Staging {
 template <u32 TILE> SAMTONE_DEVICE void load_kept(Totals<TILE>& x, const float* tile) {
     UNROLL
     for (u32 v = 0; v < 4 * Shape<TILE>::FRAGMENTS; ++v) {
-        const f32x4 four = ld_global_nc_f32x4(tile + 4 * (v * Shape<TILE>::THREADS + threadIdx.x));
+        const f32x4 four = ld_global_f32x4(tile + 4 * (v * Shape<TILE>::THREADS + threadIdx.x));
         float(&to)[4] = x[v / 4][v % 4];
         to[0] = four.x;
         to[1] = four.y;

@@ -4,7 +4,7 @@ use super::arrays::{Common, Part, Skipping, Sums, TowerArrays};
 use super::plan::{Layout, Layouts, MAX_SUPER_BLOCKS};
 use super::problem::{Arithmetic, Pass, Tile};
 use super::schedule::{Address, Argument, ArrayId, Launch, Slot};
-use super::waves::{Wave, kept_elements};
+use super::waves::Wave;
 use crate::error::Result;
 use crate::loss::Block;
 use crate::options::ZeroNorm;
@@ -151,35 +151,6 @@ impl<'a> Launches<'a> {
             .u32(0_u32);
         let grid = [m.div_ceil(ROWS_PER_BLOCK) as u32, 1];
         self.partials.push(Launch::new("prepare", "positives", grid, 256).argument(positives));
-    }
-
-    /// Gives the cosines that are kept their places; the bytes that they take.
-    fn keep_cosines(&mut self) -> usize {
-        let mut elements = 0;
-        for block in self.layouts.division.kept_blocks() {
-            self.first_cosines.insert(block.number, elements as u64);
-            elements += kept_elements(block, self.layouts.tile);
-        }
-        let bytes = size_of::<f32>() * elements;
-        self.cosines = (bytes > 0).then(|| self.layout.add(Slot::Workspace, "cosines", bytes));
-        bytes
-    }
-
-    /// `Cosines` of kernels/common/cosines.cuh.
-    fn cosines(&self, wave: &[SuperBlock]) -> Argument {
-        const NOT_KEPT: u64 = u64::MAX;
-        let first = |k: usize| wave.get(k).and_then(|s| self.first_cosines.get(&s.number)).copied().unwrap_or(NOT_KEPT);
-        let argument = Argument::new().pointer(self.cosines.map_or(Address::Null, at));
-        (0..MAX_SUPER_BLOCKS).fold(argument, |argument, k| argument.u64(first(k)))
-    }
-
-    /// [`Plan::backward_alone`](super::Plan::backward_alone).
-    pub(super) fn backward_alone(&self) -> Vec<Launch> {
-        let mut launches = self.backward.clone();
-        for (index, launch) in &self.recomputing {
-            launches[*index] = launch.clone();
-        }
-        [self.repack.clone(), launches].concat()
     }
 
     /// The argument, and the number of tiles. Gradients of logits begin at `element`.

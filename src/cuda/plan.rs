@@ -236,7 +236,7 @@ impl fmt::Display for Plan {
 mod tests {
     use super::*;
     use crate::batch::Pairs;
-    use crate::cuda::Architecture;
+    use crate::cuda::{Architecture, Cosines};
     use crate::dtype::DType;
     use crate::loss::Loss;
     use crate::options::Options;
@@ -274,7 +274,7 @@ mod tests {
             {
                 let skipping = Options::new(0.01).unwrap().with_tile_skipping(1e-3).unwrap();
                 let plan = plan_with(&skipping, rows, dtype, change);
-                for launch in plan.forward().iter().chain(plan.backward()) {
+                for launch in plan.forward().iter().chain(plan.backward()).chain(plan.backward_alone()) {
                     assert_eq!(
                         launch.shared_bytes,
                         table.get(&launch.kernel).copied().unwrap_or(0),
@@ -325,7 +325,7 @@ mod tests {
 
     #[test]
     fn operations_are_twelve_for_each_pair_and_dimension() {
-        let (rows, plan) = (16_384_f64, plan(16_384, DType::BF16, |p| p));
+        let (rows, plan) = (16_384_f64, plan(16_384, DType::BF16, |p| p.with_cosines(Cosines::Recomputed)));
         approx::assert_relative_eq!(plan.flops(), 12.0 * rows * rows * 768.0, max_relative = 1e-3);
         assert!(plan.to_string().contains("gradient_product_f16_128"), "{plan}");
     }

@@ -4,8 +4,10 @@
 //! written. So a few sizes of waves are tried, and the one with the lowest cost taken. Which cosines are kept decides no bit of the
 //! results, only what multiplies; the size of the waves decides the order of sums.
 
+use super::launches::{Launches, at};
 use super::plan::{ARRAY_ALIGNMENT, MAX_SUPER_BLOCKS};
 use super::problem::{Arithmetic, Cosines, Tile};
+use super::schedule::{Address, Argument, Launch, Slot};
 use crate::order::Order;
 use crate::problem::Problem;
 use crate::regions;
@@ -15,11 +17,13 @@ use std::ops::Range;
 /// Bytes of a partial sum and of a count.
 const PARTIAL_BYTES: [usize; 2] = [8, 4];
 
-/// Terms of a cosine that cost as much as keeping it: the smallest dimension at which plans keep. Multiplying d terms at 790 TFLOP/s (an
-/// H200's bare products) takes d/512 times as long as moving 5.6 bytes at 4.3 TB/s: the 4 that are read again, and what is left of the
-/// 4 written once they are hidden behind the products of the first pass. From the counts alone; not measured yet.
-const LEAST_TERMS: usize = 512;
-/// Terms that cost as much as a wave's reading and writing one sum of a gradient, 8 bytes.
+/// Terms of a cosine that cost as much as keeping it, by planes of gradients: the smallest dimension at which plans keep. Of a block's
+/// half of a square an H200 reads 128 KiB of cosines and writes 64 KiB of gradients, 128 KiB in two planes, in 6.0 or 8.0 µs (4.3 TB/s
+/// over 132 multiprocessors); to multiply again takes it 9.1 ns for each term and 2.2 µs of epilogue (docs/hopper.md), which is even at
+/// 420 or 640 terms. What the first pass writes, 4.0 µs, is hidden behind its own products from 300 terms on. From the counts alone; not
+/// measured yet.
+const LEAST_TERMS: [usize; 2] = [512, 640];
+/// Terms that cost as much as a wave's reading and writing one sum of a gradient: 8 bytes at 4.3 TB/s, products at 790 TFLOP/s.
 const TERMS_OF_A_SUM: usize = 740;
 
 /// Super-blocks that a launch visits together.
@@ -52,11 +56,16 @@ fn terms(problem: &Problem<'_>) -> usize {
     problem.dim * times
 }
 
+fn least_terms(problem: &Problem<'_>) -> usize {
+    LEAST_TERMS[problem.arithmetic().gradient_planes() - 1]
+}
+
 impl Division {
     /// The one of least cost, within the bound.
     pub(super) fn best(problem: &Problem<'_>, order: &Order, tile: Tile, bound: usize) -> Self {
         let chosen = problem.cosines();
-        let keeps = chosen.unwrap_or(if terms(problem) >= LEAST_TERMS { Cosines::Kept } else { Cosines::Recomputed });
+        let keeps =
+            chosen.unwrap_or(if terms(problem) >= least_terms(problem) { Cosines::Kept } else { Cosines::Recomputed });
         let whole = Self::new(problem, order, tile, bound, bound, keeps);
         if keeps == Cosines::Recomputed {
             return whole;
@@ -124,7 +133,7 @@ impl Division {
     fn cost(&self, problem: &Problem<'_>, tile: Tile) -> [f64; 2] {
         let [kept, others] = self.backward_blocks().map(|blocks| blocks.map(|s| kept_elements(s, tile)).sum::<usize>());
         // Forced to keep, a plan keeps as much as it can, whatever that costs.
-        let of_kept = if problem.cosines().is_some() { 0 } else { LEAST_TERMS };
+        let of_kept = if problem.cosines().is_some() { 0 } else { least_terms(problem) };
         let sums: usize = self.backward.iter().map(sums_of).sum();
         let cosines = kept as f64 * of_kept as f64 + others as f64 * terms(problem) as f64;
         [cosines, sums as f64 * (problem.dim * TERMS_OF_A_SUM) as f64]
@@ -188,4 +197,141 @@ fn waves(blocks: impl Iterator<Item = SuperBlock>, tile: Tile, arithmetic: Arith
         }
     }
     waves
+}
+
+impl Launches<'_> {
+    /// Gives the cosines that are kept their places; the bytes that they take.
+    pub(super) fn keep_cosines(&mut self) -> usize {
+        let mut elements = 0;
+        for block in self.layouts.division.kept_blocks() {
+            self.first_cosines.insert(block.number, elements as u64);
+            elements += kept_elements(block, self.layouts.tile);
+        }
+        let bytes = size_of::<f32>() * elements;
+        self.cosines = (bytes > 0).then(|| self.layout.add(Slot::Workspace, "cosines", bytes));
+        bytes
+    }
+
+    /// `Cosines` of kernels/common/cosines.cuh.
+    pub(super) fn cosines(&self, wave: &[SuperBlock]) -> Argument {
+        const NOT_KEPT: u64 = u64::MAX;
+        let first = |k: usize| wave.get(k).and_then(|s| self.first_cosines.get(&s.number)).copied().unwrap_or(NOT_KEPT);
+        let argument = Argument::new().pointer(self.cosines.map_or(Address::Null, at));
+        (0..MAX_SUPER_BLOCKS).fold(argument, |argument, k| argument.u64(first(k)))
+    }
+
+    /// [`Plan::backward_alone`](super::Plan::backward_alone).
+    pub(super) fn backward_alone(&self) -> Vec<Launch> {
+        let mut launches = self.backward.clone();
+        for (index, launch) in &self.recomputing {
+            launches[*index] = launch.clone();
+        }
+        [self.repack.clone(), launches].concat()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::Pairs;
+    use crate::cuda::{Architecture, DEFAULT_WORKSPACE_BYTES, Plan};
+    use crate::dtype::DType;
+    use crate::loss::Loss;
+    use crate::options::Options;
+
+    type Change = fn(Problem<'_>) -> Problem<'_>;
+
+    fn plan(rows: usize, dim: usize, workspace: usize, change: Change) -> Plan {
+        let (loss, pairs) = (Loss::samtone_query(), Pairs::new(rows, rows).unwrap());
+        let options = Options::new(0.01).unwrap().with_workspace_bytes(workspace);
+        Plan::new(&change(Problem::new(&loss, &pairs, &options, DType::BF16, dim).unwrap())).unwrap()
+    }
+
+    const KINDS: [Change; 5] = [
+        |p| p,
+        |p| p.with_tile(Tile::Small),
+        |p| p.with_architecture(Architecture::Sm90a { multiprocessors: 132 }),
+        |p| p.with_arithmetic(Arithmetic::F16x2),
+        |p| p.with_arithmetic(Arithmetic::F16x3),
+    ];
+
+    #[test]
+    fn kept_cosines_are_three_operations_of_twelve() {
+        for change in KINDS {
+            let kept = plan(16_384, 1024, 8 << 30, change);
+            let recomputed = plan(16_384, 1024, 8 << 30, |p| p.with_cosines(Cosines::Recomputed));
+            let [squares, all] = kept.kept_squares();
+            assert!(squares == all && all > 0, "{kept}");
+            approx::assert_relative_eq!(kept.flops(), 0.75 * recomputed.flops(), max_relative = 1e-12);
+            assert_eq!((recomputed.kept_squares()[0], recomputed.array("cosines")), (0, None));
+            let kernels = |launches: &[Launch]| {
+                let tiles = launches.iter().filter(|l| l.module.starts_with("gradient_tile"));
+                tiles.map(|l| l.kernel.contains("kept")).collect::<Vec<_>>()
+            };
+            assert!(kernels(kept.backward()).iter().all(|kept| *kept), "{kept}");
+            assert_eq!(kernels(kept.backward_alone()), vec![false; kernels(kept.backward()).len()]);
+        }
+    }
+
+    #[test]
+    fn as_much_is_kept_as_fits_and_pays() {
+        let default = |rows, dim| plan(rows, dim, DEFAULT_WORKSPACE_BYTES, |p| p);
+        let share = |plan: &Plan| plan.kept_squares()[0] as f64 / plan.kept_squares()[1] as f64;
+        for rows in [512, 2048, 4096] {
+            assert_eq!(share(&default(rows, 768)), 1.0, "{}", default(rows, 768));
+            assert_eq!(share(&default(rows, 256)), 0.0, "{}", default(rows, 256));
+        }
+        // 1.5 · 8192² cosines are 403 MB of 537: with waves of the rest, or two thirds with larger ones.
+        assert!(share(&default(8192, 768)) > 0.6, "{}", default(8192, 768));
+        // 6.4 GB: what half a gigabyte would hold is not worth smaller waves.
+        assert_eq!(share(&default(32_768, 1024)), 0.0, "{}", default(32_768, 1024));
+        assert_eq!(share(&plan(32_768, 1024, 8 << 30, |p| p)), 1.0);
+        let most = plan(32_768, 1024, 4 << 30, |p| p);
+        assert!((0.4..0.8).contains(&share(&most)), "{most}");
+    }
+
+    #[test]
+    fn waves_and_kept_cosines_stay_within_the_bound() {
+        for change in KINDS {
+            for rows in [1, 65, 2048, 3000, 5000] {
+                for workspace in [(1 << 20) - 1, 4 << 20, 20 << 20, 50_000_001, 100 << 20, 400 << 20] {
+                    for cosines in [Cosines::Kept, Cosines::Recomputed] {
+                        let (loss, pairs) = (Loss::samtone_both(), Pairs::new(rows, rows + 7).unwrap());
+                        let options = Options::new(0.01).unwrap().with_workspace_bytes(workspace);
+                        let problem = Problem::new(&loss, &pairs, &options, DType::BF16, 64).unwrap();
+                        let plan = Plan::new(&change(problem).with_cosines(cosines)).unwrap();
+                        let bounded: u64 = (plan.arrays().iter())
+                            .filter(|a| ["partials", "counts", "gradients", "dots", "cosines"].contains(&a.name))
+                            .map(|a| a.offset + a.bytes)
+                            .max()
+                            .unwrap();
+                        let start = plan.array("partials").unwrap().offset.min(plan.array("gradients").unwrap().offset);
+                        let used = bounded - start;
+                        assert!(plan.bounded_bytes() <= workspace && used <= workspace as u64, "{used} bytes: {plan}");
+                        let kept = plan.array("cosines").map_or(0, |a| a.bytes);
+                        let squares = plan.kept_squares()[0] * plan.tile().step() * plan.tile().step();
+                        assert_eq!(kept, 4 * squares as u64, "{plan}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// What the waves leave over is used.
+    #[test]
+    fn the_next_super_block_would_not_fit() {
+        let (loss, pairs) = (Loss::samtone_query(), Pairs::new(4096, 4096).unwrap());
+        for workspace in [30 << 20, 60 << 20, 90 << 20] {
+            let options = Options::new(0.01).unwrap();
+            let problem = Problem::new(&loss, &pairs, &options, DType::BF16, 768).unwrap().with_cosines(Cosines::Kept);
+            let (order, tile) = (Order::new(&pairs), Tile::Large);
+            let division = Division::best(&problem, &order, tile, workspace);
+            let [kept, mut others] = division.backward_blocks();
+            let used: usize = kept.map(|s| kept_bytes(s, tile)).sum();
+            let wave = |wave: &Wave| wave.iter().map(|s| bytes_of(s, tile, Arithmetic::F16)).sum::<usize>();
+            let largest = division.forward.iter().chain(&division.backward).map(wave).max().unwrap();
+            let more = kept_bytes(others.next().unwrap(), tile);
+            assert!(used > 0 && used + largest <= workspace && used + largest + more + 256 > workspace, "{used} kept");
+        }
+    }
 }
