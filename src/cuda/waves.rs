@@ -20,9 +20,9 @@ const PARTIAL_BYTES: [usize; 2] = [8, 4];
 /// Terms of a cosine that cost as much as keeping it, by planes of gradients: the smallest dimension at which plans keep. Of a block's
 /// half of a square an H200 reads 128 KiB of cosines and writes 64 KiB of gradients, 128 KiB in two planes, in 6.0 or 8.0 µs (4.3 TB/s
 /// over 132 multiprocessors); to multiply again takes it 9.1 ns for each term and 2.2 µs of epilogue (docs/hopper.md), which is even at
-/// 420 or 640 terms. What the first pass writes, 4.0 µs, is hidden behind its own products from 300 terms on. From the counts alone; not
-/// measured yet.
-const LEAST_TERMS: [usize; 2] = [512, 640];
+/// 420 or 640 terms; on an H100 (3.35 TB/s) at 610 or 890. What the first pass writes, 128 KiB in 4.0 or 5.2 µs, is hidden behind its own
+/// products from 430 terms on. From the counts alone; not measured yet.
+const LEAST_TERMS: [usize; 2] = [640, 768];
 /// Terms that cost as much as a wave's reading and writing one sum of a gradient: 8 bytes at 4.3 TB/s, products at 790 TFLOP/s.
 const TERMS_OF_A_SUM: usize = 740;
 
