@@ -1,13 +1,19 @@
 //! Time of one step (forward and backward) on the first CUDA device, without criterion, so that it is one binary that runs on a
 //! machine without cargo:
 //!
-//!     bench_cuda [--write FOLDER] [B,d ...]       default: 256,768 512,768 1024,768 2048,1024 8192,768
+//!     bench_cuda [--OPTION VALUE ...] [B,d ...]   default: 256,768 512,768 1024,768 2048,1024 8192,768
 //!                                                          16384,768 32768,1024
+//!
+//!     --cosines kept|recomputed       for the gradient; otherwise what the plan takes, likewise below
+//!     --kernels sm80|sm90a            of that architecture
+//!     --tile small|large|cluster
+//!     --workspace MIB                 the bound
+//!     --write FOLDER
 //!
 //! bf16 embeddings, f32 gradients, samtone_query at τ = 0.01. Prints CSV: B, d, median milliseconds of 20 steps after 3, TFLOP/s
 //! on the products counted once, MiB beyond inputs and gradients, loss; and up to B = 2048, where launches count, the median
 //! milliseconds on the device from the end of one step to the end of the next among 200 that nobody waits for, first called, then
-//! replayed from a CUDA graph. Fails if 100 runs of a small batch, or its replays, differ in any bit. With --write, FOLDER gets
+//! replayed from a CUDA graph; squares of cosines that are kept, of how many. Fails if 100 runs of a small batch, or its replays, differ in any bit. With --write, FOLDER gets
 //! embeddings and gradients as little-endian files for benches/peers/judge_files.py.
 
 #[path = "inputs.rs"]
@@ -18,7 +24,7 @@ use anyhow::Context;
 use inputs::Towers;
 use samtone::cuda::cudarc::driver::sys::CUevent_flags;
 use samtone::cuda::cudarc::driver::{CudaContext, CudaStream};
-use samtone::cuda::{Device, GradientSlices, Problem, Slot, Step};
+use samtone::cuda::{Architecture, Cosines, Device, GradientSlices, Problem, Slot, Step, Tile};
 use samtone::half::bf16;
 use samtone::{DType, Loss, Options, Pairs};
 use std::path::PathBuf;
@@ -49,22 +55,75 @@ fn enqueued(stream: &Arc<CudaStream>, mut step: impl FnMut() -> anyhow::Result<(
     Ok(times[times.len() / 2])
 }
 
-fn main() -> anyhow::Result<()> {
-    let mut shapes: Vec<String> = std::env::args().skip(1).collect();
-    let mut folder = None;
-    if shapes.first().is_some_and(|argument| argument == "--write") {
-        anyhow::ensure!(shapes.len() > 1, "--write needs a folder");
-        folder = shapes.drain(..2).nth(1).map(PathBuf::from);
+/// What the command line says.
+#[derive(Default)]
+struct Settings {
+    folder: Option<PathBuf>,
+    cosines: Option<Cosines>,
+    kernels: Option<String>,
+    tile: Option<Tile>,
+    workspace: Option<usize>,
+    shapes: Vec<String>,
+}
+
+impl Settings {
+    fn read(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Self> {
+        let mut settings = Self::default();
+        while let Some(argument) = arguments.next() {
+            let Some(option) = argument.strip_prefix("--") else {
+                settings.shapes.push(argument);
+                continue;
+            };
+            let value = arguments.next().with_context(|| format!("{argument} needs a value"))?;
+            match (option, value.as_str()) {
+                ("write", folder) => settings.folder = Some(folder.into()),
+                ("cosines", "kept") => settings.cosines = Some(Cosines::Kept),
+                ("cosines", "recomputed") => settings.cosines = Some(Cosines::Recomputed),
+                ("kernels", "sm80" | "sm90a") => settings.kernels = Some(value),
+                ("tile", "small") => settings.tile = Some(Tile::Small),
+                ("tile", "large") => settings.tile = Some(Tile::Large),
+                ("tile", "cluster") => settings.tile = Some(Tile::Cluster),
+                ("workspace", mib) => settings.workspace = Some(mib.parse::<usize>()? << 20),
+                _ => anyhow::bail!("no option {argument} {value}"),
+            }
+        }
+        if settings.shapes.is_empty() {
+            settings.shapes = SHAPES.iter().map(|s| s.to_string()).collect();
+        }
+        Ok(settings)
     }
-    let shapes = if shapes.is_empty() { SHAPES.iter().map(|s| s.to_string()).collect() } else { shapes };
+
+    fn options(&self) -> anyhow::Result<Options> {
+        let options = Options::new(0.01)?;
+        Ok(self.workspace.map_or(options, |bytes| options.with_workspace_bytes(bytes)))
+    }
+
+    fn apply<'a>(&self, mut problem: Problem<'a>, device: &Device) -> anyhow::Result<Problem<'a>> {
+        match (self.kernels.as_deref(), device.architecture()) {
+            (Some("sm80"), _) => problem = problem.with_architecture(Architecture::Sm80),
+            (Some("sm90a"), Architecture::Sm80) => anyhow::bail!("{} has no kernels of 9.0", device.name()),
+            _ => {}
+        }
+        if let Some(tile) = self.tile {
+            problem = problem.with_tile(tile);
+        }
+        if let Some(cosines) = self.cosines {
+            problem = problem.with_cosines(cosines);
+        }
+        Ok(problem)
+    }
+}
+
+fn main() -> anyhow::Result<()> {
+    let settings = Settings::read(std::env::args().skip(1))?;
     samtone::cuda::available()?;
     let device = Device::first()?;
     let stream = CudaContext::new(device.ordinal())?.new_stream()?;
     // SAFETY: everything below is on one stream.
     unsafe { stream.context().disable_event_tracking() };
     eprintln!("{} {:?}", device.name(), device.compute_capability());
-    println!("rows,dim,milliseconds,tflops,extra_mib,loss,enqueued_milliseconds,graph_milliseconds");
-    for shape in shapes {
+    println!("rows,dim,milliseconds,tflops,extra_mib,loss,enqueued_milliseconds,graph_milliseconds,kept,squares");
+    for shape in &settings.shapes {
         let (rows, dim) = shape.split_once(',').with_context(|| format!("`{shape}` is not B,d"))?;
         let (rows, dim) = (rows.parse::<usize>()?, dim.parse::<usize>()?);
         let towers = Towers::new(rows, dim, 1).rounded::<bf16>();
@@ -75,7 +134,8 @@ fn main() -> anyhow::Result<()> {
         let [Some(query), Some(passage)] = &views else { anyhow::bail!("views of bf16") };
         let mut gradients = [stream.alloc_zeros::<f32>(rows * dim)?, stream.alloc_zeros::<f32>(rows * dim)?];
         let (loss, pairs) = (Loss::samtone_query(), Pairs::new(rows, rows)?);
-        let problem = Problem::new(&loss, &pairs, &Options::new(0.01)?, DType::BF16, dim)?;
+        let problem = Problem::new(&loss, &pairs, &settings.options()?, DType::BF16, dim)?;
+        let problem = settings.apply(problem, &device)?;
         let mut step = Step::new(&device, &stream, &problem)?;
         let mut times = Vec::new();
         for _ in 0..23 {
@@ -87,7 +147,7 @@ fn main() -> anyhow::Result<()> {
             times.push(start.elapsed().as_secs_f64());
         }
         let (evaluation, _) = step.results(query, passage)?;
-        if let Some(folder) = &folder {
+        if let Some(folder) = &settings.folder {
             std::fs::create_dir_all(folder)?;
             for (name, values) in [("query", &towers.query), ("passage", &towers.passage)] {
                 let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
@@ -134,7 +194,9 @@ fn main() -> anyhow::Result<()> {
         let (median, plan) = (times[times.len() / 2], step.plan());
         let extra: u64 = [Slot::Workspace, Slot::State, Slot::Side].map(|s| plan.slot_bytes(s)).iter().sum();
         let (tflops, mib) = (plan.flops() / median / 1e12, extra as f64 / f64::from(1 << 20));
-        println!("{rows},{dim},{:.4},{tflops:.1},{mib:.1},{},{of_calls},{of_graph}", median * 1e3, evaluation.loss);
+        let ([kept, squares], loss) = (plan.kept_squares(), evaluation.loss);
+        let milliseconds = median * 1e3;
+        println!("{rows},{dim},{milliseconds:.4},{tflops:.1},{mib:.1},{loss},{of_calls},{of_graph},{kept},{squares}");
     }
     Ok(())
 }

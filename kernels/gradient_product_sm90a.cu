@@ -173,7 +173,7 @@ template <Arithmetic A>
 SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, const unsigned char* gradients, u64 plane,
                                      const Product& product, const u32* skipped) {
     begin_launch();
-    start_pipeline<STAGES>([] {});
+    start_pipeline<Ring<STAGES>>([] {});
     Ring<STAGES> ring{0, 0};
     const u32 squares = (product.of[0].blocks + product.of[1].blocks) * product.tiles_along_dim;
     if (warpgroup_id() == 0) {

@@ -2,12 +2,13 @@
 // Math     g_ij = exp(β s_ij)·([kept for row i] a_i + [kept for column j] b_j), with log a, log b from combine.cu, in units of
 //          2^SHIFT; ĝ_ij = g_ij·n_i·n_j with n = 2^12/‖packed row‖, so that products with packed rows need no other scale.
 //          dots: Σ g (s − s⁺), each part with the positive of its own anchor
-// In/out   towers, rows, log_coefficients [4][rows_count], positive [rows_count], results (SHIFT), skipped (skipping.cuh) · gradients: per super-block a
+// In/out   towers, rows, log_coefficients [4][rows_count], positive [rows_count], results (SHIFT), skipped (skipping.cuh); instead of packed
+//          embeddings, the cosines that logsumexp_sm80.cu kept (cosines.cuh): kernels named `kept` · gradients: per super-block a
 //          row-major matrix of [row.tiles·TILE][col.tiles·TILE], f16, two planes of f16, or f32; dots: f64 for each tile
 // Tiles    one tile per block, grid (tiles of the wave). Off the diagonal of a triangle, also the mirror image of the tile. Of a tile that
 //          is skipped nothing is written but a dot of 0
 // Threads  2·TILE; see product.cuh
-// Shared   product.cuh's stages; afterwards
+// Shared   product.cuh's stages, but of kept cosines; afterwards
 //            0           edges, 48 bytes each (epilogue.cuh); of the pass: exponent and factor of the coefficient, s⁺
 //            96·TILE     the tile, rows of TILE elements and 16 bytes of padding, one after the other plane
 //            then        4 bytes for each warp: its part of the dot
@@ -15,16 +16,32 @@
 //          G1 the whole tile and all dots are written before they are read
 // Numerics As logsumexp_sm80.cu. Coefficients are factor·2^exponent with whole exponents. Where none of a warp's coefficients
 //          exceeds 2^60 times the inverse of its largest exponential, one exponential serves both; elsewhere each is taken with
-//          its own. |g| ≤ 2^14: it cannot leave f16, and what lies below 2^-24 is lost: 2^-38 of the largest row
+//          its own. |g| ≤ 2^14: it cannot leave f16, and what lies below 2^-24 is lost: 2^-38 of the largest row. Kept cosines give
+//          the same bits: each product after [2] scale is mul_rn or fma_rn, so that no compiler fuses it in one kernel only
 // Limits   as logsumexp_sm80.cu
+#include "common/cosines.cuh"
 #include "common/epilogue.cuh"
 #include "common/skipping.cuh"
 
 template <u32 TILE, Arithmetic A> struct Staging {
     static constexpr u32 ROW = TILE * Numbers<A>::BYTES + 16, PLANE = TILE * ROW, START = 2 * TILE * EDGE_BYTES,
                          DOTS = START + Numbers<A>::GRADIENT_PLANES * PLANE;
-    static_assert(DOTS + Shape<TILE>::THREADS / WARP * 4 <= Shape<TILE>::STAGES * Shape<TILE>::STAGE, "fits the stages' memory");
+    static constexpr u32 BYTES = DOTS + Shape<TILE>::THREADS / WARP * 4; // of a kernel that has no stages
+    static_assert(BYTES <= Shape<TILE>::STAGES * Shape<TILE>::STAGE, "fits the stages' memory");
 };
+
+// The thread's cosines, as `keep` of logsumexp_sm80.cu stored them.
+template <u32 TILE> SAMTONE_DEVICE void load_kept(Totals<TILE>& x, const float* tile) {
+    UNROLL
+    for (u32 v = 0; v < 4 * Shape<TILE>::FRAGMENTS; ++v) {
+        const f32x4 four = ld_global_f32x4(tile + 4 * (v * Shape<TILE>::THREADS + threadIdx.x));
+        float(&to)[4] = x[v / 4][v % 4];
+        to[0] = four.x;
+        to[1] = four.y;
+        to[2] = four.z;
+        to[3] = four.w;
+    }
+}
 
 // Two neighbouring elements of the tile.
 template <u32 TILE, Arithmetic A> SAMTONE_DEVICE void stage_pair(u32 row, u32 column, float low, float high) {
@@ -68,10 +85,10 @@ SAMTONE_DEVICE void copy_out(unsigned char* matrix, u64 plane, u32 columns, u32 
     }
 }
 
-template <u32 TILE, Arithmetic A>
+template <u32 TILE, Arithmetic A, bool KEPT>
 SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta,
                                   const double* log_coefficients, const double* positive, const double* results, u32 row_count,
-                                  unsigned char* gradients, u64 plane, double* dots, const u32* skipped) {
+                                  unsigned char* gradients, u64 plane, double* dots, const u32* skipped, const Cosines& cosines) {
     begin_launch();
     using E = Elements<TILE>;
     constexpr float NEVER = -1e9f; // an exponent that flushes everything to 0
@@ -82,30 +99,33 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
         if (threadIdx.x == 0) st_global_f64(dots + blockIdx.x, 0);
         return;
     }
+    float x[Shape<TILE>::FRAGMENTS][4][4] = {};
+    if constexpr (KEPT) load_kept<TILE>(x, kept_square(cosines, block, at.block, at.row, at.col, 1, TILE * TILE));
     const EdgeEntry edge = load_edge<TILE>(block, at, towers, rows);
     float exponent = NEVER, factor = 0, cosine = 0;
     if (edge.anchor.z != NONE) {
         constexpr double LOG2_E = 1.44269504088896340735992468100;
         const u32 of = holds_row<TILE>() ? block.row.block : block.col.block;
         const double log = ld_global_f64(log_coefficients + static_cast<u64>(of) * row_count + edge.row);
-        const double log2 = log * LOG2_E - ld_global_f64(results + SHIFT), whole = round_f64(log2);
+        const double log2 = fma_rn(log, LOG2_E, -ld_global_f64(results + SHIFT)), whole = round_f64(log2);
         cosine = static_cast<float>(ld_global_f64(positive + edge.row));
         if (whole > -1e6) { // −∞: nothing
             exponent = static_cast<float>(whole);
             factor = ex2_approx(static_cast<float>(log2 - whole));
         }
     }
-    const Tower &left = tower_of(towers, block.row.space), &right = tower_of(towers, block.col.space);
-    float x[Shape<TILE>::FRAGMENTS][4][4] = {};
-    multiply<TILE, A, Numbers<A>::COSINE_SEGMENTS, Layout::rows, Layout::rows>(
-        x, by_rows<TILE>(left.packed, towers.row_bytes, left.plane, block.row.packed + at.row * TILE),
-        by_rows<TILE>(right.packed, towers.row_bytes, right.plane, block.col.packed + at.col * TILE),
-        towers.row_bytes / 128);
+    if constexpr (!KEPT) {
+        const Tower &left = tower_of(towers, block.row.space), &right = tower_of(towers, block.col.space);
+        multiply<TILE, A, Numbers<A>::COSINE_SEGMENTS, Layout::rows, Layout::rows>(
+            x, by_rows<TILE>(left.packed, towers.row_bytes, left.plane, block.row.packed + at.row * TILE),
+            by_rows<TILE>(right.packed, towers.row_bytes, right.plane, block.col.packed + at.col * TILE),
+            towers.row_bytes / 128);
+    }
 
     // [2] scale, [3] mask
     store_edge<TILE>(shared_base(), edge, {bits_of(exponent), bits_of(factor), bits_of(cosine), 0});
     SYNC(E1, bar_sync());
-    const Kept kept = scale_and_mask<TILE>(x, shared_base(), mask_of<TILE>(block, at, towers));
+    const Kept kept = scale_and_mask<TILE, KEPT>(x, shared_base(), mask_of<TILE>(block, at, towers));
 
     // [4] one exponential or two
     const E elements = E::of_this_thread();
@@ -156,11 +176,11 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
                 const float shared = together ? exponential(s, beta, common) : 0;
                 const float by_row = together ? shared : exponential(s, beta, -row_exponent);
                 const float by_col = together ? shared : exponential(s, beta, -col_exponent[c]);
-                const float g_row = is_kept(kept.row, i, c) ? by_row * row_factor : 0;
-                const float g_col = is_kept(kept.col, i, c) ? by_col * col_factor[c] : 0;
-                dot += g_row * (s - row_positive) + counted * g_col * (s - col_positive[c]);
+                const float g_row = is_kept(kept.row, i, c) ? mul_rn(by_row, row_factor) : 0;
+                const float g_col = is_kept(kept.col, i, c) ? mul_rn(by_col, col_factor[c]) : 0;
+                dot = fma_rn(mul_rn(counted, g_col), s - col_positive[c], fma_rn(g_row, s - row_positive, dot));
                 const float col_scale = ld_shared_f32(shared_base() + (TILE + elements.column(c)) * EDGE_BYTES + 12);
-                out[side] = (g_row + g_col) * row_scale * col_scale;
+                out[side] = mul_rn(mul_rn(g_row + g_col, row_scale), col_scale);
             }
             stage_pair<TILE, A>(row, elements.column(j), out[0], out[1]);
         }
@@ -186,8 +206,8 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
     KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta,   \
            const double* log_coefficients, const double* positive, const double* results, u32 row_count,                  \
            unsigned char* gradients, u64 plane, double* dots, const u32* skipped) {                                       \
-        gradient_tile<TILE, Arithmetic::arithmetic>(wave, towers, rows, beta, log_coefficients, positive, results, row_count, \
-                                                    gradients, plane, dots, skipped);                                     \
+        gradient_tile<TILE, Arithmetic::arithmetic, false>(wave, towers, rows, beta, log_coefficients, positive, results, \
+                                                           row_count, gradients, plane, dots, skipped, {});               \
     }
 GRADIENT_TILE(gradient_tile_f16_64, 64, f16)
 GRADIENT_TILE(gradient_tile_f16_128, 128, f16)
@@ -196,3 +216,17 @@ GRADIENT_TILE(gradient_tile_f16x2_128, 128, f16x2)
 GRADIENT_TILE(gradient_tile_f16x3_64, 64, f16x3)
 GRADIENT_TILE(gradient_tile_f16x3_128, 128, f16x3)
 GRADIENT_TILE(gradient_tile_f32_64, 64, f32)
+
+// What multiplied is past: f16x2 serves f16x3, too.
+#define GRADIENT_TILE_KEPT(name, TILE, arithmetic)                                                                       \
+    KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta,  \
+           const double* log_coefficients, const double* positive, const double* results, u32 row_count,                 \
+           unsigned char* gradients, u64 plane, double* dots, const u32* skipped, BY_VALUE(Cosines) cosines) {           \
+        gradient_tile<TILE, Arithmetic::arithmetic, true>(wave, towers, rows, beta, log_coefficients, positive, results, \
+                                                          row_count, gradients, plane, dots, skipped, cosines);          \
+    }
+GRADIENT_TILE_KEPT(gradient_tile_kept_f16_64, 64, f16)
+GRADIENT_TILE_KEPT(gradient_tile_kept_f16_128, 128, f16)
+GRADIENT_TILE_KEPT(gradient_tile_kept_f16x2_64, 64, f16x2)
+GRADIENT_TILE_KEPT(gradient_tile_kept_f16x2_128, 128, f16x2)
+GRADIENT_TILE_KEPT(gradient_tile_kept_f32_64, 64, f32)

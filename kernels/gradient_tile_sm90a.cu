@@ -1,11 +1,11 @@
 // gradient_tile_sm90a.cu: gradient of the loss with respect to tiles of cosines; wgmma.
 // Math     as gradient_tile_sm80.cu
-// In/out   as gradient_tile_sm80.cu, with packed embeddings in panels, and so the gradients: per super-block and plane
+// In/out   as gradient_tile_sm80.cu, with packed embeddings in panels, or cosines kept by logsumexp_sm90a.cu; and gradients: per super-block and plane
 //          [col.tiles·2][row.tiles·128] rows of 64 columns, f16, swizzled as wgmma reads them. dots: f64 for each block and square
 // Tiles    a cluster visits squares of 256 x 256 in turn, a block two tiles of it: grid (2·clusters), any number of clusters. Off
 //          the diagonal of a triangle, also the mirror image of a tile. Of a square that is skipped nothing is written but dots of 0
 // Threads  384; see pipeline.cuh. Warps 1..3 load the edges
-// Shared   pipeline.cuh's slots; then, from STAGING on
+// Shared   pipeline.cuh's slots, of kept cosines KEPT_STAGES of 32 KiB, half a tile each; then, from STAGING on
 //            0              16 KiB for each warpgroup that multiplies: its part of a tile, 64 rows of two panels, or, mirrored, 128
 //                           rows of one
 //            EDGES          edges (pipeline.cuh); of the pass: exponent and factor of the coefficient, s⁺
@@ -24,7 +24,15 @@
 #include "common/skipping.cuh"
 
 constexpr u32 STAGES = 3;
+constexpr u32 KEPT_STAGES = 4, KEPT_BYTES = 32 << 10; // a block's part of a square is on its way while the one before is computed
+template <bool KEPT> struct RingOf {
+    using Type = Ring<STAGES>;
+};
+template <> struct RingOf<true> {
+    using Type = Ring<KEPT_STAGES, KEPT_BYTES, 1>;
+};
 constexpr u32 STAGING_BYTES = 128 * HALF;
+static_assert(RingOf<true>::Type::END <= Ring<STAGES>::END, "both have the same memory behind the slots");
 constexpr u32 STAGING = (Ring<STAGES>::END + 1023) / 1024 * 1024, EDGES = STAGING + 2 * STAGING_BYTES,
               FACTORS = EDGES + EDGES_BYTES + 16, DOTS = FACTORS + 2 * 4 * HALF, GRADIENT_TILE_BYTES = DOTS + 2 * 4 * 16;
 static_assert(GRADIENT_TILE_BYTES <= 227 << 10, "the memory of a multiprocessor");
@@ -49,7 +57,7 @@ SAMTONE_DEVICE void coefficient(float (&numbers)[3], const CoefficientOf& of, co
     numbers[1] = numbers[2] = 0;
     if (entry.anchor.z == NONE) return;
     const double log = ld_global_f64(of.log_coefficients + static_cast<u64>(block) * of.row_count + entry.row);
-    const double log2 = log * LOG2_E - ld_global_f64(of.results + SHIFT), whole = round_f64(log2);
+    const double log2 = fma_rn(log, LOG2_E, -ld_global_f64(of.results + SHIFT)), whole = round_f64(log2);
     numbers[2] = static_cast<float>(ld_global_f64(of.positive + entry.row));
     if (whole > -1e6) { // −∞: nothing
         numbers[0] = static_cast<float>(whole);
@@ -69,7 +77,7 @@ SAMTONE_DEVICE float differentiate(HalfSums& x, const KeptSlots& kept, const Edg
     UNROLL
     for (u32 k = 0; k < 4; ++k) strongest = max_f32(strongest, ld_shared_f32(edges.of_pass(0, first + k * WARP + lane_id())));
     strongest = max_among(strongest, 1, 16);
-    const bool together = beta.high * largest_of<CHECKED>(x, kept) + strongest < ROOM;
+    const bool together = fma_rn(beta.high, largest_of<CHECKED>(x, kept), strongest) < ROOM;
     const float common = -strongest;
     const shared_address factors = shared_base() + FACTORS + consumer() * (4 * HALF);
     const u32 own = threadIdx.x % WARPGROUP;
@@ -93,7 +101,7 @@ SAMTONE_DEVICE float differentiate(HalfSums& x, const KeptSlots& kept, const Edg
         const float g_column = !CHECKED || is_kept_slot(kept.col, i, j) ? by_column : 0;
         row_dot = fma_rn(g_row, s - row_positive[i], row_dot);
         column_dot = fma_rn(g_column, s - positive, column_dot);
-        s = (g_row + g_column) * (row_scale[i] * scale);
+        s = mul_rn(g_row + g_column, row_scale[i] * scale);
     };
     if (together) {
         UNROLL
@@ -104,8 +112,8 @@ SAMTONE_DEVICE float differentiate(HalfSums& x, const KeptSlots& kept, const Edg
             UNROLL
             for (u32 i = 0; i < 2; ++i) {
                 const float left = exponential(element(x, i, j), beta, common), right = exponential(element(x, i, j + 1), beta, common);
-                add(i, j, left * row_factor[i], left * factor.x, positive.x, scale.x);
-                add(i, j + 1, right * row_factor[i], right * factor.y, positive.y, scale.y);
+                add(i, j, mul_rn(left, row_factor[i]), mul_rn(left, factor.x), positive.x, scale.x);
+                add(i, j + 1, mul_rn(right, row_factor[i]), mul_rn(right, factor.y), positive.y, scale.y);
             }
         }
     } else {
@@ -117,7 +125,8 @@ SAMTONE_DEVICE float differentiate(HalfSums& x, const KeptSlots& kept, const Edg
             UNROLL
             for (u32 i = 0; i < 2; ++i) {
                 const float s = element(x, i, j);
-                add(i, j, exponential(s, beta, -row_exponent[i]) * row_factor[i], exponential(s, beta, -exponent) * factor, positive, scale);
+                const float by_row = mul_rn(exponential(s, beta, -row_exponent[i]), row_factor[i]);
+                add(i, j, by_row, mul_rn(exponential(s, beta, -exponent), factor), positive, scale);
             }
         }
     }
@@ -163,19 +172,57 @@ SAMTONE_DEVICE void store_half(HalfSums& x, unsigned char* gradients, u64 plane,
     }
 }
 
-template <Arithmetic A>
+// The copying thread: cosines of this block's part of a square that were kept.
+template <class R> SAMTONE_DEVICE void copy_kept(R& ring, const SuperBlock& block, const TilePlace& at, const Cosines& cosines) {
+    for (u32 half = 0; half < 2; ++half) {
+        if (is_mirrored(block, at, half)) continue;
+        const float* tile = kept_tile(cosines, block, at, half);
+        for (u32 part = 0; part < HALF * HALF * 4 / KEPT_BYTES; ++part) {
+            const shared_address slot = begin_stage(ring);
+            cp_async_bulk_load(slot, tile + part * (KEPT_BYTES / 4), KEPT_BYTES, ring.full());
+            ring.next();
+        }
+    }
+}
+
+// The multiplying warpgroups: a half of them.
+template <class R> SAMTONE_DEVICE void load_kept(HalfSums& x, R& ring) {
+    constexpr u32 VECTORS = KEPT_BYTES / (16 * CONSUMERS);
+    UNROLL
+    for (u32 part = 0; part < 16 / VECTORS; ++part) {
+        wait_full(ring);
+        UNROLL
+        for (u32 v = 0; v < VECTORS; ++v) {
+            const f32x4 four = ld_shared_f32x4(ring.stage() + 16 * (v * CONSUMERS + threadIdx.x - WARPGROUP));
+            float* to = x + 4 * (part * VECTORS + v);
+            to[0] = four.x;
+            to[1] = four.y;
+            to[2] = four.z;
+            to[3] = four.w;
+        }
+        release_loaded(ring);
+        ring.next();
+    }
+}
+
+template <Arithmetic A, bool KEPT>
 SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta, const CoefficientOf& of,
-                                  unsigned char* gradients, u64 plane, double* dots, const u32* skipped) {
+                                  unsigned char* gradients, u64 plane, double* dots, const u32* skipped, const Cosines& cosines) {
     begin_launch();
+    using Slots = typename RingOf<KEPT>::Type;
     Edges edges{shared_base() + EDGES, 0};
-    start_pipeline<STAGES>([&] { make_edges(edges); });
-    Ring<STAGES> ring{0, 0};
+    start_pipeline<Slots>([&] { make_edges(edges); });
+    Slots ring{0, 0};
     const u32 squares = squares_of(wave);
     auto left_out = [&](const TilePlace& at) { return is_skipped(skipped, wave.blocks[at.block], at.row / 2, at.col / 2, 2); };
     if (warpgroup_id() == 0) {
         // [1] load
         setmaxnreg_dec<COPY_REGISTERS>();
-        load_squares<A>(ring, edges, wave, towers, rows, [&](float (&numbers)[3], const EdgeEntry& entry, const Edge& edge) {
+        auto copy = [&](const SuperBlock& block, const TilePlace& at) {
+            if constexpr (KEPT) copy_kept(ring, block, at, cosines);
+            else copy_square<A>(ring, block, at, towers);
+        };
+        load_squares(edges, wave, towers, rows, copy, [&](float (&numbers)[3], const EdgeEntry& entry, const Edge& edge) {
             coefficient(numbers, of, entry, edge.block);
         }, left_out);
     } else {
@@ -187,19 +234,22 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
                 continue;
             }
             const SuperBlock& block = wave.blocks[at.block];
-            HalfSums x[2] = {};
-            multiply_cosines<A>(x, ring, Numbers<A>::COSINE_SEGMENTS * (towers.row_bytes / 128));
+            HalfSums x[KEPT ? 1 : 2] = {};
+            if constexpr (!KEPT) multiply_cosines<A>(x, ring, Numbers<A>::COSINE_SEGMENTS * (towers.row_bytes / 128));
             wait_edges(edges);
             KEEP_LOOP // the second half moves to where the first was: one copy of the code
             for (u32 half = 0; half < 2; ++half) {
-                if (half == 1) move_half(x);
+                if constexpr (!KEPT) {
+                    if (half == 1) move_half(x);
+                }
                 const shared_address part = shared_base() + DOTS + edges.parity * 64 + 4 * (half * 8 + consumer_warp());
-                if (block.triangle != 0 && at.col + half < at.row) { // the mirror image of a tile
+                if (is_mirrored(block, at, half)) {
                     if (lane_id() == 0) st_shared_f32(part, 0);
                     continue;
                 }
                 // [2] scale, [3] mask
-                scale_half(x[0], edges, half);
+                if constexpr (KEPT) load_kept(x[0], ring);
+                else scale_half(x[0], edges, half);
                 const TileMask tile = mask_of_half(block, at, half, towers);
                 const bool mirrored = block.triangle != 0 && at.col + half > at.row;
                 const bool counted = block.counted != 0 && (block.triangle == 0 || mirrored);
@@ -238,9 +288,20 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
     KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows,       \
                    Beta beta, const double* log_coefficients, const double* positive, const double* results, u32 row_count,     \
                    unsigned char* gradients, u64 plane, double* dots, const u32* skipped) {                                     \
-        gradient_tile<Arithmetic::arithmetic>(wave, towers, rows, beta, {log_coefficients, positive, results, row_count}, gradients, \
-                                              plane, dots, skipped);                                                            \
+        gradient_tile<Arithmetic::arithmetic, false>(wave, towers, rows, beta, {log_coefficients, positive, results, row_count}, \
+                                                     gradients, plane, dots, skipped, {});                                      \
     }
 GRADIENT_TILE(gradient_tile_f16_sm90a, f16)
 GRADIENT_TILE(gradient_tile_f16x2_sm90a, f16x2)
 GRADIENT_TILE(gradient_tile_f16x3_sm90a, f16x3)
+
+// What multiplied is past: f16x2 serves f16x3, too.
+#define GRADIENT_TILE_KEPT(name, arithmetic)                                                                                    \
+    KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows,       \
+                   Beta beta, const double* log_coefficients, const double* positive, const double* results, u32 row_count,     \
+                   unsigned char* gradients, u64 plane, double* dots, const u32* skipped, BY_VALUE(Cosines) cosines) {          \
+        gradient_tile<Arithmetic::arithmetic, true>(wave, towers, rows, beta, {log_coefficients, positive, results, row_count}, \
+                                                    gradients, plane, dots, skipped, cosines);                                  \
+    }
+GRADIENT_TILE_KEPT(gradient_tile_kept_f16_sm90a, f16)
+GRADIENT_TILE_KEPT(gradient_tile_kept_f16x2_sm90a, f16x2)

@@ -2,7 +2,7 @@
 // Math     for every index i of a tile's row edge that anchors a row: Σ exp(β s_ij) over its kept negatives j of the tile, and the
 //          number of them with s_ij above s⁺; likewise down its columns. reference.rs: `block_sums`
 // In/out   towers: packed embeddings; rows: keys of the anchors · partial sums {f32 sum, i32 exponent} and counts (u32), one for
-//          each index and tile: places in problem.cuh
+//          each index and tile: places in problem.cuh; cosines: of super-blocks that keep them, for gradient_tile (cosines.cuh)
 // Tiles    one tile per block, grid (tiles of the wave)
 // Threads  2·TILE; see product.cuh
 // Shared   product.cuh's stages; afterwards
@@ -16,6 +16,7 @@
 //          its own largest term, so nothing that counts is lost at any temperature. An index without negatives gives sum 0.
 //          Same bits on every run: fixed order, no atomics
 // Limits   packed rows are multiples of 128 bytes; 128 more rows than indices exist
+#include "common/cosines.cuh"
 #include "common/epilogue.cuh"
 
 template <u32 TILE> SAMTONE_DEVICE shared_address row_sums(u32 warp_col) {
@@ -30,6 +31,15 @@ template <u32 TILE> SAMTONE_DEVICE void store_sum(shared_address sums, u32 index
     st_shared_f32(sums + 4 * index, sum);
     st_shared_i32(sums + 4 * TILE + 4 * index, static_cast<i32>(exponent));
     st_shared_u32(sums + 8 * TILE + 4 * index, count);
+}
+
+// Stores the thread's cosines for the gradient.
+template <u32 TILE> SAMTONE_DEVICE void keep(Totals<TILE>& x, float* tile) {
+    UNROLL
+    for (u32 v = 0; v < 4 * Shape<TILE>::FRAGMENTS; ++v) {
+        const float(&four)[4] = x[v / 4][v % 4];
+        st_global_cs_f32x4(tile + 4 * (v * Shape<TILE>::THREADS + threadIdx.x), {four[0], four[1], four[2], four[3]});
+    }
 }
 
 // Adds the parts of index `index` and stores the tile's partial.
@@ -60,7 +70,7 @@ SAMTONE_DEVICE void store_partial(shared_address sums, u32 parts, u32 index, Par
 
 template <u32 TILE, Arithmetic A>
 SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta, Partial* partials,
-                              u32* counts) {
+                              u32* counts, const Cosines& cosines) {
     begin_launch();
     using E = Elements<TILE>;
     // [1] load
@@ -80,6 +90,7 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
     store_edge<TILE>(shared_base(), edge, {bits_of(bar), 0, 0, 0});
     SYNC(E1, bar_sync());
     const Kept kept = scale_and_mask<TILE>(x, shared_base(), mask_of<TILE>(block, at, towers));
+    if (cosines.first[at.block] != NOT_KEPT) keep<TILE>(x, kept_square(cosines, block, at.block, at.row, at.col, 1, TILE * TILE));
 
     // [4] exponents and ranks
     const E elements = E::of_this_thread();
@@ -185,8 +196,8 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
 
 #define LOGSUMEXP(name, TILE, arithmetic)                                                                               \
     KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta, \
-           Partial* partials, u32* counts) {                                                                            \
-        logsumexp<TILE, Arithmetic::arithmetic>(wave, towers, rows, beta, partials, counts);                           \
+           Partial* partials, u32* counts, BY_VALUE(Cosines) cosines) {                                                 \
+        logsumexp<TILE, Arithmetic::arithmetic>(wave, towers, rows, beta, partials, counts, cosines);                  \
     }
 LOGSUMEXP(logsumexp_f16_64, 64, f16)
 LOGSUMEXP(logsumexp_f16_128, 128, f16)

@@ -1,6 +1,7 @@
 // logsumexp_sm90a.cu: sums of exponentials of the rows and columns of tiles of cosines, and ranks; wgmma.
 // Math     as logsumexp_sm80.cu; reference.rs: `block_sums`
-// In/out   as logsumexp_sm80.cu, with packed embeddings in panels; tiles are 128 x 128, and every edge has an even number of them
+// In/out   as logsumexp_sm80.cu, with packed embeddings in panels; tiles are 128 x 128, and every edge has an even number of them. A
+//          tile below the diagonal of a triangle keeps nothing
 // Tiles    a cluster visits squares of 256 x 256 in turn, a block two tiles of it: grid (2·clusters), any number of clusters
 // Threads  384; see pipeline.cuh. Warps 1..3 load the edges
 // Shared   pipeline.cuh's slots and mbarriers; then, from EDGES on
@@ -132,6 +133,13 @@ SAMTONE_DEVICE bool sum_half(RowSum& of_row, u32& counts, shared_address columns
     return sum_together<CHECKED>(of_row, columns, counts, x, kept, block, tile, beta, exponent);
 }
 
+// Stores the thread's cosines of a half for the gradient.
+SAMTONE_DEVICE void keep(HalfSums& x, float* tile) {
+    UNROLL
+    for (u32 v = 0; v < 16; ++v)
+        st_global_cs_f32x4(tile + 4 * (v * CONSUMERS + threadIdx.x - WARPGROUP), {x[4 * v], x[4 * v + 1], x[4 * v + 2], x[4 * v + 3]});
+}
+
 // Adds the eight warps' sums of column `column` of a half, and stores the tile's partial.
 SAMTONE_DEVICE void store_column(shared_address sums, Partial* partials, u32* counts, bool ranks, u64 at) {
     i32 exponent = 0;
@@ -158,16 +166,18 @@ SAMTONE_DEVICE void store_column(shared_address sums, Partial* partials, u32* co
 }
 
 template <Arithmetic A>
-SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta, Partial* partials, u32* counts) {
+SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta, Partial* partials, u32* counts,
+                              const Cosines& cosines) {
     begin_launch();
     Edges edges{shared_base() + EDGES, 0};
-    start_pipeline<STAGES>([&] { make_edges(edges); });
+    start_pipeline<Ring<STAGES>>([&] { make_edges(edges); });
     Ring<STAGES> ring{0, 0};
     const u32 squares = squares_of(wave);
     if (warpgroup_id() == 0) {
         // [1] load
         setmaxnreg_dec<COPY_REGISTERS>();
-        load_squares<A>(ring, edges, wave, towers, rows, [&](float (&numbers)[3], const EdgeEntry& entry, const Edge&) {
+        auto copy = [&](const SuperBlock& block, const TilePlace& at) { copy_square<A>(ring, block, at, towers); };
+        load_squares(edges, wave, towers, rows, copy, [&](float (&numbers)[3], const EdgeEntry& entry, const Edge&) {
             numbers[0] = numbers[1] = numbers[2] = 0;
             if (entry.anchor.z != NONE) numbers[0] = float_of(ld_global_u32(reinterpret_cast<const u32*>(rows + entry.row) + 3));
         }, [](const TilePlace&) { return false; });
@@ -183,9 +193,10 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
             KEEP_LOOP // the second half moves to where the first was: one copy of the code
             for (u32 half = 0; half < 2; ++half) {
                 if (half == 1) move_half(x);
-                if (block.triangle != 0 && at.col + half < at.row) continue; // the mirror image of a tile
+                if (is_mirrored(block, at, half)) continue;
                 // [2] scale, [3] mask
                 scale_half(x[0], edges, half);
+                if (cosines.first[at.block] != NOT_KEPT) keep(x[0], kept_tile(cosines, block, at, half));
                 const TileMask tile = mask_of_half(block, at, half, towers);
                 const shared_address columns = shared_base() + COLUMNS + 4 * (half * 8 + consumer_warp()) * HALF;
                 KeptSlots kept{{~0u, ~0u}, {~0u, ~0u}};
@@ -223,8 +234,8 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
 
 #define LOGSUMEXP(name, arithmetic)                                                                                              \
     KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta, \
-                   Partial* partials, u32* counts) {                                                                             \
-        logsumexp<Arithmetic::arithmetic>(wave, towers, rows, beta, partials, counts);                                           \
+                   Partial* partials, u32* counts, BY_VALUE(Cosines) cosines) {                                                  \
+        logsumexp<Arithmetic::arithmetic>(wave, towers, rows, beta, partials, counts, cosines);                                  \
     }
 LOGSUMEXP(logsumexp_f16_sm90a, f16)
 LOGSUMEXP(logsumexp_f16x3_sm90a, f16x3)

@@ -300,3 +300,42 @@ fn the_hash_equals_what_compile_py_computes() -> Result<()> {
     assert_eq!(source_hash(folder.path(), "a.cu", &toolchain)?, "0aaba14c2484491d");
     Ok(())
 }
+
+/// Products of f32 that the compiler fused with a sum, or left for the driver's compiler to fuse: by no instruction named in the source.
+fn fused_by_compilers(ptx: &str) -> Vec<&str> {
+    let (mut products, mut found, mut named) = (BTreeSet::new(), Vec::new(), false);
+    for line in ptx.lines().map(str::trim) {
+        if line.contains(".entry ") {
+            products.clear();
+        }
+        named = line.contains("begin inline asm") || named && !line.contains("end inline asm");
+        let words: Vec<_> = line.trim_end_matches(';').split([' ', '\t', ',']).filter(|w| !w.is_empty()).collect();
+        match words.as_slice() {
+            ["mul.f32", to, ..] if !named => _ = products.insert(*to),
+            ["fma.rn.f32", ..] if !named => found.push(line),
+            ["add.f32" | "sub.f32", _, terms @ ..] if terms.iter().any(|t| products.contains(t)) => found.push(line),
+            _ => {}
+        }
+    }
+    found
+}
+
+/// Gradients have the same bits from kept cosines and from recomputed ones only if both kernels round alike; the emulator, which is compiled
+/// without fusing, would not see it.
+#[test]
+fn kernels_that_differentiate_round_as_their_source_says() -> Result<()> {
+    for name in ["gradient_tile_sm80", "gradient_tile_sm90a"] {
+        let ptx = std::fs::read_to_string(repository().join("kernels/ptx").join(name).with_extension("ptx"))?;
+        let found = fused_by_compilers(&ptx);
+        ensure!(found.is_empty(), "{name}.ptx fuses products with sums, where the source has no fma_rn: {found:?}");
+    }
+    let (begin, end) = ("// begin inline asm", "// end inline asm");
+    let named = format!(".visible .entry a(\n{begin}\nmul.rn.f32 %f1, %f2, %f3;\n{end}\nadd.f32 %f4, %f1, %f5;");
+    assert!(fused_by_compilers(&named).is_empty());
+    assert_eq!(
+        fused_by_compilers("mul.f32 \t%f1, %f2, %f3;\n\tadd.f32 \t%f4, %f5, %f1;"),
+        ["add.f32 \t%f4, %f5, %f1;"]
+    );
+    assert_eq!(fused_by_compilers(&format!("{begin}\n{end}\nfma.rn.f32 %f4, %f5, %f1, %f2;")).len(), 1);
+    Ok(())
+}

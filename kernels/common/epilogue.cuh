@@ -119,13 +119,14 @@ template <u32 TILE> SAMTONE_DEVICE TileMask mask_of(const SuperBlock& block, con
             cols < TILE ? cols : TILE};
 }
 
-// [2] scale: products → cosines, in place. [3] mask.
-template <u32 TILE> SAMTONE_DEVICE Kept scale_and_mask(Totals<TILE>& x, shared_address edges, const TileMask& tile) {
+// [2] scale: products → cosines, in place, unless they are cosines already. [3] mask.
+template <u32 TILE, bool SCALED = false> SAMTONE_DEVICE Kept scale_and_mask(Totals<TILE>& x, shared_address edges, const TileMask& tile) {
     using E = Elements<TILE>;
     const E elements = E::of_this_thread();
     const shared_address cols = edges + TILE * EDGE_BYTES;
     const bool checked = tile.masked || tile.live_rows < TILE || tile.live_cols < TILE;
     Kept kept{tile.row_anchors ? ~0ull : 0, tile.col_anchors ? ~0ull : 0};
+    if (SCALED && !checked) return kept;
     UNROLL
     for (u32 i = 0; i < E::ROWS; ++i) {
         const u32 row = elements.row(i);
@@ -138,7 +139,7 @@ template <u32 TILE> SAMTONE_DEVICE Kept scale_and_mask(Totals<TILE>& x, shared_a
             const u32 column = elements.column(j);
             float& s = element<TILE>(x, i, j);
             const u32x4 c = ld_shared_u32x4(cols + column * EDGE_BYTES);
-            s = s * scale * float_of(c.w);
+            if (!SCALED) s = mul_rn(mul_rn(s, scale), float_of(c.w));
             if (checked) {
                 const u32x4 other = ld_shared_u32x4(cols + column * EDGE_BYTES + 16);
                 const bool live = (row < tile.live_rows) & (column < tile.live_cols);

@@ -245,6 +245,15 @@ SAMTONE_DEVICE double sqrt_rn(double x) {
     return r;
 }
 
+// mul.rn: a · b, rounded before anything else is done with it. A plain * may be fused with a sum that follows, which the compiler
+// decides anew for every kernel: where two kernels must give the same bits, their products are of this kind.
+SAMTONE_DEVICE float mul_rn(float a, float b) {
+    float r = 0;
+    SAMTONE_PURE_PTX("mul.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    SAMTONE_EMULATED_AS(r = a * b);
+    return r;
+}
+
 // fma.rn, f32 and f64: a · b + c, rounded once.
 SAMTONE_DEVICE float fma_rn(float a, float b, float c) {
     float r = 0;

@@ -62,6 +62,10 @@ SAMTONE_ACCESS_2(f32x2, f32x2, "f32", "f")
 SAMTONE_ACCESS_4(u32x4, u32x4, "u32", "r")
 SAMTONE_ACCESS_4(f32x4, f32x4, "f32", "f")
 
+// st.global.cs: of what is read much later, if at all; caches let it go first.
+SAMTONE_STORE(st_global_cs_f32x4, f32x4, "st.global.cs.v4.f32", void*, "l", store_global, "[%4], {%0, %1, %2, %3};" ::"f"(v.x), "f"(v.y),
+              "f"(v.z), "f"(v.w))
+
 #undef SAMTONE_ACCESS_1
 #undef SAMTONE_ACCESS_2
 #undef SAMTONE_ACCESS_4

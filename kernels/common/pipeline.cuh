@@ -5,15 +5,16 @@
 //          64 of those, a thread the elements that wgmma gives it: see hopper.cuh. Columns 0..127 and 128..255 are two halves
 // Threads  384: warp 0 copies (one lane), warps 1..3 may load what an epilogue needs, warps 4..11 multiply
 // Shared   STAGES slots of 48 KiB, each 64 of k: A of this block, 16 KiB, then B of the cluster, 32 KiB, of which each block copies
-//          one half to both; then two mbarriers for each slot, `full` and `empty`
-// Sync     P1 the slot is free in both blocks: all 16 warps that multiply have released it
+//          one half to both; then two mbarriers for each slot, `full` and `empty`. Of a ring of the block's own, slots of BYTES
+// Sync     P1 the slot is free in both blocks, or in the one that fills it: all warps that multiply have released it
 //          P2 the slot is full: this block's A and both blocks' halves of B have landed
-//          P3 this warp's products no longer read the slot: told to both blocks
+//          P3 this warp's products no longer read the slot: told to both blocks; or its lanes have loaded what they need of it
 //          P4 mbarriers of both blocks are ready before either uses them
 //          P5 no block ends while the other may still write to it or arrive at its mbarriers
 // Numerics Tensor cores cut every partial sum towards zero: see product.cuh. Cosines are therefore added up over 64 terms (16 of
 //          split f32) in tensor cores, and the sums of these rounded to nearest
 #pragma once
+#include "cosines.cuh"
 #include "epilogue.cuh"
 #include "hopper.cuh"
 
@@ -39,11 +40,12 @@ SAMTONE_DEVICE u32 consumer_warp() { return warp_id() - WARPGROUP / WARP; } // o
 SAMTONE_DEVICE u32 slot_row(u32 i) { return consumer_warp() * 16 + 8 * i + lane_id() / 4; }
 SAMTONE_DEVICE u32 slot_column(u32 j) { return j / 2 * 8 + lane_id() % 4 * 2 + j % 2; }
 
-// The ring of slots, as one thread goes around it.
-template <u32 STAGES> struct Ring {
-    static constexpr u32 BARRIERS = STAGES * STAGE_BYTES, END = BARRIERS + 16 * STAGES;
+// The ring of slots, as one thread goes around it. `BLOCKS`: whose warps release a slot.
+template <u32 STAGES, u32 BYTES = STAGE_BYTES, u32 BLOCKS = CLUSTER> struct Ring {
+    static constexpr u32 SLOTS = STAGES, SLOT_BYTES = BYTES, RELEASES = BLOCKS * CONSUMERS / WARP;
+    static constexpr u32 BARRIERS = STAGES * BYTES, END = BARRIERS + 16 * STAGES;
     u32 slot, parity; // of the phase that `full` completes next
-    SAMTONE_MEMBER shared_address stage() const { return shared_base() + slot * STAGE_BYTES; }
+    SAMTONE_MEMBER shared_address stage() const { return shared_base() + slot * BYTES; }
     SAMTONE_MEMBER shared_address full() const { return shared_base() + BARRIERS + 16 * slot; }
     SAMTONE_MEMBER shared_address empty() const { return full() + 8; }
     SAMTONE_MEMBER void next() {
@@ -53,11 +55,11 @@ template <u32 STAGES> struct Ring {
 };
 
 // All threads of the cluster, first of all. `more`: makes the kernel's own mbarriers.
-template <u32 STAGES, class Make> SAMTONE_DEVICE void start_pipeline(Make more) {
+template <class R, class Make> SAMTONE_DEVICE void start_pipeline(Make more) {
     if (threadIdx.x == 0) {
-        for (Ring<STAGES> ring{0, 0}; ring.slot < STAGES; ++ring.slot) {
+        for (R ring{0, 0}; ring.slot < R::SLOTS; ++ring.slot) {
             mbarrier_init(ring.full(), 1);
-            mbarrier_init(ring.empty(), CLUSTER * CONSUMERS / WARP);
+            mbarrier_init(ring.empty(), R::RELEASES);
         }
         more();
         fence_mbarrier_init();
@@ -73,19 +75,27 @@ SAMTONE_DEVICE void end_pipeline() {
 }
 
 // The copying thread: waits for a free slot and says how many bytes will fill it.
-template <u32 STAGES> SAMTONE_DEVICE shared_address begin_stage(const Ring<STAGES>& ring) {
+template <class R> SAMTONE_DEVICE shared_address begin_stage(const R& ring) {
     SYNC(P1, mbarrier_wait(ring.empty(), ring.parity ^ 1));
-    mbarrier_arrive_expect_tx(ring.full(), STAGE_BYTES);
+    mbarrier_arrive_expect_tx(ring.full(), R::SLOT_BYTES);
     return ring.stage();
 }
 
-template <u32 STAGES> SAMTONE_DEVICE void wait_full(const Ring<STAGES>& ring SAMTONE_SITE) {
+template <class R> SAMTONE_DEVICE void wait_full(const R& ring SAMTONE_SITE) {
     SYNC(P2, mbarrier_wait(ring.full(), ring.parity SAMTONE_EMULATED_AS(, site)));
 }
 
 // A warp that multiplies: done with the slot.
-template <u32 STAGES> SAMTONE_DEVICE void release(const Ring<STAGES>& ring SAMTONE_SITE) {
+template <class R> SAMTONE_DEVICE void release(const R& ring SAMTONE_SITE) {
+    static_assert(R::RELEASES == CLUSTER * CONSUMERS / WARP, "a slot that both blocks read");
     if (lane_id() < CLUSTER) SYNC(P3, mbarrier_arrive_cluster(ring.empty(), lane_id() SAMTONE_EMULATED_AS(, site)));
+}
+
+// The same of a slot of this block's own, which every lane has loaded from: an arrival in the other block would not order loads.
+template <class R> SAMTONE_DEVICE void release_loaded(const R& ring SAMTONE_SITE) {
+    static_assert(R::RELEASES == CONSUMERS / WARP, "a slot that this block alone reads");
+    SYNC(P3, bar_warp_sync(ALL_LANES SAMTONE_EMULATED_AS(, site)));
+    if (lane_id() == 0) mbarrier_arrive(ring.empty() SAMTONE_EMULATED_AS(, site));
 }
 
 // ---- squares of a wave, which clusters share out among themselves
@@ -118,8 +128,8 @@ SAMTONE_DEVICE TilePlace square_of(const Wave& wave, u32 k) {
 // ---- cosines
 
 // The copying thread: embeddings of a square, all segments of k. Of split f32 the planes are lo·hi, hi·lo, hi·hi.
-template <Arithmetic A, u32 STAGES>
-SAMTONE_DEVICE void copy_square(Ring<STAGES>& ring, const SuperBlock& block, const TilePlace& at, const Towers& towers) {
+template <Arithmetic A, class R>
+SAMTONE_DEVICE void copy_square(R& ring, const SuperBlock& block, const TilePlace& at, const Towers& towers) {
     const Tower &left = tower_of(towers, block.row.space), &right = tower_of(towers, block.col.space);
     const u32 half = cluster_rank() * (B_BYTES / 2);
     const unsigned char* a_rows = left.packed + static_cast<u64>(block.row.packed + at.row * HALF) * 128;
@@ -139,7 +149,7 @@ SAMTONE_DEVICE void copy_square(Ring<STAGES>& ring, const SuperBlock& block, con
 }
 
 // The multiplying warpgroups: sums of both halves along `steps` slots.
-template <Arithmetic A, u32 STAGES> SAMTONE_DEVICE void multiply_cosines(HalfSums (&total)[2], Ring<STAGES>& ring, u32 steps) {
+template <Arithmetic A, class R> SAMTONE_DEVICE void multiply_cosines(HalfSums (&total)[2], R& ring, u32 steps) {
     constexpr u32 PARTS = Numbers<A>::PARTS;
     for (u32 step = 0; step < steps; ++step) {
         wait_full(ring);
@@ -224,17 +234,17 @@ SAMTONE_DEVICE void release_edges(Edges& edges SAMTONE_SITE) {
     edges.parity ^= 1;
 }
 
-// [1] load: the warpgroup that copies, all squares of this cluster that are not `left_out`. `of_pass` as for load_edges, with the
-// super-block first.
-template <Arithmetic A, u32 STAGES, class OfPass, class LeftOut>
-SAMTONE_DEVICE void load_squares(Ring<STAGES>& ring, Edges& edges, const Wave& wave, const Towers& towers, const AnchorKeys* rows,
-                                 OfPass of_pass, LeftOut left_out) {
+// [1] load: the warpgroup that copies, all squares of this cluster that are not `left_out`. `copy(block, place)` is of the copying
+// thread; `of_pass` as for load_edges, with the super-block first.
+template <class Copy, class OfPass, class LeftOut>
+SAMTONE_DEVICE void load_squares(Edges& edges, const Wave& wave, const Towers& towers, const AnchorKeys* rows, Copy copy, OfPass of_pass,
+                                 LeftOut left_out) {
     const u32 squares = squares_of(wave);
     if (threadIdx.x == 0) {
         for (u32 k = cluster_id(); k < squares; k += clusters()) {
             const TilePlace at = square_of(wave, k);
             if (left_out(at)) continue;
-            copy_square<A>(ring, wave.blocks[at.block], at, towers);
+            copy(wave.blocks[at.block], at);
         }
     } else if (warp_id() > 0) {
         for (u32 k = cluster_id(); k < squares; k += clusters()) {
@@ -258,10 +268,20 @@ SAMTONE_DEVICE void scale_half(HalfSums& x, const Edges& edges, u32 half) {
         const f32x2 column = ld_shared_f32x2(edges.scale(HALF + half * HALF + slot_column(j)));
         UNROLL
         for (u32 i = 0; i < 2; ++i) {
-            element(x, i, j) *= scale[i] * column.x;
-            element(x, i, j + 1) *= scale[i] * column.y;
+            element(x, i, j) = mul_rn(element(x, i, j), scale[i] * column.x);
+            element(x, i, j + 1) = mul_rn(element(x, i, j + 1), scale[i] * column.y);
         }
     }
+}
+
+// Whether the tile of a half is the mirror image of another one, which is computed.
+SAMTONE_DEVICE bool is_mirrored(const SuperBlock& block, const TilePlace& at, u32 half) {
+    return block.triangle != 0 && at.col + half < at.row;
+}
+
+// Where this block's tile of a half has its cosines, of a super-block that keeps them.
+SAMTONE_DEVICE float* kept_tile(const Cosines& cosines, const SuperBlock& block, const TilePlace& at, u32 half) {
+    return kept_square(cosines, block, at.block, at.row / 2, at.col / 2, 2, PAIR * PAIR) + (at.row % 2 * 2 + half) * (HALF * HALF);
 }
 
 // Which of the thread's elements of a half are kept negatives of their row's and of their column's anchor: a word for each row slot.

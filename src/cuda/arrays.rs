@@ -161,10 +161,10 @@ impl Launches<'_> {
 
     /// Gives every square that may be skipped its place; none if the options ask for no skipping, or there is no such square.
     fn skipping(&mut self) -> Option<Skipping> {
-        let Layouts { problem, tile, backward_waves, .. } = self.layouts;
+        let Layouts { problem, tile, division, .. } = self.layouts;
         let share = problem.options.tile_skipping()?;
         let mut squares = 0;
-        for block in backward_waves.iter().flatten().filter(|s| s.knows_shares()) {
+        for block in division.backward.iter().flatten().filter(|s| s.knows_shares()) {
             self.first_squares.insert(block.number, squares);
             squares += block.squares(tile.tiling());
         }

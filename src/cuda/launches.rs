@@ -1,9 +1,10 @@
 //! From a plan's waves to launches: arguments in the order of the kernels' parameters.
 
 use super::arrays::{Common, Skipping, Sums, TowerArrays};
-use super::plan::{Layout, Layouts, MAX_SUPER_BLOCKS, Wave};
+use super::plan::{Layout, Layouts, MAX_SUPER_BLOCKS};
 use super::problem::{Arithmetic, Pass, Tile};
 use super::schedule::{Address, Argument, ArrayId, Launch, Slot};
+use super::waves::Wave;
 use crate::error::Result;
 use crate::order::Space;
 use crate::super_blocks::{SuperBlock, Tiling};
@@ -25,10 +26,15 @@ pub(super) struct Launches<'a> {
     pub forward: Vec<Launch>,
     pub repack: Vec<Launch>,
     pub backward: Vec<Launch>,
+    /// Launches of `backward` that read what is kept, by their index, and what computes the same without.
+    pub recomputing: Vec<(usize, Launch)>,
     pub bounded_bytes: usize,
     pub gradient_alignment: [u64; 2],
     /// Of super-blocks, by number, whose squares may be skipped: the first.
     pub first_squares: HashMap<usize, usize>,
+    /// Of super-blocks, by number, that keep their cosines: the first element.
+    pub first_cosines: HashMap<usize, u64>,
+    pub cosines: Option<ArrayId>,
 }
 
 pub(super) fn at(id: ArrayId) -> Address {
@@ -46,9 +52,12 @@ impl<'a> Launches<'a> {
             forward: Vec::new(),
             repack: Vec::new(),
             backward: Vec::new(),
+            recomputing: Vec::new(),
             bounded_bytes: 0,
             gradient_alignment: [1; 2],
             first_squares: HashMap::new(),
+            first_cosines: HashMap::new(),
+            cosines: None,
         };
         let common = this.common();
         let towers = [Space::Query, Space::Passage].map(|space| this.tower(space));
@@ -57,9 +66,9 @@ impl<'a> Launches<'a> {
         let most = |waves: &[Wave], f: fn(&SuperBlock, Tiling) -> usize| {
             waves.iter().map(|w| w.iter().map(|s| f(s, tile)).sum::<usize>()).max().unwrap_or(0).max(1)
         };
-        let partial_count = most(&layouts.forward_waves, |s, tile| s.partials(tile).iter().sum());
-        let elements = most(&layouts.backward_waves, SuperBlock::elements);
-        let dot_count = most(&layouts.backward_waves, SuperBlock::tiles);
+        let partial_count = most(&layouts.division.forward, |s, tile| s.partials(tile).iter().sum());
+        let elements = most(&layouts.division.backward, SuperBlock::elements);
+        let dot_count = most(&layouts.division.backward, SuperBlock::tiles);
         let arithmetic = layouts.problem.arithmetic();
         let (bytes, planes) = (arithmetic.bytes(), arithmetic.gradient_planes());
         let ((partials, counts), (gradients, dots)) = this.layout.overlay(
@@ -76,7 +85,7 @@ impl<'a> Launches<'a> {
                 )
             },
         );
-        this.bounded_bytes = (12 * partial_count).max(elements * bytes * planes + 8 * dot_count);
+        this.bounded_bytes = (12 * partial_count).max(elements * bytes * planes + 8 * dot_count) + this.keep_cosines();
 
         let plane = (elements * bytes) as u64;
         this.prepare(&towers, &common);
@@ -87,10 +96,10 @@ impl<'a> Launches<'a> {
         Ok(this)
     }
 
-    /// The argument, and the number of tiles.
-    fn wave(&self, wave: &Wave, towers: &[TowerArrays; 2]) -> (Argument, usize) {
+    /// The argument, and the number of tiles. Gradients of logits begin at `element`.
+    fn wave(&self, wave: &[SuperBlock], towers: &[TowerArrays; 2], mut element: usize) -> (Argument, usize) {
         let tile = self.layouts.tile.tiling();
-        let (mut first_tile, mut partial, mut element) = (0, 0, 0);
+        let (mut first_tile, mut partial) = (0, 0);
         let mut blocks = Argument::new();
         for s in wave {
             let mut block = Argument::new();
@@ -144,18 +153,18 @@ impl<'a> Launches<'a> {
             Tile::Small | Tile::Large => tiles,
             Tile::Cluster => 2 * squares.min(self.layouts.problem.clusters()),
         };
-        Launch::new(module, kernel, [blocks as u32, 1], tile.threads()).shared(tile.shared_bytes(pass))
+        Launch::new(module, kernel, [blocks as u32, 1], tile.threads()).shared(tile.shared_bytes(pass, arithmetic))
     }
 
     /// Squares of 256 x 256 in a wave.
-    fn squares(&self, wave: &Wave) -> usize {
+    fn squares(&self, wave: &[SuperBlock]) -> usize {
         wave.iter().map(|s| s.tiles(self.layouts.tile.step())).sum()
     }
 
     fn sum_pass(&mut self, towers: &[TowerArrays; 2], common: &Common, partials: ArrayId, counts: ArrayId) {
         let tower_argument = self.towers(towers);
-        for (k, wave) in self.layouts.forward_waves.iter().enumerate() {
-            let (argument, tiles) = self.wave(wave, towers);
+        for (k, wave) in self.layouts.division.forward.iter().enumerate() {
+            let (argument, tiles) = self.wave(wave, towers, 0);
             let arithmetic = self.layouts.problem.arithmetic().of_cosines();
             let launch = self.tiled(Pass::LogSumExp, arithmetic, tiles, self.squares(wave));
             self.partials.push(
@@ -165,7 +174,8 @@ impl<'a> Launches<'a> {
                     .pointer(at(common.anchors))
                     .argument(self.beta())
                     .pointer(at(partials))
-                    .pointer(at(counts)),
+                    .pointer(at(counts))
+                    .argument(self.cosines(wave)),
             );
             if let Some((skipping, grid)) = common.skipping.zip(self.squares_to_judge(wave)) {
                 self.partials.push(
@@ -183,7 +193,7 @@ impl<'a> Launches<'a> {
                 .pointer(common.anchor_index)
                 .u32(self.layouts.tile.edge())
                 .flag(k == 0);
-            if k + 1 == self.layouts.forward_waves.len() {
+            if k + 1 == self.layouts.division.forward.len() {
                 self.forward = self.partials.clone();
                 self.forward.push(self.combine_launch(towers, common, argument.clone(), merge.clone(), true));
             }
@@ -191,7 +201,7 @@ impl<'a> Launches<'a> {
         }
         // Of sums that are complete: adds no wave to what is there.
         let nothing = Argument::new().pointer(at(partials)).pointer(at(counts)).pointer(Address::Null).u32(1_u32);
-        let no_wave = self.wave(&Wave::new(), towers).0;
+        let no_wave = self.wave(&[], towers, 0).0;
         self.combine.push(self.combine_launch(towers, common, no_wave, nothing.flag(false), true));
     }
 
@@ -211,8 +221,8 @@ impl<'a> Launches<'a> {
         let Some(Skipping { masses, skipped, log2_share }) = common.skipping else { return };
         let together = self.layouts.tile.tiling().together;
         let mut chosen = Vec::new();
-        for (k, wave) in self.layouts.backward_waves.iter().enumerate() {
-            let (argument, _) = self.wave(wave, towers);
+        for (k, wave) in self.layouts.division.backward.iter().enumerate() {
+            let (argument, _) = self.wave(wave, towers, 0);
             if let Some(grid) = self.squares_to_judge(wave) {
                 let choice = Argument::new()
                     .pointer(at(common.log_coefficients))
@@ -244,17 +254,19 @@ impl<'a> Launches<'a> {
         plane: u64,
         dots: ArrayId,
     ) -> Argument {
-        let Layouts { problem, backward_waves, .. } = self.layouts;
+        let Layouts { problem, tile, division, .. } = self.layouts;
         let tower_argument = self.towers(towers);
         let skipped = common.skipping.map_or(Address::Null, |s| at(s.skipped));
         let mut last_dots = Argument::new();
-        for (k, wave) in backward_waves.iter().enumerate() {
-            let (argument, tiles) = self.wave(wave, towers);
-            let squares = self.squares(wave);
-            if tiles > 0 {
-                let launch = self.tiled(Pass::GradientTile, problem.arithmetic(), tiles, squares);
-                self.backward.push(
-                    launch
+        for (k, wave) in division.backward.iter().enumerate() {
+            // What is kept comes first. Either part has its own launch, and its places behind those of the other.
+            let kept = wave.iter().take_while(|s| self.first_cosines.contains_key(&s.number)).count();
+            let (mut element, mut dot_count) = (0, 0);
+            for part in [&wave[..kept], &wave[kept..]].into_iter().filter(|part| !part.is_empty()) {
+                let (argument, tiles) = self.wave(part, towers, element);
+                let squares = self.squares(part);
+                let launch = |pass| {
+                    self.tiled(pass, problem.arithmetic(), tiles, squares)
                         .argument(argument.clone())
                         .argument(tower_argument.clone())
                         .pointer(at(common.anchors))
@@ -265,13 +277,23 @@ impl<'a> Launches<'a> {
                         .u32(problem.pairs.rows())
                         .pointer(at(gradients))
                         .u64(plane)
-                        .pointer(at(dots))
-                        .pointer(skipped),
-                );
+                        .pointer(Address::In(dots, 8 * dot_count as i64))
+                        .pointer(skipped)
+                };
+                let recomputing = launch(Pass::GradientTile);
+                if self.first_cosines.contains_key(&part[0].number) {
+                    let reading = launch(Pass::KeptGradientTile).argument(self.cosines(part));
+                    self.recomputing.push((self.backward.len(), recomputing));
+                    self.backward.push(reading);
+                } else {
+                    self.backward.push(recomputing);
+                }
+                element += part.iter().map(|s| s.elements(tile.tiling())).sum::<usize>();
+                dot_count += if *tile == Tile::Cluster { 2 * squares } else { tiles };
             }
-            let dot_count = if self.layouts.tile == Tile::Cluster { 2 * squares } else { tiles };
+            let (argument, _) = self.wave(wave, towers, 0);
             let sum = Argument::new().pointer(at(dots)).pointer(at(common.results)).u32(dot_count).flag(k == 0);
-            if k + 1 < backward_waves.len() {
+            if k + 1 < division.backward.len() {
                 let launch = Launch::new("project", "sum_dots", [1, 1], REDUCE_THREADS).shared(REDUCE_BYTES);
                 self.backward.push(launch.argument(sum));
             } else {

@@ -7,22 +7,16 @@ use super::DEFAULT_WORKSPACE_BYTES;
 use super::launches::Launches;
 use super::problem::{Arithmetic, Tile};
 use super::schedule::{Array, ArrayId, Launch, Slot};
+use super::waves::{Division, bounded_bytes};
 use crate::error::{Error, Result};
 use crate::order::{Occurrences, Order};
 use crate::problem::Problem;
-use crate::regions;
-use crate::super_blocks::{SuperBlock, super_blocks};
 use std::fmt;
 
 /// Super-blocks of a launch: the size of the array in `Wave` of kernels/common/problem.cuh.
 pub(super) const MAX_SUPER_BLOCKS: usize = 8;
-/// Bytes of a partial sum and of a count.
-const PARTIAL_BYTES: [usize; 2] = [8, 4];
 /// Every array begins at a multiple of this, as allocations do; copies of 16 bytes need 16.
-const ARRAY_ALIGNMENT: u64 = 256;
-
-/// Super-blocks that a launch visits together.
-pub(super) type Wave = Vec<SuperBlock>;
+pub(super) const ARRAY_ALIGNMENT: u64 = 256;
 
 /// Places of arrays in slots.
 #[derive(Debug, Default)]
@@ -68,6 +62,7 @@ pub struct Plan {
     arithmetic: Arithmetic,
     bounded_bytes: usize,
     waves: [usize; 2],
+    kept_squares: [usize; 2],
     flops: f64,
     title: String,
 }
@@ -78,8 +73,7 @@ pub(super) struct Layouts<'a> {
     pub order: Order,
     pub occurrences: Occurrences,
     pub tile: Tile,
-    pub forward_waves: Vec<Wave>,
-    pub backward_waves: Vec<Wave>,
+    pub division: Division,
 }
 
 impl Plan {
@@ -98,18 +92,10 @@ impl Plan {
             return Err(Error::WorkspaceTooSmall { given: bound, needed, rows: m, passages: n, dim: d });
         }
         let order = Order::new(&problem.pairs);
-        let regions = regions::regions(problem.loss, &problem.rows, &order, m);
-        let longest = longest_edge(problem.arithmetic(), tile, bound);
-        let blocks = super_blocks(problem, &regions, &regions::cuts(&problem.rows, &order, m), tile.step(), longest);
-        let with_coefficients = |s: &&SuperBlock| s.has_coefficients(problem.loss);
-        let forward_waves = waves(blocks.iter().cloned(), tile, problem.arithmetic(), bound);
-        let backward_waves = waves(blocks.iter().filter(with_coefficients).cloned(), tile, problem.arithmetic(), bound);
-        let flops = forward_waves.iter().flatten().map(|s| s.forward_flops(d)).sum::<f64>()
-            + backward_waves.iter().flatten().map(|s| s.backward_flops(d)).sum::<f64>();
-
-        let layouts =
-            Layouts { problem, occurrences: Occurrences::new(&order), order, tile, forward_waves, backward_waves };
+        let division = Division::best(problem, &order, tile, bound);
+        let layouts = Layouts { problem, occurrences: Occurrences::new(&order), order, tile, division };
         let launches = Launches::new(&layouts)?;
+        let backward_alone = launches.backward_alone();
         let alignment = |slot: Slot| match slot {
             Slot::Query | Slot::Passage => problem.dtype.bytes() as u64,
             Slot::Upstream => 4,
@@ -125,13 +111,14 @@ impl Plan {
             forward: launches.forward,
             partials: launches.partials,
             combine: launches.combine,
-            backward_alone: [launches.repack, launches.backward.clone()].concat(),
+            backward_alone,
             backward: launches.backward,
             tile,
             arithmetic: problem.arithmetic(),
             bounded_bytes: launches.bounded_bytes,
-            waves: [layouts.forward_waves.len(), layouts.backward_waves.len()],
-            flops,
+            waves: [&layouts.division.forward, &layouts.division.backward].map(Vec::len),
+            kept_squares: layouts.division.squares(tile),
+            flops: layouts.division.flops(d),
             title: format!(
                 "cuda {}, {} queries x {} passages of dimension {}, {}",
                 problem.loss.name(),
@@ -168,12 +155,14 @@ impl Plan {
         &self.combine
     }
 
-    /// Gradients, after [`Plan::forward`] with the same state, and with a workspace that nothing has touched since.
+    /// Gradients, after [`Plan::forward`] with the same state, and with a workspace that nothing has touched since: packed embeddings
+    /// and kept cosines are still there.
     pub fn backward(&self) -> &[Launch] {
         &self.backward
     }
 
-    /// Gradients, after [`Plan::forward`] with the same state and any workspace: packs the embeddings again.
+    /// Gradients, after [`Plan::forward`] with the same state and any workspace: packs the embeddings again, and computes every cosine
+    /// again. The same bits as those of [`Plan::backward`].
     pub fn backward_alone(&self) -> &[Launch] {
         &self.backward_alone
     }
@@ -193,7 +182,7 @@ impl Plan {
         &self.side
     }
 
-    /// Bytes of the workspace that the options bound: all but packed embeddings and sums of gradients.
+    /// Bytes of the workspace that the options bound, kept cosines among them: all but packed embeddings and sums of gradients.
     pub fn bounded_bytes(&self) -> usize {
         self.bounded_bytes
     }
@@ -208,8 +197,14 @@ impl Plan {
         self.arithmetic
     }
 
-    /// Floating-point operations of the matrix products of forward and backward, products of planes counted once: 12 B²d for
-    /// SamToNe on the query side.
+    /// Squares of cosines, each the unit that a block of threads or a cluster computes: how many the first pass keeps for
+    /// [`Plan::backward`], and how many have gradients.
+    pub fn kept_squares(&self) -> [usize; 2] {
+        self.kept_squares
+    }
+
+    /// Floating-point operations of the matrix products of forward and backward, products of planes counted once: for SamToNe on the
+    /// query side 12 B²d, or 9 if all cosines are kept.
     pub fn flops(&self) -> f64 {
         self.flops
     }
@@ -220,12 +215,14 @@ impl fmt::Display for Plan {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         writeln!(
             f,
-            "{}: tiles of {t} x {t}{}, {}, {} + {} waves, workspace {:.1} MiB ({:.1} MiB bounded), {:.1} GFLOP",
+            "{}: tiles of {t} x {t}{}, {}, {} + {} waves, {} of {} squares kept, workspace {:.1} MiB ({:.1} MiB bounded), {:.1} GFLOP",
             self.title,
             if self.tile == Tile::Cluster { " by clusters" } else { "" },
             self.arithmetic.suffix(),
             self.waves[0],
             self.waves[1],
+            self.kept_squares[0],
+            self.kept_squares[1],
             mib(self.slot_bytes(Slot::Workspace)),
             mib(self.bounded_bytes as u64),
             self.flops / 1e9,
@@ -235,55 +232,11 @@ impl fmt::Display for Plan {
     }
 }
 
-/// Bytes of a wave that is one super-block of rows x cols indices, in the pass that takes more.
-pub(super) fn bounded_bytes(rows: usize, cols: usize, arithmetic: Arithmetic) -> usize {
-    let (bytes, planes) = (arithmetic.bytes(), arithmetic.gradient_planes());
-    // Partials of the smallest tile, 64: two edges, each a number for every 64 elements.
-    let partials = rows * cols / 64 * 2 * PARTIAL_BYTES.iter().sum::<usize>();
-    let dots = rows * cols / (64 * 64) * size_of::<f64>();
-    partials.max(rows * cols * bytes * planes + dots) + 3 * ARRAY_ALIGNMENT as usize
-}
-
-/// The longest edge, in indices, of a square super-block that the bound holds.
-fn longest_edge(arithmetic: Arithmetic, tile: Tile, bound: usize) -> usize {
-    let step = tile.step();
-    let fits = |edge: usize| bounded_bytes(edge, edge, arithmetic) <= bound;
-    let (mut low, mut high) = (1, (1 << 26) / step); // in tiles: a super-block of `low` fits, one of `high` is out of reach
-    while high - low > 1 {
-        let middle = (low + high) / 2;
-        if fits(middle * step) { low = middle } else { high = middle }
-    }
-    low * step
-}
-
-/// Super-blocks in order, as many in each wave as the bound and a launch allow; at least one wave, which may be empty.
-fn waves(blocks: impl Iterator<Item = SuperBlock>, tile: Tile, arithmetic: Arithmetic, bound: usize) -> Vec<Wave> {
-    let bytes = |s: &SuperBlock| {
-        let [rows, cols] = [0, 1].map(|edge| s.tiles_along(edge, tile.tiling()) * tile.edge());
-        bounded_bytes(rows, cols, arithmetic)
-    };
-    let mut waves = vec![Wave::new()];
-    let mut used = 0;
-    for block in blocks {
-        let more = bytes(&block);
-        let full = waves.last().is_none_or(|w| w.len() == MAX_SUPER_BLOCKS || (!w.is_empty() && used + more > bound));
-        if full {
-            waves.push(Wave::new());
-            used = 0;
-        }
-        used += more;
-        if let Some(wave) = waves.last_mut() {
-            wave.push(block);
-        }
-    }
-    waves
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::batch::Pairs;
-    use crate::cuda::Architecture;
+    use crate::cuda::{Architecture, Cosines};
     use crate::dtype::DType;
     use crate::loss::Loss;
     use crate::options::Options;
@@ -322,7 +275,7 @@ mod tests {
             {
                 let skipping = Options::new(0.01).unwrap().with_tile_skipping(1e-3).unwrap();
                 let plan = plan_with(&skipping, rows, dtype, change);
-                for launch in plan.forward().iter().chain(plan.backward()) {
+                for launch in plan.forward().iter().chain(plan.backward()).chain(plan.backward_alone()) {
                     assert_eq!(
                         launch.shared_bytes,
                         table.get(&launch.kernel).copied().unwrap_or(0),
@@ -415,7 +368,7 @@ mod tests {
 
     #[test]
     fn operations_are_twelve_for_each_pair_and_dimension() {
-        let (rows, plan) = (16_384_f64, plan(16_384, DType::BF16, |p| p));
+        let (rows, plan) = (16_384_f64, plan(16_384, DType::BF16, |p| p.with_cosines(Cosines::Recomputed)));
         approx::assert_relative_eq!(plan.flops(), 12.0 * rows * rows * 768.0, max_relative = 1e-3);
         assert!(plan.to_string().contains("gradient_product_f16_128"), "{plan}");
     }

@@ -1,6 +1,6 @@
 //! What is particular to CUDA in a problem: what multiplies, and in tiles of which size.
 
-use super::plan::bounded_bytes;
+use super::waves::bounded_bytes;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::options::Options;
@@ -42,6 +42,14 @@ impl Arithmetic {
         }
     }
 
+    /// The one that turns the same cosines into the same gradients.
+    pub(super) const fn of_gradients(self) -> Self {
+        match self {
+            Self::F16x3 => Self::F16x2,
+            Self::F16 | Self::F16x2 | Self::Exact => self,
+        }
+    }
+
     /// Bytes of an element.
     pub(super) const fn bytes(self) -> usize {
         match self {
@@ -65,6 +73,16 @@ impl Arithmetic {
             Self::F16x2 | Self::F16x3 => 2,
         }
     }
+}
+
+/// Where the gradient takes its cosines from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Cosines {
+    /// The first pass keeps them in f32, as many as the workspace holds: 9 B²d operations instead of 12, if it holds all. The others
+    /// are recomputed, with the same bits.
+    Kept,
+    /// They are multiplied again.
+    Recomputed,
 }
 
 /// Which kernels a plan may take.
@@ -128,23 +146,29 @@ impl Tile {
     }
 
     /// Dynamic shared memory of a block of a pass.
-    pub(super) const fn shared_bytes(self, pass: Pass) -> u32 {
+    pub(super) const fn shared_bytes(self, pass: Pass, arithmetic: Arithmetic) -> u32 {
         match (self, pass) {
+            // Edges, the tile's gradients in padded rows, and four bytes for each warp.
+            (Self::Small | Self::Large, Pass::KeptGradientTile) => {
+                let (edge, bytes) = (self.edge() as u32, arithmetic.bytes() as u32);
+                2 * 48 * edge + arithmetic.gradient_planes() as u32 * edge * (edge * bytes + 16) + self.threads() / 8
+            }
             // Three stages of both operands, 128 bytes of each row.
             (Self::Small | Self::Large, _) => 3 * 2 * 128 * self.edge() as u32,
-            // Stages of 48 KiB, and what the headers of the kernels list.
+            // Stages of 48 KiB, or as much, and what the headers of the kernels list.
             (Self::Cluster, Pass::LogSumExp) => 231_504,
-            (Self::Cluster, Pass::GradientTile) => 200_848,
+            (Self::Cluster, Pass::GradientTile | Pass::KeptGradientTile) => 200_848,
             (Self::Cluster, Pass::GradientProduct) => 196_672,
         }
     }
 }
 
-/// The passes that multiply.
+/// The passes that multiply, and the one that need not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Pass {
     LogSumExp,
     GradientTile,
+    KeptGradientTile,
     GradientProduct,
 }
 
@@ -154,9 +178,13 @@ impl Pass {
         let (name, sm80, sm90a) = match self {
             Self::LogSumExp => ("logsumexp", "logsumexp_sm80", "logsumexp_sm90a"),
             Self::GradientTile => ("gradient_tile", "gradient_tile_sm80", "gradient_tile_sm90a"),
+            Self::KeptGradientTile => ("gradient_tile_kept", "gradient_tile_sm80", "gradient_tile_sm90a"),
             Self::GradientProduct => ("gradient_product", "gradient_product_sm80", "gradient_product_sm90a"),
         };
-        let suffix = arithmetic.suffix();
+        let suffix = match self {
+            Self::KeptGradientTile => arithmetic.of_gradients().suffix(),
+            _ => arithmetic.suffix(),
+        };
         match tile {
             Tile::Small | Tile::Large => (format!("{name}_{suffix}_{}", tile.edge()), sm80),
             Tile::Cluster => (format!("{name}_{suffix}_sm90a"), sm90a),
@@ -177,6 +205,7 @@ pub(crate) struct Choice {
     arithmetic: Option<Arithmetic>,
     tile: Option<Tile>,
     architecture: Option<Architecture>,
+    cosines: Option<Cosines>,
 }
 
 /// How the CUDA backend computes it.
@@ -192,6 +221,19 @@ impl Problem<'_> {
     pub fn with_tile(mut self, tile: Tile) -> Self {
         self.cuda.tile = Some(tile);
         self
+    }
+
+    /// Keeps cosines for the gradient or computes them again, whatever the plan would do: it keeps them where that saves time, by its
+    /// own estimate. Loss and metrics alone want [`Cosines::Recomputed`]: whatever is kept for a gradient is written in vain then.
+    ///
+    /// The workspace of a plan that keeps holds smaller waves, and so adds the terms of a gradient up in another order.
+    pub fn with_cosines(mut self, cosines: Cosines) -> Self {
+        self.cuda.cosines = Some(cosines);
+        self
+    }
+
+    pub(super) fn cosines(&self) -> Option<Cosines> {
+        self.cuda.cosines
     }
 
     pub(super) fn arithmetic(&self) -> Arithmetic {

@@ -87,13 +87,13 @@ fn arithmetic(emulators: &Emulators) -> Result<(), String> {
     let (mut device, x) = (emulators.device(FILE)?, numbers());
     let n = x.len();
     let (input, output, doubles) =
-        (device.upload("x", &x)?, device.allocate("results", n * 28)?, device.allocate("doubles", n * 16)?);
+        (device.upload("x", &x)?, device.allocate("results", n * 32)?, device.allocate("doubles", n * 16)?);
     let launch = Launch::new("arithmetic", 256).grid(2, 1, 1).argument(input).argument(output).argument(doubles);
     device.launch(&launch.argument(n as u32))?;
-    let results = device.download::<f32>(output, 7 * n)?;
+    let results = device.download::<f32>(output, 8 * n)?;
     let doubles = device.download::<f64>(doubles, 2 * n)?;
     let same = |got: f32, want: f32| got == want || got.is_nan() && want.is_nan();
-    for (i, (got, doubles)) in results.chunks(7).zip(doubles.chunks(2)).enumerate() {
+    for (i, (got, doubles)) in results.chunks(8).zip(doubles.chunks(2)).enumerate() {
         let (x_i, next) = (x[i], x[(i + 1) % n]);
         let exact = flushed(f64::from(x_i));
         let smallest = f64::from(f32::MIN_POSITIVE);
@@ -118,11 +118,12 @@ fn arithmetic(emulators: &Emulators) -> Result<(), String> {
         };
         expect("max", same(got[5], largest), got[5], (x_i, next))?;
         expect("min", same(got[6], smallest), got[6], (x_i, next))?;
+        expect("mul", same(got[7], x_i * next), got[7], (x_i, next))?;
         let (root, fused) = (f64::from(x_i).sqrt(), f64::from(x_i).mul_add(f64::from(next), 1.0));
         expect("sqrt in f64", doubles[0] == root || root.is_nan() && doubles[0].is_nan(), doubles[0], root)?;
         expect("fma in f64", doubles[1] == fused || fused.is_nan() && doubles[1].is_nan(), doubles[1], fused)?;
     }
-    let of = |value: f32| x.iter().position(|&x| x == value).map(|i| results[7 * i]);
+    let of = |value: f32| x.iter().position(|&x| x == value).map(|i| results[8 * i]);
     expect("2 to the powers of two", (of(1.0), of(-2.0), of(0.0)) == (Some(2.0), Some(0.25), Some(1.0)), of(1.0), 2.0)
 }
 
@@ -190,7 +191,7 @@ fn matrix_product(emulators: &Emulators) -> Result<(), String> {
 
 fn loads_and_stores(emulators: &Emulators) -> Result<(), String> {
     let mut random = ChaCha8Rng::seed_from_u64(10);
-    let x: Vec<u8> = (0..11 * 32 * 32).map(|_| random.random()).collect();
+    let x: Vec<u8> = (0..12 * 32 * 32).map(|_| random.random()).collect();
     let mut device = emulators.device(FILE)?;
     let (input, output) = (device.upload("x", &x)?, device.allocate("y", x.len())?);
     device.launch(&Launch::new("loads_and_stores", 32).argument(input).argument(output).shared_bytes(1024))?;

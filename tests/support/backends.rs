@@ -43,7 +43,10 @@ const SMALL: u32 = 16 << 10;
 pub fn all() -> Vec<&'static dyn Backend> {
     let backends = backend::all().iter().copied().chain([&CudaEmulated::SM80 as &dyn Backend, &CudaEmulated::SM90A]);
     #[cfg(feature = "cuda")]
-    let backends = backends.chain([&samtone::cuda::Cuda::CLUSTERS as &dyn Backend]);
+    let backends = {
+        use samtone::cuda::Cuda;
+        backends.chain([&Cuda::KEPT as &dyn Backend, &Cuda::CLUSTERS, &Cuda::KEPT_CLUSTERS])
+    };
     #[cfg(feature = "wgpu")]
     let backends = backends.chain(WGPU.iter().map(|b| b as &dyn Backend));
     backends.collect()

@@ -18,17 +18,18 @@ KERNEL(conversions, 256, const float* x, u16* to_bf16, u16* to_f16, u32* pairs_b
     }
 }
 
-// Six results per element, f32; two per element, f64.
+// Eight results per element, f32; two per element, f64.
 KERNEL(arithmetic, 256, const float* x, float* results, double* doubles, u32 n) {
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
         const float value = ld_global_nc_f32(x + i), next = ld_global_nc_f32(x + (i + 1) % n);
-        st_global_f32(results + 7 * i, ex2_approx(value));
-        st_global_f32(results + 7 * i + 1, lg2_approx(value));
-        st_global_f32(results + 7 * i + 2, rcp_approx(value));
-        st_global_f32(results + 7 * i + 3, sqrt_rn(value));
-        st_global_f32(results + 7 * i + 4, fma_rn(value, next, -value));
-        st_global_f32(results + 7 * i + 5, max_f32(value, next));
-        st_global_f32(results + 7 * i + 6, min_f32(value, next));
+        st_global_f32(results + 8 * i, ex2_approx(value));
+        st_global_f32(results + 8 * i + 1, lg2_approx(value));
+        st_global_f32(results + 8 * i + 2, rcp_approx(value));
+        st_global_f32(results + 8 * i + 3, sqrt_rn(value));
+        st_global_f32(results + 8 * i + 4, fma_rn(value, next, -value));
+        st_global_f32(results + 8 * i + 5, max_f32(value, next));
+        st_global_f32(results + 8 * i + 6, min_f32(value, next));
+        st_global_f32(results + 8 * i + 7, mul_rn(value, next));
         st_global_f64(doubles + 2 * i, sqrt_rn(static_cast<double>(value)));
         st_global_f64(doubles + 2 * i + 1, fma_rn(static_cast<double>(value), static_cast<double>(next), 1.0));
     }
@@ -78,7 +79,8 @@ KERNEL(matrix_product, 32, const u32* a, const u32* b, float* d, u32 is_bf16) {
     st_global_f32x4(d + 4 * lane, f32x4{sums[0], sums[1], sums[2], sums[3]});
 }
 
-// Every load and store: x through shared memory to y, in pieces of each type; 32 bytes per lane and type, 11 types.
+// Every load and store: x through shared memory to y, in pieces of each type; 32 bytes per lane and type, 11 types, and
+// the last once more by st.global.cs.
 KERNEL(loads_and_stores, 32, const unsigned char* x, unsigned char* y) {
     const u32 lane = lane_id();
     const shared_address at = shared_base() + 32 * lane;
@@ -102,6 +104,10 @@ KERNEL(loads_and_stores, 32, const unsigned char* x, unsigned char* y) {
     THROUGH(u32x4, 16)
     THROUGH(f32x4, 16)
 #undef THROUGH
+    for (u32 i = 0; i < 32; i += 16) {
+        const u64 offset = (type * WARP + lane) * 32 + i;
+        st_global_cs_f32x4(y + offset, ld_global_f32x4(x + offset));
+    }
 }
 
 // Copies of 4, 8 and 16 bytes with every length of zero fill in steps of two: 2 + 4 + 8 pieces of 16 bytes per lane.

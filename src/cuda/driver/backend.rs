@@ -7,7 +7,7 @@ use super::probe;
 use super::readout::Readout;
 use crate::backend::Backend;
 use crate::batch::{Batch, DataMut, Embeddings, EmbeddingsMut, copy_rows, for_each_dtype};
-use crate::cuda::{Architecture, GradientOutput, Plan, Problem, Slot, Tile};
+use crate::cuda::{Architecture, Cosines, GradientOutput, Plan, Problem, Slot, Tile};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::loss::Loss;
@@ -19,13 +19,18 @@ use std::sync::{Mutex, PoisonError};
 #[derive(Debug)]
 pub struct Cuda {
     clusters: bool,
+    kept: bool,
 }
 
 impl Cuda {
     /// `cuda`: the kernels that a plan takes for the batch.
-    pub const PLANNED: Self = Self { clusters: false };
+    pub const PLANNED: Self = Self { clusters: false, kept: false };
+    /// `cuda-kept`: the same, with cosines kept for the gradient in any dimension.
+    pub const KEPT: Self = Self { clusters: false, kept: true };
     /// `cuda-clusters`: the kernels of compute capability 9.0 for batches of any size, and unavailable where they do not run.
-    pub const CLUSTERS: Self = Self { clusters: true };
+    pub const CLUSTERS: Self = Self { clusters: true, kept: false };
+    /// `cuda-clusters-kept`: both.
+    pub const KEPT_CLUSTERS: Self = Self { clusters: true, kept: true };
 }
 
 /// The device of all calls, so that kernels are loaded once; none until it is first asked for.
@@ -40,7 +45,12 @@ fn device() -> Result<Device> {
 
 impl Backend for Cuda {
     fn name(&self) -> &'static str {
-        if self.clusters { "cuda-clusters" } else { "cuda" }
+        match (self.clusters, self.kept) {
+            (false, false) => "cuda",
+            (false, true) => "cuda-kept",
+            (true, false) => "cuda-clusters",
+            (true, true) => "cuda-clusters-kept",
+        }
     }
 
     fn dtypes(&self) -> &'static [DType] {
@@ -52,7 +62,7 @@ impl Backend for Cuda {
         if self.clusters && device()?.architecture() == Architecture::Sm80 {
             let (what, allowed) =
                 ("kernels of 9.0 on this device".into(), "compute capability 9.0, and a driver for CUDA 12.8".into());
-            return Err(Error::Unsupported { backend: "cuda-clusters", what, allowed });
+            return Err(Error::Unsupported { backend: self.name(), what, allowed });
         }
         Ok(())
     }
@@ -76,6 +86,7 @@ impl Backend for Cuda {
         let device = &device()?;
         let problem = problem.on(device.architecture());
         let problem = if self.clusters { problem.with_tile(Tile::Cluster) } else { problem };
+        let problem = if self.kept { problem.with_cosines(Cosines::Kept) } else { problem };
         let plan = Plan::new(&problem)?;
         let readout = Readout::new(&problem, &plan)?;
 

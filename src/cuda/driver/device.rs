@@ -230,7 +230,8 @@ impl Device {
     /// [`Error::Cuda`] with the log of the driver's compiler, and [`Error::DriverTooOld`].
     pub fn load(&self, plan: &Plan) -> Result<()> {
         let _current = self.current()?;
-        plan.forward().iter().chain(plan.backward_alone()).try_for_each(|launch| self.function(launch).map(drop))
+        let launches = plan.forward().iter().chain(plan.backward()).chain(plan.backward_alone());
+        launches.into_iter().try_for_each(|launch| self.function(launch).map(drop))
     }
 
     /// The function of a launch, if it is loaded and allowed to have the launch's shared memory.

@@ -202,7 +202,7 @@ mod tests {
                 let problem = Problem::new(&loss, &pairs, &options, DType::F32, 24).unwrap();
                 let problem = problem.with_architecture(Architecture::Sm90a { multiprocessors: 132 });
                 let plan = Plan::new(&problem.with_arithmetic(arithmetic).with_tile(tile)).unwrap();
-                for launch in plan.forward().iter().chain(plan.backward_alone()) {
+                for launch in plan.forward().iter().chain(plan.backward()).chain(plan.backward_alone()) {
                     let wanted = module(launch.module).unwrap().parameters(&launch.kernel);
                     let given: Vec<_> = launch.arguments.iter().map(|a| a.bytes.len()).collect();
                     assert_eq!(wanted, Some(given), "{launch}");
@@ -227,7 +227,7 @@ mod tests {
                         let problem = problem.with_rows(rows.clone()).unwrap().with_tile(tile);
                         let problem = problem.with_architecture(Architecture::Sm90a { multiprocessors: 132 });
                         let plan = Plan::new(&problem).unwrap();
-                        for launch in plan.forward().iter().chain(plan.backward_alone()) {
+                        for launch in plan.forward().iter().chain(plan.backward()).chain(plan.backward_alone()) {
                             let ([x, y], threads, bytes) = (launch.grid, launch.threads, launch.shared_bytes);
                             assert!((1..1 << 31).contains(&x) && (1..1 << 16).contains(&y), "{launch} of {plan}");
                             let most = if launch.module.ends_with("_sm90a") { 227 << 10 } else { 99 << 10 };

@@ -1,0 +1,337 @@
+//! Super-blocks and waves of a plan, and whose cosines the first pass keeps for the gradient instead of having them computed again.
+//!
+//! Waves and kept cosines share one bound: the more is kept, the smaller the waves, and the more often sums of gradients are read and
+//! written. So a few sizes of waves are tried, and the one with the lowest cost taken. Which cosines are kept decides no bit of the
+//! results, only what multiplies; the size of the waves decides the order of sums.
+
+use super::launches::{Launches, at};
+use super::plan::{ARRAY_ALIGNMENT, MAX_SUPER_BLOCKS};
+use super::problem::{Arithmetic, Cosines, Tile};
+use super::schedule::{Address, Argument, Launch, Slot};
+use crate::order::Order;
+use crate::problem::Problem;
+use crate::regions;
+use crate::super_blocks::{SuperBlock, super_blocks};
+use std::ops::Range;
+
+/// Bytes of a partial sum and of a count.
+const PARTIAL_BYTES: [usize; 2] = [8, 4];
+
+/// Terms of a cosine that cost as much as keeping it, by planes of gradients: the smallest dimension at which plans keep. Of a block's
+/// half of a square an H200 reads 128 KiB of cosines and writes 64 KiB of gradients, 128 KiB in two planes, in 6.0 or 8.0 µs (4.3 TB/s
+/// over 132 multiprocessors); to multiply again takes it 9.1 ns for each term and 2.2 µs of epilogue (docs/hopper.md), which is even at
+/// 420 or 640 terms; on an H100 (3.35 TB/s) at 610 or 890. What the first pass writes, 128 KiB in 4.0 or 5.2 µs, is hidden behind its own
+/// products from 430 terms on. From the counts alone; not measured yet.
+const LEAST_TERMS: [usize; 2] = [640, 768];
+/// Terms that cost as much as a wave's reading and writing one sum of a gradient: 8 bytes at 4.3 TB/s, products at 790 TFLOP/s.
+const TERMS_OF_A_SUM: usize = 740;
+
+/// Super-blocks that a launch visits together.
+pub(super) type Wave = Vec<SuperBlock>;
+
+/// What is computed together, and what is kept.
+pub(super) struct Division {
+    pub forward: Vec<Wave>,
+    pub backward: Vec<Wave>,
+    /// So many super-blocks of the backward waves, in order, keep their cosines.
+    pub kept: usize,
+}
+
+/// Elements of a super-block's kept cosines (kernels/common/cosines.cuh): whole squares.
+pub(super) fn kept_elements(block: &SuperBlock, tile: Tile) -> usize {
+    block.tiles(tile.step()) * tile.step() * tile.step()
+}
+
+fn kept_bytes(block: &SuperBlock, tile: Tile) -> usize {
+    size_of::<f32>() * kept_elements(block, tile)
+}
+
+/// Terms of a cosine on the tensor cores; fused multiply-adds of f32 take about twelve times as long.
+fn terms(problem: &Problem<'_>) -> usize {
+    let times = match problem.arithmetic() {
+        Arithmetic::F16 | Arithmetic::F16x2 => 1,
+        Arithmetic::F16x3 => 3,
+        Arithmetic::Exact => 12,
+    };
+    problem.dim * times
+}
+
+fn least_terms(problem: &Problem<'_>) -> usize {
+    LEAST_TERMS[problem.arithmetic().gradient_planes() - 1]
+}
+
+impl Division {
+    /// The one of least cost, within the bound.
+    pub(super) fn best(problem: &Problem<'_>, order: &Order, tile: Tile, bound: usize) -> Self {
+        let chosen = problem.cosines();
+        let keeps =
+            chosen.unwrap_or(if terms(problem) >= least_terms(problem) { Cosines::Kept } else { Cosines::Recomputed });
+        let whole = Self::new(problem, order, tile, bound, bound, keeps);
+        if keeps == Cosines::Recomputed {
+            return whole;
+        }
+        let least = bounded_bytes(tile.step(), tile.step(), problem.arithmetic());
+        let smaller = [2, 4].map(|parts| bound / parts).into_iter().filter(|bytes| *bytes >= least);
+        let smaller = smaller.map(|bytes| Self::new(problem, order, tile, bound, bytes, keeps));
+        let rank = |division: &Self| match chosen {
+            Some(_) => division.cost(problem, tile)[0],
+            None => division.cost(problem, tile).iter().sum(),
+        };
+        smaller.fold(whole, |best, next| if rank(&next) < rank(&best) { next } else { best })
+    }
+
+    /// Waves of at most `wave_bytes`, and what fits beside them kept.
+    fn new(problem: &Problem<'_>, order: &Order, tile: Tile, bound: usize, wave_bytes: usize, keeps: Cosines) -> Self {
+        let (m, arithmetic) = (problem.pairs.rows(), problem.arithmetic());
+        let regions = regions::regions(problem.loss, &problem.rows, order, m);
+        let longest = longest_edge(arithmetic, tile, wave_bytes);
+        let blocks = super_blocks(problem, &regions, &regions::cuts(&problem.rows, order, m), tile.step(), longest);
+        let with_coefficients = |s: &&SuperBlock| s.has_coefficients(problem.loss);
+        let forward = waves(blocks.iter().cloned(), tile, arithmetic, wave_bytes);
+        let backward = waves(blocks.iter().filter(with_coefficients).cloned(), tile, arithmetic, wave_bytes);
+        let wave = |wave: &Wave| wave.iter().map(|s| bytes_of(s, tile, arithmetic)).sum::<usize>();
+        let largest = forward.iter().chain(&backward).map(wave).max().unwrap_or(0);
+        let mut room = match keeps {
+            Cosines::Kept => bound.saturating_sub(largest + ARRAY_ALIGNMENT as usize),
+            Cosines::Recomputed => 0,
+        };
+        let mut fits = |block: &&SuperBlock| {
+            let left = room.checked_sub(kept_bytes(block, tile));
+            left.inspect(|left| room = *left).is_some()
+        };
+        let kept = backward.iter().flatten().take_while(&mut fits).count();
+        Self { forward, backward, kept }
+    }
+
+    /// The super-blocks that keep their cosines, and the others with gradients.
+    fn backward_blocks(&self) -> [impl Iterator<Item = &SuperBlock>; 2] {
+        [0..self.kept, self.kept..usize::MAX]
+            .map(|range: Range<usize>| self.backward.iter().flatten().skip(range.start).take(range.end - range.start))
+    }
+
+    /// The super-blocks that keep their cosines.
+    pub(super) fn kept_blocks(&self) -> impl Iterator<Item = &SuperBlock> {
+        let [kept, _] = self.backward_blocks();
+        kept
+    }
+
+    /// Squares whose cosines are kept, and all that have gradients.
+    pub(super) fn squares(&self, tile: Tile) -> [usize; 2] {
+        let [kept, others] = self.backward_blocks().map(|blocks| blocks.map(|s| s.tiles(tile.step())).sum::<usize>());
+        [kept, kept + others]
+    }
+
+    /// Floating-point operations of forward and backward.
+    pub(super) fn flops(&self, dim: usize) -> f64 {
+        let spared: f64 = self.kept_blocks().map(|s| s.forward_flops(dim)).sum();
+        self.forward.iter().flatten().map(|s| s.forward_flops(dim)).sum::<f64>()
+            + self.backward.iter().flatten().map(|s| s.backward_flops(dim)).sum::<f64>()
+            - spared
+    }
+
+    /// What the division has an influence on, in terms of cosines: of the cosines in the backward pass, and of the waves' sums.
+    fn cost(&self, problem: &Problem<'_>, tile: Tile) -> [f64; 2] {
+        let [kept, others] = self.backward_blocks().map(|blocks| blocks.map(|s| kept_elements(s, tile)).sum::<usize>());
+        // Forced to keep, a plan keeps as much as it can, whatever that costs.
+        let of_kept = if problem.cosines().is_some() { 0 } else { least_terms(problem) };
+        let sums: usize = self.backward.iter().map(sums_of).sum();
+        let cosines = kept as f64 * of_kept as f64 + others as f64 * terms(problem) as f64;
+        [cosines, sums as f64 * (problem.dim * TERMS_OF_A_SUM) as f64]
+    }
+}
+
+/// Rows of sums that a wave adds to.
+fn sums_of(wave: &Wave) -> usize {
+    let mut ranges: Vec<(usize, usize, usize)> = Vec::new();
+    for block in wave {
+        for edge in 0..2 {
+            let range = (block.spaces[edge] as usize, block.ranges[edge].start, block.ranges[edge].end);
+            if block.gradients[edge] && !ranges.contains(&range) {
+                ranges.push(range);
+            }
+        }
+    }
+    ranges.iter().map(|(_, start, end)| end - start).sum()
+}
+
+/// Bytes of a wave that is one super-block of rows x cols indices, in the pass that takes more.
+pub(super) fn bounded_bytes(rows: usize, cols: usize, arithmetic: Arithmetic) -> usize {
+    let (bytes, planes) = (arithmetic.bytes(), arithmetic.gradient_planes());
+    // Partials of the smallest tile, 64: two edges, each a number for every 64 elements.
+    let partials = rows * cols / 64 * 2 * PARTIAL_BYTES.iter().sum::<usize>();
+    let dots = rows * cols / (64 * 64) * size_of::<f64>();
+    partials.max(rows * cols * bytes * planes + dots) + 3 * ARRAY_ALIGNMENT as usize
+}
+
+fn bytes_of(block: &SuperBlock, tile: Tile, arithmetic: Arithmetic) -> usize {
+    let [rows, cols] = [0, 1].map(|edge| block.tiles_along(edge, tile.tiling()) * tile.edge());
+    bounded_bytes(rows, cols, arithmetic)
+}
+
+/// The longest edge, in indices, of a square super-block that the bound holds.
+fn longest_edge(arithmetic: Arithmetic, tile: Tile, bound: usize) -> usize {
+    let step = tile.step();
+    let fits = |edge: usize| bounded_bytes(edge, edge, arithmetic) <= bound;
+    let (mut low, mut high) = (1, (1 << 26) / step); // in tiles: a super-block of `low` fits, one of `high` is out of reach
+    while high - low > 1 {
+        let middle = (low + high) / 2;
+        if fits(middle * step) { low = middle } else { high = middle }
+    }
+    low * step
+}
+
+/// Super-blocks in order, as many in each wave as the bound and a launch allow; at least one wave, which may be empty.
+fn waves(blocks: impl Iterator<Item = SuperBlock>, tile: Tile, arithmetic: Arithmetic, bound: usize) -> Vec<Wave> {
+    let mut waves = vec![Wave::new()];
+    let mut used = 0;
+    for block in blocks {
+        let more = bytes_of(&block, tile, arithmetic);
+        let full = waves.last().is_none_or(|w| w.len() == MAX_SUPER_BLOCKS || (!w.is_empty() && used + more > bound));
+        if full {
+            waves.push(Wave::new());
+            used = 0;
+        }
+        used += more;
+        if let Some(wave) = waves.last_mut() {
+            wave.push(block);
+        }
+    }
+    waves
+}
+
+impl Launches<'_> {
+    /// Gives the cosines that are kept their places; the bytes that they take.
+    pub(super) fn keep_cosines(&mut self) -> usize {
+        let mut elements = 0;
+        for block in self.layouts.division.kept_blocks() {
+            self.first_cosines.insert(block.number, elements as u64);
+            elements += kept_elements(block, self.layouts.tile);
+        }
+        let bytes = size_of::<f32>() * elements;
+        self.cosines = (bytes > 0).then(|| self.layout.add(Slot::Workspace, "cosines", bytes));
+        bytes
+    }
+
+    /// `Cosines` of kernels/common/cosines.cuh.
+    pub(super) fn cosines(&self, wave: &[SuperBlock]) -> Argument {
+        const NOT_KEPT: u64 = u64::MAX;
+        let first = |k: usize| wave.get(k).and_then(|s| self.first_cosines.get(&s.number)).copied().unwrap_or(NOT_KEPT);
+        let argument = Argument::new().pointer(self.cosines.map_or(Address::Null, at));
+        (0..MAX_SUPER_BLOCKS).fold(argument, |argument, k| argument.u64(first(k)))
+    }
+
+    /// [`Plan::backward_alone`](super::Plan::backward_alone).
+    pub(super) fn backward_alone(&self) -> Vec<Launch> {
+        let mut launches = self.backward.clone();
+        for (index, launch) in &self.recomputing {
+            launches[*index] = launch.clone();
+        }
+        [self.repack.clone(), launches].concat()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::Pairs;
+    use crate::cuda::{Architecture, DEFAULT_WORKSPACE_BYTES, Plan};
+    use crate::dtype::DType;
+    use crate::loss::Loss;
+    use crate::options::Options;
+
+    type Change = fn(Problem<'_>) -> Problem<'_>;
+
+    fn plan(rows: usize, dim: usize, workspace: usize, change: Change) -> Plan {
+        let (loss, pairs) = (Loss::samtone_query(), Pairs::new(rows, rows).unwrap());
+        let options = Options::new(0.01).unwrap().with_workspace_bytes(workspace);
+        Plan::new(&change(Problem::new(&loss, &pairs, &options, DType::BF16, dim).unwrap())).unwrap()
+    }
+
+    const KINDS: [Change; 5] = [
+        |p| p,
+        |p| p.with_tile(Tile::Small),
+        |p| p.with_architecture(Architecture::Sm90a { multiprocessors: 132 }),
+        |p| p.with_arithmetic(Arithmetic::F16x2),
+        |p| p.with_arithmetic(Arithmetic::F16x3),
+    ];
+
+    #[test]
+    fn kept_cosines_are_three_operations_of_twelve() {
+        for change in KINDS {
+            let kept = plan(16_384, 1024, 8 << 30, change);
+            let recomputed = plan(16_384, 1024, 8 << 30, |p| p.with_cosines(Cosines::Recomputed));
+            let [squares, all] = kept.kept_squares();
+            assert!(squares == all && all > 0, "{kept}");
+            approx::assert_relative_eq!(kept.flops(), 0.75 * recomputed.flops(), max_relative = 1e-12);
+            assert_eq!((recomputed.kept_squares()[0], recomputed.array("cosines")), (0, None));
+            let kernels = |launches: &[Launch]| {
+                let tiles = launches.iter().filter(|l| l.module.starts_with("gradient_tile"));
+                tiles.map(|l| l.kernel.contains("kept")).collect::<Vec<_>>()
+            };
+            assert!(kernels(kept.backward()).iter().all(|kept| *kept), "{kept}");
+            assert_eq!(kernels(kept.backward_alone()), vec![false; kernels(kept.backward()).len()]);
+        }
+    }
+
+    #[test]
+    fn as_much_is_kept_as_fits_and_pays() {
+        let default = |rows, dim| plan(rows, dim, DEFAULT_WORKSPACE_BYTES, |p| p);
+        let share = |plan: &Plan| plan.kept_squares()[0] as f64 / plan.kept_squares()[1] as f64;
+        for rows in [512, 2048, 4096] {
+            assert_eq!(share(&default(rows, 768)), 1.0, "{}", default(rows, 768));
+            assert_eq!(share(&default(rows, 256)), 0.0, "{}", default(rows, 256));
+        }
+        // 1.5 · 8192² cosines are 403 MB of 537: with waves of the rest, or two thirds with larger ones.
+        assert!(share(&default(8192, 768)) > 0.6, "{}", default(8192, 768));
+        // 6.4 GB: what half a gigabyte would hold is not worth smaller waves.
+        assert_eq!(share(&default(32_768, 1024)), 0.0, "{}", default(32_768, 1024));
+        assert_eq!(share(&plan(32_768, 1024, 8 << 30, |p| p)), 1.0);
+        let most = plan(32_768, 1024, 4 << 30, |p| p);
+        assert!((0.4..0.8).contains(&share(&most)), "{most}");
+    }
+
+    #[test]
+    fn waves_and_kept_cosines_stay_within_the_bound() {
+        for change in KINDS {
+            for rows in [1, 65, 2048, 3000, 5000] {
+                for workspace in [(1 << 20) - 1, 4 << 20, 20 << 20, 50_000_001, 100 << 20, 400 << 20] {
+                    for cosines in [Cosines::Kept, Cosines::Recomputed] {
+                        let (loss, pairs) = (Loss::samtone_both(), Pairs::new(rows, rows + 7).unwrap());
+                        let options = Options::new(0.01).unwrap().with_workspace_bytes(workspace);
+                        let problem = Problem::new(&loss, &pairs, &options, DType::BF16, 64).unwrap();
+                        let plan = Plan::new(&change(problem).with_cosines(cosines)).unwrap();
+                        let bounded: u64 = (plan.arrays().iter())
+                            .filter(|a| ["partials", "counts", "gradients", "dots", "cosines"].contains(&a.name))
+                            .map(|a| a.offset + a.bytes)
+                            .max()
+                            .unwrap();
+                        let start = plan.array("partials").unwrap().offset.min(plan.array("gradients").unwrap().offset);
+                        let used = bounded - start;
+                        assert!(plan.bounded_bytes() <= workspace && used <= workspace as u64, "{used} bytes: {plan}");
+                        let kept = plan.array("cosines").map_or(0, |a| a.bytes);
+                        let squares = plan.kept_squares()[0] * plan.tile().step() * plan.tile().step();
+                        assert_eq!(kept, 4 * squares as u64, "{plan}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// What the waves leave over is used.
+    #[test]
+    fn the_next_super_block_would_not_fit() {
+        let (loss, pairs) = (Loss::samtone_query(), Pairs::new(4096, 4096).unwrap());
+        for workspace in [30 << 20, 60 << 20, 90 << 20] {
+            let options = Options::new(0.01).unwrap();
+            let problem = Problem::new(&loss, &pairs, &options, DType::BF16, 768).unwrap().with_cosines(Cosines::Kept);
+            let (order, tile) = (Order::new(&pairs), Tile::Large);
+            let division = Division::best(&problem, &order, tile, workspace);
+            let [kept, mut others] = division.backward_blocks();
+            let used: usize = kept.map(|s| kept_bytes(s, tile)).sum();
+            let wave = |wave: &Wave| wave.iter().map(|s| bytes_of(s, tile, Arithmetic::F16)).sum::<usize>();
+            let largest = division.forward.iter().chain(&division.backward).map(wave).max().unwrap();
+            let more = kept_bytes(others.next().unwrap(), tile);
+            assert!(used > 0 && used + largest <= workspace && used + largest + more + 256 > workspace, "{used} kept");
+        }
+    }
+}
