@@ -113,7 +113,7 @@ pub(super) fn driver_for(ptx: (u32, u32)) -> (u32, u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::{Architecture, Arithmetic, Plan, Problem, Tile};
+    use crate::cuda::{Architecture, Arithmetic, Cosines, Plan, Problem, Tile};
     use crate::{Block, DType, Group, Loss, Options, Pairs};
     use std::path::Path;
 
@@ -201,7 +201,8 @@ mod tests {
             ] {
                 let problem = Problem::new(&loss, &pairs, &options, DType::F32, 24).unwrap();
                 let problem = problem.with_architecture(Architecture::Sm90a { multiprocessors: 132 });
-                let plan = Plan::new(&problem.with_arithmetic(arithmetic).with_tile(tile)).unwrap();
+                let problem = problem.with_arithmetic(arithmetic).with_tile(tile).with_cosines(Cosines::Kept);
+                let plan = Plan::new(&problem).unwrap();
                 for launch in plan.forward().iter().chain(plan.backward()).chain(plan.backward_alone()) {
                     let wanted = module(launch.module).unwrap().parameters(&launch.kernel);
                     let given: Vec<_> = launch.arguments.iter().map(|a| a.bytes.len()).collect();
@@ -226,6 +227,7 @@ mod tests {
                         let problem = Problem::new(&loss, &pairs, &options, DType::BF16, 1).unwrap();
                         let problem = problem.with_rows(rows.clone()).unwrap().with_tile(tile);
                         let problem = problem.with_architecture(Architecture::Sm90a { multiprocessors: 132 });
+                        let problem = problem.with_cosines(Cosines::Kept);
                         let plan = Plan::new(&problem).unwrap();
                         for launch in plan.forward().iter().chain(plan.backward()).chain(plan.backward_alone()) {
                             let ([x, y], threads, bytes) = (launch.grid, launch.threads, launch.shared_bytes);
