@@ -1,5 +1,6 @@
 // wgmma.cpp: operands of wgmma in shared memory, and the product.
 #include "wgmma.hpp"
+#include <algorithm>
 #include <cmath>
 #include <memory>
 
@@ -25,11 +26,13 @@ const Table& f16_table() {
     return *table;
 }
 
-// Pairs, since every processor has registers for them; of exponents, eights.
+// Vectors of 16 bytes, since every processor has registers for them.
 using Pair = double __attribute__((vector_size(16)));
 using PairBits = i64 __attribute__((vector_size(16)));
 using FloatPair = float __attribute__((vector_size(8)));
 using WholePair = i32 __attribute__((vector_size(8)));
+using Four = float __attribute__((vector_size(16)));
+using WholeFour = i32 __attribute__((vector_size(16)));
 using Eight = i16 __attribute__((vector_size(16)));
 
 template <class Vector, class T> Vector vector_at(const T* at) {
@@ -37,8 +40,6 @@ template <class Vector, class T> Vector vector_at(const T* at) {
     std::memcpy(&vector, at, sizeof vector);
     return vector;
 }
-Pair pair_at(const float* at) { return __builtin_convertvector(vector_at<FloatPair>(at), Pair); }
-WholePair whole(Pair x) { return __builtin_convertvector(x, WholePair); } // cut
 
 // Towards zero, as tensor cores drop the bits that do not fit.
 void cut(float* at, Pair x) {
@@ -87,14 +88,15 @@ void gather(Matrix& matrix, const Operand& operand, u32 indices, const unsigned 
     matrix.finite = finite;
 }
 
-// As `fused_sum` of arithmetic.cpp, for eight columns at a time.
+// As `fused_sum` of arithmetic.cpp, for eight columns at a time. In f32, where products of two f16 and powers of two are exact.
 void multiply(Sums& sums, const Matrix& a, const Matrix& b, u32 first) {
-    constexpr u32 COLUMNS = 128, PAIRS = 4, OWN = 64;
-    for (u32 column = 0; column < COLUMNS; column += 2 * PAIRS) {
-        Pair right[16][PAIRS];
+    constexpr u32 COLUMNS = 128, EIGHT = 8, OWN = 64;
+    constexpr i32 LEAST = -100; // below it there are zeros only
+    for (u32 column = 0; column < COLUMNS; column += EIGHT) {
+        Four right[16][2];
         Eight right_exponents[16];
         for (u32 k = 0; k < 16; ++k) {
-            for (u32 i = 0; i < PAIRS; ++i) right[k][i] = pair_at(&b.numbers[k][first + column + 2 * i]);
+            for (u32 i = 0; i < 2; ++i) right[k][i] = vector_at<Four>(&b.numbers[k][first + column + 4 * i]);
             right_exponents[k] = vector_at<Eight>(&b.exponents[k][first + column]);
         }
         for (u32 row = 0; row < 64; ++row) {
@@ -102,13 +104,13 @@ void multiply(Sums& sums, const Matrix& a, const Matrix& b, u32 first) {
             float* const at = &sums[(row / 16 * WARP + row % 8 * 4) * OWN + column / 2 + row % 16 / 8 * 2];
             Eight highest;
             bool finite = a.finite && b.finite;
-            for (u32 i = 0; i < 2 * PAIRS; ++i) {
+            for (u32 i = 0; i < EIGHT; ++i) {
                 const float sum = at[i / 2 * OWN + i % 2];
                 highest[i] = static_cast<i16>(exponent_of_factor(sum, -126));
                 finite = finite && std::isfinite(sum);
             }
             if (!finite) {
-                for (u32 i = 0; i < 2 * PAIRS; ++i) {
+                for (u32 i = 0; i < EIGHT; ++i) {
                     float& sum = at[i / 2 * OWN + i % 2];
                     for (u32 k = 0; k < 16; ++k) sum += a.numbers[k][row] * b.numbers[k][first + column + i];
                 }
@@ -118,20 +120,23 @@ void multiply(Sums& sums, const Matrix& a, const Matrix& b, u32 first) {
                 const Eight exponents = a.exponents[k][row] + right_exponents[k];
                 highest = exponents > highest ? exponents : highest;
             }
-            WholePair terms[PAIRS] = {};
-            Pair unit[PAIRS], inverse[PAIRS];
-            for (u32 i = 0; i < 2 * PAIRS; ++i) {
-                const i32 last = (highest[i] < -200 ? -200 : highest[i]) - WGMMA_FRACTION_BITS;
-                unit[i / 2][i % 2] = double_of(static_cast<u64>(1023 + last) << 52);
-                inverse[i / 2][i % 2] = double_of(static_cast<u64>(1023 - last) << 52);
+            Four inverse[2];
+            for (u32 i = 0; i < EIGHT; ++i) {
+                const i32 last = std::max<i32>(highest[i], LEAST) - WGMMA_FRACTION_BITS;
+                inverse[i / 4][i % 4] = float_of(static_cast<u32>(127 - last) << 23);
             }
+            WholeFour terms[2] = {};
             for (u32 k = 0; k < 16; ++k) {
-                const double left = a.numbers[k][row];
-                for (u32 i = 0; i < PAIRS; ++i) terms[i] += whole(left * right[k][i] * inverse[i]);
+                const float left = a.numbers[k][row];
+                for (u32 i = 0; i < 2; ++i) terms[i] += __builtin_convertvector(left * right[k][i] * inverse[i], WholeFour);
             }
-            for (u32 i = 0; i < PAIRS; ++i) {
-                const Pair sum = __builtin_convertvector(whole(pair_at(at + i * OWN) * inverse[i]), Pair);
-                cut(at + i * OWN, (sum + __builtin_convertvector(terms[i], Pair)) * unit[i]);
+            for (u32 i = 0; i < EIGHT / 2; ++i) {
+                const Four scale = inverse[i / 2];
+                const FloatPair pair{scale[i % 2 * 2], scale[i % 2 * 2 + 1]};
+                const WholePair sum = __builtin_convertvector(vector_at<FloatPair>(at + i * OWN) * pair, WholePair);
+                const WholePair of_products{terms[i / 2][i % 2 * 2], terms[i / 2][i % 2 * 2 + 1]};
+                cut(at + i * OWN, (__builtin_convertvector(sum, Pair) + __builtin_convertvector(of_products, Pair)) /
+                                      __builtin_convertvector(pair, Pair));
             }
         }
     }
