@@ -10,7 +10,8 @@
 // Threads  2·TILE; see product.cuh
 // Shared   product.cuh's stages, but of kept cosines; afterwards
 //            0           edges, 48 bytes each (epilogue.cuh); of the pass: exponent and factor of the coefficient, s⁺
-//            96·TILE     the tile, rows of TILE elements and 16 bytes of padding, one after the other plane
+//            96·TILE     the tile, rows of TILE elements and 16 bytes of padding, one after the other plane; chunk c of 16 bytes of
+//                        row r is at c ^ r / 8 % 8, so that both rows and columns of chunks lie in different banks
 //            then        4 bytes for each warp: its part of the dot
 // Sync     P1, P2, P3 product.cuh; E1 epilogue.cuh
 //          G1 the whole tile and all dots are written before they are read
@@ -43,9 +44,14 @@ template <u32 TILE> SAMTONE_DEVICE void load_kept(Totals<TILE>& x, const float* 
     }
 }
 
+// Where an element of the tile is staged, in its plane.
+template <u32 TILE, Arithmetic A> SAMTONE_DEVICE u32 staged_at(u32 row, u32 column) {
+    return row * Staging<TILE, A>::ROW + ((column * Numbers<A>::BYTES) ^ (row / 8 % 8 * 16));
+}
+
 // Two neighbouring elements of the tile.
 template <u32 TILE, Arithmetic A> SAMTONE_DEVICE void stage_pair(u32 row, u32 column, float low, float high) {
-    const shared_address at = shared_base() + Staging<TILE, A>::START + row * Staging<TILE, A>::ROW + column * Numbers<A>::BYTES;
+    const shared_address at = shared_base() + Staging<TILE, A>::START + staged_at<TILE, A>(row, column);
     if constexpr (Numbers<A>::TENSOR) {
         const u32 pair = cvt_rn_f16x2_f32(low, high);
         st_shared_u32(at, pair);
@@ -70,12 +76,12 @@ SAMTONE_DEVICE void copy_out(unsigned char* matrix, u64 plane, u32 columns, u32 
             const u32 row = k / CHUNKS, column = k % CHUNKS * PER_CHUNK;
             u32x4 chunk;
             if constexpr (!MIRRORED) {
-                chunk = ld_shared_u32x4(tile + row * S::ROW + column * BYTES);
+                chunk = ld_shared_u32x4(tile + staged_at<TILE, A>(row, column));
             } else {
                 auto word = [&](u32 i) { // elements of column `row` of the tile
-                    if constexpr (BYTES == 4) return ld_shared_u32(tile + (column + i) * S::ROW + row * 4);
-                    const u32 low = ld_shared_u16(tile + (column + 2 * i) * S::ROW + row * 2);
-                    return low | static_cast<u32>(ld_shared_u16(tile + (column + 2 * i + 1) * S::ROW + row * 2)) << 16;
+                    if constexpr (BYTES == 4) return ld_shared_u32(tile + staged_at<TILE, A>(column + i, row));
+                    const u32 low = ld_shared_u16(tile + staged_at<TILE, A>(column + 2 * i, row));
+                    return low | static_cast<u32>(ld_shared_u16(tile + staged_at<TILE, A>(column + 2 * i + 1, row))) << 16;
                 };
                 chunk = {word(0), word(1), word(2), word(3)};
             }

@@ -24,12 +24,14 @@ SAMTONE_DEVICE u32x2 place_in(u32 rows, u32 cols, bool triangle, u32 k) {
         const u32 band = k / (8 * cols), in_band = k % (8 * cols), height = rows - 8 * band < 8 ? rows - 8 * band : 8;
         return {8 * band + in_band % height, in_band / height};
     }
-    // Row r begins at r·cols − r (r − 1) / 2: solve for r in f64, which is exact enough to be off by one at most.
-    const double side = 2.0 * cols + 1;
-    u32 r = static_cast<u32>((side - sqrt_rn(side * side - 8.0 * k)) / 2);
+    // Row r begins at r·cols − r (r − 1) / 2: solve for r. In f32, because f64 is slow on most GPUs: up to 2047 columns all is exact
+    // but the root, so that r is off by one at most; beyond, by a few.
+    const u64 side = 2ull * cols + 1;
+    const float root = sqrt_rn(static_cast<float>(side * side - 8ull * k)), twice = static_cast<float>(side) - root;
+    u32 r = twice > 0 ? static_cast<u32>(twice / 2) : 0;
     auto start = [cols](u32 row) { return row * cols - row * (row - 1) / 2; };
-    if (r > 0 && start(r) > k) --r;
-    if (start(r + 1) <= k) ++r;
+    while (r > 0 && start(r) > k) --r;
+    while (start(r + 1) <= k) ++r;
     return {r, r + k - start(r)};
 }
 
@@ -127,6 +129,9 @@ template <u32 TILE, bool SCALED = false> SAMTONE_DEVICE Kept scale_and_mask(Tota
     const bool checked = tile.masked || tile.live_rows < TILE || tile.live_cols < TILE;
     Kept kept{tile.row_anchors ? ~0ull : 0, tile.col_anchors ? ~0ull : 0};
     if (SCALED && !checked) return kept;
+    float col_scale[E::COLS]; // once for all rows
+    UNROLL
+    for (u32 j = 0; !SCALED && j < E::COLS; ++j) col_scale[j] = ld_shared_f32(cols + elements.column(j) * EDGE_BYTES + 12);
     UNROLL
     for (u32 i = 0; i < E::ROWS; ++i) {
         const u32 row = elements.row(i);
@@ -138,9 +143,9 @@ template <u32 TILE, bool SCALED = false> SAMTONE_DEVICE Kept scale_and_mask(Tota
         for (u32 j = 0; j < E::COLS; ++j) {
             const u32 column = elements.column(j);
             float& s = element<TILE>(x, i, j);
-            const u32x4 c = ld_shared_u32x4(cols + column * EDGE_BYTES);
-            if (!SCALED) s = mul_rn(mul_rn(s, scale), float_of(c.w));
+            if (!SCALED) s = mul_rn(mul_rn(s, scale), col_scale[j]);
             if (checked) {
+                const u32x4 c = ld_shared_u32x4(cols + column * EDGE_BYTES);
                 const u32x4 other = ld_shared_u32x4(cols + column * EDGE_BYTES + 16);
                 const bool live = (row < tile.live_rows) & (column < tile.live_cols);
                 if (!(live & is_negative(c, anchor, s))) kept.row &= ~(1ull << (8 * i + j));

@@ -10,8 +10,9 @@
 // Sync     P1 this thread's copies of the stage have landed
 //          P2 so have all threads', and all have read the slot that is filled next
 //          P3 all have read the last stage: the caller may write to shared memory
-// Numerics Tensor cores cut every partial sum towards zero, which over hundreds of terms of one sign is a bias of 2^-19. So
-//          they add up a stage at the most, and the sums of stages are added with rounding to nearest.
+// Numerics Tensor cores cut every term and every partial sum towards zero, which over 1024 terms of one sign is a bias of 2^-17. So
+//          they add up a stage at the most, a bias of 2^-21, and half of one where cosines are made, which 1/τ makes logits; the sums of
+//          stages are added with rounding to nearest.
 //          f16x3: lo·hi + hi·lo + hi·hi, each operand being the sum of two f16 (22 bits); lo·lo is below f32's last bit.
 //          f16x2: as f16 for cosines; gradients of logits are the sum of two f16, lo·x + hi·x
 #pragma once
@@ -189,7 +190,8 @@ SAMTONE_DEVICE void multiply(Totals<TILE>& total, Source a, Source b, u32 steps)
         SYNC(P2, bar_sync());
         copy_next();
         const shared_address slot = shared_base() + step % S::STAGES * S::STAGE;
-        constexpr u32 PARTS = Numbers<A>::PARTS;
+        // Cosines, whose operands lie by rows, end after half a stage.
+        constexpr u32 PARTS = Numbers<A>::TENSOR && B_LAYOUT == Layout::rows && Numbers<A>::PARTS == 1 ? 2 : Numbers<A>::PARTS;
         auto add_part = [&](u32 part) {
             float sums[FRAGMENTS][4][4] = {};
             if constexpr (Numbers<A>::TENSOR) multiply_f16<TILE, PARTS, A_LAYOUT, B_LAYOUT>(sums, slot, part * (64 / PARTS));

@@ -1,5 +1,6 @@
 // arithmetic.cpp: conversions exactly as PTX rounds them, and approximate instructions with the error they may have.
 #include "../common/platform.cuh"
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -101,6 +102,36 @@ float f32_of_f16(u16 bits) {
     }
     if (exponent == 31) return float_of(sign | 0x7f800000 | fraction << 13);
     return float_of(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+i32 exponent_of_factor(float x, i32 least) {
+    constexpr i32 OF_ZERO = -1000;
+    const u32 magnitude = bits_of(x) & 0x7fffffff;
+    return magnitude == 0 ? OF_ZERO : std::max(static_cast<i32>(magnitude >> 23) - 127, least);
+}
+
+// Every term is cut at the same place, below the largest one; what is left of them adds up exactly, and the sum is cut to f32.
+// The product of two factors counts as a term of the power of two that theirs add up to, though it may reach the next.
+float fused_sum(float sum, const double* products, const i32* exponents, u32 count, i32 fraction_bits) {
+    i32 highest = exponent_of_factor(sum, -126);
+    bool finite = std::isfinite(sum);
+    for (u32 k = 0; k < count; ++k) {
+        highest = std::max(highest, exponents[k]);
+        finite = finite && std::isfinite(products[k]);
+    }
+    if (!finite) {
+        for (u32 k = 0; k < count; ++k) sum += static_cast<float>(products[k]);
+        return sum;
+    }
+    const i32 last = std::max(highest, -400) - fraction_bits;
+    const double unit = double_of(static_cast<u64>(1023 + last) << 52), inverse = double_of(static_cast<u64>(1023 - last) << 52);
+    auto units = [inverse](double x) { return static_cast<double>(static_cast<i32>(x * inverse)); };
+    double all = units(sum);
+    for (u32 k = 0; k < count; ++k) all += units(products[k]);
+    const double exact = all * unit;
+    const float nearest = static_cast<float>(exact);
+    const bool beyond = std::isfinite(nearest) && std::fabs(static_cast<double>(nearest)) > std::fabs(exact);
+    return beyond ? float_of(bits_of(nearest) - 1) : nearest;
 }
 
 } // namespace emulator

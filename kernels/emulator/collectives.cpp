@@ -1,7 +1,6 @@
 // collectives.cpp: what the lanes of a warp do together: exchanges, ldmatrix, stmatrix, mma.sync.
 #include "block.hpp"
 #include <algorithm>
-#include <cmath>
 
 namespace emulator {
 
@@ -116,36 +115,40 @@ float element(u32 pair, u32 upper, Half type) {
     return type == Half::bf16 ? float_of(static_cast<u32>(bits) << 16) : f32_of_f16(bits);
 }
 
-// Nearest float towards zero, as tensor cores drop the bits that do not fit.
-float towards_zero(double x) {
-    float f = static_cast<float>(x);
-    return std::isfinite(f) && std::fabs(static_cast<double>(f)) > std::fabs(x) ? std::nextafter(f, 0.0f) : f;
-}
-
-// Products are exact. The sum goes in two halves of eight along k: accumulator and eight products are added in f64, and the
-// result is cut to f32. Hardware aligns the same nine terms to the largest and cuts too; its last bits differ by chip.
+// Accumulator and eight products along k, then the next eight: as on compute capability 8.0 to 8.9. 9.0 adds all sixteen at once.
 void multiply(Thread* const* warp) {
-    double a[16][16], b[16][8];
+    double a[16][16], b[8][16]; // of columns
+    i32 a_exponents[16][16], b_exponents[8][16];
+    auto put = [](double& number, i32& exponent, u32 pair, u32 upper, Half type) {
+        const float x = element(pair, upper, type);
+        number = x;
+        exponent = exponent_of_factor(x, type == Half::bf16 ? -126 : -14);
+    };
     for (u32 lane = 0; lane < WARP; ++lane) {
         const Product& p = operand<Product>(warp, lane);
         u32 g = lane / 4, t = lane % 4;
         for (u32 r = 0; r < 4; ++r)
-            for (u32 i = 0; i < 2; ++i) a[g + 8 * (r % 2)][2 * t + 8 * (r / 2) + i] = element(p.a[r], i, p.type);
+            for (u32 i = 0; i < 2; ++i) {
+                const u32 row = g + 8 * (r % 2), k = 2 * t + 8 * (r / 2) + i;
+                put(a[row][k], a_exponents[row][k], p.a[r], i, p.type);
+            }
         for (u32 r = 0; r < 2; ++r)
-            for (u32 i = 0; i < 2; ++i) b[2 * t + 8 * r + i][g] = element(p.b[r], i, p.type);
+            for (u32 i = 0; i < 2; ++i) put(b[g][2 * t + 8 * r + i], b_exponents[g][2 * t + 8 * r + i], p.b[r], i, p.type);
     }
     for (u32 lane = 0; lane < WARP; ++lane) {
         const Product& p = operand<Product>(warp, lane);
         u32 g = lane / 4, t = lane % 4;
         for (u32 r = 0; r < 4; ++r) {
             u32 row = g + 8 * (r / 2), column = 2 * t + r % 2;
-            float sum = p.d[r];
             for (u32 half = 0; half < 16; half += 8) {
-                double exact = sum;
-                for (u32 k = half; k < half + 8; ++k) exact += a[row][k] * b[k][column];
-                sum = towards_zero(exact);
+                double products[8];
+                i32 exponents[8];
+                for (u32 k = 0; k < 8; ++k) {
+                    products[k] = a[row][half + k] * b[column][half + k];
+                    exponents[k] = a_exponents[row][half + k] + b_exponents[column][half + k];
+                }
+                p.d[r] = fused_sum(p.d[r], products, exponents, 8, MMA_FRACTION_BITS);
             }
-            p.d[r] = sum;
         }
     }
 }

@@ -114,6 +114,14 @@ u16 bf16_of(float x);
 u16 f16_of(float x);
 float f32_of_f16(u16 bits);
 
+// ---- sums as tensor cores make them (arithmetic.cpp)
+// Bits after the point of the largest term that are kept of every term: of wgmma, and of mma.sync, the fewest of any device.
+constexpr i32 WGMMA_FRACTION_BITS = 25, MMA_FRACTION_BITS = 24;
+// The power of two of a number that they multiply or add; `least` that of subnormal ones; below all others for 0.
+i32 exponent_of_factor(float x, i32 least);
+// sum + Σ products[k]; exponents[k] those of the factors of a product, added. For a few products.
+float fused_sum(float sum, const double* products, const i32* exponents, u32 count, i32 fraction_bits);
+
 // ---- entry points: KERNEL makes a static Registration
 struct Kernel {
     u32 max_threads;

@@ -175,6 +175,28 @@ void learn(Warpgroup& group, Product& product, const Thread& self) {
 }
 } // namespace
 
+namespace {
+// Registers of a thread at launch: what a kernel gets that is compiled for one block of so many threads on a multiprocessor.
+u32 launch_registers() {
+    constexpr u32 OF_MULTIPROCESSOR = 1 << 16, MOST = 256;
+    return std::min(MOST, OF_MULTIPROCESSOR / now.launch.threads / 8 * 8);
+}
+
+// Once all warpgroups have changed theirs: an increase waits until there are as many, here for ever.
+void check_registers(const Thread& self, Site site) {
+    const auto& groups = self.block->warpgroups;
+    u32 all = 0;
+    for (const auto& group : groups) {
+        if (group == nullptr || group->changes.empty()) return;
+        all += THREADS * group->changes.back().registers;
+    }
+    const u32 there = THREADS * static_cast<u32>(groups.size()) * launch_registers();
+    if (all > there)
+        fail(self, std::string(SETMAXNREG) + " (" + place(site) + "): the block's warpgroups would have " + std::to_string(all) +
+                       " registers, of " + std::to_string(there));
+}
+} // namespace
+
 void setmaxnreg(bool increase, u32 registers, Site site) {
     maybe_preempt();
     Thread& self = *now.running;
@@ -185,7 +207,12 @@ void setmaxnreg(bool increase, u32 registers, Site site) {
     const u32 number = self.register_changes++;
     if (number == group.changes.size()) {
         check_live(self, SETMAXNREG, site);
+        const u32 held = number == 0 ? launch_registers() : group.changes.back().registers;
+        if (increase ? registers < held : registers > held)
+            fail(self, std::string(SETMAXNREG) + (increase ? ".inc (" : ".dec (") + place(site) + ") to " +
+                           std::to_string(registers) + " registers, of " + std::to_string(held));
         group.changes.push_back({increase, registers, site, &self});
+        check_registers(self, site);
     }
     const Change& change = group.changes[number];
     if (change.increase != increase || change.registers != registers || !same_site(change.site, site))

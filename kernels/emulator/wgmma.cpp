@@ -1,5 +1,7 @@
 // wgmma.cpp: operands of wgmma in shared memory, and the product.
 #include "wgmma.hpp"
+#include <algorithm>
+#include <cmath>
 #include <memory>
 
 namespace emulator {
@@ -7,25 +9,36 @@ namespace emulator {
 namespace {
 constexpr u32 ATOM = 1024, ROW = 128;
 
-// Values of all 65536 bit patterns.
-const float* f16_table() {
+// Values of all 65536 bit patterns, and their powers of two.
+struct Table {
+    float values[1 << 16];
+    i16 exponents[1 << 16];
+};
+const Table& f16_table() {
     static const auto table = [] {
-        auto values = std::make_unique<float[]>(1 << 16);
-        for (u32 bits = 0; bits < 1 << 16; ++bits) values[bits] = f32_of_f16(static_cast<u16>(bits));
-        return values;
+        auto made = std::make_unique<Table>();
+        for (u32 bits = 0; bits < 1 << 16; ++bits) {
+            made->values[bits] = f32_of_f16(static_cast<u16>(bits));
+            made->exponents[bits] = static_cast<i16>(exponent_of_factor(made->values[bits], -14));
+        }
+        return made;
     }();
-    return table.get();
+    return *table;
 }
 
-// Pairs, since every processor has registers for them.
+// Vectors of 16 bytes, since every processor has registers for them.
 using Pair = double __attribute__((vector_size(16)));
 using PairBits = i64 __attribute__((vector_size(16)));
 using FloatPair = float __attribute__((vector_size(8)));
+using WholePair = i32 __attribute__((vector_size(8)));
+using Four = float __attribute__((vector_size(16)));
+using WholeFour = i32 __attribute__((vector_size(16)));
+using Eight = i16 __attribute__((vector_size(16)));
 
-Pair pair_at(const float* at) {
-    FloatPair pair;
-    std::memcpy(&pair, at, sizeof pair);
-    return __builtin_convertvector(pair, Pair);
+template <class Vector, class T> Vector vector_at(const T* at) {
+    Vector vector;
+    std::memcpy(&vector, at, sizeof vector);
+    return vector;
 }
 
 // Towards zero, as tensor cores drop the bits that do not fit.
@@ -57,40 +70,74 @@ std::string Operand::wrong(u32 indices) const {
 }
 
 void gather(Matrix& matrix, const Operand& operand, u32 indices, const unsigned char* shared) {
-    const float* const values = f16_table();
+    const Table& table = f16_table();
     const u32 step = operand.transposed ? 8 : 1, deep = operand.transposed ? 1 : 8;
+    bool finite = true;
     for (u32 index = 0; index < indices; index += step) {
         for (u32 k = 0; k < 16; k += deep) {
             u16 eight[8];
             std::memcpy(eight, shared + (operand.chunk(index, k) - SHARED_BASE), sizeof eight);
-            for (u32 i = 0; i < 8; ++i)
-                matrix.numbers[operand.transposed ? k : k + i][operand.transposed ? index + i : index] = values[eight[i]];
+            for (u32 i = 0; i < 8; ++i) {
+                const u32 row = operand.transposed ? k : k + i, column = operand.transposed ? index + i : index;
+                matrix.numbers[row][column] = table.values[eight[i]];
+                matrix.exponents[row][column] = table.exponents[eight[i]];
+                finite = finite && (eight[i] & 0x7c00) != 0x7c00;
+            }
         }
     }
+    matrix.finite = finite;
 }
 
-// Products are exact; sixteen and the accumulator are added up in f64, and cut to f32.
+// As `fused_sum` of arithmetic.cpp, for eight columns at a time. In f32, where products of two f16 and powers of two are exact.
 void multiply(Sums& sums, const Matrix& a, const Matrix& b, u32 first) {
-    constexpr u32 COLUMNS = 128, PAIRS = 4, OWN = 64;
-    for (u32 column = 0; column < COLUMNS; column += 2 * PAIRS) {
-        Pair right[16][PAIRS];
-        for (u32 k = 0; k < 16; ++k)
-            for (u32 i = 0; i < PAIRS; ++i) right[k][i] = pair_at(&b.numbers[k][first + column + 2 * i]);
+    constexpr u32 COLUMNS = 128, EIGHT = 8, OWN = 64;
+    constexpr i32 LEAST = -100; // below it there are zeros only
+    for (u32 column = 0; column < COLUMNS; column += EIGHT) {
+        Four right[16][2];
+        Eight right_exponents[16];
+        for (u32 k = 0; k < 16; ++k) {
+            for (u32 i = 0; i < 2; ++i) right[k][i] = vector_at<Four>(&b.numbers[k][first + column + 4 * i]);
+            right_exponents[k] = vector_at<Eight>(&b.exponents[k][first + column]);
+        }
         for (u32 row = 0; row < 64; ++row) {
             // A pair of columns each for four threads.
             float* const at = &sums[(row / 16 * WARP + row % 8 * 4) * OWN + column / 2 + row % 16 / 8 * 2];
-            Pair s0 = pair_at(at), s1 = pair_at(at + OWN), s2 = pair_at(at + 2 * OWN), s3 = pair_at(at + 3 * OWN);
-            for (u32 k = 0; k < 16; ++k) {
-                const double left = a.numbers[k][row];
-                s0 += left * right[k][0];
-                s1 += left * right[k][1];
-                s2 += left * right[k][2];
-                s3 += left * right[k][3];
+            Eight highest;
+            bool finite = a.finite && b.finite;
+            for (u32 i = 0; i < EIGHT; ++i) {
+                const float sum = at[i / 2 * OWN + i % 2];
+                highest[i] = static_cast<i16>(exponent_of_factor(sum, -126));
+                finite = finite && std::isfinite(sum);
             }
-            cut(at, s0);
-            cut(at + OWN, s1);
-            cut(at + 2 * OWN, s2);
-            cut(at + 3 * OWN, s3);
+            if (!finite) {
+                for (u32 i = 0; i < EIGHT; ++i) {
+                    float& sum = at[i / 2 * OWN + i % 2];
+                    for (u32 k = 0; k < 16; ++k) sum += a.numbers[k][row] * b.numbers[k][first + column + i];
+                }
+                continue;
+            }
+            for (u32 k = 0; k < 16; ++k) {
+                const Eight exponents = a.exponents[k][row] + right_exponents[k];
+                highest = exponents > highest ? exponents : highest;
+            }
+            Four inverse[2];
+            for (u32 i = 0; i < EIGHT; ++i) {
+                const i32 last = std::max<i32>(highest[i], LEAST) - WGMMA_FRACTION_BITS;
+                inverse[i / 4][i % 4] = float_of(static_cast<u32>(127 - last) << 23);
+            }
+            WholeFour terms[2] = {};
+            for (u32 k = 0; k < 16; ++k) {
+                const float left = a.numbers[k][row];
+                for (u32 i = 0; i < 2; ++i) terms[i] += __builtin_convertvector(left * right[k][i] * inverse[i], WholeFour);
+            }
+            for (u32 i = 0; i < EIGHT / 2; ++i) {
+                const Four scale = inverse[i / 2];
+                const FloatPair pair{scale[i % 2 * 2], scale[i % 2 * 2 + 1]};
+                const WholePair sum = __builtin_convertvector(vector_at<FloatPair>(at + i * OWN) * pair, WholePair);
+                const WholePair of_products{terms[i / 2][i % 2 * 2], terms[i / 2][i % 2 * 2 + 1]};
+                cut(at + i * OWN, (__builtin_convertvector(sum, Pair) + __builtin_convertvector(of_products, Pair)) /
+                                      __builtin_convertvector(pair, Pair));
+            }
         }
     }
 }

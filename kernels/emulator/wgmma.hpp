@@ -2,9 +2,12 @@
 #pragma once
 #include "../common/platform.cuh"
 #include <array>
+#include <cstdint>
 #include <string>
 
 namespace emulator {
+
+using i16 = std::int16_t;
 
 // What a descriptor says; see common/hopper.cuh.
 struct Operand {
@@ -31,9 +34,11 @@ template <class F> void each_chunk(const Operand& operand, u32 indices, F&& f) {
         for (u32 k = 0; k < 16; k += operand.transposed ? 1 : 8) f(operand.chunk(index, k));
 }
 
-// Of up to 256 indices: element (k, index) is numbers[k][index].
+// Of up to 256 indices: element (k, index) is numbers[k][index], and `exponents` its power of two, below all others for 0.
 struct Matrix {
     float numbers[16][256];
+    i16 exponents[16][256];
+    bool finite;
 };
 void gather(Matrix& matrix, const Operand& operand, u32 indices, const unsigned char* shared);
 

@@ -1,9 +1,10 @@
 //! Instructions of compute capability 9.0, against the same thing said in Rust.
 
 use crate::emulator::Launch;
+use crate::instructions::{fused_sum, uneven};
 use crate::{Check, Emulators};
 use half::f16;
-use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
+use rand::{SeedableRng, rngs::ChaCha8Rng};
 
 const FILE: &str = "hopper.cu";
 /// Every order of threads, early and late copies.
@@ -40,23 +41,17 @@ fn expect<T: PartialEq + std::fmt::Debug>(got: &[T], want: &[T]) -> Result<(), S
     }
 }
 
-/// Towards zero.
-fn cut(x: f64) -> f32 {
-    let nearest = x as f32;
-    if f64::from(nearest).abs() > x.abs() { f32::from_bits(nearest.to_bits() - 1) } else { nearest }
-}
-
-/// Sixteen products and the sum so far are added up exactly, and cut.
+/// Products of sixteen and the sum so far, as tensor cores add them.
 fn product(emulators: &Emulators, name: &str, columns: usize) -> Result<(), String> {
     const DEPTH: usize = 64;
     let mut random = ChaCha8Rng::seed_from_u64(12);
-    let mut numbers =
-        |count: usize| -> Vec<f16> { (0..count).map(|_| f16::from_f32(random.random_range(-1.0f32..1.0))).collect() };
+    let mut numbers = |count: usize| uneven(&mut random, count);
     let (a, b) = (numbers(64 * DEPTH), numbers(DEPTH * columns));
     let bits = |x: &[f16]| -> Vec<u16> { x.iter().map(|x| x.to_bits()).collect() };
     let element = |i: usize, j: usize| {
-        let sixteen = |k: usize| (k..k + 16).map(|k| a[i * DEPTH + k].to_f64() * b[k * columns + j].to_f64());
-        (0..2 * DEPTH).step_by(16).fold(0.0, |sum, k| cut(f64::from(sum) + sixteen(k % DEPTH).sum::<f64>()))
+        let factors = |k: usize| [a[i * DEPTH + k % DEPTH], b[k % DEPTH * columns + j]];
+        let sixteen = |k: usize| -> Vec<_> { (k..k + 16).map(factors).collect() };
+        (0..2 * DEPTH).step_by(16).fold(0.0, |sum, k| fused_sum(sum, &sixteen(k), 25))
     };
     let want: Vec<f32> = (0..64).flat_map(|i| (0..columns).map(move |j| (i, j))).map(|(i, j)| element(i, j)).collect();
     let mut device = emulators.device(FILE)?;

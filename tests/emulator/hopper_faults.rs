@@ -89,6 +89,9 @@ const FAULTS: &[(&str, &[&str])] = &[
     ("few_registers", &["setmaxnreg", "to 16 registers: not a multiple of 8 from 24 to 256"]),
     ("registers_of_a_warp", &["setmaxnreg"]),
     ("registers_of_two_sizes", &["the threads of the warpgroup diverge"]),
+    ("more_registers_than_there_are", &["setmaxnreg", "would have 67584 registers, of 64512"]),
+    ("increase_to_fewer", &["setmaxnreg.inc", "to 232 registers, of 256"]),
+    ("decrease_to_more", &["setmaxnreg.dec", "to 176 registers, of 168"]),
     ("half_a_warpgroup", &["setmaxnreg", "is of whole warpgroups of 128 threads; the block has 64"]),
     (
         "product_of_nothing",

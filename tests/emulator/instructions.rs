@@ -14,6 +14,7 @@ pub fn checks() -> Vec<(String, Check)> {
         ("instruction: exchanges".into(), Box::new(exchanges)),
         ("instruction: ldmatrix".into(), Box::new(matrix_loads)),
         ("instruction: mma.sync".into(), Box::new(matrix_product)),
+        ("instruction: mma.sync of uneven terms".into(), Box::new(uneven_matrix_product)),
         ("instruction: loads and stores".into(), Box::new(loads_and_stores)),
         ("instruction: cp.async with zero fill".into(), Box::new(copies)),
         ("instruction: atomics".into(), Box::new(atomics)),
@@ -154,6 +155,64 @@ fn matrix_loads(emulators: &Emulators) -> Result<(), String> {
         let matrices = [0, 0, 1, 0, 1, 2, 3];
         let want: Vec<u32> = matrices.map(plain).into_iter().chain(matrices.map(transposed)).collect();
         expect(&format!("lane {lane}"), got == want, got, &want)?;
+    }
+    Ok(())
+}
+
+/// Numbers of very different sizes, among them zeros and subnormal ones.
+pub fn uneven(random: &mut ChaCha8Rng, count: usize) -> Vec<f16> {
+    let mut number = || {
+        let power: i32 = random.random_range(-24..=4);
+        let x = if power < -23 { 0.0 } else { random.random_range(-1.0f32..1.0) * (power as f32).exp2() };
+        f16::from_f32(x)
+    };
+    (0..count).map(|_| number()).collect()
+}
+
+/// The sum and the products of factors as tensor cores add them: every term is cut `fraction_bits` below the power of two of the
+/// largest, that of a product being the sum of its factors'; the whole is cut to f32.
+pub fn fused_sum(sum: f32, factors: &[[f16; 2]], fraction_bits: i32) -> f32 {
+    let exponent = |x: f64| (x.to_bits() >> 52 & 0x7ff) as i32 - 1023;
+    let power = |x: f64, least: i32| if x == 0.0 { i32::MIN / 4 } else { exponent(x).max(least) };
+    let terms = factors.iter().map(|f| f.map(f16::to_f64)).map(|[x, y]| (x * y, power(x, -14) + power(y, -14)));
+    let terms: Vec<_> = terms.chain([(f64::from(sum), power(f64::from(sum), -126))]).collect();
+    let highest = terms.iter().map(|term| term.1).max().unwrap_or(0).max(-400);
+    let unit = f64::from(highest - fraction_bits).exp2();
+    let all = terms.iter().map(|term| (term.0 / unit).trunc()).sum::<f64>() * unit;
+    let nearest = all as f32;
+    if f64::from(nearest).abs() > all.abs() { f32::from_bits(nearest.to_bits() - 1) } else { nearest }
+}
+
+/// Accumulator and eight products, then the next eight.
+fn uneven_matrix_product(emulators: &Emulators) -> Result<(), String> {
+    let mut random = ChaCha8Rng::seed_from_u64(13);
+    let mut device = emulators.device(FILE)?;
+    for _ in 0..8 {
+        let (a, b) = (uneven(&mut random, 16 * 16), uneven(&mut random, 16 * 8));
+        let c: Vec<f32> = uneven(&mut random, 16 * 8).into_iter().map(|x| x.to_f32() / 3.0).collect();
+        let (mut words_a, mut words_b, mut sums) = (Vec::new(), Vec::new(), Vec::new());
+        let pair = |low: f16, high: f16| u32::from(low.to_bits()) | u32::from(high.to_bits()) << 16;
+        let of_lane = |lane: usize| [0, 1, 8, 9].map(|at| (lane / 4 + at / 8 * 8, lane % 4 * 2 + at % 2));
+        for lane in 0..32 {
+            let (g, t) = (lane / 4, lane % 4);
+            let a_at = |row: usize, k: usize| pair(a[16 * row + k], a[16 * row + k + 1]);
+            let b_at = |k: usize| pair(b[8 * k + g], b[8 * (k + 1) + g]);
+            words_a.extend([a_at(g, 2 * t), a_at(g + 8, 2 * t), a_at(g, 2 * t + 8), a_at(g + 8, 2 * t + 8)]);
+            words_b.extend([b_at(2 * t), b_at(2 * t + 8)]);
+            sums.extend(of_lane(lane).map(|(i, j)| c[8 * i + j]));
+        }
+        let (input_a, input_b) = (device.upload("a", &words_a)?, device.upload("b", &words_b)?);
+        let output = device.upload("d", &sums)?;
+        let launch = Launch::new("matrix_product", 32).argument(input_a).argument(input_b).argument(output);
+        device.launch(&launch.argument(0u32))?;
+        for (lane, got) in device.download::<f32>(output, 128)?.chunks(4).enumerate() {
+            let want = of_lane(lane).map(|(i, j)| {
+                let eight = |k: usize| -> Vec<_> { (k..k + 8).map(|k| [a[16 * i + k], b[8 * k + j]]).collect() };
+                fused_sum(fused_sum(c[8 * i + j], &eight(0), 24), &eight(8), 24)
+            });
+            expect(&format!("lane {lane}"), got == want, got, want)?;
+        }
+        device.release_all()?;
     }
     Ok(())
 }

@@ -67,7 +67,7 @@ KERNEL(matrix_stores, 32, const u32* x, u32* y) {
 // ---- named barriers and registers: two pairs of warps exchange what they hold; one pair has more registers.
 KERNEL(pairs, 2 * WARPGROUP, const u32* x, u32* y) {
     if (warpgroup_id() == 0) setmaxnreg_dec<40>();
-    else setmaxnreg_inc<232>();
+    else setmaxnreg_inc<256>();
     const shared_address mine = shared_base() + 4 * threadIdx.x;
     st_shared_u32(mine, ld_global_u32(x + threadIdx.x));
     const u32 pair = threadIdx.x / 64;

@@ -289,6 +289,12 @@ FAULT(registers_of_two_sizes, 128) {
     if (warp_id() == 2) setmaxnreg_dec<40>();
     else setmaxnreg_dec<48>();
 }
+FAULT(more_registers_than_there_are, 384) {
+    if (warpgroup_id() == 0) setmaxnreg_dec<64>();
+    else setmaxnreg_inc<232>();
+}
+FAULT(increase_to_fewer, 256) { setmaxnreg_inc<232>(); }
+FAULT(decrease_to_more, 384) { setmaxnreg_dec<176>(); }
 FAULT(half_a_warpgroup, 64) { setmaxnreg_dec<40>(); }
 
 // a: 64 rows of 128 bytes, b: 128 rows, of zeros; 24 KiB in all.

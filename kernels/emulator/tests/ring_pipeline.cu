@@ -124,7 +124,7 @@ KERNEL_CLUSTER(ring_pipeline, 2 * WARPGROUP, CLUSTER, const unsigned char* a, co
                 copy(slot, a + (i / columns * 2 + rank) * steps * TILE_BYTES, b + i % columns * 2 * steps * TILE_BYTES, steps);
     } else {
         if (MUTANT(early_end) && threadIdx.x == WARPGROUP + 5) return;
-        setmaxnreg_inc<232>();
+        setmaxnreg_inc<256>();
         for (u32 i = first; i < squares; i += clusters) {
             float sums[64] = {};
             multiply(sums, slot, steps);

@@ -62,6 +62,7 @@ const NAMES: &[(i32, &str)] = &[
     (906, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT"),
     (907, "CUDA_ERROR_CAPTURED_EVENT"),
     (908, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD"),
+    (912, "CUDA_ERROR_INVALID_CLUSTER_SIZE"),
     (999, "CUDA_ERROR_UNKNOWN"),
 ];
 
@@ -106,6 +107,10 @@ pub(super) fn hint(code: i32) -> &'static str {
         900..=904 | 906..=908 => {
             "a stream is being captured into a graph, and this call cannot be part of one; load kernels and allocate before \
              the capture, read results after a replay"
+        }
+        912 => {
+            "the device, or the part of it that this process has, runs no two blocks of threads as a cluster; the kernels of \
+             `Architecture::Sm80` need none"
         }
         999 => "the driver cannot say what failed; reloading it or a reboot may help",
         _ => "see CUresult in NVIDIA's description of the driver API",
