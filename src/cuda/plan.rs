@@ -308,6 +308,11 @@ mod tests {
             assert_eq!(plan.partials().len() + plan.combine().len(), plan.forward().len() + 1);
             assert_eq!(plan.backward_alone().len(), plan.backward().len() + 1);
         }
+        // As docs/cuda.md says.
+        for dtype in [DType::BF16, DType::F16, DType::F32] {
+            assert_eq!(plan(8000, dtype, |p| p).waves, [1, 1], "{dtype}");
+            assert!(plan(16_384, dtype, |p| p).waves > [1, 1], "{dtype}");
+        }
         let tight = Options::new(0.01).unwrap().with_workspace_bytes(3 << 20);
         let two = plan_with(&tight, 1024, DType::BF16, |p| p);
         assert_eq!(two.waves, [2, 2], "{two}");
