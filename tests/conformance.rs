@@ -60,7 +60,8 @@ fn trials(backends: &[&'static dyn Backend], required: &[&str]) -> Result<Vec<Tr
                 let name = format!("{} {dtype}: {}", backend.name(), case.name);
                 trials.push(trial(name.clone(), backend, required, move || {
                     if trace {
-                        eprintln!("begins: {name}");
+                        let line = format!("begins: {name}\n"); // written at once, whatever other threads write
+                        eprint!("{line}");
                     }
                     let (problem, want) = judge.get_or_init(|| judgement(&make, dtype, upstream)).as_ref()?;
                     conforms(backend, problem, want, dtype, upstream)
