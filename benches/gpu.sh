@@ -18,8 +18,9 @@
 #
 #   SMOKE_BUDGET, CHECK_BUDGET, …   other limits, in seconds
 #   SHAPES, SMALL_SHAPES            B,d …: steps that are timed; the former also by peers
-#   CASES, GOLDEN                   conformance cases whose name contains this, a folder of golden files: fewer, for a try
-#   ENGINES, PEERS_DEVICE           likewise for peers/run.py
+#   DRIVER, CASES, GOLDEN           for a try, less: driver checks and conformance cases whose names contain this, one golden file
+#   BENCH, ENGINES, PEERS_DEVICE    likewise: options of bench_cuda, engines and device of peers/run.py
+#   TORCH_TESTS, TORCH_DEVICE       likewise: tests whose names match, device of the scripts
 #   ARCHIVE                         a file that is the record as tar.gz after every check
 #
 # `run` needs the driver; it also uses nvidia-smi, compute-sanitizer, python3 with PyTorch, Triton, pytest and sentence-transformers,
@@ -130,6 +131,7 @@ run() {
   folder=$(cd "$folder" && pwd)
   read -ra shapes <<< "${SHAPES:-512,768 2048,1024 8192,256 8192,768 32768,1024 131072,1024}"
   read -ra small_shapes <<< "${SMALL_SHAPES:-256,768 512,768 1024,768 2048,1024}"
+  read -ra bench <<< "${BENCH:-}"
   golden=${GOLDEN:-tests/golden}
   # No other backend is looked for: a Vulkan driver that crashes, or a compiler for the emulator, is not what is asked here.
   cuda=(env SAMTONE_REQUIRE=cuda SAMTONE_TRACE=1 RUST_BACKTRACE=1 VK_DRIVER_FILES=/none VK_ICD_FILENAMES=/none CXX=/none)
@@ -167,7 +169,7 @@ environment() {
 
 part_smoke() {
   # The driver's compiler takes most of it, once on each machine.
-  check smoke-kernels 70 "${cuda[@]}" target/gpu/cuda_driver "gpu: smoke" --test-threads 1
+  check smoke-kernels 70 "${cuda[@]}" target/gpu/cuda_driver "${DRIVER:-gpu: smoke}" --test-threads 1
   check smoke-step 20 "${cuda[@]}" target/gpu/bench_cuda --quick "${SMOKE_SHAPE:-512,768}"
 }
 
@@ -181,15 +183,15 @@ part_check() {
     check "conformance-clusters-$dtype" 60 "${cuda[@]}" SAMTONE_REQUIRE=cuda,cuda-clusters \
       target/gpu/conformance "cuda-clusters $dtype: ${CASES:-}" --test-threads 8
   done
-  check kernels 60 "${cuda[@]}" target/gpu/cuda_driver "gpu: every" --test-threads 1
-  check driver 60 "${cuda[@]}" target/gpu/cuda_driver "gpu: " --skip "gpu: smoke" --skip "gpu: every" --test-threads 1
+  check kernels 60 "${cuda[@]}" target/gpu/cuda_driver "${DRIVER:-gpu: every}" --test-threads 1
+  check driver 60 "${cuda[@]}" target/gpu/cuda_driver "${DRIVER:-gpu: }" --skip smoke: --skip every --test-threads 1
   for dtype in f32 f16 bf16; do
     check "evaluate-$dtype" 30 "${cuda[@]}" target/gpu/evaluate "$golden" --backend cuda --dtype $dtype
   done
   for tool in memcheck racecheck synccheck initcheck; do
     if command -v compute-sanitizer > /dev/null; then
       check "$tool" 60 "${cuda[@]}" compute-sanitizer --tool $tool --error-exitcode 1 \
-        target/gpu/cuda_driver "gpu: smoke: every" --test-threads 1
+        target/gpu/cuda_driver "${DRIVER:-gpu: smoke: every}" --test-threads 1
     else
       missing "$tool" "no compute-sanitizer here"
     fi
@@ -198,16 +200,16 @@ part_check() {
 
 part_time() {
   local written
-  check small-steps 40 "${cuda[@]}" target/gpu/bench_cuda "${small_shapes[@]}"
+  check small-steps 40 "${cuda[@]}" target/gpu/bench_cuda "${bench[@]}" "${small_shapes[@]}"
   written=$(mktemp -d)
-  check step 100 "${cuda[@]}" target/gpu/bench_cuda --write "$written" "${shapes[@]}"
+  check step 100 "${cuda[@]}" target/gpu/bench_cuda "${bench[@]}" --write "$written" "${shapes[@]}"
   check errors 60 python3 benches/peers/judge_files.py "$written" --out "$folder/samtone-errors.csv"
   rm -rf "$written"
 }
 
 part_peers() {
   # Ours in the same call, so that both met the same clocks.
-  [[ " ${chosen[*]} " == *" time "* ]] || check step 100 "${cuda[@]}" target/gpu/bench_cuda "${shapes[@]}"
+  [[ " ${chosen[*]} " == *" time "* ]] || check step 100 "${cuda[@]}" target/gpu/bench_cuda "${bench[@]}" "${shapes[@]}"
   local budget=$((part_end - SECONDS - 25)) engines
   read -ra engines <<< "${ENGINES:-}"
   check peers $((budget + 15)) python3 benches/peers/run.py --out "$folder" --shapes "${shapes[@]}" --budget "$budget" \

@@ -14,9 +14,9 @@ trap 'rm -rf "$stand_ins"' EXIT
 cat > "$stand_ins/nvidia-smi" << 'EOF'
 #!/usr/bin/env bash
 case "$*" in
-  *compute_cap*,*) echo "name, compute_cap"; echo "Stand-In GPU, 9.0" ;;
-  *=compute_cap*) echo 9.0 ;;
-  *) echo "Stand-In GPU" ;;
+  *gpu=compute_cap*) echo 9.0 ;;
+  *noheader*) echo "Stand-In GPU" ;;
+  *) printf 'name, compute_cap\nStand-In GPU, 9.0\n' ;;
 esac
 EOF
 cat > "$stand_ins/compute-sanitizer" << 'EOF'
@@ -34,8 +34,9 @@ driver=$(target/gpu/cuda_driver print-emulated-driver)
 record=$(mktemp -d)
 status=0
 env PATH="$stand_ins:$PATH" LD_LIBRARY_PATH="$driver" SAMTONE_TEST_DRIVER="capability=90 version=12080" \
-  SHAPES="${SHAPES:-4,8}" SMALL_SHAPES=4,8 SMOKE_SHAPE=4,8 WGPU_SHAPES=8,8 CASES="golden info_nce_plain" GOLDEN=tests/golden/info_nce_plain.json \
-  ENGINES="eager f32" PEERS_DEVICE=cpu TORCH_REQUIRE='' TORCH_DEVICE=cpu TORCH_ROWS=64 TORCH_TESTS="${TORCH_TESTS:-test_mask}" \
+  SHAPES=4,8 SMALL_SHAPES=4,8 SMOKE_SHAPE=4,8 WGPU_SHAPES=8,8 BENCH=--quick DRIVER="gpu: one call" \
+  CASES="golden info_nce_plain" GOLDEN=tests/golden/info_nce_plain.json \
+  ENGINES=eager PEERS_DEVICE=cpu TORCH_REQUIRE='' TORCH_DEVICE=cpu TORCH_ROWS=64 TORCH_TESTS="${TORCH_TESTS:-test_mask}" \
   ARCHIVE="$stand_ins/record.tar.gz" benches/gpu.sh run "$@" "$record" || status=$?
 tar tzf "$stand_ins/record.tar.gz" > /dev/null
 echo "the record is in $record"
