@@ -36,7 +36,7 @@ status=0
 env PATH="$stand_ins:$PATH" LD_LIBRARY_PATH="$driver" SAMTONE_TEST_DRIVER="capability=90 version=12080" \
   SHAPES=4,8 SMALL_SHAPES=4,8 SMOKE_SHAPE=4,8 WGPU_SHAPES=8,8 BENCH=--quick DRIVER="gpu: one call" \
   CASES="golden info_nce_plain" GOLDEN=tests/golden/info_nce_plain.json \
-  ENGINES=eager PEERS_DEVICE=cpu TORCH_REQUIRE='' TORCH_DEVICE=cpu TORCH_ROWS=64 TORCH_TESTS="${TORCH_TESTS:-test_mask}" \
+  ENGINES=eager PEERS_DEVICE=cpu TORCH_REQUIRE='' TORCH_DEVICE=cpu SAMTONE_TEST_DEVICE=cpu TORCH_ROWS=64 TORCH_TESTS="${TORCH_TESTS:-frozen_towers or weights}" \
   ARCHIVE="$stand_ins/record.tar.gz" benches/gpu.sh run "$@" "$record" || status=$?
 tar tzf "$stand_ins/record.tar.gz" > /dev/null
 echo "the record is in $record"
