@@ -29,7 +29,7 @@ python=${PYTHON:-}
 printf '#!/usr/bin/env bash\nexec %q "$@"\n' "$python" > "$stand_ins/python3"
 chmod +x "$stand_ins"/*
 
-[ -e target/gpu/commit ] || tar xzf target/gpu.tar.gz -C target
+tar xzf target/gpu.tar.gz -C target
 driver=$(target/gpu/cuda_driver print-emulated-driver)
 record=$(mktemp -d)
 status=0
