@@ -5,7 +5,8 @@
 #   benches/gpu_dry_run.sh [PART…]      after `gpu.sh build`; default: all parts
 #
 # PYTHON names a python3 with PyTorch and pytest (default: that of target/venv, where CI has them, or the one on the path); what it
-# lacks is shown as failing. Exit code 1 if a check fails that does not need what is missing here.
+# lacks is shown as failing. FAULTS has the driver fail on purpose: FAULTS=launches=60 DRIVER="gpu: smoke: every" shows what a fault on a
+# GPU would leave (tests/cuda_driver/driver.cpp has the words). Exit code 1 if a check fails that does not need what is missing here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -33,8 +34,8 @@ tar xzf target/gpu.tar.gz -C target
 driver=$(target/gpu/cuda_driver print-emulated-driver)
 record=$(mktemp -d)
 status=0
-env PATH="$stand_ins:$PATH" LD_LIBRARY_PATH="$driver" SAMTONE_TEST_DRIVER="capability=90 version=12080" \
-  SHAPES=4,8 SMALL_SHAPES=4,8 SMOKE_SHAPE=4,8 WGPU_SHAPES=8,8 BENCH=--quick DRIVER="gpu: one call" \
+env PATH="$stand_ins:$PATH" LD_LIBRARY_PATH="$driver" SAMTONE_TEST_DRIVER="capability=90 version=12080 ${FAULTS:-}" \
+  SHAPES=4,8 SMALL_SHAPES=4,8 SMOKE_SHAPE=4,8 WGPU_SHAPES=8,8 BENCH=--quick DRIVER="${DRIVER:-gpu: one call}" \
   CASES="golden info_nce_plain" GOLDEN=tests/golden/info_nce_plain.json \
   ENGINES=eager PEERS_DEVICE=cpu TORCH_REQUIRE='' TORCH_DEVICE=cpu SAMTONE_TEST_DEVICE=cpu TORCH_ROWS=64 TORCH_TESTS="${TORCH_TESTS:-frozen_towers or weights}" \
   ARCHIVE="$stand_ins/record.tar.gz" benches/gpu.sh run "$@" "$record" || status=$?

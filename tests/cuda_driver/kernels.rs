@@ -81,7 +81,7 @@ struct Kernel {
     architecture: Architecture,
 }
 
-/// Those that run on the first device.
+/// Those that run on the first device; with `SAMTONE_KERNELS`, such as `F16 Large`, these alone.
 fn kernels() -> Result<Vec<Kernel>, String> {
     let architecture = Device::first().map_err(text)?.architecture();
     let tiles: &[Tile] = match architecture {
@@ -91,13 +91,15 @@ fn kernels() -> Result<Vec<Kernel>, String> {
     let of = |arithmetic, dtype, tiles: &[Tile]| {
         tiles.iter().map(|&tile| Kernel { arithmetic, dtype, tile, architecture }).collect::<Vec<_>>()
     };
-    Ok([
+    let only = std::env::var("SAMTONE_KERNELS").unwrap_or_default();
+    let chosen = |kernel: &Kernel| only.is_empty() || only == format!("{:?} {:?}", kernel.arithmetic, kernel.tile);
+    let all = [
         of(Arithmetic::F16, DType::BF16, tiles),
         of(Arithmetic::F16x2, DType::F16, tiles),
         of(Arithmetic::F16x3, DType::F32, tiles),
         of(Arithmetic::Exact, DType::F32, &[Tile::Small]),
-    ]
-    .concat())
+    ];
+    Ok(all.concat().into_iter().filter(chosen).collect())
 }
 
 impl Kernel {
