@@ -103,6 +103,9 @@ fn evaluate_file(file: &Path, backend: &dyn Backend, dtype: DType) -> Result<boo
     for check in &checks {
         print_check(check);
     }
+    if let Some(plan) = backends::plan(backend, &problem, dtype).filter(|_| !checks.iter().all(Check::passed)) {
+        println!("  {plan}");
+    }
     println!();
     Ok(checks.iter().all(Check::passed))
 }

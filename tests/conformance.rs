@@ -1,7 +1,8 @@
 //! One table: every backend × every type it takes × every case, against the definition in f64 on the same embeddings.
 //!
 //! A backend enters by its line in `samtone::backend::all`. One that cannot run on this machine is reported as ignored;
-//! the environment variable `SAMTONE_REQUIRE`, names separated by commas, turns that into a failure.
+//! the environment variable `SAMTONE_REQUIRE`, names separated by commas, turns that into a failure. With `SAMTONE_TRACE` set, each
+//! case is announced on standard error before it runs, so that one that never ends is known by name.
 
 mod support;
 
@@ -49,6 +50,7 @@ fn trials(backends: &[&'static dyn Backend], required: &[&str]) -> Result<Vec<Tr
         let message = format!("SAMTONE_REQUIRE names `{name}`, which is not in this build");
         trials.push(Trial::test(format!("{name} is in this build"), move || Err(message.into())));
     }
+    let trace = std::env::var_os("SAMTONE_TRACE").is_some();
     for case in cases()? {
         for dtype in DType::ALL {
             // One judgement serves all backends, and is computed by the first that asks.
@@ -56,7 +58,11 @@ fn trials(backends: &[&'static dyn Backend], required: &[&str]) -> Result<Vec<Tr
             for &backend in backends.iter().filter(|b| b.dtypes().contains(&dtype)) {
                 let (make, judge, upstream) = (case.make.clone(), judge.clone(), case.upstream);
                 let name = format!("{} {dtype}: {}", backend.name(), case.name);
-                trials.push(trial(name, backend, required, move || {
+                trials.push(trial(name.clone(), backend, required, move || {
+                    if trace {
+                        let line = format!("begins: {name}\n"); // written at once, whatever other threads write
+                        eprint!("{line}");
+                    }
                     let (problem, want) = judge.get_or_init(|| judgement(&make, dtype, upstream)).as_ref()?;
                     conforms(backend, problem, want, dtype, upstream)
                 }));
@@ -120,13 +126,18 @@ fn conforms(
     dtype: DType,
     upstream: f64,
 ) -> Result<(), Failed> {
-    match (problem.run(backend, dtype, upstream), want) {
-        (Ok(got), Ok(want)) => Ok(verdict(&against_definition(&got, want, problem, dtype, upstream))?),
+    let judged = match (problem.run(backend, dtype, upstream), want) {
+        (Ok(got), Ok(want)) => verdict(&against_definition(&got, want, problem, dtype, upstream)),
         (Err(got), Err(want)) if got == *want => Ok(()),
-        (Ok(_), Err(want)) => Err(format!("no error, but the definition says: {want}").into()),
-        (Err(got), Ok(_)) => Err(format!("an error where the definition has a value: {got}").into()),
-        (Err(got), Err(want)) => Err(format!("got the error: {got}\nbut the definition says: {want}").into()),
-    }
+        (Ok(_), Err(want)) => Err(format!("no error, but the definition says: {want}")),
+        (Err(got), Ok(_)) => Err(format!("an error where the definition has a value: {got}")),
+        (Err(got), Err(want)) => Err(format!("got the error: {got}\nbut the definition says: {want}")),
+    };
+    let plan = |sentence| match backends::plan(backend, problem, dtype) {
+        Some(plan) => format!("{sentence}\n{plan}"),
+        None => sentence,
+    };
+    Ok(judged.map_err(plan)?)
 }
 
 /// Powers of ten that norms may spread over, either way, so that f32 gradients stay in range (in f16, the embeddings).

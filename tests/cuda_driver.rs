@@ -12,6 +12,8 @@ mod emulated;
 #[cfg(feature = "cudarc")]
 #[path = "cuda_driver/graphs.rs"]
 mod graphs;
+#[path = "cuda_driver/kernels.rs"]
+mod kernels;
 #[path = "cuda_driver/memory.rs"]
 mod memory;
 #[path = "cuda_driver/raw.rs"]
@@ -27,6 +29,9 @@ use samtone::cuda::{self, Device};
 use samtone::{Error, backend};
 use stand_ins::Driver;
 use std::process::ExitCode;
+
+/// In place of a filter, has the folder of the emulated driver printed, for programs that are to find it on the loader's path.
+const PRINT_EMULATED: &str = "print-emulated-driver";
 
 /// What a check does; an error says what it found.
 pub type Body = fn() -> Result<(), String>;
@@ -80,6 +85,18 @@ fn main() -> ExitCode {
         return run_child(&name.to_string_lossy());
     }
     let arguments = Arguments::from_args();
+    if arguments.filter.as_deref() == Some(PRINT_EMULATED) {
+        return match Driver::emulated() {
+            Ok(driver) => {
+                println!("{}", driver.folder().display());
+                ExitCode::SUCCESS
+            }
+            Err(sentence) => {
+                eprintln!("{sentence}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
     let required = |name: &str| required.split(',').any(|r| r.trim() == name);
     libtest_mimic::run(&arguments, trials(&required)).exit_code()
@@ -122,7 +139,7 @@ fn on_devices() -> impl Iterator<Item = Check> {
     let more = [slices::CHECKS, graphs::CHECKS];
     #[cfg(not(feature = "cudarc"))]
     let more: [&[Check]; 0] = [];
-    raw::CHECKS.iter().chain(more.into_iter().flatten()).copied()
+    raw::CHECKS.iter().chain(kernels::CHECKS).chain(more.into_iter().flatten()).copied()
 }
 
 fn trials(required: &dyn Fn(&str) -> bool) -> Vec<Trial> {
@@ -138,7 +155,7 @@ fn trials(required: &dyn Fn(&str) -> bool) -> Vec<Trial> {
         });
     };
     let no_gpu = cuda::available().err().map(text);
-    for (name, run) in on_devices() {
+    for (name, run) in on_devices().chain(kernels::ON_GPUS.iter().copied()) {
         add(format!("gpu: {name}"), no_gpu.clone(), required("cuda"), Box::new(run));
     }
     let emulated = Driver::emulated();

@@ -90,7 +90,8 @@ def results(tasks: list[Task], device: str, budget_s: float, limit: Callable[[Ta
         worker, ready = Worker({"device": device, "tasks": left}), False
         try:
             while left and time.monotonic() <= deadline:
-                answer = worker.answer(limit(left[0]) if ready else START_LIMIT_S)
+                left_s = max(1.0, deadline - time.monotonic())
+                answer = worker.answer(min(left_s, limit(left[0]) if ready else START_LIMIT_S))
                 if "ready" in answer:
                     ready = True
                     continue
@@ -171,6 +172,8 @@ def main() -> int:
     except ImportError as error:
         print(f"peers: cannot run, {error}")
         return 1
+    # Whoever ends this process leaves no worker behind on the device.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     shapes = arguments.shapes or [parse_shape(text) for text in (QUICK if arguments.quick else SHAPES)]
     chosen = [e for e in ENGINES if not arguments.engines or any(part in e.name for part in arguments.engines)]
     tasks = [

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from engines import BY_NAME, TEMPERATURE, Engine, Inputs, Made, make_inputs
@@ -91,11 +92,11 @@ def run_task(engine: Engine, shape: Shape) -> dict:
 def environment(device: torch.device) -> dict:
     """Versions of everything that has a part in the figures."""
     about = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}
-    for name in ("triton", "sentence_transformers"):
+    for name in ("triton", "sentence-transformers"):
         try:
-            about[name] = __import__(name).__version__
-        except Exception as error:  # noqa: BLE001
-            about[name] = f"none ({reason(error)})"
+            about[name] = version(name)  # without the seconds of an import
+        except PackageNotFoundError:
+            about[name] = "none"
     about["device"] = "cpu"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

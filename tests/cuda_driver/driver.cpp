@@ -359,9 +359,20 @@ Code cuEventRecord(Event* event, void* handle) {
     if (event->captured = event->stream->capturing; event->captured) return DONE;
     return enqueue(event->stream, [event, mark = ++event->marked] {
         event->done = mark;
+        event->reached = std::chrono::steady_clock::now();
         return DONE;
     });
 }
+Code cuEventElapsedTime_v2(float* milliseconds, Event* from, Event* to) {
+    ENTER;
+    for (const Event* event : {from, to}) {
+        if (event->captured || event->stream == nullptr) return INVALID_HANDLE;
+        if (event->done < event->marked) return NOT_READY;
+    }
+    *milliseconds = std::chrono::duration<float, std::milli>(to->reached - from->reached).count();
+    return DONE;
+}
+Code cuEventElapsedTime(float* milliseconds, Event* from, Event* to) { return cuEventElapsedTime_v2(milliseconds, from, to); }
 Code cuEventSynchronize(Event* event) {
     ENTER;
     if (event->captured) return CAPTURED_EVENT;

@@ -2,6 +2,7 @@
 #pragma once
 #include "../../kernels/emulator/block.hpp"
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -63,6 +64,7 @@ struct Event {
     Stream* stream = nullptr;
     u64 marked = 0; // how many times it was recorded, and how far that is done
     u64 done = 0;
+    std::chrono::steady_clock::time_point reached; // when that was
     bool captured = false; // recorded into a graph, the last time
 };
 

@@ -300,7 +300,7 @@ impl<'a> Call<'a> {
     }
 
     /// Another plan for the same embeddings.
-    fn replan(
+    pub fn replan(
         &self,
         problem: &Problem,
         change: impl FnOnce(cuda::Problem<'_>) -> samtone::Result<cuda::Problem<'_>>,

@@ -23,6 +23,11 @@ impl Driver {
         BUILT.get_or_init(|| build_emulated().map(Self)).clone()
     }
 
+    /// What goes to the loader's path.
+    pub fn folder(&self) -> &Path {
+        &self.0
+    }
+
     /// A file that no loader takes for a library, which hides the machine's own driver.
     pub fn broken() -> Result<Self, String> {
         let folder = temporary().join("cuda_driver-broken");

@@ -1,12 +1,12 @@
 //! Every backend of the library, and those that only tests have.
 
 use super::cuda_emulated::CudaEmulated;
-#[cfg(feature = "wgpu")]
-use samtone::DType;
+use super::problem::{Buffer, Problem};
 use samtone::backend::{self, Backend};
+use samtone::cuda::{self, Plan, Tile};
 #[cfg(feature = "wgpu")]
 use samtone::wgpu::{Capabilities, Products, Wgpu};
-use samtone::{Error, Result};
+use samtone::{DType, Error, Result};
 
 /// The WGSL backend on devices that have less than this one: every variant of the shaders, and buffers bound in many parts.
 #[cfg(feature = "wgpu")]
@@ -59,4 +59,24 @@ pub fn by_name(name: &str) -> Result<&'static dyn Backend> {
         let (argument, value, allowed) = ("backend", format!("{name:?}"), names.join(", "));
         Error::InvalidArgument { argument, value, allowed }
     })
+}
+
+/// What a backend for CUDA launches for a problem, in a line: shape, tile, arithmetic. Nothing for other backends.
+pub fn plan(backend: &dyn Backend, problem: &Problem, dtype: DType) -> Option<String> {
+    let clusters = matches!(backend.name(), "cuda-clusters" | "cuda-emulated-sm90a");
+    let (query, passage) = (Buffer::new(dtype, &problem.query), Buffer::new(dtype, &problem.passage));
+    let batch = problem.batch(&query, &passage).ok()?;
+    let options = if clusters { Tile::Cluster.with_room(problem.options) } else { problem.options };
+    let planned = cuda::Problem::new(&problem.loss, batch.pairs(), &options, dtype, problem.dim).ok()?;
+    let planned = match backend.name() {
+        "cuda-emulated" => CudaEmulated::SM80.problem(planned),
+        "cuda-emulated-sm90a" => CudaEmulated::SM90A.problem(planned),
+        #[cfg(feature = "cuda")]
+        "cuda" | "cuda-clusters" => {
+            let planned = planned.with_architecture(cuda::Device::first().ok()?.architecture());
+            if clusters { planned.with_tile(Tile::Cluster) } else { planned }
+        }
+        _ => return None,
+    };
+    Plan::new(&planned).ok().and_then(|plan| plan.to_string().lines().next().map(str::to_owned))
 }

@@ -132,6 +132,32 @@ def test_plans_are_kept(memory: emulated.EmulatedMemory) -> None:
     assert len(cuda._plans) == cuda.KEPT_PLANS
 
 
+def test_plans_of_graphs_are_made_before_and_stay(memory: emulated.EmulatedMemory) -> None:
+    cuda.release()
+    case = judge.of_preset("clip", *embeddings(49))
+    q, p = memory.tensor(case.query), memory.tensor(case.passage)
+    call = (memory, settings(case), q, p, annotations(case), (True, True))
+    memory.capturing = True
+    try:
+        with pytest.raises(
+            samtone.SamtoneError, match="the first of its kind on it; allowed: a call with these shapes"
+        ):
+            cuda.planned(*call)
+        memory.capturing = False
+        plan = cuda.planned(*call)
+        memory.capturing = True
+        assert cuda.planned(*call) is plan
+        memory.capturing = False
+        for k in range(2 * cuda.KEPT_PLANS):
+            case.temperature = 0.2 + 0.01 * k
+            cuda.planned(memory, settings(case), q, p, annotations(case), (True, True))
+        assert plan not in cuda._plans.values() and plan in cuda._captured.values()
+    finally:
+        memory.capturing = False
+    cuda.release()
+    assert not cuda._captured
+
+
 def test_the_size_of_the_state_is_enough(memory: emulated.EmulatedMemory) -> None:
     for rows, extra in ((1, 0), (3, 4), (63, 1), (257, 100)):
         x = torch.zeros(rows + extra, 8)

@@ -145,7 +145,7 @@ class EmulatedMemory:
     """Memory of the driver in place of PyTorch's allocator; everything that it gives is filled with what no call expects."""
 
     def __init__(self, driver: Driver) -> None:
-        self.driver, self.stream = driver, driver.stream
+        self.driver, self.stream, self.capturing = driver, driver.stream, False
 
     def put(self, content: bytes, shape: tuple[int, ...], dtype: torch.dtype, strides: Any = None) -> DeviceTensor:
         address = self.driver.allocate(len(content))

@@ -361,3 +361,31 @@ def test_gradients_of_float16_are_scaled_before_they_are_rounded() -> None:
     want = judge.judge(judge.of_preset("samtone_query", q, p, temperature=0.02), scale).gradients["query"]
     assert x.grad is not None and gradient_error(x.grad, want, q) < 2e-3
     assert (want.abs().max() / scale).item() < 6e-8, "float16 would not lose these gradients, so this tests nothing"
+
+
+def test_plain_tensors_go_straight_and_everything_else_through_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What watches operations has to see one: modes, subclasses, transforms."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    class Subclass(torch.Tensor):
+        pass
+
+    seen: list[str] = []
+    q, p = (x.requires_grad_() for x in embeddings(38))
+    want = gradients(q, p)
+    calls: list[str] = []
+    operation = ops.forward
+    monkeypatch.setattr(ops, "forward", lambda *a: (calls.append("operation"), operation(*a))[1])
+    assert all(torch.equal(a, b) for a, b in zip(gradients(q, p), want)) and calls == []
+    with Watching():
+        samtone.samtone_loss(q, p).backward()
+    assert calls == ["operation"] and any("samtone.forward" in name for name in seen)
+    samtone.samtone_loss(q.detach().as_subclass(Subclass), p.detach())
+    assert len(calls) == 2
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda x: samtone.samtone_loss(x, p.detach()))(q.detach())

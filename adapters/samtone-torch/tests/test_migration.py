@@ -161,6 +161,23 @@ def test_openclip() -> None:
     assert scales[1].grad.item() == pytest.approx(scales[0].grad.item(), rel=1e-5)  # type: ignore[union-attr]
 
 
+@pytest.mark.skipif(missing("open-clip", "open_clip"), reason="open_clip_torch is not installed")
+def test_openclip_itself() -> None:
+    """The class of the package; ci/with-open-clip installs it and runs this."""
+    from open_clip.loss import ClipLoss
+
+    logit_scale = torch.tensor(2.6592, dtype=torch.float64)  # ln(1/0.07)
+    scales = [logit_scale.clone().requires_grad_(), logit_scale.float().requires_grad_()]
+
+    def clip(embeddings: list[Tensor]) -> Tensor:
+        value: Tensor = ClipLoss()(*(normalize(x, dim=-1) for x in embeddings), scales[0].exp())
+        return value
+
+    compare(clip, lambda x: samtone.samtone_loss(*x, loss="clip", log_beta=scales[1]), columns(0))
+    assert scales[0].grad is not None and scales[1].grad is not None
+    assert scales[1].grad.item() == pytest.approx(scales[0].grad.item(), rel=1e-5)
+
+
 def cosines(a: Tensor, b: Tensor) -> Tensor:
     return normalize(a, dim=-1) @ normalize(b, dim=-1).T
 

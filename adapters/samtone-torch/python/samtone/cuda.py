@@ -5,6 +5,9 @@ which waits. So does reading a temperature that is on the GPU. Nothing else wait
 
 Embeddings that are refused (NaN, norm zero, no negative) are found on the device: loss and gradients are NaN then. With
 `torch.autograd.set_detect_anomaly(True)` every call waits and raises the sentence instead.
+
+A step can be captured into a CUDA graph on a stream on which the same call has been made before, since making a plan allocates and
+copies from the host. What a graph reads is kept until `release`.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ class Memory(Protocol):
     """Where memory of a device comes from, and the stream that it is used on."""
 
     stream: int
+    capturing: bool
+    """Whether the stream is being captured into a graph."""
 
     def empty(self, size: int) -> Any:
         """So many bytes, of any content."""
@@ -40,6 +45,7 @@ class TorchMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream: int = torch.cuda.current_stream(device).cuda_stream
+        self.capturing = torch.cuda.is_current_stream_capturing()
 
     def empty(self, size: int) -> Tensor:
         """So many bytes, of any content."""
@@ -86,6 +92,8 @@ class Planned:
 
 
 _plans: OrderedDict[Any, Planned] = OrderedDict()
+# Plans whose side data graphs read, however many other plans there were since.
+_captured: dict[Any, Planned] = {}
 _lock = threading.Lock()
 
 
@@ -106,7 +114,14 @@ def planned(
         found = _plans.get(key)
         if found is not None:
             _plans.move_to_end(key)
+            if memory.capturing:
+                _captured[key] = found
             return found
+    if memory.capturing:
+        raise _native.SamtoneError(
+            "a stream is being captured, and this call is the first of its kind on it; allowed: a call with these shapes, types, "
+            "options and ids on the same stream before, as in torch.cuda.graph(graph, stream=stream)"
+        )
     loss, temperature, log_beta, margin, zero_norm, workspace_bytes, own = settings
     plan = _native.CudaPlan(
         _native.Settings(
@@ -132,9 +147,10 @@ def planned(
 
 
 def release() -> None:
-    """Gives up all plans and their memory."""
+    """Gives up all plans and their memory. Graphs of calls must not be replayed any more."""
     with _lock:
         _plans.clear()
+        _captured.clear()
 
 
 def state_bytes(rows: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,22 +145,9 @@ def samtone_loss(
         SamtoneError: A ValueError that names the argument, its value and what is allowed; for embeddings that are not finite
             or of norm zero, the row.
     """
-    return evaluate(
-        query,
-        passage,
-        loss=loss,
-        temperature=temperature,
-        log_beta=log_beta,
-        query_ids=query_ids,
-        passage_ids=passage_ids,
-        positives=positives,
-        weights=weights,
-        hard_negative_owners=hard_negative_owners,
-        hard_negative_scope=hard_negative_scope,
-        margin=margin,
-        zero_norm=zero_norm,
-        workspace_bytes=workspace_bytes,
-    ).loss
+    vectors = (query_ids, passage_ids, positives, weights, hard_negative_owners)
+    options = (hard_negative_scope, margin, zero_norm, workspace_bytes)
+    return _outputs(query, passage, loss, temperature, log_beta, *vectors, *options)[0]
 
 
 def evaluate(
@@ -181,6 +168,29 @@ def evaluate(
     workspace_bytes: int | None = None,
 ) -> Evaluation:
     """`samtone_loss`, and with it the loss of every row, P@1 and MRR in both directions, which cost nothing more."""
+    vectors = (query_ids, passage_ids, positives, weights, hard_negative_owners)
+    options = (hard_negative_scope, margin, zero_norm, workspace_bytes)
+    value, results, row_losses, *_ = _outputs(query, passage, loss, temperature, log_beta, *vectors, *options)
+    return Evaluation(value, row_losses, Metrics(results[1], results[2]), Metrics(results[3], results[4]))
+
+
+def _outputs(
+    query: Tensor,
+    passage: Tensor,
+    loss: str | Loss,
+    temperature: float | Tensor | None,
+    log_beta: float | Tensor | None,
+    query_ids: Integers | None,
+    passage_ids: Integers | None,
+    positives: Integers | None,
+    weights: Numbers | None,
+    hard_negative_owners: Integers | None,
+    hard_negative_scope: str,
+    margin: float | None,
+    zero_norm: str,
+    workspace_bytes: int | None,
+) -> ops.Outputs:
+    """What the operation gives, after arguments have been checked."""
     if temperature is None and log_beta is None:
         temperature = 0.01
     if hard_negative_scope not in ("all", "own"):
@@ -195,7 +205,7 @@ def evaluate(
         wanted |= ops.QUERY if query.requires_grad else 0
         wanted |= ops.PASSAGE if passage.requires_grad else 0
         wanted |= ops.TEMPERATURE if tensor is not None and tensor.requires_grad else 0
-    outputs: Any = ops.forward(
+    return ops.call(
         query,
         passage,
         tensor,
@@ -213,5 +223,3 @@ def evaluate(
         hard_negative_scope == "own",
         wanted,
     )
-    results = outputs[1]
-    return Evaluation(outputs[0], outputs[2], Metrics(results[1], results[2]), Metrics(results[3], results[4]))

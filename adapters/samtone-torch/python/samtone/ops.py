@@ -6,6 +6,9 @@ forward ── CPU:  loss, and the gradients that are needed, at once, as float3
 ▼
 backward ─ CPU:  those gradients times the upstream gradient, then rounded to the type of the inputs
            CUDA: the gradients, times the upstream gradient, in the type of the inputs
+
+`call` is what the package calls. Plain tensors outside of compilers do not go through the operations, but straight to the same
+code: PyTorch's dispatcher takes longer for an operation written in Python than the launches of a small batch.
 """
 
 from __future__ import annotations
@@ -144,6 +147,30 @@ def forward(
     The latter on the CPU: the gradients of both towers as float32, without rows where they are not wanted, and the
     derivative of the temperature. On CUDA: the state. On both: the temperature (or log beta) that was used, on the CPU.
     """
+    return _forward(
+        query, passage, temperature, query_ids, passage_ids, positives, weights, owners,
+        loss, tau, log_beta, margin, zero_norm, workspace_bytes, own, wanted,
+    )  # fmt: skip
+
+
+def _forward(
+    query: Tensor,
+    passage: Tensor,
+    temperature: Tensor | None,
+    query_ids: Tensor | None,
+    passage_ids: Tensor | None,
+    positives: Tensor | None,
+    weights: Tensor | None,
+    owners: Tensor | None,
+    loss: str,
+    tau: float,
+    log_beta: bool,
+    margin: float | None,
+    zero_norm: str,
+    workspace_bytes: int | None,
+    own: bool,
+    wanted: int,
+) -> Outputs:
     value = tau if temperature is None else float(temperature.detach().reshape(()).item())
     settings = (loss, value, log_beta, margin, zero_norm, workspace_bytes, own)
     compute = _forward_cuda if query.device.type == "cuda" else _forward_cpu
@@ -214,6 +241,35 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of both towers, in their types and without rows where they are not wanted, and the derivative of the
     temperature (float64), all times the upstream gradient."""
+    return _gradients(
+        upstream, query, passage, query_ids, passage_ids, positives, weights, owners,
+        grad_query, grad_passage, derivative, state, temperature,
+        loss, log_beta, margin, zero_norm, workspace_bytes, own, wanted,
+    )  # fmt: skip
+
+
+def _gradients(
+    upstream: Tensor,
+    query: Tensor,
+    passage: Tensor,
+    query_ids: Tensor | None,
+    passage_ids: Tensor | None,
+    positives: Tensor | None,
+    weights: Tensor | None,
+    owners: Tensor | None,
+    grad_query: Tensor,
+    grad_passage: Tensor,
+    derivative: Tensor,
+    state: Tensor,
+    temperature: Tensor,
+    loss: str,
+    log_beta: bool,
+    margin: float | None,
+    zero_norm: str,
+    workspace_bytes: int | None,
+    own: bool,
+    wanted: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     if query.device.type != "cuda":
         factor = upstream.to(torch.float32)
         one = upstream.item() == 1.0  # one pass less
@@ -286,7 +342,7 @@ backward.register_autograd(_no_second_derivatives)
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     query, passage, temperature, *vectors = inputs[:8]
     ctx.loss, _, *ctx.options = inputs[8:]  # the number in between is in the outputs
-    ctx.inputs = len(inputs)
+    ctx.inputs, ctx.direct = len(inputs), False
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.temperature = None if temperature is None else (temperature.dtype, temperature.device, temperature.shape)
@@ -304,7 +360,9 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     # tensors have no values, nor for second derivatives, which the operation refuses.
     plain = type(upstream) is Tensor and upstream.device.type == "cpu" and not torch.is_grad_enabled()
     if not (plain and query.dtype == torch.float32 and upstream.item() == 1.0):
-        dq, dp, derivative = backward(upstream, *saved, ctx.loss, *ctx.options)
+        direct = ctx.direct and type(upstream) is Tensor and not torch.is_grad_enabled()
+        compute: Any = _gradients if direct else backward
+        dq, dp, derivative = compute(upstream, *saved, ctx.loss, *ctx.options)
     gradients[0] = dq if wanted & QUERY else None
     gradients[1] = dp if wanted & PASSAGE else None
     if wanted & TEMPERATURE:
@@ -314,3 +372,41 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 forward.register_autograd(_backward, setup_context=_setup)
+
+
+class _Direct(torch.autograd.Function):
+    """`forward` and its backward without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Outputs:
+        output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        ctx.direct = True
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def _nobody_watches(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether nothing but autograd has to see an operation on these: no compiler, no tracer, no transform, no mode, no subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def call(*inputs: Any) -> Outputs:
+    """The operation, with the arguments of `forward`."""
+    query = inputs[0]
+    if query.device.type == "meta" or not _nobody_watches(inputs[:8]):
+        outputs: Outputs = forward(*inputs)
+        return outputs
+    if inputs[-1] == 0:
+        with torch.no_grad():
+            return _forward(*inputs)
+    outputs = _Direct.apply(*inputs)
+    return outputs

@@ -1,0 +1,92 @@
+"""One of several processes of test_distributed.py: its part of a batch, the recipe of docs/distributed.md, and its gradients in a file.
+
+python distributed_worker.py RANK PROCESSES STORE OUT LOSS
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import samtone
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.nn.parallel import DistributedDataParallel
+
+ROWS, HARD, WIDTH, DIM = 12, 4, 20, 16
+
+
+def batch() -> dict[str, Tensor]:
+    """The whole batch, the same in every process."""
+    generator = torch.Generator().manual_seed(70)
+    query = torch.randn(ROWS, WIDTH, generator=generator)
+    passage = query + torch.randn(ROWS, WIDTH, generator=generator)
+    hard = torch.randn(HARD, WIDTH, generator=generator)
+    ids = torch.tensor([0, 1, 2, 3, 4, 5, 1, 7, 8, 3, 10, 11, 12, 13, 4, 15])
+    return {"query": query, "passage": passage, "hard": hard, "ids": ids}
+
+
+class Towers(torch.nn.Module):
+    """Both towers and the temperature, so that one wrapper averages all gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(71)
+        self.query, self.passage = torch.nn.Linear(WIDTH, DIM), torch.nn.Linear(WIDTH, DIM)
+        self.log_beta = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, query: Tensor, passage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query(query), self.passage(passage), self.log_beta
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The rows of all processes in the order of their ranks, in each of them; gradients go back to where rows came from."""
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(x.contiguous()))
+
+
+def gathered_ids(ids: Tensor) -> Tensor:
+    parts = [torch.empty_like(ids) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, ids)
+    return torch.cat(parts)
+
+
+def distributed_loss(query: Tensor, passage: Tensor, passage_ids: Tensor, **options: Any) -> Tensor:
+    """The loss of the batch of all processes. Every process has M queries and N passages, the first M of which are positives."""
+    rows, passages = len(query), len(passage)
+    positives = [rank * passages + i for rank in range(dist.get_world_size()) for i in range(rows)]
+    return samtone.samtone_loss(
+        gathered(query), gathered(passage), passage_ids=gathered_ids(passage_ids), positives=positives, **options
+    )
+
+
+def main() -> None:
+    rank, processes = int(sys.argv[1]), int(sys.argv[2])
+    store, out, name = sys.argv[3:6]
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
+    towers = Towers()
+    model = DistributedDataParallel(towers)
+    data = batch()
+    own = {key: x.chunk(processes)[rank] for key, x in data.items() if key != "ids"}
+    ids = torch.cat([part.chunk(processes)[rank] for part in data["ids"].split([ROWS, HARD])])
+    if name == "open_clip":
+        from open_clip.loss import ClipLoss
+
+        q, p, log_beta = model(own["query"], own["passage"])
+        theirs = ClipLoss(gather_with_grad=True, rank=rank, world_size=processes)
+        loss = theirs(normalize(q, dim=1), normalize(p, dim=1), log_beta.exp())
+    else:
+        hard = own["hard"] if name != "clip" else own["hard"][:0]
+        q, p, log_beta = model(own["query"], torch.cat([own["passage"], hard]))
+        ids = ids[: len(p)] if name != "clip" else torch.arange(len(p)) + rank * len(p)
+        loss = distributed_loss(q, p, ids, loss=name, log_beta=log_beta)
+    loss.backward()
+    torch.save([loss.detach(), *(x.grad for x in towers.parameters())], f"{out}-{rank}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Batches spread over processes: docs/distributed.md. Two processes on the CPU, their gradients averaged by PyTorch, against one
+process with the whole batch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import samtone
+import torch
+from conftest import missing
+from distributed_worker import HARD, ROWS, Towers, batch
+from torch import Tensor
+
+PROCESSES = 2
+
+needs_gloo = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="PyTorch has no gloo"
+)
+
+
+def spread(folder: Path, name: str) -> list[list[Tensor]]:
+    """Loss and gradients of each process."""
+    worker = Path(__file__).with_name("distributed_worker.py")
+    arguments = [str(PROCESSES), str(folder / "store"), str(folder / "out"), name]
+    command = [sys.executable, str(worker)]
+    processes = [
+        subprocess.Popen([*command, str(rank), *arguments], stderr=subprocess.PIPE, text=True)
+        for rank in range(PROCESSES)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * PROCESSES, said
+    return [torch.load(folder / f"out-{rank}") for rank in range(PROCESSES)]
+
+
+def alone(name: str) -> list[Tensor]:
+    """The same in one process, in the order of rows that it has anyway."""
+    data, towers, hard = batch(), Towers(), HARD if name != "clip" else 0
+    q, p, log_beta = towers(data["query"], torch.cat([data["passage"], data["hard"][:hard]]))
+    ids = None if name == "clip" else data["ids"]
+    loss = samtone.samtone_loss(q, p, loss=name, log_beta=log_beta, passage_ids=ids)
+    loss.backward()
+    return [loss.detach(), *(x.grad for x in towers.parameters())]
+
+
+def compare(results: list[list[Tensor]], want: list[Tensor], tolerance: float) -> None:
+    for result in results:
+        assert len(result) == len(want) == 6
+        for a, b in zip(result, want):
+            assert torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max())), (a, b)
+
+
+@needs_gloo
+@pytest.mark.parametrize("name", ["samtone_both", "clip"])
+def test_two_processes_equal_one(name: str, tmp_path: Path) -> None:
+    assert ROWS % PROCESSES == HARD % PROCESSES == 0
+    compare(spread(tmp_path, name), alone(name), 2e-5)
+
+
+@needs_gloo
+@pytest.mark.skipif(missing("open-clip", "open_clip"), reason="open_clip_torch is not installed")
+def test_open_clip_in_two_processes(tmp_path: Path) -> None:
+    """Its loss with gather_with_grad."""
+    compare(spread(tmp_path, "open_clip"), alone("clip"), 1e-4)

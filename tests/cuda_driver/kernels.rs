@@ -1,0 +1,181 @@
+//! Every kernel that a device runs, whatever plans take by themselves. Each case is announced before it runs, so that one that never
+//! ends is known by name, and all that fail are listed, so that one run on a GPU tells everything.
+
+use super::raw::{sample, with_call};
+use super::support::case::Expected;
+use super::support::compare::{against_definition, verdict};
+use super::support::data::{self, Kind};
+use super::support::problem::Problem;
+use super::{Check, text};
+use samtone::cuda::{self, Architecture, Arithmetic, Device, Plan, Tile};
+use samtone::{DType, Loss, Pairs, backend};
+use std::fmt::Display;
+use std::time::Instant;
+
+pub const CHECKS: &[Check] = &[
+    ("smoke: the driver compiles every kernel", compiled),
+    ("smoke: every arithmetic and tile gives what the definition gives", || {
+        let mut report = Report::default();
+        for kernel in kernels()? {
+            for changed in [Changed::Nothing, Changed::Skipping] {
+                let problem = sample(Loss::samtone_both(), 71)?;
+                report.case(kernel.named(&problem, changed), || kernel.conforms(problem.clone(), changed));
+            }
+        }
+        report.verdict()
+    }),
+];
+
+/// What the emulator is too slow for, or does in tests/cuda_plans.rs.
+pub const ON_GPUS: &[Check] = &[
+    ("every arithmetic and tile, ragged shapes and waves", || {
+        let shapes = [(Kind::Random, (129, 300, 72)), (Kind::Trained, (64, 64, 64)), (Kind::Random, (1, 3, 5))];
+        let whole = shapes.map(|(kind, shape)| (kind, shape, Changed::Nothing));
+        let waves = [(Kind::Random, (300, 421, 24), Changed::LeastWorkspace)];
+        let mut report = Report::default();
+        for kernel in kernels()? {
+            for (kind, shape, changed) in whole.into_iter().chain(waves) {
+                let problem = data::problem(Loss::samtone_both(), kind, shape, 0.05, 11, 0.0).map_err(text)?;
+                report.case(kernel.named(&problem, changed), || kernel.conforms(problem.clone(), changed));
+            }
+        }
+        report.verdict()
+    }),
+    ("every tile on batches of thousands", thousands),
+];
+
+/// More squares than a GPU takes at a time, and more rows than from which plans take large tiles. The judge is the CPU backend, on
+/// the same embeddings.
+fn thousands() -> Result<(), String> {
+    let mut report = Report::default();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for (kind, shape) in [(Kind::Trained, (2300, 2500, 200)), (Kind::Random, (2048, 2048, 256))] {
+            let problem = data::problem(Loss::samtone_both(), kind, shape, 0.05, 72, 0.0).map_err(text)?.rounded(dtype);
+            let cpu = backend::by_name("cpu").map_err(text)?;
+            let mut want = Expected::from(problem.run(cpu, DType::F32, 0.5).map_err(text)?);
+            want.metrics = None; // single precision decides some of so many near ties the other way
+            for kernel in kernels()?.into_iter().filter(|kernel| kernel.dtype == dtype) {
+                let name = kernel.named(&problem, Changed::Nothing);
+                report.case(name, || kernel.judged(&problem, &want, Changed::Nothing));
+            }
+        }
+    }
+    report.verdict()
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Changed {
+    Nothing,
+    /// A bound on the workspace that makes as many waves as can be.
+    LeastWorkspace,
+    /// Squares of next to no mass are left out of the gradient, where there are any.
+    Skipping,
+}
+
+/// Kernels of one arithmetic and tile, and the type whose tolerances hold for them.
+#[derive(Clone, Copy)]
+struct Kernel {
+    arithmetic: Arithmetic,
+    dtype: DType,
+    tile: Tile,
+    architecture: Architecture,
+}
+
+/// Those that run on the first device; with `SAMTONE_KERNELS`, such as `F16 Large`, these alone.
+fn kernels() -> Result<Vec<Kernel>, String> {
+    let architecture = Device::first().map_err(text)?.architecture();
+    let tiles: &[Tile] = match architecture {
+        Architecture::Sm80 => &[Tile::Small, Tile::Large],
+        Architecture::Sm90a { .. } => &[Tile::Small, Tile::Large, Tile::Cluster],
+    };
+    let of = |arithmetic, dtype, tiles: &[Tile]| {
+        tiles.iter().map(|&tile| Kernel { arithmetic, dtype, tile, architecture }).collect::<Vec<_>>()
+    };
+    let only = std::env::var("SAMTONE_KERNELS").unwrap_or_default();
+    let chosen = |kernel: &Kernel| only.is_empty() || only == format!("{:?} {:?}", kernel.arithmetic, kernel.tile);
+    let all = [
+        of(Arithmetic::F16, DType::BF16, tiles),
+        of(Arithmetic::F16x2, DType::F16, tiles),
+        of(Arithmetic::F16x3, DType::F32, tiles),
+        of(Arithmetic::Exact, DType::F32, &[Tile::Small]),
+    ];
+    Ok(all.concat().into_iter().filter(chosen).collect())
+}
+
+impl Kernel {
+    fn named(&self, problem: &Problem, changed: Changed) -> String {
+        let how = match changed {
+            Changed::Nothing => "",
+            Changed::LeastWorkspace => ", least workspace",
+            Changed::Skipping => ", tile skipping",
+        };
+        format!("{:?} {:?}: {}{how}", self.arithmetic, self.tile, problem.name)
+    }
+
+    fn changes<'a>(&self, problem: cuda::Problem<'a>) -> cuda::Problem<'a> {
+        problem.with_architecture(self.architecture).with_arithmetic(self.arithmetic).with_tile(self.tile)
+    }
+
+    fn conforms(&self, problem: Problem, changed: Changed) -> Result<(), String> {
+        let problem = problem.rounded(self.dtype);
+        let reference = backend::by_name("reference").map_err(text)?;
+        let want = Expected::from(problem.run(reference, DType::F64, 0.5).map_err(text)?);
+        self.judged(&problem, &want, changed)
+    }
+
+    fn judged(&self, problem: &Problem, want: &Expected, changed: Changed) -> Result<(), String> {
+        let mut problem = problem.clone();
+        match changed {
+            Changed::Nothing => {}
+            Changed::LeastWorkspace => {
+                problem.options = self.tile.with_room(problem.options.with_workspace_bytes(1));
+            }
+            Changed::Skipping => problem.options = problem.options.with_tile_skipping(1e-6).map_err(text)?,
+        }
+        with_call(&problem, self.dtype, |call, _| {
+            let call = call.replan(&problem, |p| Ok(self.changes(p)))?;
+            let judged = call
+                .run(Device::loss_and_gradients)
+                .and_then(|()| verdict(&against_definition(&call.outputs()?, want, &problem, self.dtype, 0.5)));
+            judged.map_err(|sentence| format!("{sentence}\n{}", call.plan))
+        })
+    }
+}
+
+fn compiled() -> Result<(), String> {
+    let device = Device::first().map_err(text)?;
+    let (name, capability) = (device.name(), device.compute_capability());
+    eprintln!("{name}, compute capability {capability:?}, {:?}", device.architecture());
+    let problem = sample(Loss::samtone_both(), 70)?;
+    let options = problem.options.with_tile_skipping(0.01).map_err(text)?;
+    let pairs = Pairs::new(problem.rows, problem.passages).map_err(text)?;
+    let mut report = Report::default();
+    for kernel in kernels()? {
+        report.case(format!("{:?} {:?}", kernel.arithmetic, kernel.tile), || {
+            let plain = cuda::Problem::new(&problem.loss, &pairs, &options, kernel.dtype, problem.dim);
+            plain.and_then(|p| Plan::new(&kernel.changes(p))).and_then(|plan| device.load(&plan)).map_err(text)
+        });
+    }
+    report.verdict()
+}
+
+/// Cases that failed, with what they said.
+#[derive(Default)]
+struct Report(Vec<String>);
+
+impl Report {
+    /// Standard error is not buffered: a name is there also if the process is ended while the case hangs.
+    fn case(&mut self, name: impl Display, run: impl FnOnce() -> Result<(), String>) {
+        eprint!("  {name} ... ");
+        let start = Instant::now();
+        let result = run();
+        eprintln!("{}, {:.1} ms", if result.is_ok() { "ok" } else { "FAILED" }, start.elapsed().as_secs_f64() * 1e3);
+        if let Err(sentence) = result {
+            self.0.push(format!("{name}: {sentence}"));
+        }
+    }
+
+    fn verdict(self) -> Result<(), String> {
+        if self.0.is_empty() { Ok(()) } else { Err(self.0.join("\n")) }
+    }
+}
