@@ -2,7 +2,8 @@
 # Checks and times the CUDA backend, the adapters on it, and the WGSL backend on Vulkan, on a machine with a GPU and without Rust.
 #
 #   benches/gpu.sh build                   here, with cargo and maturin: everything that `run` needs beside the repository, stripped,
-#                                          in target/gpu.tar.gz, to be carried along with it
+#                                          in target/gpu.tar.gz, to be carried along with it. With CANDLE=1 also the test of the candle
+#                                          adapter on CUDA, with a compiler from PyPI: some ten minutes more
 #   benches/gpu.sh run [PART…] [FOLDER]    there, in the repository's root: these parts, or all in this order:
 #
 #     smoke      90 s   device, every kernel compiled, one small case for each arithmetic and tile, one step timed
@@ -22,6 +23,7 @@
 #   DRIVER, CASES, GOLDEN           for a try, less: driver checks and conformance cases whose names contain this, one golden file
 #   BENCH, ENGINES, PEERS_DEVICE    likewise: options of bench_cuda, engines and device of peers/run.py
 #   TORCH_TESTS, TORCH_DEVICE       likewise: tests whose names match, device of the scripts
+#   CANDLE_TEST                     likewise: what runs in place of candle's test
 #   ARCHIVE                         a file that is the record as tar.gz after every check
 #
 # `run` needs the driver; it also uses nvidia-smi, compute-sanitizer, python3 with PyTorch, Triton, pytest and sentence-transformers,
@@ -47,6 +49,10 @@ build() {
   done
   strip "$out"/*
   wheel
+  if [ -n "${CANDLE:-}" ]; then
+    binary=$(CARGO_TARGET_DIR=$compiled adapters/samtone-candle/ci/build-cuda-test)
+    strip -o "$out/candle_cuda" "$binary"
+  fi
   git describe --always --dirty > "$out/commit"
   newest=$({ objdump -T "$out"/* 2> /dev/null || true; } | grep -o 'GLIBC_2[0-9.]*' | sort -uV | tail -n 1)
   if [ "$(printf '%s\n' "GLIBC_$GLIBC" "$newest" | sort -V | tail -n 1)" != "GLIBC_$GLIBC" ]; then
@@ -255,8 +261,13 @@ part_adapters() {
   else
     missing torch "the build had no maturin"
   fi
-  if [ -e target/gpu/candle_cuda ]; then
-    check candle 60 env SAMTONE_REQUIRE=cuda target/gpu/candle_cuda --test-threads 1
+  local candle=${CANDLE_TEST:-target/gpu/candle_cuda}
+  if [ -e "$candle" ]; then
+    # Candle links CUDA's libraries, which PyTorch brings along if no toolkit is on the loader's path.
+    local libraries
+    libraries=$(python3 -c 'import nvidia; print(":".join(p + "/cu13/lib" for p in nvidia.__path__))' 2> /dev/null)
+    check candle 60 env LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries:/usr/local/cuda/lib64" \
+      SAMTONE_REQUIRE=cuda "$candle" --test-threads 1
   else
     printf '%-9s %-28s' "$part" candle
     record candle "skipped: its test is not in this build (adapters/samtone-candle/README.md)" 0
@@ -290,7 +301,7 @@ case ${1:-} in
     run "$@"
     ;;
   *)
-    sed -n '2,27p' "$0"
+    sed -n '2,/^set -/p' "$0" | grep '^#'
     exit 2
     ;;
 esac

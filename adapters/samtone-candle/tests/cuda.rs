@@ -1,4 +1,5 @@
-//! Tensors on a CUDA device against the same on the CPU. Without a device every test says that it is skipped.
+//! Tensors on a CUDA device against the same on the CPU. Without a device every test says that it is skipped, and fails if the variable
+//! `SAMTONE_REQUIRE` names `cuda`.
 #![cfg(feature = "cuda")]
 
 use candle_core::backprop::GradStore;
@@ -14,6 +15,8 @@ fn device() -> Option<Device> {
     match Device::new_cuda(0) {
         Ok(device) => Some(device),
         Err(error) => {
+            let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
+            assert!(!required.split(',').any(|name| name.trim() == "cuda"), "it is required, but {error}");
             eprintln!("SKIPPED, no CUDA device: {error}");
             None
         }
