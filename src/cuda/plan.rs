@@ -293,7 +293,7 @@ mod tests {
     #[test]
     fn a_wave_is_six_launches_and_each_further_one_five() {
         let launches = |plan: &Plan| {
-            let kernel = |launch: &Launch| launch.kernel.split("_f16").next().unwrap().to_owned();
+            let kernel = |launch: &Launch| launch.kernel.split("_f16").next().unwrap().replace("_kept", "");
             plan.forward().iter().chain(plan.backward()).map(kernel).collect::<Vec<_>>()
         };
         let one = ["prepare", "logsumexp", "combine", "gradient_tile", "gradient_product", "project"];
@@ -310,7 +310,8 @@ mod tests {
         }
         // As docs/cuda.md says.
         for dtype in [DType::BF16, DType::F16, DType::F32] {
-            assert_eq!(plan(8000, dtype, |p| p).waves, [1, 1], "{dtype}");
+            let rows = if dtype == DType::F32 { 6000 } else { 8000 };
+            assert_eq!(plan(rows, dtype, |p| p).waves, [1, 1], "{dtype}");
             assert!(plan(16_384, dtype, |p| p).waves > [1, 1], "{dtype}");
         }
         let tight = Options::new(0.01).unwrap().with_workspace_bytes(3 << 20);
