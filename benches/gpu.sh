@@ -158,7 +158,7 @@ run() {
   done
   echo
   cat "$folder/env.txt"
-  for name in smoke-step small-steps step step-recomputed step-kept step-sm80 step-sm80-recomputed samtone-errors.csv overhead peers wgpu-step; do
+  for name in smoke-step small-steps small-steps-recomputed step step-recomputed step-kept step-sm80 step-sm80-recomputed samtone-errors.csv overhead peers wgpu-step; do
     local file=$folder/$name
     [ -e "$file" ] || file=$file.txt
     if [ -s "$file" ]; then printf '\n%s\n' "$name" && cut -c 1-200 "$file"; fi
@@ -202,6 +202,10 @@ part_check() {
     check "conformance-clusters-$dtype" 60 "${cuda[@]}" SAMTONE_REQUIRE=cuda,cuda-clusters \
       target/gpu/conformance "cuda-clusters $dtype: ${CASES:-}" --test-threads 8
   done
+  # Cosines kept where plans would multiply again: one type is enough, since the smoke test compares bits.
+  check conformance-kept 45 "${cuda[@]}" target/gpu/conformance "cuda-kept bf16: ${CASES:-}" --test-threads 8
+  [ "$capability" != 9.0 ] || check conformance-clusters-kept 45 "${cuda[@]}" SAMTONE_REQUIRE=cuda,cuda-clusters-kept \
+    target/gpu/conformance "cuda-clusters-kept bf16: ${CASES:-}" --test-threads 8
   check kernels 60 "${cuda[@]}" target/gpu/cuda_driver "${DRIVER:-gpu: every}" --test-threads 1
   check driver 60 "${cuda[@]}" target/gpu/cuda_driver "${DRIVER:-gpu: }" --skip smoke: --skip every --test-threads 1
   for dtype in f32 f16 bf16; do
@@ -226,7 +230,8 @@ part_time() {
   rm -rf "$written"
   # What docs/hopper.md predicts can be held against these, and what plans choose.
   local ours=("${cuda[@]}" target/gpu/bench_cuda "${bench[@]}")
-  check step-recomputed 40 "${ours[@]}" --cosines recomputed "${other_shapes[@]}"
+  check small-steps-recomputed 40 "${ours[@]}" --cosines recomputed "${small_shapes[@]}"
+  check step-recomputed 40 "${ours[@]}" --cosines recomputed --workspace 16384 "${other_shapes[@]}"
   check step-kept 40 "${ours[@]}" --cosines kept --workspace 16384 "${other_shapes[@]}"
   check step-sm80 40 "${ours[@]}" --kernels sm80 "${other_shapes[@]}"
   check step-sm80-recomputed 40 "${ours[@]}" --kernels sm80 --cosines recomputed "${other_shapes[@]}"

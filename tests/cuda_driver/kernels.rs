@@ -6,8 +6,8 @@ use super::support::case::Expected;
 use super::support::compare::{against_definition, verdict};
 use super::support::data::{self, Kind};
 use super::support::problem::Problem;
-use super::{Check, text};
-use samtone::cuda::{self, Architecture, Arithmetic, Device, Plan, Tile};
+use super::{Check, demand, text};
+use samtone::cuda::{self, Architecture, Arithmetic, Cosines, Device, Plan, Tile};
 use samtone::{DType, Loss, Pairs, backend};
 use std::fmt::Display;
 use std::time::Instant;
@@ -21,6 +21,26 @@ pub const CHECKS: &[Check] = &[
                 let problem = sample(Loss::samtone_both(), 71)?;
                 report.case(kernel.named(&problem, changed), || kernel.conforms(problem.clone(), changed));
             }
+        }
+        report.verdict()
+    }),
+    ("smoke: cosines kept or multiplied again give the same bits", || {
+        let mut report = Report::default();
+        for kernel in kernels()? {
+            let problem = sample(Loss::samtone_both(), 73)?.rounded(kernel.dtype);
+            report.case(format!("{:?} {:?}", kernel.arithmetic, kernel.tile), || {
+                with_call(&problem, kernel.dtype, |call, _| {
+                    let outputs = |cosines| {
+                        let call = call.replan(&problem, |p| Ok(kernel.changes(p).with_cosines(cosines)))?;
+                        let [kept, squares] = call.plan.kept_squares();
+                        demand(kept == if cosines == Cosines::Kept { squares } else { 0 }, &call.plan.to_string())?;
+                        call.run(Device::loss_and_gradients)?;
+                        call.outputs()
+                    };
+                    let (kept, recomputed) = (outputs(Cosines::Kept)?, outputs(Cosines::Recomputed)?);
+                    demand(kept == recomputed, &format!("kept: {kept:?}\nrecomputed: {recomputed:?}"))
+                })
+            });
         }
         report.verdict()
     }),
