@@ -135,11 +135,28 @@ void multiply(Thread* const* warp) {
         for (u32 r = 0; r < 2; ++r)
             for (u32 i = 0; i < 2; ++i) put(b[g][2 * t + 8 * r + i], b_exponents[g][2 * t + 8 * r + i], p.b[r], i, p.type);
     }
+    // Most rows and columns of small problems are padding. Products with zeros leave a sum as it is, but for its sign if it is zero.
+    auto all_of = [](const double(&numbers)[16], auto is) { return std::all_of(numbers, numbers + 16, is); };
+    auto is_zero = [](double x) { return x == 0; };
+    auto is_finite = [](double x) { return std::isfinite(x); };
+    bool row_is_zero[16], column_is_zero[8], all_finite = true;
+    for (u32 row = 0; row < 16; ++row) {
+        row_is_zero[row] = all_of(a[row], is_zero);
+        all_finite = all_finite && all_of(a[row], is_finite);
+    }
+    for (u32 column = 0; column < 8; ++column) {
+        column_is_zero[column] = all_of(b[column], is_zero);
+        all_finite = all_finite && all_of(b[column], is_finite);
+    }
     for (u32 lane = 0; lane < WARP; ++lane) {
         const Product& p = operand<Product>(warp, lane);
         u32 g = lane / 4, t = lane % 4;
         for (u32 r = 0; r < 4; ++r) {
             u32 row = g + 8 * (r / 2), column = 2 * t + r % 2;
+            if (all_finite && (row_is_zero[row] || column_is_zero[column]) && std::isfinite(p.d[r])) {
+                p.d[r] += 0.0f;
+                continue;
+            }
             for (u32 half = 0; half < 16; half += 8) {
                 double products[8];
                 i32 exponents[8];

@@ -92,9 +92,20 @@ void gather(Matrix& matrix, const Operand& operand, u32 indices, const unsigned 
 void multiply(Sums& sums, const Matrix& a, const Matrix& b, u32 first) {
     constexpr u32 COLUMNS = 128, EIGHT = 8, OWN = 64;
     constexpr i32 LEAST = -100; // below it there are zeros only
+    // Most rows and columns of small problems are padding. Products with zeros leave a sum as it is, but for its sign if it is zero.
+    const bool all_finite = a.finite && b.finite;
+    bool nothing_in_row[64];
+    for (u32 row = 0; row < 64; ++row) {
+        nothing_in_row[row] = all_finite;
+        for (u32 k = 0; k < 16; ++k) nothing_in_row[row] = nothing_in_row[row] && a.numbers[k][row] == 0;
+    }
+    auto stays = [](float sum) { return sum == 0 || (std::isfinite(sum) && std::fabs(sum) >= 0x1p-100f); };
     for (u32 column = 0; column < COLUMNS; column += EIGHT) {
         Four right[16][2];
         Eight right_exponents[16];
+        bool nothing_in_columns = all_finite;
+        for (u32 k = 0; k < 16; ++k)
+            for (u32 i = 0; i < EIGHT; ++i) nothing_in_columns = nothing_in_columns && b.numbers[k][first + column + i] == 0;
         for (u32 k = 0; k < 16; ++k) {
             for (u32 i = 0; i < 2; ++i) right[k][i] = vector_at<Four>(&b.numbers[k][first + column + 4 * i]);
             right_exponents[k] = vector_at<Eight>(&b.exponents[k][first + column]);
@@ -102,8 +113,16 @@ void multiply(Sums& sums, const Matrix& a, const Matrix& b, u32 first) {
         for (u32 row = 0; row < 64; ++row) {
             // A pair of columns each for four threads.
             float* const at = &sums[(row / 16 * WARP + row % 8 * 4) * OWN + column / 2 + row % 16 / 8 * 2];
+            if (nothing_in_columns || nothing_in_row[row]) {
+                bool all_stay = true;
+                for (u32 i = 0; i < EIGHT; ++i) all_stay = all_stay && stays(at[i / 2 * OWN + i % 2]);
+                if (all_stay) {
+                    for (u32 i = 0; i < EIGHT; ++i) at[i / 2 * OWN + i % 2] += 0.0f;
+                    continue;
+                }
+            }
             Eight highest;
-            bool finite = a.finite && b.finite;
+            bool finite = all_finite;
             for (u32 i = 0; i < EIGHT; ++i) {
                 const float sum = at[i / 2 * OWN + i % 2];
                 highest[i] = static_cast<i16>(exponent_of_factor(sum, -126));
