@@ -49,7 +49,7 @@ class Result:
     ) -> None:
         q, p = memory.tensor(case.query, pitch), memory.tensor(case.passage, pitch)
         self.planned = cuda.planned(memory, settings(case, log_beta), q, p, annotations(case), wanted)
-        state = memory.empty(cuda.state_bytes(len(case.query)))
+        state = memory.empty(cuda.state_bytes(len(case.query), len(case.passage)))
         self.planned.forward(memory, q, p, state)
         results, row_losses, derivative = self.planned.plan.offsets
         head = memory.read(state)
@@ -159,15 +159,16 @@ def test_plans_of_graphs_are_made_before_and_stay(memory: emulated.EmulatedMemor
 
 
 def test_the_size_of_the_state_is_enough(memory: emulated.EmulatedMemory) -> None:
-    for rows, extra in ((1, 0), (3, 4), (63, 1), (257, 100)):
+    for rows, extra in ((1, 0), (3, 4), (63, 1), (257, 100), (200, 5000)):
         x = torch.zeros(rows + extra, 8)
         for preset in judge.PRESETS:
             case = judge.of_preset(preset, x[:rows], x)
             case.zero_norm = "zero_gradient"
-            planned = cuda.planned(
-                memory, settings(case), memory.tensor(x[:rows]), memory.tensor(x), annotations(case), (True, True)
-            )
-            assert planned.plan.state_bytes <= cuda.state_bytes(rows)
+            for case.positives in (None, [0] * rows):
+                planned = cuda.planned(
+                    memory, settings(case), memory.tensor(x[:rows]), memory.tensor(x), annotations(case), (True, True)
+                )
+                assert planned.plan.state_bytes <= cuda.state_bytes(rows, rows + extra)
 
 
 def test_refused_embeddings_are_nan_or_a_sentence(memory: emulated.EmulatedMemory) -> None:
@@ -186,7 +187,7 @@ def test_memory_that_does_not_fit_is_refused(memory: emulated.EmulatedMemory) ->
     case = judge.of_preset("info_nce", *embeddings(47))
     q, p = memory.tensor(case.query), memory.tensor(case.passage)
     made = cuda.planned(memory, settings(case), q, p, annotations(case), (True, True))
-    state = memory.empty(cuda.state_bytes(12))
+    state = memory.empty(cuda.state_bytes(12, 17))
     for changed, sentence in (
         ({"state": memory.empty(100)}, "`state` is 100 bytes; allowed: .* bytes or more"),
         ({"passage": q}, "`passage` is 12 x 24 of f32 with a row stride of 24; allowed: 17 x 24"),
@@ -218,7 +219,7 @@ def test_nothing_waits_nor_allocates(memory: emulated.EmulatedMemory) -> None:
     """A stream that is being captured refuses both, so a step that goes through does neither."""
     case = judge.of_preset("samtone_query", *embeddings(48))
     want = Result(memory, case)
-    q, p, state = memory.tensor(case.query), memory.tensor(case.passage), memory.empty(cuda.state_bytes(12))
+    q, p, state = memory.tensor(case.query), memory.tensor(case.passage), memory.empty(cuda.state_bytes(12, 17))
     workspace = memory.empty(want.planned.plan.workspace_bytes)
     call = memory.driver.call
     stream, graph, executable = ctypes.c_void_p(memory.stream), ctypes.c_void_p(), ctypes.c_void_p()

@@ -51,7 +51,7 @@ def test_shapes_on_cuda_without_a_gpu() -> None:
         assert evaluation.loss.device.type == "cuda" and evaluation.row_losses.shape == (8,)
         options = ("samtone_query", False, None, "error", None, False)
         saved = ops.forward(q, p, None, None, None, None, None, None, options[0], 0.1, *options[1:], 3)[3:]
-        assert [len(x) for x in saved] == [0, 0, 1, cuda.state_bytes(8), 1] and saved[-1].device.type == "cpu"
+        assert [len(x) for x in saved] == [0, 0, 1, cuda.state_bytes(8, 9), 1] and saved[-1].device.type == "cpu"
         dq, dp, derivative = ops.backward(evaluation.loss, q, p, None, None, None, None, None, *saved, *options, 1)
         assert dq.shape == q.shape and dq.dtype == q.dtype and dq.device == q.device
         assert dp.shape == (0, 16) and derivative.shape == (1,)

@@ -153,10 +153,11 @@ def release() -> None:
         _captured.clear()
 
 
-def state_bytes(rows: Any) -> Any:
-    """Size of the state, which torch.compile must know before there is a plan. A plan needs 144 bytes for each row, and room
-    for the alignment of its arrays; native code refuses a state that is too short."""
-    return 160 * rows + 4096
+def state_bytes(rows: Any, passages: Any) -> Any:
+    """Size of the state, which torch.compile must know before there is a plan. A plan needs 152 bytes for each row, 8 for each
+    passage and for each row that shares its positive, and room for the alignment of its arrays; native code refuses a state that
+    is too short."""
+    return 160 * rows + 8 * passages + 4096
 
 
 def numbers(state: Tensor, offset: int, count: int) -> Tensor:

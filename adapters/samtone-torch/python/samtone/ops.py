@@ -108,7 +108,7 @@ def _forward_cuda(
 ) -> Tensors:
     memory = cuda.TorchMemory(q.device)
     planned = cuda.planned(memory, settings, q, p, annotations, _towers(wanted))
-    state = memory.empty(cuda.state_bytes(q.shape[0]))
+    state = memory.empty(cuda.state_bytes(q.shape[0], p.shape[0]))
     planned.forward(memory, q, p, state)
     results, row_losses, _ = planned.plan.offsets
     numbers = cuda.numbers(state, results, RESULTS)
@@ -211,7 +211,7 @@ def _(
         empty((query.shape[0] if wanted & QUERY and not on_cuda else 0, query.shape[1]), torch.float32),
         empty((passage.shape[0] if wanted & PASSAGE and not on_cuda else 0, passage.shape[1]), torch.float32),
         empty((1,), torch.float64),
-        empty((cuda.state_bytes(query.shape[0]) if on_cuda else 0,), torch.uint8),
+        empty((cuda.state_bytes(query.shape[0], passage.shape[0]) if on_cuda else 0,), torch.uint8),
         torch.empty(1, dtype=torch.float64, device="meta" if query.device.type == "meta" else "cpu"),
     )
 
