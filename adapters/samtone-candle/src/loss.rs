@@ -43,6 +43,7 @@ pub struct SamToNe {
     margin: Option<f64>,
     zero_norm: ZeroNorm,
     workspace_bytes: Option<usize>,
+    tile_skipping: Option<f64>,
     workspace: Arc<Mutex<Workspace>>,
     #[cfg(feature = "cuda")]
     step: Arc<crate::cuda::Shared>,
@@ -86,6 +87,7 @@ impl SamToNe {
             margin: None,
             zero_norm: ZeroNorm::default(),
             workspace_bytes: None,
+            tile_skipping: None,
             workspace: Arc::default(),
             #[cfg(feature = "cuda")]
             step: Arc::default(),
@@ -142,6 +144,14 @@ impl SamToNe {
     /// [`samtone::cpu::DEFAULT_WORKSPACE_BYTES`].
     pub fn workspace_bytes(mut self, bytes: usize) -> Self {
         self.workspace_bytes = Some(bytes);
+        self
+    }
+
+    /// Lets a CUDA device leave out of the gradient what tiles of cosines with little softmax mass would add: of every row at
+    /// most the share η of the softmax mass of its negatives, tile by tile, while loss and metrics keep every bit. Above 0 and
+    /// below 1; see [`samtone::Options::with_tile_skipping`]. On the CPU the promise is kept by skipping nothing. Default: none.
+    pub fn tile_skipping(mut self, share: f64) -> Self {
+        self.tile_skipping = Some(share);
         self
     }
 
@@ -226,6 +236,9 @@ impl SamToNe {
         let mut options = temperature.options()?.with_zero_norm(self.zero_norm);
         if let Some(margin) = self.margin {
             options = options.with_margin(margin).map_err(refused)?;
+        }
+        if let Some(share) = self.tile_skipping {
+            options = options.with_tile_skipping(share).map_err(refused)?;
         }
         Ok(self.workspace_bytes.map_or(options, |bytes| options.with_workspace_bytes(bytes)))
     }

@@ -143,6 +143,39 @@ fn metrics_are_those_of_the_cpu_and_frozen_arguments_get_no_gradient() -> Result
     Ok(())
 }
 
+/// Two clusters, far from each other at this τ: their cosines in common are squares that are skipped. Query i's gradient is then off by at
+/// most ηβ/M per unit of its norm (docs/skipping.md), and everything but the gradients keeps its bits.
+#[test]
+fn tile_skipping_stays_within_its_bound() -> Result<()> {
+    const CLUSTER: usize = 64;
+    const SHARE: f64 = 0.5;
+    let Some(cuda) = device() else { return Ok(()) };
+    let (rows, tau) = (2 * CLUSTER, 0.2);
+    let clustered = |frequency: f32| -> Result<Var> {
+        let centres = Tensor::new(&[[2f32, 0.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0, 0.0]], &Device::Cpu)?;
+        let centres = centres.repeat((1, CLUSTER))?.reshape((rows, DIM))?;
+        Ok(var(&(centres + (wave(rows, DIM, frequency) * 0.3)?)?, &cuda))
+    };
+    let (q, p) = (clustered(0.7)?, clustered(0.9)?);
+    let run = |op: SamToNe| -> Result<_> {
+        let (loss, evaluation) = op.forward_with_metrics(&q, &p, tau)?;
+        let gradients = loss.backward()?;
+        Ok((evaluation, numbers(&loss), of(&gradients, &q), of(&gradients, &p)))
+    };
+    let plain = SamToNe::new(Loss::info_nce());
+    let (want, got) = (run(plain.clone())?, run(plain.tile_skipping(SHARE))?);
+    assert_eq!((&got.0, &got.1), (&want.0, &want.1));
+    assert!(got.2 != want.2 && got.3 != want.3, "nothing is skipped");
+    let norm = |x: &[f64]| x.iter().map(|v| v * v).sum::<f64>().sqrt();
+    let queries = numbers(&q);
+    for (row, (query, (got, want))) in queries.chunks(DIM).zip(got.2.chunks(DIM).zip(want.2.chunks(DIM))).enumerate() {
+        let off = got.iter().zip(want).map(|(g, w)| g - w).collect::<Vec<_>>();
+        let off = norm(query) * norm(&off) * tau * rows as f64;
+        assert!(off <= SHARE + 1e-4, "row {row} is off by {off}");
+    }
+    Ok(())
+}
+
 /// The memory of a call is that of the next, also for another type, other shapes and another thread; what it gave stays.
 #[test]
 fn results_outlive_the_calls_after_them() -> Result<()> {

@@ -152,6 +152,26 @@ fn each_option_alone_is_that_of_the_reference() -> Result<()> {
     Ok(())
 }
 
+/// The CPU may leave nothing out, however much it is allowed to.
+#[test]
+fn tile_skipping_changes_no_bit() -> Result<()> {
+    let (q, p) = (Var::from_tensor(&wave(ROWS, DIM, 0.7))?, Var::from_tensor(&wave(PASSAGES, DIM, 0.9))?);
+    let tau = Var::new(TAU, &Device::Cpu)?;
+    for (name, _) in Loss::PRESETS {
+        let plain = SamToNe::new(Loss::by_name(name).unwrap());
+        let run = |op: SamToNe| -> Result<_> {
+            let (loss, evaluation) = op.forward_with_metrics(&q, &p, Temperature::Tau(&tau))?;
+            let gradients = loss.backward()?;
+            Ok((evaluation, numbers(&loss), [&q, &p, &tau].map(|var| numbers(gradients.get(var).unwrap()))))
+        };
+        let want = run(plain.clone())?;
+        for share in [1e-3, 0.999] {
+            assert_eq!(run(plain.clone().tile_skipping(share))?, want, "{name}, {share}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn any_one_argument_may_be_the_only_tracked_one() -> Result<()> {
     let op = SamToNe::new(Loss::samtone_both());
@@ -187,6 +207,16 @@ fn bad_input_gets_a_sentence() -> Result<()> {
         (op.forward(&q, &p, Temperature::Tau(&q)), "argument `temperature` is a tensor of shape [6, 5]"),
         (op.clone().passage_ids([1]).forward(&q, &p, TAU), "argument `passage_ids` is a slice of 1"),
         (op.clone().margin(f64::NAN).forward(&q, &p, TAU), "argument `margin` is NaN"),
+        (
+            op.clone().tile_skipping(0.0).forward(&q, &p, TAU),
+            "argument `tile_skipping` is 0; allowed: a number above 0",
+        ),
+        (
+            op.clone().tile_skipping(1.0).forward(&q, &p, TAU),
+            "argument `tile_skipping` is 1; allowed: a number above 0",
+        ),
+        (op.clone().tile_skipping(-1.0).evaluate(&q, &p, TAU).map(|_| zero.clone()), "argument `tile_skipping` is -1"),
+        (op.clone().tile_skipping(f64::NAN).forward(&q, &p, TAU), "argument `tile_skipping` is NaN"),
         (op.forward(&zero, &p, TAU), "the query embedding in row 0 has norm zero"),
     ] {
         let error = result.unwrap_err().to_string();

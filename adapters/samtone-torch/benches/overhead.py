@@ -54,9 +54,9 @@ def native(q: Tensor, p: Tensor) -> Callable[[], Any]:
 
         return on_cpu
     memory = cuda.TorchMemory(q.device)
-    settings_ = ("samtone_query", TEMPERATURE, False, None, "error", None, False)
+    settings_ = ("samtone_query", TEMPERATURE, False, None, "error", None, None, False)
     planned = cuda.planned(memory, settings_, q, p, names, (True, True))
-    state = memory.empty(cuda.state_bytes(len(q)))
+    state = memory.empty(cuda.state_bytes(len(q), len(p)))
     workspace = memory.empty(planned.plan.workspace_bytes)
     upstream = torch.ones(1, device=q.device)
 

@@ -54,7 +54,10 @@ pub struct Settings {
 impl Settings {
     /// `temperature` is τ, or log β if `log_beta`; `own` has hard negatives seen by their owners alone.
     #[new]
-    #[pyo3(signature = (loss, temperature, *, log_beta=false, margin=None, zero_norm="error", workspace_bytes=None, own=false))]
+    #[pyo3(signature = (
+        loss, temperature, *, log_beta=false, margin=None, zero_norm="error", workspace_bytes=None, tile_skipping=None, own=false
+    ))]
+    #[allow(clippy::too_many_arguments)] // a call across a language border
     fn new(
         loss: &str,
         temperature: f64,
@@ -62,6 +65,7 @@ impl Settings {
         margin: Option<f64>,
         zero_norm: &str,
         workspace_bytes: Option<i64>,
+        tile_skipping: Option<f64>,
         own: bool,
     ) -> PyResult<Self> {
         let mut options = if log_beta {
@@ -80,6 +84,9 @@ impl Settings {
             let allowed = "a number of bytes of at least 0";
             let bytes = usize::try_from(bytes).map_err(|_| invalid("workspace_bytes", bytes.to_string(), allowed))?;
             options = options.with_workspace_bytes(bytes);
+        }
+        if let Some(share) = tile_skipping {
+            options = options.with_tile_skipping(share).map_err(Refusal)?;
         }
         let policy = match zero_norm {
             "error" => ZeroNorm::Error,

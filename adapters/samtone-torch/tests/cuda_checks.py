@@ -28,11 +28,11 @@ def annotations(case: Case) -> dict[str, Any]:
     return named
 
 
-def settings(case: Case, log_beta: bool = False) -> tuple[Any, ...]:
+def settings(case: Case, log_beta: bool = False, share: float | None = None) -> tuple[Any, ...]:
     loss = case.options()["loss"]
     value = -torch.tensor(case.temperature, dtype=torch.float64).log().item() if log_beta else case.temperature
     spec = loss if isinstance(loss, str) else loss.spec
-    return (spec, value, log_beta, case.margin, case.zero_norm, None, case.own)
+    return (spec, value, log_beta, case.margin, case.zero_norm, None, share, case.own)
 
 
 class Result:
@@ -46,10 +46,14 @@ class Result:
         wanted: tuple[bool, bool] = (True, True),
         log_beta: bool = False,
         pitch: int = 0,
+        share: float | None = None,
     ) -> None:
         q, p = memory.tensor(case.query, pitch), memory.tensor(case.passage, pitch)
-        self.planned = cuda.planned(memory, settings(case, log_beta), q, p, annotations(case), wanted)
-        state = memory.empty(cuda.state_bytes(len(case.query)))
+        self.planned = cuda.planned(memory, settings(case, log_beta, share), q, p, annotations(case), wanted)
+        size = cuda.state_bytes(
+            len(case.query), len(case.passage), shared=case.positives is not None, skipping=share is not None
+        )
+        state = memory.empty(size)
         self.planned.forward(memory, q, p, state)
         results, row_losses, derivative = self.planned.plan.offsets
         head = memory.read(state)
@@ -159,15 +163,36 @@ def test_plans_of_graphs_are_made_before_and_stay(memory: emulated.EmulatedMemor
 
 
 def test_the_size_of_the_state_is_enough(memory: emulated.EmulatedMemory) -> None:
-    for rows, extra in ((1, 0), (3, 4), (63, 1), (257, 100)):
+    for rows, extra in ((1, 0), (3, 4), (63, 1), (257, 100), (200, 5000)):
         x = torch.zeros(rows + extra, 8)
         for preset in judge.PRESETS:
             case = judge.of_preset(preset, x[:rows], x)
             case.zero_norm = "zero_gradient"
-            planned = cuda.planned(
-                memory, settings(case), memory.tensor(x[:rows]), memory.tensor(x), annotations(case), (True, True)
-            )
-            assert planned.plan.state_bytes <= cuda.state_bytes(rows)
+            for case.positives in (None, [0] * rows, [k // 2 for k in range(rows)]):
+                for share in (None, 0.1):
+                    q, p = memory.tensor(x[:rows]), memory.tensor(x)
+                    planned = cuda.planned(memory, settings(case, share=share), q, p, annotations(case), (True, True))
+                    shared, skipping = case.positives is not None, share is not None
+                    size = cuda.state_bytes(rows, rows + extra, shared=shared, skipping=skipping)
+                    assert planned.plan.state_bytes <= size
+
+
+def test_tile_skipping_stays_within_its_bound(memory: emulated.EmulatedMemory) -> None:
+    """Two clusters, far from each other at this temperature: their cosines in common are squares that are skipped. A query's gradient is
+    then off by at most eta beta / M per unit of its norm (docs/skipping.md); everything but gradients keeps its bits."""
+    side, share = 64, 0.5
+    generator = torch.Generator().manual_seed(51)
+    centres = 4 * torch.eye(2, 16).repeat_interleave(side, 0)
+    q, p = (centres + 0.3 * torch.randn(2 * side, 16, generator=generator) for _ in range(2))
+    case = judge.of_preset("info_nce", q, p, temperature=0.2)
+    want, got = Result(memory, case), Result(memory, case, share=share)
+    assert got.planned is not want.planned
+    assert got.results == want.results and got.row_losses == want.row_losses
+    off = [a - b for a, b in zip(got.read, want.read) if a is not None and b is not None]
+    assert all(x.abs().max() > 0 for x in off), "nothing is skipped"
+    assert (off[0].norm(dim=1) * q.norm(dim=1)).max() <= share / case.temperature / len(q) * (1 + 1e-4)
+    independent = judge.of_preset("info_nce", *embeddings(52))
+    assert Result(memory, independent, share=share).results == Result(memory, independent).results
 
 
 def test_refused_embeddings_are_nan_or_a_sentence(memory: emulated.EmulatedMemory) -> None:
@@ -186,7 +211,7 @@ def test_memory_that_does_not_fit_is_refused(memory: emulated.EmulatedMemory) ->
     case = judge.of_preset("info_nce", *embeddings(47))
     q, p = memory.tensor(case.query), memory.tensor(case.passage)
     made = cuda.planned(memory, settings(case), q, p, annotations(case), (True, True))
-    state = memory.empty(cuda.state_bytes(12))
+    state = memory.empty(cuda.state_bytes(12, 17))
     for changed, sentence in (
         ({"state": memory.empty(100)}, "`state` is 100 bytes; allowed: .* bytes or more"),
         ({"passage": q}, "`passage` is 12 x 24 of f32 with a row stride of 24; allowed: 17 x 24"),
@@ -218,7 +243,7 @@ def test_nothing_waits_nor_allocates(memory: emulated.EmulatedMemory) -> None:
     """A stream that is being captured refuses both, so a step that goes through does neither."""
     case = judge.of_preset("samtone_query", *embeddings(48))
     want = Result(memory, case)
-    q, p, state = memory.tensor(case.query), memory.tensor(case.passage), memory.empty(cuda.state_bytes(12))
+    q, p, state = memory.tensor(case.query), memory.tensor(case.passage), memory.empty(cuda.state_bytes(12, 17))
     workspace = memory.empty(want.planned.plan.workspace_bytes)
     call = memory.driver.call
     stream, graph, executable = ctypes.c_void_p(memory.stream), ctypes.c_void_p(), ctypes.c_void_p()

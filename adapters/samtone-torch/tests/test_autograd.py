@@ -196,6 +196,7 @@ def test_operations_are_registered_as_pytorch_wants_them() -> None:
         None,
         "error",
         None,
+        0.1,
         False,
         3,
     )
@@ -334,6 +335,25 @@ def test_the_default_device_of_pytorch_changes_nothing() -> None:
     with torch.device("meta"):
         got = gradients(q, p, **options)
     assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("share", [1e-3, 0.999])
+def test_tile_skipping_changes_no_bit_on_the_cpu(share: float) -> None:
+    """Nothing is left out there, however much may be; a module has the option, too."""
+    q, p = (x.requires_grad_() for x in embeddings(37))
+    tau = torch.tensor(0.05, requires_grad=True)
+
+    def step(loss: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return loss, *torch.autograd.grad(loss, (q, p, tau))
+
+    want = step(samtone.samtone_loss(q, p, loss="samtone_both", temperature=tau))
+    got = step(samtone.samtone_loss(q, p, loss="samtone_both", temperature=tau, tile_skipping=share))
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    evaluations = [samtone.evaluate(q, p, temperature=0.05, tile_skipping=x).row_losses for x in (None, share)]
+    assert torch.equal(*evaluations)
+    module = samtone.SamToNeLoss("samtone_both", temperature=0.05, tile_skipping=share)
+    plain = samtone.SamToNeLoss("samtone_both", temperature=0.05)
+    assert module.tile_skipping == share and torch.equal(module(q, p), plain(q, p))
 
 
 def test_modules_hold_loss_and_temperature() -> None:

@@ -49,9 +49,11 @@ def test_shapes_on_cuda_without_a_gpu() -> None:
         q, p = (torch.empty(rows, 16, device="cuda", dtype=torch.bfloat16) for rows in (8, 9))
         evaluation = samtone.evaluate(q, p, passage_ids=torch.arange(9))
         assert evaluation.loss.device.type == "cuda" and evaluation.row_losses.shape == (8,)
-        options = ("samtone_query", False, None, "error", None, False)
-        saved = ops.forward(q, p, None, None, None, None, None, None, options[0], 0.1, *options[1:], 3)[3:]
-        assert [len(x) for x in saved] == [0, 0, 1, cuda.state_bytes(8), 1] and saved[-1].device.type == "cpu"
-        dq, dp, derivative = ops.backward(evaluation.loss, q, p, None, None, None, None, None, *saved, *options, 1)
-        assert dq.shape == q.shape and dq.dtype == q.dtype and dq.device == q.device
-        assert dp.shape == (0, 16) and derivative.shape == (1,)
+        for share in (None, 0.1):
+            options = ("samtone_query", False, None, "error", None, share, False)
+            saved = ops.forward(q, p, None, None, None, None, None, None, options[0], 0.1, *options[1:], 3)[3:]
+            size = cuda.state_bytes(8, 9, skipping=share is not None)
+            assert [len(x) for x in saved] == [0, 0, 1, size, 1] and saved[-1].device.type == "cpu"
+            dq, dp, derivative = ops.backward(evaluation.loss, q, p, None, None, None, None, None, *saved, *options, 1)
+            assert dq.shape == q.shape and dq.dtype == q.dtype and dq.device == q.device
+            assert dp.shape == (0, 16) and derivative.shape == (1,)

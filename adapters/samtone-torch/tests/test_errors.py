@@ -111,6 +111,10 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("an unknown policy", {"zero_norm": "skip"}, '`zero_norm` is "skip"; allowed: "error" or "zero_gradient"'),
     ("a small workspace", {"workspace_bytes": 10}, "option `workspace_bytes` is 10, but the smallest plan"),
     ("a negative workspace", {"workspace_bytes": -1}, "`workspace_bytes` is -1"),
+    ("skipping nothing", {"tile_skipping": 0}, "`tile_skipping` is 0; allowed: a number above 0 and below 1"),
+    ("skipping everything", {"tile_skipping": 1.0}, "`tile_skipping` is 1; allowed: a number above 0 and below 1"),
+    ("skipping less", {"tile_skipping": -1.0}, "`tile_skipping` is -1"),
+    ("skipping NaN", {"tile_skipping": float("nan")}, "`tile_skipping` is NaN"),
 ]
 
 
@@ -173,6 +177,7 @@ def test_tensors_without_memory_have_results_without_memory() -> None:
         ),
         (lambda: samtone.Loss.custom("a", [samtone.Group(0.0, ["qp"])]), "at least one with a coefficient above 0"),
         (lambda: samtone.SamToNeLoss(temperature=-1.0), "`temperature` is -1"),
+        (lambda: samtone.SamToNeLoss(tile_skipping=2.0), "`tile_skipping` is 2"),
         (lambda: samtone.SamToNeLoss(learnable="beta"), "`learnable` is 'beta'"),
         (lambda: samtone.SamToNeLoss(hard_negative_scope="x"), "`hard_negative_scope` is 'x'"),
     ],

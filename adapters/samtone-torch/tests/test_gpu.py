@@ -86,6 +86,20 @@ def test_frozen_towers() -> None:
         assert not samtone.samtone_loss(q, p).requires_grad
 
 
+def test_tile_skipping_stays_within_its_bound() -> None:
+    """As on the emulated driver: what two clusters have in common is skipped."""
+    side, share, options = 64, 0.5, {"loss": "info_nce", "temperature": 0.2}
+    generator = torch.Generator().manual_seed(51)
+    centres = 4 * torch.eye(2, 16).repeat_interleave(side, 0)
+    x, y = (centres + 0.3 * torch.randn(2 * side, 16, generator=generator) for _ in range(2))
+    q, p = (t.to(DEVICE).requires_grad_() for t in (x, y))
+    want, got = step(q, p, **options), step(q, p, tile_skipping=share, **options)
+    assert torch.equal(got[0], want[0])
+    off = got[1] - want[1]
+    assert (off.abs().max() > 0) == (q.device.type == "cuda"), "nothing is skipped on the GPU, or something on the CPU"
+    assert ((off.norm(dim=1) * q.norm(dim=1)).max() <= share / 0.2 / len(q) * (1 + 1e-4)).item()
+
+
 def test_rows_of_any_stride() -> None:
     q, p = embeddings(44, torch.bfloat16)
     wide = [torch.nn.functional.pad(x, (3, 5), value=float("nan")).to(DEVICE) for x in (q, p)]

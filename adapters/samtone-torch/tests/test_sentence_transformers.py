@@ -141,6 +141,15 @@ def test_cached_under_autocast_encodes_both_times_in_its_type() -> None:
     assert model.dense.weight.grad is not None and model.dense.weight.grad.isfinite().all()
 
 
+def test_model_cards_have_every_option() -> None:
+    options = {
+        "temperature": 0.1, "learnable": "tau", "mask_duplicates": False, "hard_negative_scope": "own", "margin": 0.2,
+        "zero_norm": "zero_gradient", "workspace_bytes": 1 << 24, "tile_skipping": 1e-3,
+    }  # fmt: skip
+    for make in (SamToNeLoss, CachedSamToNeLoss):
+        assert options.items() <= make(Encoder(), "clip", **options).get_config_dict().items()
+
+
 def test_cached_without_gradients_encodes_once() -> None:
     model = Encoder()
     with torch.no_grad():

@@ -31,6 +31,14 @@ pub fn sentences(device: &Device) -> Outcome {
         (samtone.clone().margin(f64::NAN).forward(query(), passage(), TAU), "argument `margin` is NaN"),
         (samtone.clone().workspace_bytes(1).forward(query(), passage(), TAU), "option `workspace_bytes` is 1"),
     ];
+    for (share, sentence) in [
+        (0.0, "argument `tile_skipping` is 0; allowed: a number above 0 and below 1"),
+        (1.0, "argument `tile_skipping` is 1; allowed: a number above 0 and below 1"),
+        (-1.0, "argument `tile_skipping` is -1"),
+        (f64::NAN, "argument `tile_skipping` is NaN"),
+    ] {
+        refused.push((samtone.clone().tile_skipping(share).forward(query(), passage(), TAU), sentence));
+    }
     if device.supports_dtype(DType::F16) {
         let half = p.clone().cast(DType::F16);
         refused.push((samtone.forward(query(), half, TAU), "argument `passage` is of type f16; allowed: the type of"));

@@ -22,6 +22,7 @@ const CHECKS: &[Check] = &[
     ("frozen_towers_get_no_gradient_and_change_no_other", tensors::frozen),
     ("strided_and_transposed_tensors_give_the_same_bits", tensors::strided),
     ("repeated_calls_give_the_same_bits", tensors::repeated),
+    ("tile_skipping_changes_no_bit", tensors::skipping),
     ("tensors_without_autodiff_and_constants_beside_tracked_ones", tensors::constants),
     ("bad_input_gets_a_sentence", errors::sentences),
     ("rows_that_are_wrong_are_named", errors::rows),

@@ -79,6 +79,23 @@ pub fn repeated(device: &Device) -> Outcome {
     Ok(())
 }
 
+/// No device of burn leaves anything out, however much it is allowed to.
+pub fn skipping(device: &Device) -> Outcome {
+    let device = device.clone().autodiff();
+    let (q, p) = (wave(150, 24, 0.7, &device).require_grad(), wave(170, 24, 0.9, &device).require_grad());
+    let run = |samtone: SamToNe| -> Result<_, samtone_burn::Error> {
+        let (loss, report) = samtone.forward_with_metrics(q.clone(), p.clone(), TAU)?;
+        let gradients = loss.clone().backward();
+        Ok((report.evaluation()?, numbers(loss), [&q, &p].map(|x| numbers(x.grad(&gradients).unwrap()))))
+    };
+    let samtone = SamToNe::new(Loss::samtone_both());
+    let plain = run(samtone.clone())?;
+    for share in [1e-3, 0.999] {
+        assert_eq!(run(samtone.clone().tile_skipping(share))?, plain);
+    }
+    Ok(())
+}
+
 /// Tensors that autodiff does not know of, alone and beside ones that it does.
 pub fn constants(device: &Device) -> Outcome {
     let tracking = device.clone().autodiff();

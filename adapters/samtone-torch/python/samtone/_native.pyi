@@ -20,6 +20,7 @@ class Settings:
         margin: float | None = None,
         zero_norm: str = "error",
         workspace_bytes: int | None = None,
+        tile_skipping: float | None = None,
         own: bool = False,
     ) -> Settings: ...
 

@@ -106,7 +106,7 @@ def planned(
     wanted: tuple[bool, bool],
 ) -> Planned:
     """The plan for such a call, made now or in an earlier step. `settings` are what `Settings` is made of: loss, temperature,
-    whether it is log beta, margin, policy for norms of zero, bound on the workspace, scope."""
+    whether it is log beta, margin, policy for norms of zero, bound on the workspace, share that may be skipped, scope."""
     vectors = tuple(None if x is None else x.numpy().tobytes() for x in annotations.values())
     towers = tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in (query, passage))
     key = (settings, towers, vectors, wanted, memory.stream)
@@ -122,7 +122,7 @@ def planned(
             "a stream is being captured, and this call is the first of its kind on it; allowed: a call with these shapes, types, "
             "options and ids on the same stream before, as in torch.cuda.graph(graph, stream=stream)"
         )
-    loss, temperature, log_beta, margin, zero_norm, workspace_bytes, own = settings
+    loss, temperature, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own = settings
     plan = _native.CudaPlan(
         _native.Settings(
             loss,
@@ -131,6 +131,7 @@ def planned(
             margin=margin,
             zero_norm=zero_norm,
             workspace_bytes=workspace_bytes,
+            tile_skipping=tile_skipping,
             own=own,
         ),
         capsule(query),
@@ -153,10 +154,18 @@ def release() -> None:
         _captured.clear()
 
 
-def state_bytes(rows: Any) -> Any:
-    """Size of the state, which torch.compile must know before there is a plan. A plan needs 144 bytes for each row, and room
-    for the alignment of its arrays; native code refuses a state that is too short."""
-    return 160 * rows + 4096
+def state_bytes(rows: Any, passages: Any, *, shared: bool = False, skipping: bool = False) -> Any:
+    """Size of the state, which torch.compile must know before there is a plan. A plan needs 152 bytes for each row, 8 for each
+    passage and for each row that shares its positive, and room for the alignment of its arrays; native code refuses a state that
+    is too short.
+
+    With tile skipping 20 bytes more for each square: no plan has smaller ones than 64 x 64, in QQ and in S and PP, whose passages
+    come in parts that end with a square of their own: positives, others, and, if positives may be shared, repetitions."""
+    size = 160 * rows + 8 * passages + 4096
+    if skipping:
+        queries, indices = rows // 64 + 2, (passages + rows if shared else passages) // 64 + 3
+        size += 20 * queries * (queries + 2 * indices)
+    return size
 
 
 def numbers(state: Tensor, offset: int, count: int) -> Tensor:

@@ -21,7 +21,7 @@ class SamToNeLoss(nn.Module):
         temperature: tau, or where it starts if it is learned.
         learnable: None for a constant temperature, ``"log_beta"`` for a parameter `log_beta` = log(1/tau), as CLIP learns
             it, or ``"tau"`` for a parameter `tau`. Both are float32 scalars.
-        hard_negative_scope, margin, zero_norm, workspace_bytes: As in `samtone_loss`.
+        hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping: As in `samtone_loss`.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class SamToNeLoss(nn.Module):
         margin: float | None = None,
         zero_norm: str = "error",
         workspace_bytes: int | None = None,
+        tile_skipping: float | None = None,
     ) -> None:
         super().__init__()
         self.loss = Loss(spec_of(loss))
@@ -46,7 +47,13 @@ class SamToNeLoss(nn.Module):
             )
         # Refused here rather than in the first step.
         _native.Settings(
-            self.loss.spec, temperature, margin=margin, zero_norm=zero_norm, workspace_bytes=workspace_bytes, own=own
+            self.loss.spec,
+            temperature,
+            margin=margin,
+            zero_norm=zero_norm,
+            workspace_bytes=workspace_bytes,
+            tile_skipping=tile_skipping,
+            own=own,
         )
         self.temperature = temperature
         self.learnable = learnable
@@ -58,6 +65,7 @@ class SamToNeLoss(nn.Module):
         self.margin = margin
         self.zero_norm = zero_norm
         self.workspace_bytes = workspace_bytes
+        self.tile_skipping = tile_skipping
 
     def extra_repr(self) -> str:
         """For `print`."""
@@ -89,6 +97,7 @@ class SamToNeLoss(nn.Module):
             margin=self.margin,
             zero_norm=self.zero_norm,
             workspace_bytes=self.workspace_bytes,
+            tile_skipping=self.tile_skipping,
             **temperature,
             **batch,
         )

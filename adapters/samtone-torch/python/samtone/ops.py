@@ -69,7 +69,7 @@ def _towers(wanted: int) -> tuple[bool, bool]:
 def _forward_cpu(
     settings: tuple[Any, ...], q: Tensor, p: Tensor, annotations: dict[str, Tensor | None], wanted: int
 ) -> Tensors:
-    loss, temperature, log_beta, margin, zero_norm, workspace_bytes, own = settings
+    loss, temperature, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own = settings
     losses = torch.empty(q.shape[0], dtype=torch.float64, device="cpu")  # whatever PyTorch's default device is
     gradients = [
         torch.empty((x.shape[0] if want else 0, x.shape[1]), dtype=torch.float32, device="cpu")
@@ -83,6 +83,7 @@ def _forward_cpu(
             margin=margin,
             zero_norm=zero_norm,
             workspace_bytes=workspace_bytes,
+            tile_skipping=tile_skipping,
             own=own,
         ),
         _capsule(q),
@@ -108,7 +109,8 @@ def _forward_cuda(
 ) -> Tensors:
     memory = cuda.TorchMemory(q.device)
     planned = cuda.planned(memory, settings, q, p, annotations, _towers(wanted))
-    state = memory.empty(cuda.state_bytes(q.shape[0]))
+    shared, skipping = annotations["positives"] is not None, settings[-2] is not None
+    state = memory.empty(cuda.state_bytes(q.shape[0], p.shape[0], shared=shared, skipping=skipping))
     planned.forward(memory, q, p, state)
     results, row_losses, _ = planned.plan.offsets
     numbers = cuda.numbers(state, results, RESULTS)
@@ -139,6 +141,7 @@ def forward(
     margin: float | None,
     zero_norm: str,
     workspace_bytes: int | None,
+    tile_skipping: float | None,
     own: bool,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -149,7 +152,7 @@ def forward(
     """
     return _forward(
         query, passage, temperature, query_ids, passage_ids, positives, weights, owners,
-        loss, tau, log_beta, margin, zero_norm, workspace_bytes, own, wanted,
+        loss, tau, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, wanted,
     )  # fmt: skip
 
 
@@ -168,11 +171,12 @@ def _forward(
     margin: float | None,
     zero_norm: str,
     workspace_bytes: int | None,
+    tile_skipping: float | None,
     own: bool,
     wanted: int,
 ) -> Outputs:
     value = tau if temperature is None else float(temperature.detach().reshape(()).item())
-    settings = (loss, value, log_beta, margin, zero_norm, workspace_bytes, own)
+    settings = (loss, value, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own)
     compute = _forward_cuda if query.device.type == "cuda" else _forward_cpu
     q, p = _readable("query", query), _readable("passage", passage)
     annotations = _annotations(query_ids, passage_ids, positives, weights, owners)
@@ -197,6 +201,7 @@ def _(
     margin: float | None,
     zero_norm: str,
     workspace_bytes: int | None,
+    tile_skipping: float | None,
     own: bool,
     wanted: int,
 ) -> Outputs:
@@ -204,6 +209,8 @@ def _(
         return query.new_empty(shape, dtype=dtype)
 
     on_cuda = query.device.type == "cuda"
+    shared, skipping = positives is not None, tile_skipping is not None
+    state = cuda.state_bytes(query.shape[0], passage.shape[0], shared=shared, skipping=skipping) if on_cuda else 0
     return (
         empty((), torch.float32),
         empty((RESULTS,), torch.float64),
@@ -211,7 +218,7 @@ def _(
         empty((query.shape[0] if wanted & QUERY and not on_cuda else 0, query.shape[1]), torch.float32),
         empty((passage.shape[0] if wanted & PASSAGE and not on_cuda else 0, passage.shape[1]), torch.float32),
         empty((1,), torch.float64),
-        empty((cuda.state_bytes(query.shape[0]) if on_cuda else 0,), torch.uint8),
+        empty((state,), torch.uint8),
         torch.empty(1, dtype=torch.float64, device="meta" if query.device.type == "meta" else "cpu"),
     )
 
@@ -236,6 +243,7 @@ def backward(
     margin: float | None,
     zero_norm: str,
     workspace_bytes: int | None,
+    tile_skipping: float | None,
     own: bool,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,7 +252,7 @@ def backward(
     return _gradients(
         upstream, query, passage, query_ids, passage_ids, positives, weights, owners,
         grad_query, grad_passage, derivative, state, temperature,
-        loss, log_beta, margin, zero_norm, workspace_bytes, own, wanted,
+        loss, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, wanted,
     )  # fmt: skip
 
 
@@ -267,6 +275,7 @@ def _gradients(
     margin: float | None,
     zero_norm: str,
     workspace_bytes: int | None,
+    tile_skipping: float | None,
     own: bool,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,7 +289,7 @@ def _gradients(
         return dq, dp, derivative * upstream.to(torch.float64)
     q, p = _readable("query", query), _readable("passage", passage)
     memory = cuda.TorchMemory(q.device)
-    settings = (loss, float(temperature.item()), log_beta, margin, zero_norm, workspace_bytes, own)
+    settings = (loss, float(temperature.item()), log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own)
     annotations = _annotations(query_ids, passage_ids, positives, weights, owners)
     planned = cuda.planned(memory, settings, q, p, annotations, _towers(wanted))
     gradients = [
@@ -320,6 +329,7 @@ def _(
     margin: float | None,
     zero_norm: str,
     workspace_bytes: int | None,
+    tile_skipping: float | None,
     own: bool,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -75,7 +75,7 @@ class SamToNeLoss(nn.Module):
             blocks, repeated passages, be they positives or hard negatives, too. Inputs without tokens are not compared.
         hard_negative_scope: ``"all"``: hard negatives are everyone's, as in MultipleNegativesRankingLoss. ``"own"``: only
             their anchor sees them.
-        margin, zero_norm, workspace_bytes: As in `samtone.samtone_loss`.
+        margin, zero_norm, workspace_bytes, tile_skipping: As in `samtone.samtone_loss`.
 
     In distributed training each process takes negatives from its own batch.
     """
@@ -93,6 +93,7 @@ class SamToNeLoss(nn.Module):
         margin: float | None = None,
         zero_norm: str = "error",
         workspace_bytes: int | None = None,
+        tile_skipping: float | None = None,
     ) -> None:
         super().__init__()
         if temperature is not None and scale is not None:
@@ -110,6 +111,7 @@ class SamToNeLoss(nn.Module):
             margin=margin,
             zero_norm=zero_norm,
             workspace_bytes=workspace_bytes,
+            tile_skipping=tile_skipping,
         )
         self.mask_duplicates = mask_duplicates
 
@@ -159,6 +161,7 @@ class SamToNeLoss(nn.Module):
             "margin": self.criterion.margin,
             "zero_norm": self.criterion.zero_norm,
             "workspace_bytes": self.criterion.workspace_bytes,
+            "tile_skipping": self.criterion.tile_skipping,
         }
 
     @property
