@@ -5,25 +5,21 @@
 
 mod support;
 
-use libtest_mimic::{Arguments, Failed, Trial};
-use samtone::backend::{self, Backend};
+use libtest_mimic::Failed;
+use samtone::backend;
 use samtone::cuda::{Arithmetic, Cosines, GradientOutput, Launch, Plan, Problem as Planned, Tile};
 use samtone::{DType, Loss, Options, Scope};
 use std::process::ExitCode;
 use support::case::Expected;
 use support::compare::{against_definition, verdict};
-use support::cuda_emulated::{CudaEmulated, Emulated, Run};
+use support::cuda_emulated::{Check, CudaEmulated, Emulated, Run, clusters, run_checks};
 use support::data::{Kind, Source, problem};
 use support::problem::{Buffer, Problem};
 use support::skipped::Outcome;
 
-type Check = fn(&'static CudaEmulated) -> Result<(), Failed>;
 type With = fn(&mut Problem) -> samtone::Result<()>;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
-    let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
-    let is_required = |how: &CudaEmulated| required.split(',').any(|name| name.trim() == how.name());
     let checks: [(&str, Check); 8] = [
         ("the same bits by every arithmetic and tile", arithmetics),
         ("the same bits for every preset", presets),
@@ -34,19 +30,7 @@ fn main() -> ExitCode {
         ("what is kept is read, and by `backward` alone", poisoned),
         ("every barrier is needed, and none decides a bit", barriers),
     ];
-    let mut trials = Vec::new();
-    for how in [&CudaEmulated::SM80, &CudaEmulated::SM90A] {
-        let absent = how.available().is_err() && !is_required(how);
-        let trial = |(name, check): (&str, Check)| {
-            Trial::test(format!("{}: {name}", how.name()), move || check(how)).with_ignored_flag(absent)
-        };
-        trials.extend(checks.map(trial));
-    }
-    libtest_mimic::run(&arguments, trials).exit_code()
-}
-
-fn clusters(how: &CudaEmulated) -> bool {
-    how.name() == "cuda-emulated-sm90a"
+    run_checks(checks, Vec::new())
 }
 
 /// A plan on the emulator, whose forward part has run.

@@ -5,23 +5,18 @@
 
 mod support;
 
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::Failed;
 use samtone::backend::{self, Backend};
 use samtone::cuda::{Arithmetic, GradientOutput, Plan, Problem as Planned, Tile};
 use samtone::{Block, DType, EmbeddingsMut, Error, GradientBuffers, Group, Loss, Options, Pairs, ZeroNorm};
 use std::process::ExitCode;
 use support::case::Expected;
 use support::compare::{against_definition, verdict};
-use support::cuda_emulated::{self, CudaEmulated, Emulated, Run};
+use support::cuda_emulated::{self, Check, CudaEmulated, Emulated, Run, clusters, run_checks};
 use support::data::{Kind, duplicate_ids, problem};
 use support::problem::{Buffer, Outputs, Problem};
 
-type Check = fn(&'static CudaEmulated) -> Result<(), Failed>;
-
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
-    let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
-    let is_required = |how: &CudaEmulated| required.split(',').any(|name| name.trim() == how.name());
     let checks: [(&str, Check); 11] = [
         ("every arithmetic and tile", arithmetics),
         ("a tight workspace makes waves", waves),
@@ -35,15 +30,7 @@ fn main() -> ExitCode {
         ("the last block adds up many", many_rows),
         ("every barrier is needed", barriers),
     ];
-    let mut trials = Vec::new();
-    for how in [&CudaEmulated::SM80, &CudaEmulated::SM90A] {
-        let absent = how.available().is_err() && !is_required(how);
-        let trial = |(name, check): (&str, Check)| {
-            Trial::test(format!("{}: {name}", how.name()), move || check(how)).with_ignored_flag(absent)
-        };
-        trials.extend(checks.map(trial));
-    }
-    libtest_mimic::run(&arguments, trials).exit_code()
+    run_checks(checks, Vec::new())
 }
 
 fn sized(kind: Kind, loss: Loss, shape: (usize, usize, usize)) -> Result<Problem, Failed> {
@@ -114,7 +101,7 @@ fn arithmetics(how: &'static CudaEmulated) -> Result<(), Failed> {
 
 fn waves(how: &'static CudaEmulated) -> Result<(), Failed> {
     // A super-block of one tile or square, and one of several; of clusters, whose squares are four tiles, a larger batch.
-    let clusters = how.name() == "cuda-emulated-sm90a";
+    let clusters = clusters(how);
     let (shape, bounds) =
         if clusters { ((300, 400, 40), [140_000, 600_000]) } else { ((200, 270, 40), [70_000, 300_000]) };
     let mut problem = sized(Kind::Random, Loss::gte(), shape)?.rounded(DType::BF16);
@@ -358,8 +345,7 @@ fn refused(how: &'static CudaEmulated) -> Result<(), Failed> {
 /// A refused call, then a good one on the same state, as a graph does it; a part that is launched twice.
 fn again(how: &'static CudaEmulated) -> Result<(), Failed> {
     let mut problem = sized(Kind::Random, Loss::samtone_both(), (150, 170, 16))?.rounded(DType::F32);
-    problem.options =
-        problem.options.with_workspace_bytes(if how.name() == "cuda-emulated" { 100_000 } else { 600_000 });
+    problem.options = problem.options.with_workspace_bytes(if clusters(how) { 600_000 } else { 100_000 });
     let want = run_with(&problem, DType::F32, Run::default(), |p| Ok(how.problem(p)))?;
     let (mut query, mut passage) = (problem.query.clone(), problem.passage.clone());
     query[149 * 16 + 3] = f64::NAN;
@@ -457,7 +443,7 @@ fn barriers(how: &'static CudaEmulated) -> Result<(), Failed> {
         ("gradient_tile_sm90a", &["D1", "P1", "P2", "P3", "P4", "P5", "E1", "E2", "G1", "G2", "G3", "G4"]),
         ("gradient_product_sm90a", &["D1", "P1", "P2", "P3", "P4", "P5"]),
     ];
-    let clusters = how.name() == "cuda-emulated-sm90a";
+    let clusters = clusters(how);
     let labels = if clusters { SM90A.to_vec() } else { [SM80, MESSAGES, WAITS].concat() };
     // More stages than the ring has, and the last one in the slot where the epilogue begins. Several waves. Of clusters, several
     // squares for each.

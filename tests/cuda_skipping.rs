@@ -5,26 +5,22 @@
 
 mod support;
 
-use libtest_mimic::{Arguments, Failed, Trial};
-use samtone::backend::{self, Backend};
+use libtest_mimic::{Failed, Trial};
+use samtone::backend;
 use samtone::cuda::{Launch, Plan, Problem as Planned, Tile};
 use samtone::{DType, Loss, Options, Scope};
 use std::process::ExitCode;
 use support::case::Expected;
 use support::compare::{against_definition, verdict};
-use support::cuda_emulated::{CudaEmulated, Emulated, Run};
+use support::cuda_emulated::{Check, CudaEmulated, Emulated, Run, clusters, run_checks};
 use support::data::{Kind, Source, problem};
 use support::problem::{Buffer, Outputs, Problem};
 use support::skipped::{Outcome, Shares, expect_near};
 
-type Check = fn(&'static CudaEmulated) -> Result<(), Failed>;
 type With = fn(&mut Problem) -> samtone::Result<()>;
 type Change = for<'a> fn(Planned<'a>) -> Planned<'a>;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
-    let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
-    let is_required = |how: &CudaEmulated| required.split(',').any(|name| name.trim() == how.name());
     let checks: [(&str, Check); 9] = [
         ("clustered batches skip most squares, within the bound", clustered_batches),
         ("more squares than a warp has lanes", long_lines),
@@ -36,15 +32,7 @@ fn main() -> ExitCode {
         ("a lax threshold is noticed", lax),
         ("the same bits under every order, and every barrier is needed", orders),
     ];
-    let mut trials = vec![Trial::test("other backends compute every tile", others)];
-    for how in [&CudaEmulated::SM80, &CudaEmulated::SM90A] {
-        let absent = how.available().is_err() && !is_required(how);
-        let trial = |(name, check): (&str, Check)| {
-            Trial::test(format!("{}: {name}", how.name()), move || check(how)).with_ignored_flag(absent)
-        };
-        trials.extend(checks.map(trial));
-    }
-    libtest_mimic::run(&arguments, trials).exit_code()
+    run_checks(checks, vec![Trial::test("other backends compute every tile", others)])
 }
 
 fn keep<'a>(p: Planned<'a>) -> Planned<'a> {
@@ -54,10 +42,6 @@ fn keep<'a>(p: Planned<'a>) -> Planned<'a> {
 /// Rows and columns of a square.
 fn step(how: &CudaEmulated) -> usize {
     if clusters(how) { 256 } else { 64 }
-}
-
-fn clusters(how: &CudaEmulated) -> bool {
-    how.name() == "cuda-emulated-sm90a"
 }
 
 /// By the plan of the problem, with f32 gradients.

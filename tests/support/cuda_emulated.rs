@@ -1,6 +1,7 @@
 //! The CUDA backend's plans, run launch by launch on the emulator: what a GPU would do, on any machine.
 
 use super::emulator::{self, Compiler, Device};
+use libtest_mimic::{Arguments, Failed, Trial};
 use samtone::backend::Backend;
 use samtone::batch::{Data, DataMut};
 use samtone::cuda::{
@@ -11,7 +12,32 @@ use samtone::{
     TemperatureGradient, Tower,
 };
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// Of one architecture's kernels.
+pub type Check = fn(&'static CudaEmulated) -> std::result::Result<(), Failed>;
+
+/// Runs every check for both architectures, after `trials`. Without a C++ compiler they are reported as ignored, unless `SAMTONE_REQUIRE`
+/// names the backend.
+pub fn run_checks<const N: usize>(checks: [(&str, Check); N], mut trials: Vec<Trial>) -> ExitCode {
+    let arguments = Arguments::from_args();
+    let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
+    for how in [&CudaEmulated::SM80, &CudaEmulated::SM90A] {
+        let is_required = required.split(',').any(|name| name.trim() == how.name());
+        let absent = how.available().is_err() && !is_required;
+        let trial = |(name, check): (&str, Check)| {
+            Trial::test(format!("{}: {name}", how.name()), move || check(how)).with_ignored_flag(absent)
+        };
+        trials.extend(checks.map(trial));
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// Whether its kernels are those of clusters, with squares of 256 x 256.
+pub fn clusters(how: &CudaEmulated) -> bool {
+    how.clusters
+}
 
 /// Every kernel file of the backend.
 pub const FILES: [&str; 10] = [

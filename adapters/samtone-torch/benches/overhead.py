@@ -60,24 +60,19 @@ def native(q: Tensor, p: Tensor) -> Callable[[], Any]:
     workspace = memory.empty(planned.plan.workspace_bytes)
     upstream = torch.ones(1, device=q.device)
 
+    def place() -> dict:
+        return {
+            "towers": (cuda.capsule(q), cuda.capsule(p)),
+            "side": cuda.capsule(planned.side),
+            "state": cuda.capsule(state),
+            "workspace": cuda.capsule(workspace),
+            "stream": memory.stream,
+        }
+
     def on_cuda() -> None:
-        place = {
-            "towers": (cuda.capsule(q), cuda.capsule(p)),
-            "side": cuda.capsule(planned.side),
-            "state": cuda.capsule(state),
-            "workspace": cuda.capsule(workspace),
-            "stream": memory.stream,
-        }
-        planned.plan.forward(**place)
-        place = {
-            "towers": (cuda.capsule(q), cuda.capsule(p)),
-            "side": cuda.capsule(planned.side),
-            "state": cuda.capsule(state),
-            "workspace": cuda.capsule(workspace),
-            "stream": memory.stream,
-        }
+        planned.plan.forward(**place())
         taken = (cuda.capsule(gradients[0]), cuda.capsule(gradients[1]))
-        planned.plan.backward(**place, gradients=taken, upstream=cuda.capsule(upstream))
+        planned.plan.backward(**place(), gradients=taken, upstream=cuda.capsule(upstream))
 
     return on_cuda
 
