@@ -164,6 +164,16 @@ pub enum Error {
         /// Its own words.
         reason: String,
     },
+    /// The framework whose tensors a call is given failed at something that the call asked of it.
+    #[error("{framework}'s `{call}` failed: {reason}")]
+    Framework {
+        /// Its name.
+        framework: &'static str,
+        /// What was asked of it.
+        call: &'static str,
+        /// Its own words.
+        reason: String,
+    },
     /// A device pointer of the caller has an address the kernels cannot work with.
     #[error("argument `{slot}` is at address {address:#x}; allowed: multiples of {alignment} bytes")]
     Misaligned {

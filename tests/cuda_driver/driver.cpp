@@ -55,7 +55,26 @@ Code cuDeviceGetName(char* name, int length, int device) {
 Code cuDeviceGetAttribute(int* value, int attribute, int) {
     ENTER;
     const int capability = static_cast<int>(setting("capability", 80));
-    *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : attribute == 115 ? 1 : attribute == 16 ? 4 : 0;
+    static const std::map<int, int> limits = {{1, 1024}, {2, 1024}, {3, 1024}, {4, 64}, {5, 2147483647}, {6, 65535}, {7, 65535}};
+    switch (attribute) {
+    case 10: *value = 32; break; // threads of a warp
+    case 16: *value = 4; break; // multiprocessors
+    case 75: *value = capability / 10; break;
+    case 76: *value = capability % 10; break;
+    case 97: *value = most_shared_bytes(); break;
+    case 115: *value = 1; break; // pools of memory
+    default: *value = limits.contains(attribute) ? limits.at(attribute) : 0; // of threads, and of a block's and a grid's edges
+    }
+    return DONE;
+}
+Code cuDeviceTotalMem_v2(std::size_t* bytes, int) {
+    ENTER;
+    *bytes = std::size_t{8} << 30;
+    return DONE;
+}
+Code cuDeviceGetPCIBusId(char* id, int length, int device) {
+    ENTER;
+    std::snprintf(id, static_cast<std::size_t>(length), "0000:%02x:00.0", device);
     return DONE;
 }
 Code cuDevicePrimaryCtxRetain(Context** context, int device) {
@@ -141,8 +160,7 @@ Code cuModuleGetFunction(Function** function, Module* module, const char* name) 
 }
 Code cuFuncSetAttribute(Function* function, int attribute, int value) {
     ENTER;
-    const int most = setting("capability", 80) == 90 ? 227 : 99; // 99: the least of 8.0 and later, that of 8.6, 8.9, 12.0
-    if (attribute != 8 || value > most << 10) return INVALID_VALUE;
+    if (attribute != 8 || value > most_shared_bytes()) return INVALID_VALUE;
     function->shared_bytes = value;
     return DONE;
 }
@@ -201,6 +219,7 @@ Code cuMemHostAlloc(void** pointer, std::size_t bytes, unsigned) {
     pinned[reinterpret_cast<u64>(*pointer)] = {bytes, current.back()};
     return DONE;
 }
+Code cuMemAllocHost_v2(void** pointer, std::size_t bytes) { return cuMemHostAlloc(pointer, bytes, 0); }
 Code cuMemFreeHost(void* pointer) {
     ENTER;
     if (pinned.erase(reinterpret_cast<u64>(pointer)) == 0) return INVALID_VALUE;
@@ -237,6 +256,27 @@ Code cuMemcpyDtoHAsync_v2(void* to, u64 from, std::size_t bytes, void* handle) {
     std::vector<unsigned char> content;
     if (std::string error = emulator::download(from, bytes, content); !error.empty()) return sticky = fault(error);
     std::copy(content.begin(), content.end(), static_cast<unsigned char*>(to));
+    return DONE;
+}
+Code cuMemcpyDtoDAsync_v2(u64 to, u64 from, std::size_t bytes, void* handle) {
+    ENTER;
+    if (find(allocations, to, bytes) == nullptr || find(allocations, from, bytes) == nullptr) return INVALID_VALUE;
+    return enqueue(stream_of(handle), [to, from, bytes] {
+        std::vector<unsigned char> content;
+        std::string error = emulator::download(from, bytes, content);
+        return error.empty() ? write(to, content) : fault(error);
+    });
+}
+Code cuMemcpy2DAsync_v2(const Copy2D* copy, void* stream) { // from the host or to it, row by row
+    const bool down = copy->from.type == DEVICE && copy->to.type == HOST;
+    if (copy->from.x != 0 || copy->from.y != 0 || copy->to.x != 0 || copy->to.y != 0) return INVALID_VALUE;
+    if (!down && (copy->from.type != HOST || copy->to.type != DEVICE)) return INVALID_VALUE;
+    for (std::size_t row = 0; row < copy->height; ++row) {
+        const std::size_t from = row * copy->from.pitch, to = row * copy->to.pitch;
+        Code code = down ? cuMemcpyDtoHAsync_v2(static_cast<char*>(copy->to.host) + to, copy->from.device + from, copy->width, stream)
+                         : cuMemcpyHtoDAsync_v2(copy->to.device + to, static_cast<char*>(copy->from.host) + from, copy->width, stream);
+        if (code != DONE) return code;
+    }
     return DONE;
 }
 Code cuMemsetD32Async(u64 to, unsigned value, std::size_t count, void* stream) {

@@ -42,6 +42,9 @@ long setting(const char* name, long otherwise) {
     return at == std::string::npos ? otherwise : std::strtol(text.c_str() + at + wanted.size(), nullptr, 10);
 }
 
+// 99 KiB: the least of 8.0 and later, that of 8.6, 8.9, 12.0.
+int most_shared_bytes() { return (setting("capability", 80) == 90 ? 227 : 99) << 10; }
+
 struct Context {
     int device = 0, retained = 0;
 };
@@ -97,6 +100,21 @@ struct LaunchConfig {
     unsigned attribute_count;
 };
 static_assert(sizeof(LaunchAttribute) == 72 && sizeof(LaunchConfig) == 56, "of 64 bits");
+
+enum : unsigned { HOST = 1, DEVICE = 2 };
+struct Side2D {
+    std::size_t x, y;
+    unsigned type;
+    void* host;
+    u64 device;
+    void* array;
+    std::size_t pitch;
+};
+struct Copy2D {
+    Side2D from, to;
+    std::size_t width, height;
+};
+static_assert(sizeof(Copy2D) == 128, "of 64 bits");
 
 struct Module {
     std::string text;

@@ -18,7 +18,7 @@
 
 mod autodiff;
 mod backend;
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
 mod cube;
 mod flex;
 mod loss;

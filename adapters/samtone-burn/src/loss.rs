@@ -132,7 +132,8 @@ impl SamToNe {
     }
 
     /// Bound on the memory a call may take beyond O((M + N)·d); more saves computing cosines twice. Default:
-    /// [`samtone::cpu::DEFAULT_WORKSPACE_BYTES`], on a device [`samtone::wgpu::DEFAULT_WORKSPACE_BYTES`].
+    /// [`samtone::cpu::DEFAULT_WORKSPACE_BYTES`], on a wgpu device [`samtone::wgpu::DEFAULT_WORKSPACE_BYTES`], on a CUDA device
+    /// `samtone::cuda::DEFAULT_WORKSPACE_BYTES`.
     pub fn workspace_bytes(mut self, bytes: usize) -> Self {
         self.workspace_bytes = Some(bytes);
         self
@@ -140,8 +141,8 @@ impl SamToNe {
 
     /// Lets a backend leave out of the gradient what tiles of cosines with little softmax mass would add: of every row at most
     /// the share η of the softmax mass of its negatives, tile by tile, while loss and metrics keep every bit. Above 0 and below
-    /// 1; see [`samtone::Options::with_tile_skipping`]. Only samtone's CUDA backend skips: on burn's devices the promise is kept
-    /// by skipping nothing. Default: none.
+    /// 1; see [`samtone::Options::with_tile_skipping`]. Only samtone's CUDA backend skips, that is on `Device::cuda`: on the others the
+    /// promise is kept by skipping nothing. Default: none.
     pub fn tile_skipping(mut self, share: f64) -> Self {
         self.tile_skipping = Some(share);
         self
@@ -150,7 +151,7 @@ impl SamToNe {
     /// The loss as a tensor of shape \[1\], f32, whose `backward` reaches `query`, `passage` and the tensor in `temperature`.
     ///
     /// `query` is M × d and `passage` N × d with N ≥ M, both f32, f16 or bf16 and on one device: `Device::flex()`, or, with the
-    /// feature `wgpu`, `Device::wgpu`. Tensors whose rows are contiguous are read in place, whatever lies between the rows; others
+    /// features `wgpu` and `cuda`, `Device::wgpu` and `Device::cuda`. Tensors whose rows are contiguous are read in place, whatever lies between the rows; others
     /// are copied first. Gradients come in the type of what they belong to, rounded after the upstream gradient has been
     /// applied.
     ///
@@ -160,7 +161,8 @@ impl SamToNe {
     ///
     /// On a wgpu device nothing waits for the device: loss and gradients are computed in the order of burn's own operations, in
     /// memory that burn manages. A tensor as temperature is the exception, because the host plans with τ: its number is read
-    /// back, which waits for what computes it, such as the optimizer's last step.
+    /// back, which waits for what computes it, such as the optimizer's last step. On a CUDA device the host waits for what burn has
+    /// enqueued before, and for the loss and its gradients, because burn gives nobody its stream.
     ///
     /// # Errors
     /// A sentence that names the argument, its value and what is allowed: for shapes, types and devices; for ids and
@@ -179,8 +181,8 @@ impl SamToNe {
         self.forward_with_metrics(query, passage, temperature).map(|(loss, _)| loss)
     }
 
-    /// [`SamToNe::forward`], and a report with the loss of every row, P@1 and MRR of the batch. On the CPU it costs nothing more; on
-    /// a device it is read back only when it is asked for.
+    /// [`SamToNe::forward`], and a report with the loss of every row, P@1 and MRR of the batch. On the CPU and on CUDA it costs nothing
+    /// more; on a wgpu device it is read back only when it is asked for.
     ///
     /// # Errors
     /// As [`SamToNe::forward`].
@@ -232,7 +234,7 @@ impl SamToNe {
         annotated!(self, batch)
     }
 
-    #[cfg(feature = "wgpu")]
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
     pub(crate) fn paired<'a>(&'a self, pairs: samtone::Pairs<'a>) -> Result<samtone::Pairs<'a>> {
         annotated!(self, pairs)
     }

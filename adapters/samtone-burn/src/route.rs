@@ -10,10 +10,24 @@ use burn::backend::{
 };
 use burn::tensor::Tensor;
 
-const ALLOWED: &str = if cfg!(feature = "wgpu") {
-    "tensors of `Device::flex()` or `Device::wgpu`: `to_device` is differentiable"
-} else {
-    "tensors of `Device::flex()`, or of `Device::wgpu` with the feature `wgpu`: `to_device` is differentiable"
+/// Which devices there are kernels for.
+pub(crate) const ALLOWED: &str = match (cfg!(feature = "wgpu"), cfg!(feature = "cuda")) {
+    (true, true) => {
+        "tensors of `Device::flex()`, `Device::cuda`, or `Device::wgpu` where burn compiles WGSL, that is without its features \
+         `vulkan` and `metal`: `to_device` is differentiable"
+    }
+    (true, false) => {
+        "tensors of `Device::flex()`, of `Device::cuda` with the feature `cuda`, or of `Device::wgpu` where burn compiles WGSL, \
+         that is without its features `vulkan` and `metal`: `to_device` is differentiable"
+    }
+    (false, true) => {
+        "tensors of `Device::flex()` or `Device::cuda`, or of `Device::wgpu` with the feature `wgpu`: `to_device` is \
+         differentiable"
+    }
+    (false, false) => {
+        "tensors of `Device::flex()`, or of `Device::wgpu` or `Device::cuda` with the feature `wgpu` or `cuda`: `to_device` is \
+         differentiable"
+    }
 };
 
 /// The tensors of a call.
@@ -32,7 +46,7 @@ impl Call {
         };
         match kind {
             DispatchTensorKind::Flex(_) => self.on::<Flex>(samtone),
-            #[cfg(feature = "wgpu")]
+            #[cfg(any(feature = "wgpu", feature = "cuda"))]
             DispatchTensorKind::Cube(_) => self.on::<burn::backend::Cube>(samtone),
             #[allow(unreachable_patterns)]
             // Which variants there are depends on the features of burn in the whole build.

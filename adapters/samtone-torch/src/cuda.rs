@@ -239,17 +239,7 @@ impl Call {
                 Slot::PassageGradient => expect_layout(slot, &tensor, compact(plan.towers[1]))?,
                 _ => check_slot_bytes(&plan.plan, slot, tensor.bytes()? as u64).map_err(Refusal)?,
             }
-            let address = tensor.address() as u64;
-            match slot {
-                Slot::Query => pointers.query = address,
-                Slot::Passage => pointers.passage = address,
-                Slot::Side => pointers.side = address,
-                Slot::State => pointers.state = address,
-                Slot::Workspace => pointers.workspace = address,
-                Slot::QueryGradient => pointers.query_gradient = address,
-                Slot::PassageGradient => pointers.passage_gradient = address,
-                Slot::Upstream => pointers.upstream = address,
-            }
+            pointers.set(slot, tensor.address() as u64);
             inputs += usize::from(matches!(slot, Slot::Query | Slot::Passage | Slot::Side | Slot::Upstream));
             memory.push(tensor);
         }

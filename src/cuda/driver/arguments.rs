@@ -68,6 +68,20 @@ impl Pointers {
         }
     }
 
+    /// Gives a slot its address.
+    pub const fn set(&mut self, slot: Slot, address: u64) {
+        *match slot {
+            Slot::Query => &mut self.query,
+            Slot::Passage => &mut self.passage,
+            Slot::Side => &mut self.side,
+            Slot::State => &mut self.state,
+            Slot::Workspace => &mut self.workspace,
+            Slot::QueryGradient => &mut self.query_gradient,
+            Slot::PassageGradient => &mut self.passage_gradient,
+            Slot::Upstream => &mut self.upstream,
+        } = address;
+    }
+
     /// An error unless every slot that these launches of `plan` use has an address, and a well-aligned one.
     pub(super) fn check<'l>(&self, plan: &Plan, launches: impl IntoIterator<Item = &'l Launch> + Clone) -> Result<()> {
         let used = |slot: Slot| {

@@ -4,10 +4,10 @@ use crate::Outcome;
 use crate::support::case::{Case, Expected, GOLDEN_FILES, files};
 use crate::support::compare::{against_definition, verdict};
 use crate::support::problem::Problem;
-use crate::support::{Form, at_device, burn_dtype, rounded, run};
+use crate::support::{Form, at_device, burn_dtype, rounded, run, temperature_dtype};
 use burn::tensor::Device;
 use samtone_burn::samtone::{DType, Options, backend};
-use samtone_burn::{Loss, Scope};
+use samtone_burn::{Loss, Result, Scope};
 use std::path::Path;
 
 const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -17,7 +17,7 @@ fn wave(len: usize, frequency: f64) -> Vec<f64> {
 }
 
 /// 6 queries and 9 passages, with every kind of mask or none.
-fn problem(loss: Loss, masked: bool) -> Problem {
+pub fn problem(loss: Loss, masked: bool) -> Problem {
     let (rows, passages, dim) = (6, 9, 5);
     let mut options = Options::new(0.1).unwrap();
     if masked {
@@ -50,7 +50,7 @@ fn compare(
     upstream: f64,
 ) -> Outcome {
     let name = format!("{} {dtype} {form:?}", problem.name);
-    let given = at_device(&problem.rounded(dtype), form, device);
+    let given = at_device(&problem.rounded(dtype), form, temperature_dtype(device));
     let is_same = problem.is_exact_in(dtype) && given.options.temperature() == problem.options.temperature();
     let want = match expected.filter(|_| is_same) {
         Some(expected) => Ok(expected.clone()),
@@ -101,10 +101,10 @@ pub fn golden(device: &Device) -> Outcome {
 }
 
 /// Several tiles and, by a tight bound, several parts of the batch; passages repeat.
-pub fn tiles(device: &Device) -> Outcome {
+pub fn tiled() -> Result<Problem> {
     let (rows, passages, dim) = (150, 170, 24);
     let scattered = |len: usize, seed: f64| (0..len).map(|i| ((i * i) as f64 * seed).sin()).collect::<Vec<f64>>();
-    let problem = Problem {
+    Ok(Problem {
         name: "tiles".into(),
         rows,
         passages,
@@ -118,7 +118,11 @@ pub fn tiles(device: &Device) -> Outcome {
         owners: None,
         options: Options::new(0.05)?.with_workspace_bytes(600_000),
         ..problem(Loss::samtone_both(), false)
-    };
+    })
+}
+
+pub fn tiles(device: &Device) -> Outcome {
+    let problem = tiled()?;
     for dtype in types(device) {
         compare(&problem, None, Form::LogBeta, device, dtype, 0.5)?;
     }

@@ -59,9 +59,9 @@ impl Form {
     }
 }
 
-/// The problem at the temperature that a tensor on the device can hold.
-pub fn at_device(problem: &Problem, form: Form, device: &Device) -> Problem {
-    let (_, tau) = form.at(problem.options.temperature(), temperature_dtype(device));
+/// The problem at the temperature that a tensor of this type holds.
+pub fn at_device(problem: &Problem, form: Form, held: DType) -> Problem {
+    let (_, tau) = form.at(problem.options.temperature(), held);
     let mut options = Options::new(tau).unwrap();
     if let Some(margin) = problem.options.margin() {
         options = options.with_margin(margin).unwrap();

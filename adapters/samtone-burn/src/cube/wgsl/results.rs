@@ -1,0 +1,48 @@
+//! Results of a call, read when they are asked for.
+
+use crate::cube::tensors::{dims, element, read, row_stride};
+use crate::{Evaluation, Result};
+use burn::cubecl::prelude::Client;
+use burn::cubecl::server::Handle;
+use burn_cubecl::tensor::CubeTensor;
+use samtone::Tower;
+use samtone::wgpu::Plan;
+
+/// Where the results of a call are.
+pub(crate) struct OnDevice {
+    client: Client,
+    plan: Plan,
+    state: Handle,
+    towers: [CubeTensor; 2],
+}
+
+impl std::fmt::Debug for OnDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("OnDevice").field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+impl OnDevice {
+    pub(super) fn new(client: Client, plan: Plan, state: Handle, towers: [CubeTensor; 2]) -> Self {
+        Self { client, plan, state, towers }
+    }
+
+    /// Waits for the call, and reads what it left.
+    pub(crate) fn evaluation(&self) -> Result<Evaluation> {
+        let state = read(&self.client, self.state.clone())?;
+        match self.plan.refusal(&state)? {
+            None => self.plan.evaluation(&state),
+            Some(refusal) => Err(self.plan.error_of(refusal, |tower, row| self.find(tower, row))),
+        }
+    }
+
+    /// Column and value of the first element of a row that is not finite.
+    fn find(&self, tower: Tower, row: usize) -> Result<(usize, f64)> {
+        let tensor = &self.towers[usize::from(tower == Tower::Passage)];
+        let [_, dim] = dims(tensor);
+        let bytes = read(&self.client, tensor.handle.clone())?;
+        let start = row * row_stride(tensor);
+        let values = (start..start + dim).map(|at| element(&bytes, tensor.dtype, at).unwrap_or(f64::NAN));
+        Ok(values.enumerate().find(|(_, value)| !value.is_finite()).unwrap_or((0, f64::NAN)))
+    }
+}
