@@ -3,14 +3,15 @@
 #
 #   benches/gpu.sh build                   here, with cargo and maturin: everything that `run` needs beside the repository, stripped,
 #                                          in target/gpu.tar.gz, to be carried along with it. With CANDLE=1 also the test of the candle
-#                                          adapter on CUDA, with a compiler from PyPI: some ten minutes more
+#                                          adapter on CUDA, with a compiler from PyPI, with BURN=1 that of the burn adapter: some ten
+#                                          minutes more for each
 #   benches/gpu.sh run [PART…] [FOLDER]    there, in the repository's root: these parts, or all in this order:
 #
 #     smoke      90 s   device, every kernel compiled, one small case for each arithmetic and tile, one step timed
 #     check     240 s   conformance of all types and tiles, the driver layer, golden files, compute-sanitizer
 #     time      240 s   steps by shape, their gradient errors against float64, and steps as plans do not choose them
 #     peers     480 s   what others do for the same step
-#     adapters  240 s   PyTorch and candle: tests, an example, the overhead of a call
+#     adapters  300 s   PyTorch, candle and burn: tests, an example, the overhead of a call
 #     wgpu      200 s   the same as `check` and `time` on Vulkan
 #
 # Each part keeps its own limit, each check in it has one too, and the record grows with every check, so that what is done stays if
@@ -23,7 +24,7 @@
 #   DRIVER, CASES, GOLDEN           for a try, less: driver checks and conformance cases whose names contain this, one golden file
 #   BENCH, ENGINES, PEERS_DEVICE    likewise: options of bench_cuda, engines and device of peers/run.py
 #   TORCH_TESTS, TORCH_DEVICE       likewise: tests whose names match, device of the scripts
-#   CANDLE_TEST                     likewise: what runs in place of candle's test
+#   CANDLE_TEST, BURN_TEST          likewise: what runs in place of these tests
 #   ARCHIVE                         a file that is the record as tar.gz after every check
 #
 # `run` needs the driver; it also uses nvidia-smi, compute-sanitizer, python3 with PyTorch, Triton, pytest and sentence-transformers,
@@ -32,7 +33,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PARTS=(smoke check time peers adapters wgpu)
-declare -A LIMITS=([smoke]=90 [check]=240 [time]=240 [peers]=480 [adapters]=240 [wgpu]=200)
+declare -A LIMITS=([smoke]=90 [check]=240 [time]=240 [peers]=480 [adapters]=300 [wgpu]=200)
 # Binaries for any machine with a driver must not ask for more than this of the C library: that of Ubuntu 22.04.
 GLIBC=2.35
 
@@ -52,6 +53,11 @@ build() {
   if [ -n "${CANDLE:-}" ]; then
     binary=$(CARGO_TARGET_DIR=$compiled adapters/samtone-candle/ci/build-cuda-test)
     strip -o "$out/candle_cuda" "$binary"
+  fi
+  if [ -n "${BURN:-}" ]; then
+    binary=$(CARGO_TARGET_DIR=$compiled/adapters adapters/samtone-burn/ci/build-cuda-test)
+    strip -o "$out/burn" "$binary"
+    cp "$binary.so" "$out/burn.so"
   fi
   git describe --always --dirty > "$out/commit"
   newest=$({ objdump -T "$out"/* 2> /dev/null || true; } | grep -o 'GLIBC_2[0-9.]*' | sort -uV | tail -n 1)
@@ -266,17 +272,27 @@ part_adapters() {
   else
     missing torch "the build had no maturin"
   fi
-  local candle=${CANDLE_TEST:-target/gpu/candle_cuda}
+  # Candle links CUDA's libraries, and burn looks for its compiler: PyTorch brings them along if no toolkit is on the loader's path.
+  local libraries candle=${CANDLE_TEST:-target/gpu/candle_cuda} burn=${BURN_TEST:-target/gpu/burn}
+  libraries=$(python3 -c 'import nvidia; print(":".join(p + "/cu13/lib" for p in nvidia.__path__))' 2> /dev/null)
+  libraries=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries:/usr/local/cuda/lib64
   if [ -e "$candle" ]; then
-    # Candle links CUDA's libraries, which PyTorch brings along if no toolkit is on the loader's path.
-    local libraries
-    libraries=$(python3 -c 'import nvidia; print(":".join(p + "/cu13/lib" for p in nvidia.__path__))' 2> /dev/null)
-    check candle 60 env LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries:/usr/local/cuda/lib64" \
-      SAMTONE_REQUIRE=cuda "$candle" --test-threads 1
+    check candle 60 env LD_LIBRARY_PATH="$libraries" SAMTONE_REQUIRE=cuda "$candle" --test-threads 1
   else
-    printf '%-9s %-28s' "$part" candle
-    record candle "skipped: its test is not in this build (adapters/samtone-candle/README.md)" 0
+    not_built candle
   fi
+  if [ -e "$burn" ]; then
+    burn=(env LD_LIBRARY_PATH="$libraries" LD_PRELOAD="$PWD/$burn.so" SAMTONE_REQUIRE=burn-cuda "$burn" --test-threads 1)
+    check burn-extension 40 "${burn[@]}" cuda::extension
+    check burn 90 "${burn[@]}" cuda:: --skip extension
+  else
+    not_built burn
+  fi
+}
+
+not_built() { # the adapter whose test it is
+  printf '%-9s %-28s' "$part" "$1"
+  record "$1" "skipped: its test is not in this build (adapters/samtone-$1/README.md)" 0
 }
 
 part_wgpu() {

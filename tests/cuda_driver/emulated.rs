@@ -56,6 +56,18 @@ pub const CHECKS: &[(&str, &str, Body)] = &[
             call.run(Device::loss_and_gradients)
         })
     }),
+    (
+        "launches do not overlap where the driver cannot be told so",
+        "without=cuLaunchKernelEx capability=90 version=12080",
+        || {
+            with_call(&sample(Loss::samtone_both(), 44)?, DType::F16, |call, _| {
+                let device = call.device.clone().with_overlapping_launches(true);
+                demand(!device.overlaps_launches(), "switched on, and it cannot be")?;
+                call.run(Device::loss_and_gradients)?;
+                call.outputs().map(drop)
+            })
+        },
+    ),
     ("the last device gives its context back", "", || {
         let device = Device::new(1).map_err(text)?;
         let driver = Driver::new(&device)?;

@@ -52,9 +52,28 @@ impl Driver {
         Ok(Self(folder))
     }
 
+    /// The same driver without one of its functions: under another name, none finds it.
+    fn without(&self, function: &str) -> Result<Self, String> {
+        let hidden = [b"no", &function.as_bytes()[2..]].concat();
+        let mut library = std::fs::read(self.0.join(LIBRARIES[0])).map_err(|e| e.to_string())?;
+        let found =
+            memmem(&library, format!("\0{function}\0").as_bytes()).ok_or("the driver does not have it anyway")?;
+        library[found + 1..][..hidden.len()].copy_from_slice(&hidden);
+        let folder = self.0.with_extension(format!("without-{function}"));
+        std::fs::create_dir_all(&folder).map_err(|e| e.to_string())?;
+        let draft = folder.join(format!("{}.draft", std::process::id()));
+        std::fs::write(&draft, library).map_err(|e| e.to_string())?;
+        std::fs::rename(&draft, folder.join(LIBRARIES[0])).map_err(|e| e.to_string())?;
+        Ok(Self(folder))
+    }
+
     /// Runs a check in a child process of this executable, with this driver, where a panic ends the process at once, as with
-    /// `panic = "abort"`.
+    /// `panic = "abort"`. `without=NAME` among the settings, the first of them, hides a function.
     pub fn run(&self, check: &str, settings: &str) -> Result<(), String> {
+        if let Some(rest) = settings.strip_prefix("without=") {
+            let (function, rest) = rest.split_once(' ').unwrap_or((rest, ""));
+            return self.without(function)?.run(check, rest);
+        }
         let executable = std::env::current_exe().map_err(|e| e.to_string())?;
         let mut path = OsString::from(&self.0);
         if let Some(rest) = std::env::var_os("LD_LIBRARY_PATH") {
@@ -74,6 +93,10 @@ fn run(command: &mut Command) -> Result<(), String> {
         return Ok(());
     }
     Err(format!("{}\n{}", output.status, String::from_utf8_lossy(&output.stderr).trim()))
+}
+
+fn memmem(all: &[u8], part: &[u8]) -> Option<usize> {
+    all.windows(part.len()).position(|window| window == part)
 }
 
 fn temporary() -> &'static Path {

@@ -9,7 +9,7 @@ use candle_core::cuda::CudaDType;
 use candle_core::cuda::cudarc::driver::{CudaSlice, CudaStream, CudaView, DeviceRepr};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor};
-use samtone::cuda::{Device, DeviceBatch, GradientOutput, GradientSlices, Step};
+use samtone::cuda::{Cosines, Device, DeviceBatch, GradientOutput, GradientSlices, Step};
 use samtone::half::{bf16, f16};
 use samtone::{Element, Evaluation, Loss, Options, Pairs};
 use std::collections::BTreeMap;
@@ -75,6 +75,9 @@ fn typed<T: Element + CudaDType + DeviceRepr>(
         .problem(call.loss, call.options)
         .and_then(|problem| problem.with_gradients(output(call.wanted[0]), output(call.wanted[1])))
         .map_err(refused)?;
+    let backward = call.wanted != [false; 3];
+    // What the first pass keeps of cosines is for the gradient.
+    let problem = if backward { problem } else { problem.with_cosines(Cosines::Recomputed) };
 
     let stream = device.cuda_stream();
     let mut step = match take(shared, &stream) {
@@ -82,7 +85,6 @@ fn typed<T: Element + CudaDType + DeviceRepr>(
         None => samtone_device(&stream).and_then(|device| Step::new(&device, &stream, &problem)),
     }
     .map_err(refused)?;
-    let backward = call.wanted != [false; 3];
     let room = |wanted: bool, rows: usize| {
         // SAFETY: the backward call writes all of it before anything on this stream reads it, or fails and it is dropped.
         wanted.then(|| unsafe { device.alloc::<f32>(rows * dim) }).transpose()

@@ -3,8 +3,8 @@
 //! cubecl gives addresses to others, and keeps memory where it is while they are held, but it gives nobody its stream. So the call
 //! has one of its own, and the host waits: for what burn has enqueued before it, and for the call itself.
 
+use super::Call;
 use super::tensors::failed;
-use super::{ALIGNMENT, Call};
 use crate::backend::{Outputs, Wanted};
 use crate::{Report, Result, invalid};
 use burn::backend::{DType, Shape};
@@ -13,7 +13,7 @@ use burn::cubecl::future::block_on;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl_runtime::runtime::Runtime;
-use samtone::cuda::{Device, Plan, Pointers, Readout, Slot, Stream, check_slot_bytes};
+use samtone::cuda::{Cosines, Device, Plan, Pointers, Readout, Slot, Stream, check_slot_bytes};
 use samtone::{Evaluation, TemperatureGradient};
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -22,15 +22,21 @@ pub(super) fn run(call: Call<'_>, ordinal: usize) -> Result<Outputs<CubeBackend>
     let gradients = call.gradients();
     let Call { problem, client, towers, wanted, by_log_beta } = call;
     if client.is_capturing() {
-        return Err(invalid("query", "of a stream that is being captured into a graph", "calls outside of captures: the host waits"));
+        return Err(invalid(
+            "query",
+            "of a stream that is being captured into a graph",
+            "calls outside of captures: the host waits",
+        ));
     }
     let device = device(ordinal)?;
     let problem = problem.with_architecture(device.architecture());
+    // What the first pass keeps of cosines is for the gradient.
+    let problem = if wanted == Wanted::default() { problem.with_cosines(Cosines::Recomputed) } else { problem };
     let plan = Plan::new(&problem)?;
     let readout = Readout::new(&problem, &plan)?;
-    debug_assert!(Slot::ALL.iter().all(|&slot| plan.slot_alignment(slot) <= ALIGNMENT));
 
-    let memory = |slot| Some(plan.slot_bytes(slot)).filter(|&bytes| bytes > 0).map(|bytes| client.empty(bytes as usize));
+    let memory =
+        |slot| Some(plan.slot_bytes(slot)).filter(|&bytes| bytes > 0).map(|bytes| client.empty(bytes as usize));
     let side = Some(plan.side_data()).filter(|data| !data.is_empty()).map(|data| client.create_from_slice(data));
     let [q, p] = towers.each_ref().map(|tensor| Some(tensor.handle.clone()));
     let [dq, dp] = gradients.each_ref().map(|tensor| tensor.as_ref().map(|tensor| tensor.handle.clone()));
@@ -53,7 +59,8 @@ pub(super) fn run(call: Call<'_>, ordinal: usize) -> Result<Outputs<CubeBackend>
         pointers.set(*slot, resource.resource().ptr);
         held.push(resource);
     }
-    block_on(client.sync_buffers(handles.iter().filter_map(|(_, handle)| handle.as_ref()))).map_err(|e| failed("sync", e))?;
+    block_on(client.sync_buffers(handles.iter().filter_map(|(_, handle)| handle.as_ref())))
+        .map_err(|e| failed("sync", e))?;
 
     // SAFETY: each pointer is memory of the device's primary context, in which cubecl works, too, and of as many bytes as the plan
     // says. It stays where it is while `held` is there, which is until the stream has done everything. Side data and embeddings have

@@ -20,7 +20,7 @@ use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 use samtone::{GradientOutput, Pairs, Problem};
 
-/// Where a binding may begin on every device of wgpu, and how CUDA's kernels want their rows.
+/// Where a binding may begin on every device of wgpu. CUDA's kernels ask for less.
 const ALIGNMENT: u64 = samtone::wgpu::ALIGNMENT;
 
 /// What a call computes, all of it checked.
@@ -123,7 +123,8 @@ mod tests {
         let hip = Device::Hip(Default::default());
         assert_eq!(Kernels::of(&wgpu, "wgpu<wgsl>").is_ok(), cfg!(feature = "wgpu"));
         assert_eq!(Kernels::of(&cuda, "cuda").is_ok(), cfg!(feature = "cuda"));
-        let refused = [(&wgpu, "wgpu<spirv>"), (&wgpu, "wgpu<msl>"), (&hip, "hip"), (&Device::Cpu(Default::default()), "cpu")];
+        let refused =
+            [(&wgpu, "wgpu<spirv>"), (&wgpu, "wgpu<msl>"), (&hip, "hip"), (&Device::Cpu(Default::default()), "cpu")];
         for (device, name) in refused {
             let error = Kernels::of(device, name).unwrap_err().to_string();
             let sentence = format!("argument `query` is on a device of cubecl's runtime {name}; allowed: tensors of");

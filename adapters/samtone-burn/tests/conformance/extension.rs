@@ -7,11 +7,11 @@ use crate::support::case::{Case, Expected, GOLDEN_FILES, files};
 use crate::support::compare::{against_definition, verdict};
 use crate::support::problem::{Outputs, Problem};
 use crate::support::{Form, at_device, builder, burn_dtype};
-use burn::backend::{Backend, Cube};
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
-use burn::cubecl::future::block_on;
+use burn::backend::{Backend, Cube};
 use burn::cubecl::Device;
+use burn::cubecl::future::block_on;
 use burn::tensor::{DType, TensorData};
 use samtone_burn::samtone::{self, Options, TemperatureGradient, backend};
 use samtone_burn::{Inputs, Loss, Report, Result, SamToNe, SamToNeBackend, Temperature, Wanted, ZeroNorm};
@@ -51,7 +51,13 @@ fn fixed(problem: &Problem) -> Temperature<FloatTensor<Cube>> {
 }
 
 /// One problem against `expected`, or the reference if the device rounds what goes in.
-fn compare(problem: &Problem, expected: Option<&Expected>, form: Form, device: &Device, dtype: samtone::DType) -> Outcome {
+fn compare(
+    problem: &Problem,
+    expected: Option<&Expected>,
+    form: Form,
+    device: &Device,
+    dtype: samtone::DType,
+) -> Outcome {
     let name = format!("{} {dtype} {form:?}", problem.name);
     let given = at_device(&problem.rounded(dtype), form, DType::F32);
     let is_same = problem.is_exact_in(dtype) && given.options.temperature() == problem.options.temperature();
@@ -164,7 +170,8 @@ pub fn refused(device: &Device) -> Outcome {
             other => return Err(format!("{other:?} instead of `{sentence}`").into()),
         }
     }
-    let zero = call(&samtone.zero_norm(ZeroNorm::ZeroGradient), &with(3, 0.0), fixed(&problem), device, DType::F32, ALL)?;
+    let zero =
+        call(&samtone.zero_norm(ZeroNorm::ZeroGradient), &with(3, 0.0), fixed(&problem), device, DType::F32, ALL)?;
     assert!(zero.0.is_finite());
     compare(&problem, None, Form::Tau, device, samtone::DType::F32)
 }
@@ -179,7 +186,10 @@ pub fn threads(device: &Device) -> Outcome {
         let passage = on(device, &problem.passage, &[problem.passages, problem.dim], DType::F32);
         let inputs = Inputs { query: here.clone(), passage, temperature: fixed(&problem) };
         let outputs = Cube::samtone(&samtone, inputs, ALL)?;
-        Ok::<_, samtone_burn::Error>((numbers(outputs.loss)[0], outputs.gradients.map(|gradient| gradient.map(numbers))))
+        Ok::<_, samtone_burn::Error>((
+            numbers(outputs.loss)[0],
+            outputs.gradients.map(|gradient| gradient.map(numbers)),
+        ))
     };
     let all = std::thread::scope(|scope| {
         let runs: Vec<_> = (0..3).map(|_| scope.spawn(run)).collect();

@@ -33,9 +33,12 @@ const CHECKS: &[Check] = &[
     ("chunks_encoded_apart_give_the_gradients_of_the_batch", encoder::chunks),
 ];
 
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+type ExtensionCheck = (&'static str, fn(&burn::cubecl::Device) -> Outcome);
+
 /// On the devices of cubecl.
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
-const EXTENSION_CHECKS: &[(&str, fn(&burn::cubecl::Device) -> Outcome)] = &[
+const EXTENSION_CHECKS: &[ExtensionCheck] = &[
     ("gradients_are_those_of_the_reference", extension::presets),
     ("golden_files_and_several_tiles", extension::golden),
     ("what_is_not_wanted_is_not_there", extension::wanted),

@@ -60,10 +60,7 @@ pub(super) fn run(call: Call<'_>) -> Result<Outputs<CubeBackend>> {
     );
     // Copies: views of the state would have to begin where no device lets a binding begin, and would keep it.
     let result = |word: usize| {
-        CubeBackend::float_add_scalar(
-            CubeBackend::float_slice(results.clone(), &[(word..word + 1).into()]),
-            0.0.into(),
-        )
+        CubeBackend::float_add_scalar(CubeBackend::float_slice(results.clone(), &[(word..word + 1).into()]), 0.0.into())
     };
     let of_temperature = wanted.temperature.then(|| result(if by_log_beta { OF_LOG_BETA } else { OF_TAU }));
     let loss = result(0);
