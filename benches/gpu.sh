@@ -57,7 +57,6 @@ build() {
   if [ -n "${BURN:-}" ]; then
     binary=$(CARGO_TARGET_DIR=$compiled/adapters adapters/samtone-burn/ci/build-cuda-test)
     strip -o "$out/burn" "$binary"
-    cp "$binary.so" "$out/burn.so"
   fi
   git describe --always --dirty > "$out/commit"
   newest=$({ objdump -T "$out"/* 2> /dev/null || true; } | grep -o 'GLIBC_2[0-9.]*' | sort -uV | tail -n 1)
@@ -282,7 +281,7 @@ part_adapters() {
     not_built candle
   fi
   if [ -e "$burn" ]; then
-    burn=(env LD_LIBRARY_PATH="$libraries" LD_PRELOAD="$PWD/$burn.so" SAMTONE_REQUIRE=burn-cuda "$burn" --test-threads 1)
+    burn=(env LD_LIBRARY_PATH="$libraries" SAMTONE_REQUIRE=burn-cuda "$burn" --test-threads 1)
     check burn-extension 40 "${burn[@]}" cuda::extension
     check burn 90 "${burn[@]}" cuda:: --skip extension
   else
