@@ -1,5 +1,5 @@
 """What a call costs beyond its launches: a step (forward and backward) of this package at a small batch, enqueued without waiting,
-against the native calls alone on memory that is there. The mark on CUDA is 20 microseconds.
+against the native call alone on memory that is there. The mark on CUDA is 20 microseconds.
 
     python benches/overhead.py [--rows 256] [--dim 256] [--device cuda] [--profile]
 
@@ -41,9 +41,9 @@ def microseconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def native(q: Tensor, p: Tensor) -> Callable[[], Any]:
-    """Forward and backward of the native module, on buffers that exist."""
+    """Loss and gradients of the native module at once, on buffers that exist."""
     names: dict[str, Any] = dict.fromkeys(("query_ids", "passage_ids", "positives", "weights", "owners"))
-    gradients = [torch.empty_like(x, dtype=torch.float32 if q.device.type == "cpu" else x.dtype) for x in (q, p)]
+    gradients = [torch.empty_like(x, dtype=torch.float32) for x in (q, p)]
     if q.device.type == "cpu":
         losses = torch.empty(len(q), dtype=torch.float64)
         settings = _native.Settings("samtone_query", TEMPERATURE)
@@ -55,24 +55,19 @@ def native(q: Tensor, p: Tensor) -> Callable[[], Any]:
         return on_cpu
     memory = cuda.TorchMemory(q.device)
     settings_ = ("samtone_query", TEMPERATURE, False, None, "error", None, None, False)
-    planned = cuda.planned(memory, settings_, q, p, names, (True, True))
+    planned = cuda.planned(memory, settings_, q, p, names, (True, True), True)
     state = memory.empty(cuda.state_bytes(len(q), len(p)))
     workspace = memory.empty(planned.plan.workspace_bytes)
-    upstream = torch.ones(1, device=q.device)
-
-    def place() -> dict:
-        return {
-            "towers": (cuda.capsule(q), cuda.capsule(p)),
-            "side": cuda.capsule(planned.side),
-            "state": cuda.capsule(state),
-            "workspace": cuda.capsule(workspace),
-            "stream": memory.stream,
-        }
 
     def on_cuda() -> None:
-        planned.plan.forward(**place())
-        taken = (cuda.capsule(gradients[0]), cuda.capsule(gradients[1]))
-        planned.plan.backward(**place(), gradients=taken, upstream=cuda.capsule(upstream))
+        planned.plan.loss_and_gradients(
+            towers=(cuda.capsule(q), cuda.capsule(p)),
+            side=cuda.capsule(planned.side),
+            state=cuda.capsule(state),
+            workspace=cuda.capsule(workspace),
+            gradients=(cuda.capsule(gradients[0]), cuda.capsule(gradients[1])),
+            stream=memory.stream,
+        )
 
     return on_cuda
 
@@ -113,14 +108,14 @@ def main() -> None:
     whole = step(lambda x, y: samtone.samtone_loss(x, y, temperature=TEMPERATURE))
     engines = {
         "samtone, forward and backward": whole,
-        "native calls alone": native(q.detach(), p.detach()),
+        "native call alone": native(q.detach(), p.detach()),
         "autograd around nothing": step(Floor.apply),
     }
     print(f"B = {arguments.rows}, d = {arguments.dim}, {device}, torch {torch.__version__}")
     times = {name: microseconds(call, device) for name, call in engines.items()}
     for name, value in times.items():
         print(f"{name:32}{value:9.1f} us")
-    overhead = times["samtone, forward and backward"] - times["native calls alone"]
+    overhead = times["samtone, forward and backward"] - times["native call alone"]
     verdict = (
         "" if device.type == "cpu" else f", the mark is {MARK_US:.0f}: {'PASS' if overhead <= MARK_US else 'FAIL'}"
     )

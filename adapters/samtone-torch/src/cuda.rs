@@ -7,8 +7,8 @@ use crate::errors::{Refusal, invalid};
 use crate::settings::Settings;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyCapsule};
-use samtone::cuda::{Device, Plan, Pointers, Problem, Readout, Slot, Stream, check_slot_bytes};
-use samtone::{GradientOutput, Pairs};
+use samtone::cuda::{Cosines, Device, Plan, Pointers, Problem, Readout, Slot, Stream, check_slot_bytes};
+use samtone::{DType, GradientOutput, Pairs};
 use std::collections::HashMap;
 use std::sync::{LazyLock, Mutex, PoisonError};
 
@@ -38,12 +38,17 @@ fn ordinal_of(argument: &'static str, tensor: &Tensor) -> Result<usize, Refusal>
 }
 
 /// What one call launches, made for shapes, types, strides, options and who belongs to whom; any embeddings will do.
+///
+/// Gradients come at once with the loss, or from a call of their own, later. The first pass of the former keeps cosines for them
+/// where that pays; for the latter it would be in vain, since nobody keeps the workspace until then.
 #[pyclass(frozen, module = "samtone._native")]
 pub struct CudaPlan {
     device: Device,
     plan: Plan,
     readout: Readout,
     towers: [Layout; 2],
+    gradients: [Layout; 2],
+    at_once: bool,
     derivative: u64,
     results: u64,
     row_losses: u64,
@@ -51,7 +56,8 @@ pub struct CudaPlan {
 
 #[pymethods]
 impl CudaPlan {
-    /// For embeddings of these shapes and places. `wanted` are the towers that get gradients, in their types.
+    /// For embeddings of these shapes and places. `wanted` are the towers that get gradients: `at_once` by `loss_and_gradients`,
+    /// as float32 and for an upstream gradient of 1; otherwise by `forward` and `backward`, in the type of the towers.
     #[new]
     fn new(
         settings: &Bound<'_, Settings>,
@@ -59,6 +65,7 @@ impl CudaPlan {
         passage: &Bound<'_, PyCapsule>,
         annotations: Capsules<'_>,
         wanted: (bool, bool),
+        at_once: bool,
     ) -> PyResult<Self> {
         let settings = settings.get();
         let (query, passage) = (Tensor::import("query", query)?, Tensor::import("passage", passage)?);
@@ -80,7 +87,7 @@ impl CudaPlan {
         }
         let annotations = Annotations::import(&annotations)?;
         let pairs = annotations.pairs(Pairs::new(q.rows, p.rows).map_err(Refusal)?, settings.scope)?;
-        Ok(Self::planned(settings, device(ordinal)?, &pairs, towers, wanted)?)
+        Ok(Self::planned(settings, device(ordinal)?, &pairs, towers, wanted, at_once)?)
     }
 
     /// Bytes that `state` needs at the least.
@@ -101,7 +108,7 @@ impl CudaPlan {
     }
 
     /// Bytes in the state: of the results (float64: loss, P@1 and MRR of both directions, …), of the losses of the rows
-    /// (float64), and of the derivative of what the temperature was given as (float64, after a backward call).
+    /// (float64), and of the derivative of what the temperature was given as (float64, once there are gradients).
     #[getter]
     fn offsets(&self) -> (u64, u64, u64) {
         (self.results, self.row_losses, self.derivative)
@@ -126,6 +133,27 @@ impl CudaPlan {
         Ok(())
     }
 
+    /// Enqueues loss, row losses and metrics, and the gradients at once.
+    #[allow(clippy::too_many_arguments)] // a call across a language border
+    fn loss_and_gradients(
+        &self,
+        py: Python<'_>,
+        towers: (Bound<'_, PyCapsule>, Bound<'_, PyCapsule>),
+        side: &Bound<'_, PyCapsule>,
+        state: &Bound<'_, PyCapsule>,
+        workspace: &Bound<'_, PyCapsule>,
+        gradients: (Option<Bound<'_, PyCapsule>>, Option<Bound<'_, PyCapsule>>),
+        stream: u64,
+    ) -> PyResult<()> {
+        self.expect(true)?;
+        let gradients = (gradients.0.as_ref(), gradients.1.as_ref());
+        let call = Call::new(self, &towers, side, state, workspace, gradients, None)?;
+        // SAFETY: as in `forward`, and nothing in state or workspace is read that this call has not written.
+        py.detach(|| unsafe { self.device.loss_and_gradients(&self.plan, &call.pointers, Stream::from_raw(stream)) })
+            .map_err(Refusal)?;
+        Ok(())
+    }
+
     /// Enqueues the gradients, times the one float32 of `upstream`, after `forward` with the same state and embeddings.
     #[allow(clippy::too_many_arguments)] // a call across a language border
     fn backward(
@@ -139,6 +167,7 @@ impl CudaPlan {
         upstream: &Bound<'_, PyCapsule>,
         stream: u64,
     ) -> PyResult<()> {
+        self.expect(false)?;
         let gradients = (gradients.0.as_ref(), gradients.1.as_ref());
         let call = Call::new(self, &towers, side, state, workspace, gradients, Some(upstream))?;
         // SAFETY: as in `forward`; the state is that of a forward call of this plan, as autograd keeps it.
@@ -147,7 +176,7 @@ impl CudaPlan {
         Ok(())
     }
 
-    /// Waits for the stream; an error if the forward call before refused its embeddings.
+    /// Waits for the stream; an error if the call before, of the loss or of all, refused its embeddings.
     fn check(
         &self,
         py: Python<'_>,
@@ -158,7 +187,7 @@ impl CudaPlan {
         stream: u64,
     ) -> PyResult<()> {
         let call = Call::new(self, &towers, side, state, workspace, (None, None), None)?;
-        // SAFETY: as in `forward`, which is enqueued on this stream.
+        // SAFETY: as in `forward`; that or `loss_and_gradients`, which begins with it, is enqueued on this stream.
         py.detach(|| unsafe { self.device.evaluation(&self.readout, &call.pointers, Stream::from_raw(stream)) })
             .map_err(Refusal)?;
         Ok(())
@@ -176,21 +205,35 @@ impl CudaPlan {
         pairs: &Pairs<'_>,
         towers: [Layout; 2],
         wanted: (bool, bool),
+        at_once: bool,
     ) -> Result<Self, Refusal> {
         let [q, p] = towers;
-        let output = |wanted: bool| wanted.then_some(GradientOutput { dtype: q.dtype, row_stride: q.dim });
+        // Those that come at once are yet to be multiplied by the upstream gradient, and rounded after it.
+        let dtype = if at_once { DType::F32 } else { q.dtype };
+        let gradients = towers.map(|tower| Layout { dtype, row_stride: tower.dim, ..tower });
+        let output = |wanted: bool| wanted.then_some(GradientOutput { dtype, row_stride: q.dim });
         let problem = Problem::new(&settings.loss, pairs, &settings.options, q.dtype, q.dim)?
             .with_row_strides(q.row_stride, p.row_stride)?
             .with_gradients(output(wanted.0), output(wanted.1))?
-            .with_device_upstream()
             .with_architecture(device.architecture());
+        let problem = if at_once { problem } else { problem.with_device_upstream().with_cosines(Cosines::Recomputed) };
         let plan = Plan::new(&problem)?;
         let readout = Readout::new(&problem, &plan)?;
         let offset = |name: &str| plan.array(name).map_or(0, |array| array.offset);
         let results = readout.loss_offset() as u64;
         let derivative = results + 8 * if settings.is_log_beta() { GRAD_LOG_BETA } else { GRAD_TAU };
         let row_losses = offset("row_losses");
-        Ok(Self { device, plan, readout, towers, derivative, results, row_losses })
+        Ok(Self { device, plan, readout, towers, gradients, at_once, derivative, results, row_losses })
+    }
+
+    /// An error unless the plan was made for gradients at once, or for a call of their own.
+    fn expect(&self, at_once: bool) -> Result<(), Refusal> {
+        if self.at_once == at_once {
+            return Ok(());
+        }
+        let what =
+            |at_once| if at_once { "gradients at once with the loss" } else { "gradients in a call of their own" };
+        Err(invalid("plan", format!("made for {}", what(self.at_once)), format!("one for {}", what(at_once))))
     }
 }
 
@@ -235,8 +278,8 @@ impl Call {
             match slot {
                 Slot::Query => expect_layout(slot, &tensor, plan.towers[0])?,
                 Slot::Passage => expect_layout(slot, &tensor, plan.towers[1])?,
-                Slot::QueryGradient => expect_layout(slot, &tensor, compact(plan.towers[0]))?,
-                Slot::PassageGradient => expect_layout(slot, &tensor, compact(plan.towers[1]))?,
+                Slot::QueryGradient => expect_layout(slot, &tensor, plan.gradients[0])?,
+                Slot::PassageGradient => expect_layout(slot, &tensor, plan.gradients[1])?,
                 _ => check_slot_bytes(&plan.plan, slot, tensor.bytes()? as u64).map_err(Refusal)?,
             }
             pointers.set(slot, tensor.address() as u64);
@@ -247,10 +290,6 @@ impl Call {
         expect_apart(&inputs.iter().collect::<Vec<_>>(), &outputs.iter().collect::<Vec<_>>())?;
         Ok(Self { pointers, _memory: memory })
     }
-}
-
-fn compact(layout: Layout) -> Layout {
-    Layout { row_stride: layout.dim, ..layout }
 }
 
 fn expect_layout(slot: Slot, tensor: &Tensor, wanted: Layout) -> Result<(), Refusal> {

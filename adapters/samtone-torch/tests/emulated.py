@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -116,12 +117,17 @@ def _delete(managed: Any) -> None:
 class DeviceTensor:
     """What stands in for a tensor of PyTorch on a CUDA device."""
 
-    device = "cuda:0"
+    device = torch.device("cuda:0")
 
     def __init__(
-        self, address: int, shape: tuple[int, ...], dtype: torch.dtype, strides: tuple[int, ...] | None = None
+        self,
+        address: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        strides: tuple[int, ...] | None = None,
+        memory: EmulatedMemory | None = None,
     ) -> None:
-        self.address, self.shape, self.dtype = address, shape, dtype
+        self.address, self.shape, self.dtype, self.memory = address, shape, dtype, memory
         self.strides = strides or tuple(torch.empty(shape, dtype=dtype, device="meta").stride())
 
     def stride(self) -> tuple[int, ...]:
@@ -129,6 +135,10 @@ class DeviceTensor:
 
     def detach(self) -> DeviceTensor:
         return self
+
+    def clone(self) -> DeviceTensor:
+        assert self.memory is not None
+        return self.memory.copy(self)
 
     def __dlpack__(self, stream: int | None = None) -> Any:
         assert stream == -1, "the stream is the current one"
@@ -150,10 +160,21 @@ class EmulatedMemory:
     def put(self, content: bytes, shape: tuple[int, ...], dtype: torch.dtype, strides: Any = None) -> DeviceTensor:
         address = self.driver.allocate(len(content))
         self.driver.write(address, content)
-        return DeviceTensor(address, shape, dtype, strides)
+        return DeviceTensor(address, shape, dtype, strides, self)
 
     def empty(self, size: int) -> DeviceTensor:
         return self.put(b"\x5a" * size, (size,), torch.uint8)
+
+    def matrix(self, rows: int, dim: int, dtype: torch.dtype) -> DeviceTensor:
+        return self.put(b"\x5a" * (rows * dim * dtype.itemsize), (rows, dim), dtype)
+
+    def copy(self, tensor: DeviceTensor) -> DeviceTensor:
+        """Of a tensor without gaps, in the order of the stream."""
+        made = self.empty(math.prod(tensor.shape) * tensor.dtype.itemsize)
+        addresses = (ctypes.c_uint64(x.address) for x in (made, tensor))
+        stream = ctypes.c_void_p(self.driver.stream)
+        self.driver.call("cuMemcpyDtoDAsync_v2", *addresses, ctypes.c_size_t(made.shape[0]), stream)
+        return DeviceTensor(made.address, tensor.shape, tensor.dtype, None, self)
 
     def upload(self, content: bytes) -> DeviceTensor:
         return self.put(content, (len(content),), torch.uint8)
@@ -164,9 +185,11 @@ class EmulatedMemory:
         return self.put(wide.view(torch.uint8).numpy().tobytes(), tuple(values.shape), values.dtype, wide.stride())
 
     def read(self, tensor: DeviceTensor) -> torch.Tensor:
-        size = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").nbytes
-        content = bytearray(self.driver.read(tensor.address, size))
-        return torch.frombuffer(content, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
+        read = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if read.nbytes > 0:  # of none there is no buffer
+            content = bytearray(self.driver.read(tensor.address, read.nbytes))
+            read = torch.frombuffer(content, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
+        return read
 
 
 def leaked() -> int:

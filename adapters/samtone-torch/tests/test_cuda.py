@@ -16,6 +16,7 @@ import torch
 from conftest import REQUIRED
 from samtone import _native, cuda, ops
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 COMPILER = os.environ.get("CXX", "g++")
 
@@ -40,20 +41,58 @@ def test_without_a_driver_it_is_a_sentence() -> None:
     annotations = dict.fromkeys(("query_ids", "passage_ids", "positives", "weights", "owners"))
     settings = _native.Settings("clip", 0.1)
     with pytest.raises(RuntimeError, match="CUDA is not available: .*; allowed: "):
-        _native.CudaPlan(settings, cuda.capsule(there), cuda.capsule(there), annotations, (True, True))
+        _native.CudaPlan(settings, cuda.capsule(there), cuda.capsule(there), annotations, (True, True), True)
 
 
-def test_shapes_on_cuda_without_a_gpu() -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("share", [None, 0.1])
+@pytest.mark.parametrize("wanted", [ops.PASSAGE, ops.QUERY | ops.PASSAGE, ops.TEMPERATURE, 0])
+def test_shapes_on_cuda_without_a_gpu(
+    wanted: int, share: float | None, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What torch.compile knows of a call on CUDA."""
+    if not at_once:
+        monkeypatch.setattr(cuda, "AT_ONCE_BYTES", -1)
     with FakeTensorMode():
         q, p = (torch.empty(rows, 16, device="cuda", dtype=torch.bfloat16) for rows in (8, 9))
         evaluation = samtone.evaluate(q, p, passage_ids=torch.arange(9))
         assert evaluation.loss.device.type == "cuda" and evaluation.row_losses.shape == (8,)
-        for share in (None, 0.1):
-            options = ("samtone_query", False, None, "error", None, share, False)
-            saved = ops.forward(q, p, None, None, None, None, None, None, options[0], 0.1, *options[1:], 3)[3:]
-            size = cuda.state_bytes(8, 9, skipping=share is not None)
-            assert [len(x) for x in saved] == [0, 0, 1, size, 1] and saved[-1].device.type == "cpu"
-            dq, dp, derivative = ops.backward(evaluation.loss, q, p, None, None, None, None, None, *saved, *options, 1)
-            assert dq.shape == q.shape and dq.dtype == q.dtype and dq.device == q.device
-            assert dp.shape == (0, 16) and derivative.shape == (1,)
+        options = ("samtone_query", False, None, "error", None, share, False)
+        vectors = [None] * 5
+        saved = ops.forward(q, p, None, *vectors, options[0], 0.1, *options[1:], wanted)[3:]
+        rows = [8 if wanted & ops.QUERY else 0, 9 if wanted & ops.PASSAGE else 0, 1 if wanted & ops.TEMPERATURE else 0]
+        state = cuda.state_bytes(8, 9, skipping=share is not None)
+        left = [*rows, 0] if at_once and wanted else [0, 0, 0, state]
+        assert [len(x) for x in saved] == [*left, 1] and saved[-1].device.type == "cpu"
+        assert all(x.dtype == torch.float32 and x.shape[1] == 16 for x in saved[:2])
+        *gradients, derivative = ops.backward(evaluation.loss, q, p, *vectors, *saved, *options, wanted)
+        assert [len(x) for x in (*gradients, derivative)] == rows
+        assert all(x.shape[1] == 16 and x.dtype == q.dtype and x.device == q.device for x in gradients)
+        assert derivative.dtype == torch.float64 and derivative.device == q.device
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_shapes_on_cuda_may_be_symbols(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One compiled program for all batches that go the same way."""
+    if not at_once:
+        monkeypatch.setattr(cuda, "AT_ONCE_BYTES", 0)
+    shapes = ShapeEnv()
+    given = [torch.empty(rows, 16, device="meta") for rows in (8, 9)]
+    with FakeTensorMode(shape_env=shapes) as mode:
+        q, p = (torch.empty(mode.from_tensor(x, static_shapes=False).shape, device="cuda") for x in given)
+        options = ("samtone_query", 0.1, False, None, "error", None, None, False)
+        saved = ops.forward(q, p, *[None] * 6, *options, ops.QUERY | ops.PASSAGE)[3:]
+        state = cuda.state_bytes(q.shape[0], p.shape[0])
+    left = [q.shape[0], p.shape[0], 0, 0] if at_once else [0, 0, 0, state]
+    assert [str(x.shape[0]) for x in saved] == [*map(str, left), "1"]
+    assert not str(state).isdigit() and not str(q.shape[0]).isdigit() and len(shapes.guards) <= 1
+
+
+def test_how_many_bytes_come_at_once() -> None:
+    both, query, passage = (True, True), (True, False), (False, True)
+    for dim in (1, 256, 1024):
+        rows = cuda.AT_ONCE_BYTES // 4 // dim // 2
+        assert cuda.at_once(rows, rows, dim, both) and not cuda.at_once(rows, rows + 1, dim, both)
+        assert cuda.at_once(2 * rows, 9 * rows, dim, query) and not cuda.at_once(2 * rows + 1, 1, dim, query)
+        assert cuda.at_once(9 * rows, 2 * rows, dim, passage) and not cuda.at_once(1, 2 * rows + 1, dim, passage)
+        assert cuda.at_once(9 * rows, 9 * rows, dim, (False, False)), "the temperature alone"

@@ -19,6 +19,20 @@ from torch import Tensor
 pytestmark = pytest.mark.gpu
 
 
+def in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on no gradients come at once with the loss on CUDA, as those of large batches do not."""
+    monkeypatch.setattr(cuda, "AT_ONCE_BYTES", -1)
+
+
+@pytest.fixture(params=[True, False], ids=["at once", "in turn"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.param:
+        in_turn(monkeypatch)
+
+
+both_ways = pytest.mark.usefixtures("_both_ways")
+
+
 def leaves(case: Case) -> tuple[Tensor, Tensor]:
     return tuple(x.detach().to(DEVICE).requires_grad_() for x in (case.query, case.passage))  # type: ignore[return-value]
 
@@ -70,12 +84,14 @@ def test_masks(mask: str) -> None:
     check(judge.of_preset("samtone_both", *embeddings(41), **MASKS[mask]))
 
 
+@both_ways
 @pytest.mark.parametrize("of", ["cpu", DEVICE])
 @pytest.mark.parametrize("learn", ["temperature", "log_beta"])
 def test_temperatures(learn: str, of: str) -> None:
     check(judge.of_preset("samtone_query", *embeddings(42)), 0.5, learn, of)
 
 
+@both_ways
 def test_frozen_towers() -> None:
     q, p = leaves(judge.of_preset("samtone_query", *embeddings(43)))
     _, dq, dp = step(q, p)
@@ -110,14 +126,37 @@ def test_rows_of_any_stride() -> None:
     assert same(step(columns[0], columns[1]), want)
 
 
+@both_ways
 def test_same_bits_and_graphs_are_kept() -> None:
     q, p = leaves(judge.of_preset("samtone_both", *embeddings(45)))
     want = step(q, p, loss="samtone_both")
     assert all(same(step(q, p, loss="samtone_both"), want) for _ in range(20))
-    loss = samtone.samtone_loss(q, p, loss="samtone_both")
+    log_beta = torch.tensor(2.3, device=DEVICE, requires_grad=True)
+    loss = samtone.samtone_loss(q, p, loss="samtone_both", log_beta=log_beta)
+    want = torch.autograd.grad(loss, (q, p, log_beta), retain_graph=True)
     loss.backward(retain_graph=True)
-    loss.backward()
-    assert torch.equal(q.grad, 2 * want[1]) and torch.equal(p.grad, 2 * want[2])
+    loss.backward(retain_graph=True)
+    assert all(torch.equal(x.grad, 2 * once) for x, once in zip((q, p, log_beta), want))
+    (-3.0 * loss).backward()
+    assert all(torch.allclose(x.grad, -once, rtol=1e-4, atol=1e-6) for x, once in zip((q, p, log_beta), want))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_gradients_at_once_and_in_turn_agree(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of so large a dimension that the former keep their cosines, and with an upstream gradient without which most of them would
+    be too small for float16: both ways round once, after it."""
+    generator = torch.Generator().manual_seed(58)
+    q = torch.randn(300, 768, generator=generator)
+    p = torch.cat([q + torch.randn(300, 768, generator=generator), torch.randn(20, 768, generator=generator)])
+    q, p = (x.to(DEVICE, dtype).requires_grad_() for x in (q, p))
+    options: dict[str, Any] = {"temperature": 0.05, "scale": 2.0**12, "passage_ids": torch.arange(320) % 290}
+    together = step(q, p, **options)
+    in_turn(monkeypatch)
+    apart = step(q, p, **options)
+    close(together[0].item(), apart[0].item(), 1e-6, "loss")
+    for a, b, x in zip(together[1:], apart[1:], (q, p)):
+        assert a.dtype == b.dtype == dtype and a.abs().max() > 0
+        assert gradient_error(a.cpu(), b.cpu().double(), x.detach().cpu()) <= judge.ROUNDING[dtype] + 1e-5
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -223,6 +262,7 @@ def on(stream: torch.cuda.Stream) -> Iterator[None]:
 
 
 @pytest.mark.cuda
+@both_ways
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_on_another_stream(dtype: torch.dtype) -> None:
     case = judge.of_preset("samtone_both", *embeddings(51, dtype), passage_ids=[k // 2 for k in range(17)])
@@ -232,6 +272,7 @@ def test_on_another_stream(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.cuda
+@both_ways
 def test_a_step_waits_for_nothing() -> None:
     q, p = leaves(judge.of_preset("samtone_query", *embeddings(52)))
     ids = torch.arange(17)
@@ -246,6 +287,7 @@ def test_a_step_waits_for_nothing() -> None:
 
 
 @pytest.mark.cuda
+@both_ways
 def test_memory_does_not_grow() -> None:
     q, p = leaves(judge.of_preset("samtone_query", *embeddings(53)))
     seen = []
@@ -257,6 +299,7 @@ def test_memory_does_not_grow() -> None:
 
 
 @pytest.mark.cuda
+@both_ways
 def test_a_captured_step_has_the_bits_of_calls_on_new_inputs_too() -> None:
     cuda.release()
     q, p = leaves(judge.of_preset("samtone_both", *embeddings(54)))

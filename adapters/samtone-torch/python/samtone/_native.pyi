@@ -28,13 +28,28 @@ class CudaPlan:
     """What one call launches on a CUDA device."""
 
     def __new__(
-        cls, settings: Settings, query: Any, passage: Any, annotations: Mapping[str, Any], wanted: tuple[bool, bool]
+        cls,
+        settings: Settings,
+        query: Any,
+        passage: Any,
+        annotations: Mapping[str, Any],
+        wanted: tuple[bool, bool],
+        at_once: bool,
     ) -> CudaPlan: ...
     state_bytes: int
     workspace_bytes: int
     offsets: tuple[int, int, int]
     def side(self) -> bytes: ...
     def forward(self, towers: tuple[Any, Any], side: Any, state: Any, workspace: Any, stream: int) -> None: ...
+    def loss_and_gradients(
+        self,
+        towers: tuple[Any, Any],
+        side: Any,
+        state: Any,
+        workspace: Any,
+        gradients: tuple[Any, Any],
+        stream: int,
+    ) -> None: ...
     def backward(
         self,
         towers: tuple[Any, Any],

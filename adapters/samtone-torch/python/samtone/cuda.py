@@ -1,5 +1,7 @@
 """Calls on CUDA: plans kept from step to step, memory from PyTorch's allocator, launches on its current stream.
 
+Gradients that are small come at once with the loss (`at_once`), others from a call of their own. A plan is for one or the other.
+
 A plan is made on the host from everything but the embeddings, so ids and the like belong on the CPU: from a GPU they are copied,
 which waits. So does reading a temperature that is on the GPU. Nothing else waits.
 
@@ -23,6 +25,11 @@ from . import _native
 
 # Plans are small (side data is a few numbers for each row); batches with ids of their own need one each.
 KEPT_PLANS = 16
+# Gradients of up to so many bytes come at once with the loss, and wait as float32 for the upstream gradient. The first pass then
+# keeps its cosines for them, where that pays and as many as the workspace holds: 9 B²d operations instead of 12, if it holds all.
+# Beyond, a call of their own spares the memory from forward to backward and costs little: at d = 768 so many bytes are 43,690 pairs,
+# of whose cosines the workspace holds one in twenty, unless it is larger than the default.
+AT_ONCE_BYTES = 256 << 20
 
 
 class Memory(Protocol):
@@ -34,6 +41,9 @@ class Memory(Protocol):
 
     def empty(self, size: int) -> Any:
         """So many bytes, of any content."""
+
+    def matrix(self, rows: int, dim: int, dtype: torch.dtype) -> Any:
+        """Rows without anything between them, of any content."""
 
     def upload(self, content: bytes) -> Any:
         """A copy on the device, in the order of the stream."""
@@ -51,6 +61,10 @@ class TorchMemory:
         """So many bytes, of any content."""
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
+    def matrix(self, rows: int, dim: int, dtype: torch.dtype) -> Tensor:
+        """Rows without anything between them, of any content."""
+        return torch.empty((rows, dim), dtype=dtype, device=self.device)
+
     def upload(self, content: bytes) -> Tensor:
         """A copy on the device, in the order of the stream, from page-locked memory that PyTorch keeps until it is done."""
         return torch.frombuffer(bytearray(content), dtype=torch.uint8).pin_memory().to(self.device, non_blocking=True)
@@ -59,6 +73,11 @@ class TorchMemory:
 def capsule(tensor: Any) -> Any:
     """As it lies on the device; the stream is the current one, so none has to wait for another."""
     return tensor.detach().__dlpack__(stream=-1)
+
+
+def _capsules(gradients: tuple[Any, Any]) -> tuple[Any, Any]:
+    dq, dp = (None if gradient is None else capsule(gradient) for gradient in gradients)
+    return dq, dp
 
 
 class Planned:
@@ -80,15 +99,25 @@ class Planned:
     def forward(self, memory: Memory, query: Any, passage: Any, state: Any) -> None:
         """Enqueues loss, row losses and metrics into the state."""
         self.plan.forward(**self._call(memory, query, passage, state))
-        if torch.is_anomaly_enabled():
-            self.plan.check(**self._call(memory, query, passage, state))
+        self._check_if_asked(memory, query, passage, state)
+
+    def loss_and_gradients(
+        self, memory: Memory, query: Any, passage: Any, state: Any, gradients: tuple[Any, Any]
+    ) -> None:
+        """Enqueues `forward`, and with it the gradients, float32 and for an upstream gradient of 1."""
+        self.plan.loss_and_gradients(**self._call(memory, query, passage, state), gradients=_capsules(gradients))
+        self._check_if_asked(memory, query, passage, state)
 
     def backward(
         self, memory: Memory, query: Any, passage: Any, state: Any, gradients: tuple[Any, Any], upstream: Any
     ) -> None:
         """Enqueues the gradients of a forward call with this state, times `upstream`, one float32 on the device."""
-        dq, dp = (None if gradient is None else capsule(gradient) for gradient in gradients)
-        self.plan.backward(**self._call(memory, query, passage, state), gradients=(dq, dp), upstream=capsule(upstream))
+        call = self._call(memory, query, passage, state)
+        self.plan.backward(**call, gradients=_capsules(gradients), upstream=capsule(upstream))
+
+    def _check_if_asked(self, memory: Memory, query: Any, passage: Any, state: Any) -> None:
+        if torch.is_anomaly_enabled():
+            self.plan.check(**self._call(memory, query, passage, state))
 
 
 _plans: OrderedDict[Any, Planned] = OrderedDict()
@@ -104,12 +133,14 @@ def planned(
     passage: Any,
     annotations: dict[str, Tensor | None],
     wanted: tuple[bool, bool],
+    at_once: bool,
 ) -> Planned:
     """The plan for such a call, made now or in an earlier step. `settings` are what `Settings` is made of: loss, temperature,
-    whether it is log beta, margin, policy for norms of zero, bound on the workspace, share that may be skipped, scope."""
+    whether it is log beta, margin, policy for norms of zero, bound on the workspace, share that may be skipped, scope. `wanted` are
+    the towers that get gradients: `at_once` from `loss_and_gradients`, otherwise from `backward` after `forward`."""
     vectors = tuple(None if x is None else x.numpy().tobytes() for x in annotations.values())
     towers = tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in (query, passage))
-    key = (settings, towers, vectors, wanted, memory.stream)
+    key = (settings, towers, vectors, wanted, at_once, memory.stream)
     with _lock:
         found = _plans.get(key)
         if found is not None:
@@ -138,6 +169,7 @@ def planned(
         capsule(passage),
         {name: None if x is None else x.__dlpack__() for name, x in annotations.items()},
         wanted,
+        at_once,
     )
     made = Planned(plan, memory.upload(plan.side()))
     with _lock:
@@ -152,6 +184,14 @@ def release() -> None:
     with _lock:
         _plans.clear()
         _captured.clear()
+
+
+def at_once(rows: Any, passages: Any, dim: Any, wanted: tuple[bool, bool]) -> bool:
+    """Whether the gradients of the towers that are wanted come at once with the loss. By shapes alone, so that torch.compile, for
+    which they may be symbols, knows it before there is a plan. The derivative of the temperature takes no memory to speak of."""
+    query, passage = wanted
+    elements = ((rows if query else 0) + (passages if passage else 0)) * dim
+    return bool(elements * torch.float32.itemsize <= AT_ONCE_BYTES)
 
 
 def state_bytes(rows: Any, passages: Any, *, shared: bool = False, skipping: bool = False) -> Any:

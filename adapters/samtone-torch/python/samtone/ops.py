@@ -1,11 +1,13 @@
 """The operations that autograd and torch.compile see: `samtone::forward` and `samtone::backward`.
 
-forward ── CPU:  loss, and the gradients that are needed, at once, as float32 (a later call would have to compute every
-│                cosine again)
-│          CUDA: loss, and the state that gradients are computed from, O(M) numbers
+forward ── at once: loss, and the gradients that are needed, as float32 (a later call would have to compute every cosine again)
+│          in turn: loss, and the state that gradients are computed from, O(M) numbers
 ▼
-backward ─ CPU:  those gradients times the upstream gradient, then rounded to the type of the inputs
-           CUDA: the gradients, times the upstream gradient, in the type of the inputs
+backward ─ at once: those gradients times the upstream gradient, then rounded to the type of the inputs
+           in turn: the gradients, times the upstream gradient, in the type of the inputs
+
+The CPU does it at once, and so does CUDA unless the gradients would take much memory until the backward call (`cuda.at_once`), which
+sees by the state which of the two it was.
 
 `call` is what the package calls. Plain tensors outside of compilers do not go through the operations, but straight to the same
 code: PyTorch's dispatcher takes longer for an operation written in Python than the launches of a small batch.
@@ -66,6 +68,18 @@ def _towers(wanted: int) -> tuple[bool, bool]:
     return bool(wanted & QUERY), bool(wanted & PASSAGE)
 
 
+def _where_wanted(gradients: list[Any], wanted: tuple[bool, bool]) -> tuple[Any, Any]:
+    dq, dp = (gradient if want else None for gradient, want in zip(gradients, wanted))
+    return dq, dp
+
+
+def _at_once(query: Tensor, passage: Tensor, wanted: int) -> bool:
+    """Whether the forward call computes the gradients that are wanted, too, and leaves no state."""
+    if query.device.type != "cuda":
+        return True
+    return wanted != 0 and cuda.at_once(query.shape[0], passage.shape[0], query.shape[1], _towers(wanted))
+
+
 def _forward_cpu(
     settings: tuple[Any, ...], q: Tensor, p: Tensor, annotations: dict[str, Tensor | None], wanted: int
 ) -> Tensors:
@@ -99,7 +113,7 @@ def _forward_cpu(
         torch.tensor([value, *metrics], dtype=torch.float64, device="cpu"),
         losses,
         *gradients,
-        torch.tensor([derivative], dtype=torch.float64, device="cpu"),
+        torch.tensor([derivative] if wanted & TEMPERATURE else [], dtype=torch.float64, device="cpu"),
         torch.empty(0, dtype=torch.uint8, device="cpu"),
     ]
 
@@ -107,22 +121,47 @@ def _forward_cpu(
 def _forward_cuda(
     settings: tuple[Any, ...], q: Tensor, p: Tensor, annotations: dict[str, Tensor | None], wanted: int
 ) -> Tensors:
-    memory = cuda.TorchMemory(q.device)
-    planned = cuda.planned(memory, settings, q, p, annotations, _towers(wanted))
+    memory, towers, at_once = cuda.TorchMemory(q.device), _towers(wanted), _at_once(q, p, wanted)
+    planned = cuda.planned(memory, settings, q, p, annotations, towers, at_once)
     shared, skipping = annotations["positives"] is not None, settings[-2] is not None
     state = memory.empty(cuda.state_bytes(q.shape[0], p.shape[0], shared=shared, skipping=skipping))
-    planned.forward(memory, q, p, state)
-    results, row_losses, _ = planned.plan.offsets
+    gradients = [
+        memory.matrix(x.shape[0] if want and at_once else 0, x.shape[1], torch.float32)
+        for x, want in zip((q, p), towers)
+    ]
+    if at_once:
+        planned.loss_and_gradients(memory, q, p, state, _where_wanted(gradients, towers))
+    else:
+        planned.forward(memory, q, p, state)
+    results, row_losses, derivative = planned.plan.offsets
     numbers = cuda.numbers(state, results, RESULTS)
     return [
         numbers[0].to(torch.float32),
         numbers,
         cuda.numbers(state, row_losses, q.shape[0]),
-        q.new_empty((0, q.shape[1]), dtype=torch.float32),
-        q.new_empty((0, q.shape[1]), dtype=torch.float32),
-        q.new_empty(1, dtype=torch.float64),
-        state,
+        *gradients,
+        cuda.numbers(state, derivative, 1 if at_once and wanted & TEMPERATURE else 0),
+        memory.empty(0) if at_once else state,
     ]
+
+
+def _backward_cuda(
+    settings: tuple[Any, ...],
+    q: Tensor,
+    p: Tensor,
+    annotations: dict[str, Tensor | None],
+    state: Tensor,
+    upstream: Tensor,
+    wanted: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    memory, towers = cuda.TorchMemory(q.device), _towers(wanted)
+    planned = cuda.planned(memory, settings, q, p, annotations, towers, False)
+    gradients = [memory.matrix(x.shape[0] if want else 0, x.shape[1], x.dtype) for x, want in zip((q, p), towers)]
+    # A copy of the state: the backward call writes the derivative into it, and autograd may call twice.
+    state = state.clone()
+    planned.backward(memory, q, p, state, _where_wanted(gradients, towers), upstream)
+    derivative = cuda.numbers(state, planned.plan.offsets[2], 1 if wanted & TEMPERATURE else 0)
+    return gradients[0], gradients[1], derivative
 
 
 @torch.library.custom_op("samtone::forward", mutates_args=())
@@ -147,8 +186,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (float32), results and row losses (float64), and what the backward call needs.
 
-    The latter on the CPU: the gradients of both towers as float32, without rows where they are not wanted, and the
-    derivative of the temperature. On CUDA: the state. On both: the temperature (or log beta) that was used, on the CPU.
+    The latter if gradients are computed at once: those of both towers as float32, without rows where they are not wanted, and the
+    derivative of the temperature, without elements if it is not. Otherwise: the state. In both cases: the temperature (or log beta)
+    that was used, on the CPU.
     """
     return _forward(
         query, passage, temperature, query_ids, passage_ids, positives, weights, owners,
@@ -208,16 +248,16 @@ def _(
     def empty(shape: Any, dtype: torch.dtype) -> Tensor:
         return query.new_empty(shape, dtype=dtype)
 
-    on_cuda = query.device.type == "cuda"
+    at_once = _at_once(query, passage, wanted)
     shared, skipping = positives is not None, tile_skipping is not None
-    state = cuda.state_bytes(query.shape[0], passage.shape[0], shared=shared, skipping=skipping) if on_cuda else 0
+    state = 0 if at_once else cuda.state_bytes(query.shape[0], passage.shape[0], shared=shared, skipping=skipping)
     return (
         empty((), torch.float32),
         empty((RESULTS,), torch.float64),
         empty((query.shape[0],), torch.float64),
-        empty((query.shape[0] if wanted & QUERY and not on_cuda else 0, query.shape[1]), torch.float32),
-        empty((passage.shape[0] if wanted & PASSAGE and not on_cuda else 0, passage.shape[1]), torch.float32),
-        empty((1,), torch.float64),
+        empty((query.shape[0] if wanted & QUERY and at_once else 0, query.shape[1]), torch.float32),
+        empty((passage.shape[0] if wanted & PASSAGE and at_once else 0, passage.shape[1]), torch.float32),
+        empty((1 if wanted & TEMPERATURE and at_once else 0,), torch.float64),
         empty((state,), torch.uint8),
         torch.empty(1, dtype=torch.float64, device="meta" if query.device.type == "meta" else "cpu"),
     )
@@ -248,7 +288,7 @@ def backward(
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of both towers, in their types and without rows where they are not wanted, and the derivative of the
-    temperature (float64), all times the upstream gradient."""
+    temperature (float64), without elements if it is not, all times the upstream gradient."""
     return _gradients(
         upstream, query, passage, query_ids, passage_ids, positives, weights, owners,
         grad_query, grad_passage, derivative, state, temperature,
@@ -279,34 +319,20 @@ def _gradients(
     own: bool,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if query.device.type != "cuda":
+    if state.shape[0] == 0:
+        # A product less, where one may look without waiting.
+        one = upstream.device.type == "cpu" and upstream.item() == 1.0
         factor = upstream.to(torch.float32)
-        one = upstream.item() == 1.0  # one pass less
         dq, dp = (
-            (x if one else x * factor).to(like.dtype, copy=True)
+            x.to(like.dtype, copy=True) if one else torch.mul(x, factor, out=torch.empty_like(x, dtype=like.dtype))
             for x, like in ((grad_query, query), (grad_passage, passage))
         )
         return dq, dp, derivative * upstream.to(torch.float64)
     q, p = _readable("query", query), _readable("passage", passage)
-    memory = cuda.TorchMemory(q.device)
     settings = (loss, float(temperature.item()), log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own)
     annotations = _annotations(query_ids, passage_ids, positives, weights, owners)
-    planned = cuda.planned(memory, settings, q, p, annotations, _towers(wanted))
-    gradients = [
-        torch.empty((x.shape[0] if want else 0, x.shape[1]), dtype=x.dtype, device=x.device)
-        for x, want in zip((q, p), _towers(wanted))
-    ]
-    # A copy of the state: the backward call writes the derivative into it, and autograd may call twice.
-    state = state.clone()
-    planned.backward(
-        memory,
-        q,
-        p,
-        state,
-        (gradients[0] if wanted & QUERY else None, gradients[1] if wanted & PASSAGE else None),
-        upstream.detach().to(device=q.device, dtype=torch.float32).reshape(1),
-    )
-    return gradients[0], gradients[1], cuda.numbers(state, planned.plan.offsets[2], 1)
+    factor = upstream.detach().to(device=q.device, dtype=torch.float32).reshape(1)
+    return _backward_cuda(settings, q, p, annotations, state, factor, wanted)
 
 
 @backward.register_fake
@@ -337,7 +363,7 @@ def _(
         torch.empty((x.shape[0] if want else 0, x.shape[1]), dtype=x.dtype, device=x.device)
         for x, want in zip((query, passage), _towers(wanted))
     )
-    return dq, dp, derivative.new_empty(1)
+    return dq, dp, derivative.new_empty(1 if wanted & TEMPERATURE else 0)
 
 
 def _no_second_derivatives(ctx: Any, *gradients: Tensor) -> Any:
