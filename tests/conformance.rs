@@ -4,8 +4,9 @@
 //! the environment variable `SAMTONE_REQUIRE`, names separated by commas, turns that into a failure. With `SAMTONE_TRACE` set, each
 //! case is announced on standard error before it runs, so that one that never ends is known by name.
 //!
-//! Emulated kernels take most of the time. Of the cases that combine losses with kinds of data and with options, each runs in one type on
-//! each emulator, in turn; in the others it is ignored, and runs with `cuda-emulated --include-ignored`.
+//! Emulated kernels take most of the time. Of golden files, and of the cases that combine losses with kinds of data and with options, each
+//! runs in one type on each emulator, in turn; in the others it is ignored, and runs with `cuda-emulated --include-ignored`. CI also runs
+//! golden files in every type, by `examples/evaluate`.
 
 mod support;
 
@@ -194,7 +195,7 @@ fn cases() -> Result<Vec<Case>, String> {
         cases.push(Case { name, upstream, make, in_turn });
     };
     for case in golden()? {
-        add(false, format!("golden {}", case.problem.name), Arc::new(move |_, _| Ok(case.problem.clone())));
+        add(true, format!("golden {}", case.problem.name), Arc::new(move |_, _| Ok(case.problem.clone())));
     }
     let plain = |loss: &Loss, kind: Kind, shape, temperature, seed| -> (String, Make) {
         let name = format!("{} {} {shape:?} τ={temperature}", loss.name(), kind.name());
