@@ -77,6 +77,15 @@ pub const CHECKS: &[(&str, &str, Body)] = &[
         drop(second);
         demand(!driver.is_retained(1)?, "the context is still retained")
     }),
+    ("the shared device is one, and stays", "", || {
+        let device = Device::shared(1).map_err(text)?;
+        let driver = Driver::new(&device)?;
+        demand(Device::shared(1).map_err(text)?.context() == device.context(), "another context")?;
+        drop(device);
+        demand(driver.is_retained(1)?, "it was dropped")?;
+        let sentence = Device::shared(2).err().map(text).unwrap_or_default();
+        demand(sentence.contains("`ordinal` is 2"), &sentence)
+    }),
     ("a device of 9.0 computes by kernels of its own", "capability=90 version=12080", || {
         let architecture = Device::first().map_err(text)?.architecture();
         demand(architecture == Architecture::Sm90a { multiprocessors: 4 }, &format!("{architecture:?}"))?;

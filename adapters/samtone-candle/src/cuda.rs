@@ -12,7 +12,6 @@ use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tenso
 use samtone::cuda::{Cosines, Device, DeviceBatch, GradientOutput, GradientSlices, Step};
 use samtone::half::{bf16, f16};
 use samtone::{Element, Evaluation, Loss, Options, Pairs};
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// What a call computes, apart from its embeddings.
@@ -82,7 +81,7 @@ fn typed<T: Element + CudaDType + DeviceRepr>(
     let stream = device.cuda_stream();
     let mut step = match take(shared, &stream) {
         Some(mut step) => step.prepare(&problem).map(|()| step),
-        None => samtone_device(&stream).and_then(|device| Step::new(&device, &stream, &problem)),
+        None => Device::shared(stream.context().ordinal()).and_then(|device| Step::new(&device, &stream, &problem)),
     }
     .map_err(refused)?;
     let room = |wanted: bool, rows: usize| {
@@ -122,19 +121,6 @@ fn typed<T: Element + CudaDType + DeviceRepr>(
 fn take(shared: &Shared, stream: &Arc<CudaStream>) -> Option<Step> {
     let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
     shared.take_if(|step| Arc::ptr_eq(step.stream(), stream))
-}
-
-/// One for all: it holds the kernels that the driver compiled.
-fn samtone_device(stream: &CudaStream) -> samtone::Result<Device> {
-    static DEVICES: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
-    let ordinal = stream.context().ordinal();
-    let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(device) = devices.get(&ordinal) {
-        return Ok(device.clone());
-    }
-    let device = Device::new(ordinal)?;
-    devices.insert(ordinal, device.clone());
-    Ok(device)
 }
 
 fn view<'a, T: CudaDType>(storage: &'a CudaStorage, rows: &Rows) -> Result<CudaView<'a, T>> {

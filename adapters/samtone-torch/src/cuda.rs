@@ -9,25 +9,10 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyCapsule};
 use samtone::cuda::{Cosines, Device, Plan, Pointers, Problem, Readout, Slot, Stream, check_slot_bytes};
 use samtone::{DType, GradientOutput, Pairs};
-use std::collections::HashMap;
-use std::sync::{LazyLock, Mutex, PoisonError};
-
-/// Devices in use. Never dropped: that would wait for them, and unload kernels that are still to run.
-static DEVICES: LazyLock<Mutex<HashMap<usize, Device>>> = LazyLock::new(Mutex::default);
 
 /// Of the array `results` in the state, in numbers: ∂L/∂τ and ∂L/∂log β.
 const GRAD_TAU: u64 = 7;
 const GRAD_LOG_BETA: u64 = 8;
-
-fn device(ordinal: usize) -> Result<Device, Refusal> {
-    let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(device) = devices.get(&ordinal) {
-        return Ok(device.clone());
-    }
-    let device = Device::new(ordinal)?;
-    devices.insert(ordinal, device.clone());
-    Ok(device)
-}
 
 /// The ordinal of the device that a tensor is on.
 fn ordinal_of(argument: &'static str, tensor: &Tensor) -> Result<usize, Refusal> {
@@ -87,7 +72,7 @@ impl CudaPlan {
         }
         let annotations = Annotations::import(&annotations)?;
         let pairs = annotations.pairs(Pairs::new(q.rows, p.rows).map_err(Refusal)?, settings.scope)?;
-        Ok(Self::planned(settings, device(ordinal)?, &pairs, towers, wanted, at_once)?)
+        Ok(Self::planned(settings, Device::shared(ordinal).map_err(Refusal)?, &pairs, towers, wanted, at_once)?)
     }
 
     /// Bytes that `state` needs at the least.

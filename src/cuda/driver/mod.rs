@@ -6,6 +6,7 @@
 //! ptx.rs        the kernels, and what their text says
 //! arguments.rs  pointers and streams as numbers → parameters of a launch     needs no driver
 //! device.rs     primary context, kernels, launches                           the raw interface
+//! shared.rs     one device for all of a process
 //! graph.rs      a call as a CUDA graph
 //! memory.rs     whose memory is it, and is it enough?
 //! readout.rs    state → results, errors, partials of a shard
@@ -25,6 +26,7 @@ mod memory;
 mod probe;
 mod ptx;
 mod readout;
+mod shared;
 mod skipped;
 #[cfg(feature = "cudarc")]
 mod slices;

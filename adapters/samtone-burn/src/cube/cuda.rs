@@ -15,8 +15,6 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl_runtime::runtime::Runtime;
 use samtone::cuda::{Cosines, Device, Plan, Pointers, Readout, Slot, Stream, check_slot_bytes};
 use samtone::{Evaluation, TemperatureGradient};
-use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
 
 pub(super) fn run(call: Call<'_>, ordinal: usize) -> Result<Outputs<CubeBackend>> {
     let gradients = call.gradients();
@@ -28,7 +26,7 @@ pub(super) fn run(call: Call<'_>, ordinal: usize) -> Result<Outputs<CubeBackend>
             "calls outside of captures: the host waits",
         ));
     }
-    let device = device(ordinal)?;
+    let device = Device::shared(ordinal)?;
     let problem = problem.with_architecture(device.architecture());
     // What the first pass keeps of cosines is for the gradient.
     let problem = if wanted == Wanted::default() { problem.with_cosines(Cosines::Recomputed) } else { problem };
@@ -107,16 +105,4 @@ unsafe fn enqueue(
         device.loss_and_gradients(plan, pointers, Stream::PER_THREAD)?;
         device.results(readout, pointers, Stream::PER_THREAD)
     }
-}
-
-/// One for all: it holds the kernels that the driver compiled.
-fn device(ordinal: usize) -> Result<Device> {
-    static DEVICES: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
-    let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(device) = devices.get(&ordinal) {
-        return Ok(device.clone());
-    }
-    let device = Device::new(ordinal)?;
-    devices.insert(ordinal, device.clone());
-    Ok(device)
 }
