@@ -16,7 +16,7 @@ import torch
 from conftest import REQUIRED
 from samtone import _native, cuda, ops
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 COMPILER = os.environ.get("CXX", "g++")
 
@@ -87,6 +87,18 @@ def test_shapes_on_cuda_may_be_symbols(at_once: bool, monkeypatch: pytest.Monkey
     left = [q.shape[0], p.shape[0], 0, 0] if at_once else [0, 0, 0, state]
     assert [str(x.shape[0]) for x in saved] == [*map(str, left), "1"]
     assert not str(state).isdigit() and not str(q.shape[0]).isdigit() and len(shapes.guards) <= 1
+
+
+def test_rows_that_depend_on_data_want_a_bound() -> None:
+    shapes = ShapeEnv()
+    with FakeTensorMode(shape_env=shapes):
+        rows = shapes.create_unbacked_symint()
+        torch._check(rows >= 2)
+        q, p = (torch.empty(rows, 16, device="cuda", requires_grad=True) for _ in range(2))
+        with pytest.raises(GuardOnDataDependentSymNode):
+            samtone.samtone_loss(q, p)
+        torch._check(rows <= 16384)
+        assert samtone.samtone_loss(q, p).shape == ()
 
 
 def test_how_many_bytes_come_at_once() -> None:
