@@ -39,9 +39,6 @@ fn keep<'a>(p: Planned<'a>) -> Planned<'a> {
     p
 }
 
-/// Races are looked for by the last check, of the same kernels, in a third of the time of all others.
-const UNWATCHED: Run = Run { seed: 0, ignore_races: true, mutant: None, change: None };
-
 /// Rows and columns of a square.
 fn step(how: &CudaEmulated) -> usize {
     if clusters(how) { 256 } else { 64 }
@@ -62,7 +59,7 @@ fn run_with(how: &CudaEmulated, problem: &Problem, dtype: DType, run: Run, chang
 }
 
 fn run(how: &CudaEmulated, problem: &Problem) -> Result<Outcome, Failed> {
-    run_with(how, problem, DType::BF16, UNWATCHED, keep)
+    run_with(how, problem, DType::BF16, Run::default(), keep)
 }
 
 /// The same without skipping.
@@ -143,7 +140,7 @@ fn clustered_batches(how: &'static CudaEmulated) -> Result<(), Failed> {
     }
     if !clusters(how) {
         let problem = skipping(clustered(how, Loss::samtone_query(), (256, 320, 32), 0.25, 0.02)?, 1e-3)?;
-        let got = run_with(how, &problem, DType::BF16, UNWATCHED, |p| p.with_tile(Tile::Large))?;
+        let got = run_with(how, &problem, DType::BF16, Run::default(), |p| p.with_tile(Tile::Large))?;
         Shares::new(&problem).expect_bound(&got, 128, 1e-3)?;
         if got.count < 3.0 {
             return Err(format!("tiles of 128: {} of {} skipped", got.count, got.squares).into());
@@ -245,8 +242,8 @@ fn options(how: &'static CudaEmulated) -> Result<(), Failed> {
             let mut problem = curve(Loss::samtone_both(), (m, n, dim), 0.02, 40 + k as u64)?;
             change(&mut problem)?;
             let problem = skipping(problem, share)?;
-            let got = run_with(how, &problem, dtype, UNWATCHED, keep)?;
-            let full = run_with(how, &whole(&problem)?, dtype, UNWATCHED, keep)?;
+            let got = run_with(how, &problem, dtype, Run::default(), keep)?;
+            let full = run_with(how, &whole(&problem)?, dtype, Run::default(), keep)?;
             expect_near(&problem, &got, &full, share).map_err(|e| format!("{name}, {dtype}: {e}"))?;
             skipped.push((name, dtype, got.count, got.squares));
         }
@@ -298,7 +295,7 @@ fn shards(how: &'static CudaEmulated) -> Result<(), Failed> {
     for rows in cuts.windows(2) {
         let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::BF16, problem.dim)?;
         let planned = how.problem(planned.with_rows(rows[0]..rows[1])?);
-        let mut device = Emulated::new(Plan::new(&planned)?, UNWATCHED)?;
+        let mut device = Emulated::new(Plan::new(&planned)?, Run::default())?;
         device.upload_embeddings("query", batch.query())?;
         device.upload_embeddings("passage", batch.passage())?;
         device.launch(Plan::partials)?;

@@ -379,6 +379,12 @@ Code cuGraphLaunch(Graph* graph, void* handle) {
         if (Code code = enqueue(stream_of(handle), work); code != DONE) return code;
     return DONE;
 }
+Code cuGraphGetNodes(Graph* graph, void** nodes, std::size_t* count) { // how many there are, and no more
+    ENTER;
+    if (!graphs.contains(graph) || (nodes != nullptr && !graph->work.empty())) return INVALID_VALUE;
+    *count = graph->work.size();
+    return DONE;
+}
 Code cuGraphDestroy(Graph* graph) {
     ENTER;
     return destroy(graphs, graph);

@@ -5,8 +5,8 @@ use burn::backend::{Backend, tensor::FloatTensor};
 
 /// A backend that computes the losses.
 ///
-/// Implemented for burn's CPU backend, `Flex`; with the feature `wgpu` for its `CubeBackend`, whose tensors must be on a wgpu device;
-/// and for `Autodiff` and `Fusion` of any backend that implements it. Programs call [`SamToNe::forward`], which finds the
+/// Implemented for burn's CPU backend, `Flex`; for its `CubeBackend`, whose tensors must be on a wgpu or a CUDA device and the feature of
+/// that name on; and for `Autodiff` and `Fusion` of any backend that implements it. Programs call [`SamToNe::forward`], which finds the
 /// backend of its tensors; this is for those that work with backends' own tensors.
 pub trait SamToNeBackend: Backend {
     /// Loss, what the call found, and the gradients that are `wanted` or, on a backend with autodiff, tracked.

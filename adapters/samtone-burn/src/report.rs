@@ -27,11 +27,11 @@ impl Report {
         Self(Found::OnDevice(Arc::new(results)))
     }
 
-    /// The loss in f64, that of every row, P@1 and MRR. On a device, this waits for the call and reads them back; until then the
+    /// The loss in f64, that of every row, P@1 and MRR. On a wgpu device, this waits for the call and reads them back; until then the
     /// report keeps the call's embeddings and O(M + N) numbers there.
     ///
     /// # Errors
-    /// On a device, what the CPU refuses in `forward` is found here: embeddings that are not finite or, by default, of norm zero,
+    /// On a wgpu device, what the CPU and CUDA refuse in `forward` is found here: embeddings that are not finite or, by default, of norm zero,
     /// by row, and a row without any negative if the loss needs one. Until then, the loss and the gradients of such a call are
     /// NaN.
     pub fn evaluation(&self) -> Result<Evaluation> {

@@ -10,22 +10,25 @@ use crate::{Report, Result, invalid};
 use burn::backend::{DType, Shape};
 use burn::cubecl::cuda::CudaRuntime;
 use burn::cubecl::future::block_on;
+use burn::cubecl::prelude::Client;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl_runtime::runtime::Runtime;
 use samtone::cuda::{Cosines, Device, Plan, Pointers, Readout, Slot, Stream, check_slot_bytes};
 use samtone::{Evaluation, TemperatureGradient};
 
+/// An error while burn captures a graph: the host could not wait, and waiting would end the capture.
+pub(super) fn expect_no_capture(client: &Client) -> Result<()> {
+    if !client.is_capturing() {
+        return Ok(());
+    }
+    let value = "of a stream that is being captured into a graph";
+    Err(invalid("query", value, "calls outside of captures: the host waits"))
+}
+
 pub(super) fn run(call: Call<'_>, ordinal: usize) -> Result<Outputs<CubeBackend>> {
     let gradients = call.gradients();
     let Call { problem, client, towers, wanted, by_log_beta } = call;
-    if client.is_capturing() {
-        return Err(invalid(
-            "query",
-            "of a stream that is being captured into a graph",
-            "calls outside of captures: the host waits",
-        ));
-    }
     let device = Device::shared(ordinal)?;
     let problem = problem.with_architecture(device.architecture());
     // What the first pass keeps of cosines is for the gradient.

@@ -46,6 +46,10 @@ impl SamToNeBackend for CubeBackend {
     fn samtone(samtone: &SamToNe, inputs: Inputs<Self>, wanted: Wanted) -> Result<Outputs<Self>> {
         let client = inputs.query.client.clone();
         let kernels = Kernels::of(&inputs.query.device, client.name())?;
+        #[cfg(feature = "cuda")]
+        if let Kernels::Cuda(_) = kernels {
+            cuda::expect_no_capture(&client)?;
+        }
         let others = [("passage", Some(&inputs.passage)), ("temperature", inputs.temperature.tensor())];
         for (argument, tensor) in others {
             if let Some(device) = tensor.map(|tensor| &tensor.device).filter(|device| **device != inputs.query.device) {

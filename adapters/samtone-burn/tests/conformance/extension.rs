@@ -170,6 +170,17 @@ pub fn refused(device: &Device) -> Outcome {
             other => return Err(format!("{other:?} instead of `{sentence}`").into()),
         }
     }
+    if matches!(device, Device::Cuda(_)) {
+        let query = on(device, &problem.query, &[problem.rows, problem.dim], DType::F32);
+        let passage = on(device, &problem.passage, &[problem.passages, problem.dim], DType::F32);
+        let inputs = Inputs { query, passage, temperature: fixed(&problem) };
+        Cube::graph_prepare(device).map_err(|error| error.to_string())?;
+        Cube::graph_start_capture(device).map_err(|error| error.to_string())?;
+        let captured = Cube::samtone(&samtone, inputs, ALL);
+        Cube::graph_stop_capture(device).map_err(|error| format!("the capture did not survive: {error}"))?;
+        let sentence = captured.err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(sentence.starts_with("argument `query` is of a stream that is being captured"), "{sentence}");
+    }
     let zero =
         call(&samtone.zero_norm(ZeroNorm::ZeroGradient), &with(3, 0.0), fixed(&problem), device, DType::F32, ALL)?;
     assert!(zero.0.is_finite());
