@@ -5,6 +5,7 @@ mod support;
 use serde_json::{Value, json};
 use std::path::Path;
 use support::case::{Case, files};
+use support::data::Source;
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
@@ -50,6 +51,33 @@ fn each_fault_names_its_field() -> Outcome {
         let error = error_of(&file.to_string());
         assert!(error.contains(want), "{pointer} = {value}: {error}");
     }
+    Ok(())
+}
+
+/// What a framework writes are the shortest decimals of its numbers, of f32 ones also as f64; both name one number exactly.
+#[test]
+fn every_number_is_read_exactly() -> Outcome {
+    let mut source = Source::new(5);
+    for _ in 0..50 {
+        let mut file = example()?;
+        let wide: Vec<f64> = source.normal(42);
+        let narrow: Vec<f64> = source.normal(6).iter().map(|&x| f64::from((x as f32).abs())).collect();
+        file["q"] = wide.chunks(7).map(<[f64]>::to_vec).collect();
+        file["weights"] = narrow.clone().into();
+        let case = Case::parse(&file.to_string())?;
+        assert_eq!(case.problem.query, wide);
+        let weights = case.problem.weights.ok_or("no weights")?;
+        assert_eq!(weights.into_iter().map(f64::from).collect::<Vec<_>>(), narrow);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_the_file() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("marked.json");
+    std::fs::write(&path, format!("\u{feff}{}", example()?))?;
+    assert_eq!(Case::read(&path)?.problem.rows, 6);
     Ok(())
 }
 

@@ -98,9 +98,9 @@ impl Case {
         Self::parse(&text).map_err(|e| format!("{}: {e}", path.display()))
     }
 
-    /// From the text of a file; an error starts with the field.
+    /// From the text of a file, whose byte order mark is passed over; an error starts with the field.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let mut deserializer = serde_json::Deserializer::from_str(text);
+        let mut deserializer = serde_json::Deserializer::from_str(text.trim_start_matches('\u{feff}'));
         let file: File = serde_path_to_error::deserialize(&mut deserializer).map_err(|e| {
             let path = e.path().to_string();
             if path == "." { e.inner().to_string() } else { format!("field `{path}`: {}", e.inner()) }

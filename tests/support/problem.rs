@@ -134,8 +134,15 @@ impl Problem {
 
     /// Whether `dtype` holds the embeddings exactly.
     pub fn is_exact_in(&self, dtype: DType) -> bool {
-        let same = |x: &[f64]| Buffer::new(dtype, x).to_f64() == x;
-        same(&self.query) && same(&self.passage)
+        self.inexact_in(dtype).is_none()
+    }
+
+    /// The first entry of the embeddings that `dtype` does not hold exactly, as words: "q[0][3] is 0.1, no f32 number".
+    pub fn inexact_in(&self, dtype: DType) -> Option<String> {
+        [("q", &self.query), ("p", &self.passage)].into_iter().find_map(|(name, x)| {
+            let at = Buffer::new(dtype, x).to_f64().iter().zip(x).position(|(rounded, x)| rounded != x)?;
+            Some(format!("{name}[{}][{}] is {}, no {dtype} number", at / self.dim, at % self.dim, x[at]))
+        })
     }
 
     /// Whether no cosine is within `slack` of where a rank or the margin changes its mind.
