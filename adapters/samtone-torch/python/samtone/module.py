@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _native
+from .arguments import choice, number, options_of
 from .functional import Evaluation, evaluate
 from .loss import Loss, spec_of
+from .options import Options
 
 
 class SamToNeLoss(nn.Module):
@@ -38,23 +39,11 @@ class SamToNeLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.loss = Loss(spec_of(loss))
-        if learnable not in (None, "tau", "log_beta"):
-            raise _native.SamtoneError(f'argument `learnable` is {learnable!r}; allowed: None, "tau" or "log_beta"')
-        own = hard_negative_scope == "own"
-        if not own and hard_negative_scope != "all":
-            raise _native.SamtoneError(
-                f'argument `hard_negative_scope` is {hard_negative_scope!r}; allowed: "all" or "own"'
-            )
-        # Refused here rather than in the first step.
-        _native.Settings(
-            self.loss.spec,
-            temperature,
-            margin=margin,
-            zero_norm=zero_norm,
-            workspace_bytes=workspace_bytes,
-            tile_skipping=tile_skipping,
-            own=own,
-        )
+        if learnable is not None:
+            choice("learnable", learnable, "tau", "log_beta")
+        temperature = number("temperature", temperature, "a number")
+        options = options_of(hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping)
+        Options(self.loss.spec, temperature, False, *options).native()  # refused here rather than in the first step
         self.temperature = temperature
         self.learnable = learnable
         if learnable == "tau":
