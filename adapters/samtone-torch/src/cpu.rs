@@ -91,7 +91,7 @@ pub fn cpu_step(
 
     // The managed tensors stay in this frame, so their memory stays while the interpreter is released.
     let batch = Batch::new(query.embeddings()?, passage.embeddings()?).map_err(Refusal)?;
-    let batch = annotations.batch(batch, settings.scope)?;
+    let batch = annotations.batch(batch, settings)?;
     let losses = row_losses.vector_mut::<f64>()?;
     if losses.len() != batch.rows() {
         let allowed = format!("{}, one for each query", batch.rows());

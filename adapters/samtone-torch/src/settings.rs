@@ -46,16 +46,20 @@ pub struct Settings {
     pub loss: Loss,
     pub options: Options,
     pub scope: Scope,
+    /// Whether ids of queries and passages name the same texts.
+    pub shared_ids: bool,
     /// Whether the temperature was given as log β, and its derivative is wanted for that.
     log_beta: bool,
 }
 
 #[pymethods]
 impl Settings {
-    /// `temperature` is τ, or log β if `log_beta`; `own` has hard negatives seen by their owners alone.
+    /// `temperature` is τ, or log β if `log_beta`; `own` has hard negatives seen by their owners alone; with `shared_ids` the ids of
+    /// queries and passages name the same texts.
     #[new]
     #[pyo3(signature = (
-        loss, temperature, *, log_beta=false, margin=None, zero_norm="error", workspace_bytes=None, tile_skipping=None, own=false
+        loss, temperature, *, log_beta=false, margin=None, zero_norm="error", workspace_bytes=None, tile_skipping=None, own=false,
+        shared_ids=false
     ))]
     #[allow(clippy::too_many_arguments)] // a call across a language border
     fn new(
@@ -67,6 +71,7 @@ impl Settings {
         workspace_bytes: Option<i64>,
         tile_skipping: Option<f64>,
         own: bool,
+        shared_ids: bool,
     ) -> PyResult<Self> {
         let mut options = if log_beta {
             let limit = Options::MAX_TEMPERATURE.ln();
@@ -94,7 +99,7 @@ impl Settings {
             other => return Err(invalid("zero_norm", format!("{other:?}"), "\"error\" or \"zero_gradient\"").into()),
         };
         let scope = if own { Scope::Own } else { Scope::All };
-        Ok(Self { loss: parse_loss(loss)?, options: options.with_zero_norm(policy), scope, log_beta })
+        Ok(Self { loss: parse_loss(loss)?, options: options.with_zero_norm(policy), scope, shared_ids, log_beta })
     }
 
     fn __repr__(&self) -> String {

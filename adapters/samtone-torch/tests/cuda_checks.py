@@ -14,6 +14,7 @@ import samtone
 import torch
 from judge import Case, close, gradient_error
 from samtone import _native, cuda, ops
+from samtone.options import Options
 from test_loss import MASKS, embeddings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -52,11 +53,11 @@ def annotations(case: Case) -> dict[str, Any]:
     return named
 
 
-def settings(case: Case, log_beta: bool = False, share: float | None = None) -> tuple[Any, ...]:
+def settings(case: Case, log_beta: bool = False, share: float | None = None) -> Options:
     loss = case.options()["loss"]
     value = -torch.tensor(case.temperature, dtype=torch.float64).log().item() if log_beta else case.temperature
     spec = loss if isinstance(loss, str) else loss.spec
-    return (spec, value, log_beta, case.margin, case.zero_norm, None, share, case.own)
+    return Options(spec, value, log_beta, case.margin, case.zero_norm, None, share, case.own, case.shared_ids)
 
 
 class Result:
@@ -99,7 +100,7 @@ class Result:
             dq, dp = (self.memory.read(gradient) for gradient in gradients)
             assert dq.dtype == dp.dtype == torch.float32
             loss, value, *options = self.settings
-            of_one = (torch.tensor(upstream), self.case.query, self.case.passage, *[None] * 5)
+            of_one = (torch.tensor(upstream), self.case.query, self.case.passage, *[None] * 6)
             left = (dq, dp, derivative, torch.empty(0), torch.tensor([value]))
             got = ops._gradients(*of_one, *left, loss, *options, self.wanted)
         else:
@@ -191,13 +192,12 @@ def test_torch_compile_knows_shapes_and_types(memory: emulated.EmulatedMemory, a
         for share in (None, 0.1):
             for mask in ("plain", "positives"):
                 case = judge.of_preset("samtone_query", *embeddings(55), **MASKS[mask])
-                loss, value, log_beta, margin, zero_norm, _, _, own = settings(case)
+                options = settings(case, share=share)
                 q, p, named = memory.tensor(case.query), memory.tensor(case.passage), annotations(case)
-                options = (zero_norm, None, share, own, wanted)
-                got = ops._forward_cuda((loss, value, log_beta, margin, *options[:-1]), q, p, named, wanted)
+                got = ops._forward_cuda(options, q, p, named, wanted)
                 with FakeTensorMode(allow_non_fake_inputs=True):
                     towers = (torch.empty(x.shape, device="cuda") for x in (case.query, case.passage))
-                    fakes = ops.forward(*towers, None, *named.values(), loss, value, log_beta, margin, *options)
+                    fakes = ops.forward(*towers, None, *named.values(), *options, wanted)
                 for have, fake in zip(got, fakes):
                     assert (tuple(have.shape), have.dtype) == (tuple(fake.shape), fake.dtype)
 

@@ -27,6 +27,11 @@ MASKS: dict[str, dict[str, Any]] = {
     "plain": {},
     "query_ids": {"query_ids": [7, 8, 7, 1, 2, 3, 4, 5, 6, 8, 10, 7]},
     "passage_ids": {"passage_ids": [0, 1, 2, 0, 4, 5, 1, 7, 8, 9, 10, 11, 0, 13, 14, 5, 16]},
+    "shared_ids": {
+        "query_ids": [0, 1, 2, 0, 4, 5, 6, 7, 8, 9, 10, 21],
+        "passage_ids": [1, 2, 20, 4, 21, 6, 7, 23, 9, 10, 11, 12, 0, 13, 14, 3, 21],
+        "shared_ids": True,
+    },
     "positives": {"positives": [3, 3, 16, 0, 1, 2, 4, 5, 13, 6, 3, 7]},
     "weights": {"weights": [1.0, 0.0, 2.5, 1.0, 0.5, 1.0, 3.0, 0.0, 1.0, 1.0, 0.25, 1.0]},
     "owners": {"owners": [-1] * ROWS + [0, 3, 3, -1, 11], "own": True},
@@ -88,6 +93,18 @@ def test_mask(preset: str, mask: str, dtype: torch.dtype) -> None:
     if mask not in ("plain", "owners of everyone"):
         plain = judge.judge(judge.of_preset(preset, *embeddings(2, dtype)))
         assert abs(judge.judge(case).loss - plain.loss) > 1e-4, "the mask has no effect, so that it tests nothing"
+
+
+def test_shared_ids() -> None:
+    """They matter where a text is in both columns; where both columns are the same texts they change no bit."""
+    q, p = embeddings(2)
+    mask = MASKS["shared_ids"]
+    ids = {name: mask[name] for name in ("query_ids", "passage_ids")}
+    shared, apart = (samtone.samtone_loss(q, p, **ids, shared_ids=x) for x in (True, False))
+    assert shared < apart - 1e-3
+    both = {"query_ids": range(ROWS), "passage_ids": range(ROWS)}
+    twice = [samtone.samtone_loss(q, p[:ROWS], loss="gte", **both, shared_ids=x) for x in (True, False)]
+    assert torch.equal(*twice)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])

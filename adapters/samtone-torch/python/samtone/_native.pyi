@@ -22,6 +22,7 @@ class Settings:
         workspace_bytes: int | None = None,
         tile_skipping: float | None = None,
         own: bool = False,
+        shared_ids: bool = False,
     ) -> Settings: ...
 
 class CudaPlan:

@@ -52,6 +52,13 @@ def choice(argument: str, value: Any, *allowed: str) -> str:
     raise refused(argument, _shown(value), " or ".join(f'"{word}"' for word in allowed))
 
 
+def flag(argument: str, value: Any) -> bool:
+    """Yes or no."""
+    if isinstance(value, bool):
+        return value
+    raise refused(argument, _shown(value), "True or False")
+
+
 def _shown(value: Any) -> str:
     """The value itself if that is short, else its type."""
     text = repr(value)
@@ -168,7 +175,8 @@ def options_of(
     zero_norm: str,
     workspace_bytes: int | None,
     tile_skipping: float | None,
-) -> tuple[float | None, str, int | None, float | None, bool]:
+    shared_ids: bool,
+) -> tuple[float | None, str, int | None, float | None, bool, bool]:
     """What `Options` has after the temperature."""
     size = "a number of bytes of at least 0"
     return (
@@ -177,4 +185,5 @@ def options_of(
         None if workspace_bytes is None else integer("workspace_bytes", workspace_bytes, size),
         None if tile_skipping is None else number("tile_skipping", tile_skipping, "a number above 0 and below 1"),
         choice("hard_negative_scope", hard_negative_scope, "all", "own") == "own",
+        flag("shared_ids", shared_ids),
     )

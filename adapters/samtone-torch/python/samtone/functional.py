@@ -51,6 +51,7 @@ def samtone_loss(
     log_beta: float | Tensor | None = None,
     query_ids: Integers | None = None,
     passage_ids: Integers | None = None,
+    shared_ids: bool = False,
     positives: Integers | None = None,
     weights: Numbers | None = None,
     hard_negative_owners: Integers | None = None,
@@ -76,6 +77,8 @@ def samtone_loss(
         log_beta: Instead of `temperature`, log(1/tau): the logit scale that CLIP learns.
         query_ids: M integers; queries of equal id are never negatives of each other. Default: all different.
         passage_ids: N integers; passages of equal id are never negatives of each other, nor of each other's queries.
+        shared_ids: Whether query ids and passage ids name the same texts. If so, a passage with the id of a row's query, and a
+            query with the id of its positive, are no negatives of that row either.
         positives: M integers: for each query the row of its positive. Several may share one. Default: 0, 1, 2, ...
         weights: M numbers of at least 0, not all 0. Constants to autograd. Default: all equal.
         hard_negative_owners: N integers: the query whose hard negative a passage is, or -1 for everyone's.
@@ -96,7 +99,7 @@ def samtone_loss(
             or of norm zero, the row.
     """
     vectors = (query_ids, passage_ids, positives, weights, hard_negative_owners)
-    options = (hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping)
+    options = (hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, shared_ids)
     return _outputs(query, passage, loss, temperature, log_beta, *vectors, *options)[0]
 
 
@@ -109,6 +112,7 @@ def evaluate(
     log_beta: float | Tensor | None = None,
     query_ids: Integers | None = None,
     passage_ids: Integers | None = None,
+    shared_ids: bool = False,
     positives: Integers | None = None,
     weights: Numbers | None = None,
     hard_negative_owners: Integers | None = None,
@@ -120,7 +124,7 @@ def evaluate(
 ) -> Evaluation:
     """`samtone_loss`, and with it the loss of every row, P@1 and MRR in both directions, which cost nothing more."""
     vectors = (query_ids, passage_ids, positives, weights, hard_negative_owners)
-    options = (hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping)
+    options = (hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, shared_ids)
     value, results, row_losses, *_ = _outputs(query, passage, loss, temperature, log_beta, *vectors, *options)
     return Evaluation(value, row_losses, Metrics(results[1], results[2]), Metrics(results[3], results[4]))
 
@@ -141,6 +145,7 @@ def _outputs(
     zero_norm: str,
     workspace_bytes: int | None,
     tile_skipping: float | None,
+    shared_ids: bool,
 ) -> ops.Outputs:
     """What the operation gives, after arguments have been checked."""
     if temperature is None and log_beta is None:
@@ -150,7 +155,7 @@ def _outputs(
     if query.device != passage.device:
         raise refused("passage", f"on device {passage.device}", f"the device of the queries, {query.device}")
     tensor, value, is_log_beta = temperature_of(temperature, log_beta)
-    options = options_of(hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping)
+    options = options_of(hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, shared_ids)
     return calls.call(
         query,
         passage,

@@ -42,7 +42,7 @@ class SamToNeLoss(nn.Module):
         if learnable is not None:
             choice("learnable", learnable, "tau", "log_beta")
         temperature = number("temperature", temperature, "a number")
-        options = options_of(hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping)
+        options = options_of(hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, False)
         Options(self.loss.spec, temperature, False, *options).native()  # refused here rather than in the first step
         self.temperature = temperature
         self.learnable = learnable
@@ -68,8 +68,8 @@ class SamToNeLoss(nn.Module):
         return math.exp(-float(self.log_beta.item())) if self.learnable else self.temperature
 
     def forward(self, query: Tensor, passage: Tensor, **batch: Any) -> Tensor:
-        """The loss, a scalar. `batch` is what `samtone_loss` takes of a batch: `query_ids`, `passage_ids`, `positives`,
-        `weights`, `hard_negative_owners`."""
+        """The loss, a scalar. `batch` is what `samtone_loss` takes of a batch: `query_ids`, `passage_ids`, `shared_ids`,
+        `positives`, `weights`, `hard_negative_owners`."""
         return self.evaluate(query, passage, **batch).loss
 
     def evaluate(self, query: Tensor, passage: Tensor, **batch: Any) -> Evaluation:

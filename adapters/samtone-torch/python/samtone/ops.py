@@ -174,6 +174,7 @@ def forward(
     workspace_bytes: int | None,
     tile_skipping: float | None,
     own: bool,
+    shared_ids: bool,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (float32), results and row losses (float64), and what the backward call needs.
@@ -184,7 +185,7 @@ def forward(
     """
     return _forward(
         query, passage, temperature, query_ids, passage_ids, positives, weights, owners,
-        loss, tau, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, wanted,
+        loss, tau, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids, wanted,
     )  # fmt: skip
 
 
@@ -205,10 +206,11 @@ def _forward(
     workspace_bytes: int | None,
     tile_skipping: float | None,
     own: bool,
+    shared_ids: bool,
     wanted: int,
 ) -> Outputs:
     value = tau if temperature is None else float(temperature.detach().reshape(()).item())
-    settings = Options(loss, value, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own)
+    settings = Options(loss, value, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids)
     compute = _forward_cuda if query.device.type == "cuda" else _forward_cpu
     q, p = _readable("query", query), _readable("passage", passage)
     annotations = _annotations(query_ids, passage_ids, positives, weights, owners)
@@ -218,7 +220,7 @@ def _forward(
 
 
 @forward.register_fake
-def _(
+def fake_forward(
     query: Tensor,
     passage: Tensor,
     temperature: Tensor | None,
@@ -235,8 +237,11 @@ def _(
     workspace_bytes: int | None,
     tile_skipping: float | None,
     own: bool,
+    shared_ids: bool,
     wanted: int,
 ) -> Outputs:
+    """Shapes and types of the results."""
+
     def empty(shape: Any, dtype: torch.dtype) -> Tensor:
         return query.new_empty(shape, dtype=dtype)
 
@@ -260,6 +265,7 @@ def backward(
     upstream: Tensor,
     query: Tensor,
     passage: Tensor,
+    temperature: Tensor | None,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
     positives: Tensor | None,
@@ -269,7 +275,7 @@ def backward(
     grad_passage: Tensor,
     derivative: Tensor,
     state: Tensor,
-    temperature: Tensor,
+    used: Tensor,
     loss: str,
     log_beta: bool,
     margin: float | None,
@@ -277,14 +283,16 @@ def backward(
     workspace_bytes: int | None,
     tile_skipping: float | None,
     own: bool,
+    shared_ids: bool,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of both towers, in their types and without rows where they are not wanted, and the derivative of the
-    temperature (float64), without elements if it is not, all times the upstream gradient."""
+    temperature (float64), without elements if it is not, all times the upstream gradient. `used` is the temperature as a number;
+    the tensor is an argument for autograd, to which the results depend on it."""
     return _gradients(
-        upstream, query, passage, query_ids, passage_ids, positives, weights, owners,
-        grad_query, grad_passage, derivative, state, temperature,
-        loss, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, wanted,
+        upstream, query, passage, temperature, query_ids, passage_ids, positives, weights, owners,
+        grad_query, grad_passage, derivative, state, used,
+        loss, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids, wanted,
     )  # fmt: skip
 
 
@@ -292,6 +300,7 @@ def _gradients(
     upstream: Tensor,
     query: Tensor,
     passage: Tensor,
+    temperature: Tensor | None,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
     positives: Tensor | None,
@@ -301,7 +310,7 @@ def _gradients(
     grad_passage: Tensor,
     derivative: Tensor,
     state: Tensor,
-    temperature: Tensor,
+    used: Tensor,
     loss: str,
     log_beta: bool,
     margin: float | None,
@@ -309,6 +318,7 @@ def _gradients(
     workspace_bytes: int | None,
     tile_skipping: float | None,
     own: bool,
+    shared_ids: bool,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if state.shape[0] == 0:
@@ -321,8 +331,8 @@ def _gradients(
         )
         return dq, dp, derivative * upstream.to(torch.float64)
     q, p = _readable("query", query), _readable("passage", passage)
-    value = float(temperature.item())
-    settings = Options(loss, value, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own)
+    value = float(used.item())
+    settings = Options(loss, value, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids)
     annotations = _annotations(query_ids, passage_ids, positives, weights, owners)
     factor = upstream.detach().to(device=q.device, dtype=torch.float32).reshape(1)
     return _backward_cuda(settings, q, p, annotations, state, factor, wanted)
@@ -333,6 +343,7 @@ def _(
     upstream: Tensor,
     query: Tensor,
     passage: Tensor,
+    temperature: Tensor | None,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
     positives: Tensor | None,
@@ -342,7 +353,7 @@ def _(
     grad_passage: Tensor,
     derivative: Tensor,
     state: Tensor,
-    temperature: Tensor,
+    used: Tensor,
     loss: str,
     log_beta: bool,
     margin: float | None,
@@ -350,6 +361,7 @@ def _(
     workspace_bytes: int | None,
     tile_skipping: float | None,
     own: bool,
+    shared_ids: bool,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dp = (
@@ -380,7 +392,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.temperature = None if temperature is None else (temperature.dtype, temperature.device, temperature.shape)
-    ctx.save_for_backward(query, passage, *vectors, *output[3:])
+    ctx.save_for_backward(query, passage, temperature, *vectors, *output[3:])
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ class Options(NamedTuple):
     workspace_bytes: int | None
     tile_skipping: float | None
     own: bool
+    shared_ids: bool
 
     def native(self) -> _native.Settings:
         """As native code takes them."""
