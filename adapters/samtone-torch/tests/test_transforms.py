@@ -251,6 +251,25 @@ def test_a_gradient_that_is_a_constant_to_the_outer_transform() -> None:
     assert torch.equal(grad(outer)(q), grad(loss)(q - 0.1 * step, p, beta))
 
 
+def test_what_takes_derivatives_itself_is_refused() -> None:
+    q, p = embeddings(67)
+    tower = torch.nn.Linear(24, 8)
+
+    def step(q: Tensor) -> Tensor:
+        return samtone.grad_cache.step(samtone.SamToNeLoss(temperature=0.1), (tower, q.split(4)), (tower, p.split(4)))
+
+    for transform in (grad(step), lambda q: jvp(step, (q,), (q,)), lambda q: dual(step, (q,), (q,))):
+        with pytest.raises(samtone.SamtoneError, match="`grad_cache.step` is called within torch.func or forward-mode"):
+            transform(q)
+    assert tower.weight.grad is None
+
+
+def test_no_batch_at_all() -> None:
+    q, p = embeddings(68)
+    with pytest.raises(samtone.SamtoneError, match="mapped by vmap over 0 batches; allowed: 1 or more"):
+        vmap(lambda q: samtone.samtone_loss(q, p))(q.expand(0, 12, 24))
+
+
 TRANSFORMED: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
     "grad": grad(loss, argnums=(0, 1, 2)),
     "jacrev": jacrev(loss, argnums=(0, 2)),
@@ -273,7 +292,7 @@ def test_compiled_transforms(way: str, backend: str) -> None:
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["hessian", "grad of grad"])
+@pytest.mark.parametrize("way", ["hessian", "grad of grad", "jvp of grad", "grad of jvp", "jacfwd of jacfwd"])
 def test_compiled_second_derivatives_are_refused(way: str) -> None:
     torch._dynamo.reset()
     q, p, beta = arguments()

@@ -16,6 +16,7 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from . import ops, transforms
+from .arguments import refused
 
 
 def call(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,6 +44,14 @@ def call(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _transformed() -> bool:
     """Whether a transform of torch.func or a level of forward-mode derivatives is at work."""
     return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def refuse_transforms(function: str) -> None:
+    """An error within a transform, for what takes derivatives itself."""
+    if _transformed():
+        raise refused(
+            function, "called within torch.func or forward-mode derivatives", "outside of them, since it calls backward"
+        )
 
 
 def _nobody_watches(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -34,7 +34,7 @@ class _Inside(threading.local):
 _inside = _Inside()
 _library = torch.library.Library("samtone", "FRAGMENT")
 _library.define("transformed" + str(ops.forward._opoverload._schema).removeprefix("samtone::forward"))
-_library.impl("transformed", ops._forward, "CompositeExplicitAutograd")
+_library.impl("transformed", torch._disable_dynamo(ops._forward), "CompositeExplicitAutograd")
 torch.library.register_fake("samtone::transformed", ops.fake_forward, lib=_library)
 forward = torch.ops.samtone.transformed.default
 
@@ -46,17 +46,22 @@ def _below(keys: Any, inputs: tuple[Any, ...]) -> ops.Outputs:
         return outputs
 
 
+def _has_tangent(tensor: Tensor | None) -> bool:
+    """In this level. PyTorch's own count of levels of forward mode is not kept in compiled code."""
+    return tensor is not None and torch._VF._unpack_dual(tensor, level=0)[1] is not None  # type: ignore[attr-defined]
+
+
 def _level(keys: Any, *inputs: Any) -> ops.Outputs:
     """The operation in one level."""
     reverse = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
-    if not reverse and forward_ad._current_level < 0:
+    if not reverse and not any(_has_tangent(x) for x in inputs[:3]):
         return _below(keys, inputs)
     with enable_single_level_autograd_function():
         outputs: ops.Outputs = _Level.apply(keys, *inputs)
         return outputs
 
 
-_library.impl("transformed", _level, "Autograd", with_keyset=True)
+_library.impl("transformed", torch._disable_dynamo(_level), "Autograd", with_keyset=True)
 
 
 class _Level(_SingleLevelFunction):
@@ -119,6 +124,8 @@ class _Level(_SingleLevelFunction):
 @torch.library.register_vmap("samtone::transformed", lib=_library)
 def _side_by_side(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
     """vmap: one call after the other."""
+    if info.batch_size == 0:
+        raise _native.SamtoneError("argument `query` is mapped by vmap over 0 batches; allowed: 1 or more")
 
     def item(x: Any, dim: int | None, k: int) -> Any:
         return x if dim is None else x.select(dim, k)
