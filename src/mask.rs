@@ -154,4 +154,34 @@ mod tests {
         assert_eq!(keys.passages[5].query, keys.rows[0].query, "the lowest row owns a shared passage");
         assert!(keys.rows[2].drops_passage(keys.passages[5]), "through the passage key");
     }
+
+    #[test]
+    fn a_copy_of_a_positive_belongs_to_its_query() {
+        // Rows 0 and 1 ask the same; passage 3 is a mined hard negative with the text of row 0's positive.
+        let batch = Pairs::new(3, 5).unwrap().with_query_ids(&[7, 7, 8]).unwrap();
+        let keys = Keys::new(&batch.with_passage_ids(&[1, 2, 3, 1, 4]).unwrap());
+        assert!(keys.rows[1].drops_passage(keys.passages[3]), "row 0's positive answers row 1's query too");
+        assert!(!keys.rows[2].drops_passage(keys.passages[3]));
+        assert_eq!(keys.passages[4].query, Key::NOBODY);
+    }
+
+    #[test]
+    fn shared_ids_drop_the_own_text_in_the_other_tower() {
+        // (X0, X1), (X1, X2), (X2, X3): passage 0 has the text of query 1, and query 1 that of row 0's positive.
+        let batch = Pairs::new(3, 3).unwrap().with_query_ids(&[0, 1, 2]).unwrap().with_passage_ids(&[1, 2, 3]).unwrap();
+        for shared in [false, true] {
+            let keys = Keys::new(&batch.with_shared_ids(shared).unwrap());
+            for i in 0..3 {
+                for j in 0..3 {
+                    let own = i == j;
+                    assert_eq!(
+                        keys.rows[i].drops_passage(keys.passages[j]),
+                        own || (shared && j + 1 == i),
+                        "({i}, {j})"
+                    );
+                    assert_eq!(keys.rows[i].drops_query(keys.rows[j]), own || (shared && j == i + 1), "({i}, {j})");
+                }
+            }
+        }
+    }
 }

@@ -7,7 +7,7 @@ use super::schedule::{Binding, Dispatch, Slot};
 use super::shaders::{Module, Products};
 use super::uniforms::{Combine, Product, Tiles, scaled, split};
 use crate::error::Result;
-use crate::options::ZeroNorm;
+use crate::options::{NoNegative, ZeroNorm};
 use crate::order::Space;
 use crate::super_blocks::SuperBlock;
 use std::ops::Range;
@@ -186,6 +186,7 @@ impl<'a> Dispatches<'a> {
             group_results: layout.group_results as u32,
             workgroups: m.div_ceil(LANES) as u32,
             zero_is_error: (problem.options.zero_norm() == ZeroNorm::Error).into(),
+            empty_is_error: (problem.options.no_negative() == NoNegative::Error).into(),
             factor,
             factor_exponent,
             beta: problem.options.beta() as f32,

@@ -2,7 +2,7 @@
 
 use crate::route::Call;
 use crate::temperature::Temperature;
-use crate::{Evaluation, Loss, Report, Result, Scope, ZeroNorm};
+use crate::{Evaluation, Loss, NoNegative, Report, Result, Scope, ZeroNorm};
 use burn::tensor::Tensor;
 use samtone::cpu::Workspace;
 use samtone::{Batch, Options};
@@ -62,6 +62,7 @@ pub struct SamToNe {
     weights: Option<Vec<f32>>,
     margin: Option<f64>,
     zero_norm: ZeroNorm,
+    no_negative: NoNegative,
     workspace_bytes: Option<usize>,
     tile_skipping: Option<f64>,
     workspace: Arc<Mutex<Workspace>>,
@@ -79,6 +80,7 @@ impl SamToNe {
             weights: None,
             margin: None,
             zero_norm: ZeroNorm::default(),
+            no_negative: NoNegative::default(),
             workspace_bytes: None,
             tile_skipping: None,
             workspace: Arc::default(),
@@ -128,6 +130,13 @@ impl SamToNe {
     /// What becomes of embeddings of norm zero. Default: an error that names the row.
     pub fn zero_norm(mut self, policy: ZeroNorm) -> Self {
         self.zero_norm = policy;
+        self
+    }
+
+    /// What becomes of rows that have no negative left in a group without copies of the positive. Default: an error that names the
+    /// row; [`NoNegative::Zero`] lets it contribute nothing.
+    pub fn no_negative(mut self, policy: NoNegative) -> Self {
+        self.no_negative = policy;
         self
     }
 
@@ -220,7 +229,7 @@ impl SamToNe {
     }
 
     pub(crate) fn options(&self, temperature: &Temperature<f64>) -> Result<Options> {
-        let mut options = temperature.options()?.with_zero_norm(self.zero_norm);
+        let mut options = temperature.options()?.with_zero_norm(self.zero_norm).with_no_negative(self.no_negative);
         if let Some(margin) = self.margin {
             options = options.with_margin(margin)?;
         }

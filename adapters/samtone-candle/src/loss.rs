@@ -8,7 +8,7 @@ use crate::view::{check_same_device, embeddings, readable};
 use candle_core::Storage;
 use candle_core::{Device, Result, Tensor};
 use samtone::cpu::Workspace;
-use samtone::{Batch, EmbeddingsMut, Evaluation, GradientBuffers, Loss, Options, Scope, ZeroNorm};
+use samtone::{Batch, EmbeddingsMut, Evaluation, GradientBuffers, Loss, NoNegative, Options, Scope, ZeroNorm};
 use std::sync::{Arc, Mutex};
 
 /// A contrastive loss of two towers' embeddings, with everything about a batch but these.
@@ -42,6 +42,7 @@ pub struct SamToNe {
     weights: Option<Vec<f32>>,
     margin: Option<f64>,
     zero_norm: ZeroNorm,
+    no_negative: NoNegative,
     workspace_bytes: Option<usize>,
     tile_skipping: Option<f64>,
     workspace: Arc<Mutex<Workspace>>,
@@ -86,6 +87,7 @@ impl SamToNe {
             weights: None,
             margin: None,
             zero_norm: ZeroNorm::default(),
+            no_negative: NoNegative::default(),
             workspace_bytes: None,
             tile_skipping: None,
             workspace: Arc::default(),
@@ -137,6 +139,13 @@ impl SamToNe {
     /// What becomes of embeddings of norm zero. Default: an error that names the row.
     pub fn zero_norm(mut self, policy: ZeroNorm) -> Self {
         self.zero_norm = policy;
+        self
+    }
+
+    /// What becomes of rows that have no negative left in a group without copies of the positive. Default: an error that names the
+    /// row; [`NoNegative::Zero`] lets it contribute nothing.
+    pub fn no_negative(mut self, policy: NoNegative) -> Self {
+        self.no_negative = policy;
         self
     }
 
@@ -233,7 +242,7 @@ impl SamToNe {
     }
 
     fn options(&self, temperature: Temperature<'_>) -> Result<Options> {
-        let mut options = temperature.options()?.with_zero_norm(self.zero_norm);
+        let mut options = temperature.options()?.with_zero_norm(self.zero_norm).with_no_negative(self.no_negative);
         if let Some(margin) = self.margin {
             options = options.with_margin(margin).map_err(refused)?;
         }

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use samtone_candle::samtone::{Batch, Embeddings, Options, reference};
-use samtone_candle::{Loss, SamToNe, Scope, Temperature, ZeroNorm};
+use samtone_candle::{Loss, NoNegative, SamToNe, Scope, Temperature, ZeroNorm};
 
 const ROWS: usize = 6;
 const PASSAGES: usize = 9;
@@ -196,6 +196,7 @@ fn bad_input_gets_a_sentence() -> Result<()> {
     let (q, p) = (wave(ROWS, DIM, 0.7), wave(PASSAGES, DIM, 0.9));
     let infinite = Tensor::new(f64::INFINITY, &Device::Cpu)?;
     let zero = (&q * 0.0)?;
+    let lonely = SamToNe::new(Loss::decoupled()).passage_ids([7; PASSAGES]);
     for (result, sentence) in [
         (op.forward(&q.flatten_all()?, &p, TAU), "argument `query` is a tensor of shape [30]; allowed: a matrix"),
         (op.forward(&q, &p.to_dtype(DType::F64)?, TAU), "argument `passage` is of type f64; allowed: f32, f16 or bf16"),
@@ -218,11 +219,13 @@ fn bad_input_gets_a_sentence() -> Result<()> {
         (op.clone().tile_skipping(-1.0).evaluate(&q, &p, TAU).map(|_| zero.clone()), "argument `tile_skipping` is -1"),
         (op.clone().tile_skipping(f64::NAN).forward(&q, &p, TAU), "argument `tile_skipping` is NaN"),
         (op.forward(&zero, &p, TAU), "the query embedding in row 0 has norm zero"),
+        (lonely.forward(&q, &p, TAU), "row 0 has no negative left in group 0"),
     ] {
         let error = result.unwrap_err().to_string();
         assert!(error.starts_with(sentence), "{error}");
     }
     op.clone().zero_norm(ZeroNorm::ZeroGradient).forward(&zero, &p, TAU)?;
+    assert_eq!(numbers(&lonely.no_negative(NoNegative::Zero).forward(&q, &p, TAU)?), [0.0]);
     let q = Var::from_tensor(&q)?;
     let error = (op.forward(&q, &p, TAU)? * f64::INFINITY)?.backward().err().unwrap().to_string();
     assert!(error.starts_with("argument `upstream` is inf"), "{error}");
