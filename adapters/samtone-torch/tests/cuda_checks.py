@@ -15,7 +15,7 @@ import torch
 from judge import Case, close, gradient_error
 from samtone import _native, cuda, ops
 from samtone.options import Options
-from test_loss import MASKS, embeddings
+from test_loss import LONELY, MASKS, embeddings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 ALL = ops.QUERY | ops.PASSAGE | ops.TEMPERATURE
@@ -57,7 +57,8 @@ def settings(case: Case, log_beta: bool = False, share: float | None = None) -> 
     loss = case.options()["loss"]
     value = -torch.tensor(case.temperature, dtype=torch.float64).log().item() if log_beta else case.temperature
     spec = loss if isinstance(loss, str) else loss.spec
-    return Options(spec, value, log_beta, case.margin, case.zero_norm, None, share, case.own, case.shared_ids)
+    policies = (case.own, case.shared_ids, case.no_negative)
+    return Options(spec, value, log_beta, case.margin, case.zero_norm, None, share, *policies)
 
 
 class Result:
@@ -144,6 +145,12 @@ def test_mask(memory: emulated.EmulatedMemory, mask: str, at_once: bool) -> None
     check(memory, judge.of_preset("samtone_both", *embeddings(41), **MASKS[mask]))
 
 
+def test_rows_without_negatives(memory: emulated.EmulatedMemory, at_once: bool) -> None:
+    check(memory, Case(*embeddings(56), [(1.0, ["qp"], 0)], **LONELY))
+    alone = Result(memory, judge.of_preset("decoupled", *(x[:1] for x in embeddings(56)), no_negative="zero"))
+    assert alone.results[0] == 0.0 and all((gradient == 0).all() for gradient in alone.gradients)
+
+
 @pytest.mark.parametrize("log_beta", [True, False])
 def test_strides_and_temperature(memory: emulated.EmulatedMemory, log_beta: bool, at_once: bool) -> None:
     check(memory, judge.of_preset("samtone_query", *embeddings(42)), 0.5, log_beta, pitch=5)
@@ -219,6 +226,22 @@ def test_cosines_are_kept_for_gradients_at_once_alone(
     assert not kept(Result(memory, case, wanted=0))
     in_turn(monkeypatch)
     assert not kept(check(memory, case, -2.0))
+
+
+def test_transforms_have_gradients_at_once_however_large(
+    memory: emulated.EmulatedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.func and forward mode compute every derivative from the gradients, so there must be some."""
+    in_turn(monkeypatch)
+    case = judge.of_preset("samtone_query", *embeddings(57, torch.bfloat16))
+    assert not Result(memory, case).at_once
+    got = Result(memory, case, wanted=ALL | ops.AT_ONCE)
+    want = judge.judge(case).gradients
+    assert got.at_once
+    for gradient, name in zip(got.left[:2], ("query", "passage")):
+        exact = memory.read(gradient)
+        assert exact.dtype == torch.float32
+        assert gradient_error(exact, want[name], getattr(case, name)) <= judge.GRADIENT[torch.bfloat16]
 
 
 def test_plans_are_kept(memory: emulated.EmulatedMemory, at_once: bool) -> None:

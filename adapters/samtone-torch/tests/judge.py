@@ -50,6 +50,7 @@ class Case:
     own: bool = False
     margin: float | None = None
     zero_norm: str = "error"
+    no_negative: str = "error"
     loss: Any = None
 
     def options(self) -> dict[str, Any]:
@@ -66,6 +67,7 @@ class Case:
             "hard_negative_scope": "own" if self.own else "all",
             "margin": self.margin,
             "zero_norm": self.zero_norm,
+            "no_negative": self.no_negative,
         }
 
 
@@ -134,6 +136,8 @@ def definition(case: Case, q: Tensor, p: Tensor, beta: Tensor) -> Verdict:
         terms = [torch.where(kept[b], beta * (cosines[b] - positive[:, None]), NOTHING) for b in blocks]
         log_d, log_e = torch.logsumexp(torch.cat(terms, 1), 1), math.log(max(copies, 1))
         own = log_d if copies == 0 else log_e + softplus(log_d - log_e, threshold=60)
+        if copies == 0 and case.no_negative == "zero":
+            own = torch.where(torch.cat([kept[b] for b in blocks], 1).any(1), own, 0.0)
         row_losses = row_losses + coefficient * own
     metrics = []
     for name in ("qp", "pq"):

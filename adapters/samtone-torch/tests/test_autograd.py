@@ -211,6 +211,7 @@ def test_operations_are_registered_as_pytorch_wants_them() -> None:
         0.1,
         False,
         False,
+        "error",
         3,
     )
     torch.library.opcheck(ops.forward, arguments)

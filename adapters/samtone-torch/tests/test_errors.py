@@ -128,6 +128,7 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
         "`workspace_bytes` is 1180591620717411303424; allowed: a number",
     ),
     ("no policy", {"zero_norm": None}, '`zero_norm` is None; allowed: "error" or "zero_gradient"'),
+    ("an unknown policy for rows", {"no_negative": "skip"}, '`no_negative` is \'skip\'; allowed: "error" or "zero"'),
     ("no scope", {"hard_negative_scope": None}, '`hard_negative_scope` is None; allowed: "all" or "own"'),
     ("sharing by number", {"shared_ids": 1}, "`shared_ids` is 1; allowed: True or False"),
     (
@@ -237,7 +238,9 @@ def test_embeddings_that_are_not_finite(tower: str, value: float) -> None:
 
 def test_a_row_without_negatives() -> None:
     q, p = embeddings()
-    with pytest.raises(samtone.SamtoneError, match="row 0 has no negative left in group 0 of loss `decoupled`"):
+    with pytest.raises(
+        samtone.SamtoneError, match='row 0 has no negative left in group 0 of loss `decoupled`.*`no_negative="zero"`'
+    ):
         samtone.samtone_loss(q, p, loss="decoupled", passage_ids=[1] * N)
 
 

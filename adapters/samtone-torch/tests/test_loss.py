@@ -149,6 +149,32 @@ def test_zero_norm_policy() -> None:
     assert q.grad is not None and (q.grad[4] == 0).all() and (q.grad[3] != 0).any()
 
 
+# Everyone asks the same, and the third query alone has negatives, its own.
+LONELY: dict[str, Any] = {
+    "query_ids": [0] * ROWS,
+    "owners": [-1] * ROWS + [2] * HARD,
+    "own": True,
+    "no_negative": "zero",
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("groups", [[(1.0, ["qp"], 0)], [(0.5, ["pp"], 0), (2.0, ["qp", "pq"], 1)]])
+def test_rows_without_negatives(groups: list[Any], dtype: torch.dtype) -> None:
+    case = Case(*embeddings(10, dtype), groups, **LONELY)
+    check(case, learn="tau")
+    q, p = case.query.clone().requires_grad_(), case.passage
+    for number in (1, ROWS):  # one row alone; all without a negative
+        rows = q[:number], p[:number], [0] * number
+        loss = samtone.samtone_loss(*rows[:2], loss="decoupled", query_ids=rows[2], no_negative="zero")
+        loss.backward()
+        assert loss.item() == 0.0 and (q.grad == 0).all()
+        module = samtone.SamToNeLoss("decoupled", no_negative="zero")
+        assert module(*rows[:2], query_ids=rows[2]).item() == 0.0
+        with pytest.raises(samtone.SamtoneError, match="row 0 has no negative left"):
+            samtone.SamToNeLoss("decoupled")(*rows[:2], query_ids=rows[2])
+
+
 def test_finite_differences() -> None:
     """Independent of the judge's code: the loss itself, along random directions."""
     q, p = embeddings(8)

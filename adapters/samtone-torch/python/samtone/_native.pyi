@@ -23,6 +23,7 @@ class Settings:
         tile_skipping: float | None = None,
         own: bool = False,
         shared_ids: bool = False,
+        no_negative: str = "error",
     ) -> Settings: ...
 
 class CudaPlan:

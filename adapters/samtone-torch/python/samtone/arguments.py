@@ -176,7 +176,8 @@ def options_of(
     workspace_bytes: int | None,
     tile_skipping: float | None,
     shared_ids: bool,
-) -> tuple[float | None, str, int | None, float | None, bool, bool]:
+    no_negative: str,
+) -> tuple[float | None, str, int | None, float | None, bool, bool, str]:
     """What `Options` has after the temperature."""
     size = "a number of bytes of at least 0"
     return (
@@ -186,4 +187,5 @@ def options_of(
         None if tile_skipping is None else number("tile_skipping", tile_skipping, "a number above 0 and below 1"),
         choice("hard_negative_scope", hard_negative_scope, "all", "own") == "own",
         flag("shared_ids", shared_ids),
+        choice("no_negative", no_negative, "error", "zero"),
     )

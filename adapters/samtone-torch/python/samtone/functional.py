@@ -58,6 +58,7 @@ def samtone_loss(
     hard_negative_scope: str = "all",
     margin: float | None = None,
     zero_norm: str = "error",
+    no_negative: str = "error",
     workspace_bytes: int | None = None,
     tile_skipping: float | None = None,
 ) -> Tensor:
@@ -85,6 +86,8 @@ def samtone_loss(
         hard_negative_scope: ``"all"``: everyone sees owned hard negatives. ``"own"``: only their owners do.
         margin: Drops every negative whose cosine exceeds that of the positive by more than this. Qwen3 uses 0.1.
         zero_norm: ``"error"`` for embeddings of norm zero, or ``"zero_gradient"`` to let their cosines and gradients be 0.
+        no_negative: ``"error"`` for a row without a negative in a group without copies of the positive, as `decoupled` is, or
+            ``"zero"`` to let it contribute nothing.
         workspace_bytes: Bound on memory beyond O((M + N) d). Default: 256 MiB.
         tile_skipping: eta, above 0 and below 1, such as 1e-3: of every row at most this share of the softmax mass of its
             negatives is left out of the gradient, tile by tile; loss and metrics keep every bit. It pays for batches sorted
@@ -99,7 +102,7 @@ def samtone_loss(
             or of norm zero, the row.
     """
     vectors = (query_ids, passage_ids, positives, weights, hard_negative_owners)
-    options = (hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, shared_ids)
+    options = (hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, shared_ids, no_negative)
     return _outputs(query, passage, loss, temperature, log_beta, *vectors, *options)[0]
 
 
@@ -119,12 +122,13 @@ def evaluate(
     hard_negative_scope: str = "all",
     margin: float | None = None,
     zero_norm: str = "error",
+    no_negative: str = "error",
     workspace_bytes: int | None = None,
     tile_skipping: float | None = None,
 ) -> Evaluation:
     """`samtone_loss`, and with it the loss of every row, P@1 and MRR in both directions, which cost nothing more."""
     vectors = (query_ids, passage_ids, positives, weights, hard_negative_owners)
-    options = (hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, shared_ids)
+    options = (hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, shared_ids, no_negative)
     value, results, row_losses, *_ = _outputs(query, passage, loss, temperature, log_beta, *vectors, *options)
     return Evaluation(value, row_losses, Metrics(results[1], results[2]), Metrics(results[3], results[4]))
 
@@ -146,6 +150,7 @@ def _outputs(
     workspace_bytes: int | None,
     tile_skipping: float | None,
     shared_ids: bool,
+    no_negative: str,
 ) -> ops.Outputs:
     """What the operation gives, after arguments have been checked."""
     if temperature is None and log_beta is None:
@@ -155,7 +160,9 @@ def _outputs(
     if query.device != passage.device:
         raise refused("passage", f"on device {passage.device}", f"the device of the queries, {query.device}")
     tensor, value, is_log_beta = temperature_of(temperature, log_beta)
-    options = options_of(hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, shared_ids)
+    options = options_of(
+        hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, shared_ids, no_negative
+    )
     return calls.call(
         query,
         passage,

@@ -22,7 +22,7 @@ class SamToNeLoss(nn.Module):
         temperature: tau, or where it starts if it is learned.
         learnable: None for a constant temperature, ``"log_beta"`` for a parameter `log_beta` = log(1/tau), as CLIP learns
             it, or ``"tau"`` for a parameter `tau`. Both are float32 scalars.
-        hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping: As in `samtone_loss`.
+        hard_negative_scope, margin, zero_norm, no_negative, workspace_bytes, tile_skipping: As in `samtone_loss`.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class SamToNeLoss(nn.Module):
         hard_negative_scope: str = "all",
         margin: float | None = None,
         zero_norm: str = "error",
+        no_negative: str = "error",
         workspace_bytes: int | None = None,
         tile_skipping: float | None = None,
     ) -> None:
@@ -42,7 +43,7 @@ class SamToNeLoss(nn.Module):
         if learnable is not None:
             choice("learnable", learnable, "tau", "log_beta")
         temperature = number("temperature", temperature, "a number")
-        options = options_of(hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, False)
+        options = options_of(hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, False, no_negative)
         Options(self.loss.spec, temperature, False, *options).native()  # refused here rather than in the first step
         self.temperature = temperature
         self.learnable = learnable
@@ -53,6 +54,7 @@ class SamToNeLoss(nn.Module):
         self.hard_negative_scope = hard_negative_scope
         self.margin = margin
         self.zero_norm = zero_norm
+        self.no_negative = no_negative
         self.workspace_bytes = workspace_bytes
         self.tile_skipping = tile_skipping
 
@@ -85,6 +87,7 @@ class SamToNeLoss(nn.Module):
             hard_negative_scope=self.hard_negative_scope,
             margin=self.margin,
             zero_norm=self.zero_norm,
+            no_negative=self.no_negative,
             workspace_bytes=self.workspace_bytes,
             tile_skipping=self.tile_skipping,
             **temperature,

@@ -175,6 +175,7 @@ def forward(
     tile_skipping: float | None,
     own: bool,
     shared_ids: bool,
+    no_negative: str,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (float32), results and row losses (float64), and what the backward call needs.
@@ -185,7 +186,7 @@ def forward(
     """
     return _forward(
         query, passage, temperature, query_ids, passage_ids, positives, weights, owners,
-        loss, tau, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids, wanted,
+        loss, tau, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids, no_negative, wanted,
     )  # fmt: skip
 
 
@@ -207,10 +208,13 @@ def _forward(
     tile_skipping: float | None,
     own: bool,
     shared_ids: bool,
+    no_negative: str,
     wanted: int,
 ) -> Outputs:
     value = tau if temperature is None else float(temperature.detach().reshape(()).item())
-    settings = Options(loss, value, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids)
+    settings = Options(
+        loss, value, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids, no_negative
+    )
     compute = _forward_cuda if query.device.type == "cuda" else _forward_cpu
     q, p = _readable("query", query), _readable("passage", passage)
     annotations = _annotations(query_ids, passage_ids, positives, weights, owners)
@@ -238,6 +242,7 @@ def fake_forward(
     tile_skipping: float | None,
     own: bool,
     shared_ids: bool,
+    no_negative: str,
     wanted: int,
 ) -> Outputs:
     """Shapes and types of the results."""
@@ -284,6 +289,7 @@ def backward(
     tile_skipping: float | None,
     own: bool,
     shared_ids: bool,
+    no_negative: str,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of both towers, in their types and without rows where they are not wanted, and the derivative of the
@@ -292,7 +298,7 @@ def backward(
     return _gradients(
         upstream, query, passage, temperature, query_ids, passage_ids, positives, weights, owners,
         grad_query, grad_passage, derivative, state, used,
-        loss, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids, wanted,
+        loss, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids, no_negative, wanted,
     )  # fmt: skip
 
 
@@ -319,6 +325,7 @@ def _gradients(
     tile_skipping: float | None,
     own: bool,
     shared_ids: bool,
+    no_negative: str,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if state.shape[0] == 0:
@@ -332,7 +339,9 @@ def _gradients(
         return dq, dp, derivative * upstream.to(torch.float64)
     q, p = _readable("query", query), _readable("passage", passage)
     value = float(used.item())
-    settings = Options(loss, value, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids)
+    settings = Options(
+        loss, value, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids, no_negative
+    )
     annotations = _annotations(query_ids, passage_ids, positives, weights, owners)
     factor = upstream.detach().to(device=q.device, dtype=torch.float32).reshape(1)
     return _backward_cuda(settings, q, p, annotations, state, factor, wanted)
@@ -362,6 +371,7 @@ def _(
     tile_skipping: float | None,
     own: bool,
     shared_ids: bool,
+    no_negative: str,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dp = (

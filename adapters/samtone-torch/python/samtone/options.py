@@ -19,6 +19,7 @@ class Options(NamedTuple):
     tile_skipping: float | None
     own: bool
     shared_ids: bool
+    no_negative: str
 
     def native(self) -> _native.Settings:
         """As native code takes them."""
