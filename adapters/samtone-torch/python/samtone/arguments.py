@@ -101,11 +101,11 @@ def _read(argument: str, values: Any, allowed: str, dtype: torch.dtype | None) -
         items = values.tolist() if hasattr(values, "tolist") else values
         if not isinstance(items, (list, tuple)):
             raise refused(argument, f"a {type(values).__name__}", allowed) from error
-        whole = dtype is None
         for index, x in enumerate(items):
-            if not isinstance(x, numbers.Integral if whole else numbers.Real) or (whole and not -(2**63) <= x < 2**64):
+            fits = -(2**63) <= int(x) < 2**64 if isinstance(x, numbers.Integral) else dtype is not None
+            if not isinstance(x, numbers.Real) or not fits:
                 raise refused(argument, f"{_shown(x)} at index {index}", allowed) from error
-        if not whole:
+        if dtype is not None:
             return torch.tensor([float(x) for x in items], dtype=dtype, device="cpu")
         low, high = int(min(items)), int(max(items))
         if low < 0 and high >= 2**63:
@@ -129,9 +129,12 @@ def indices(argument: str, values: Integers | None) -> Tensor | None:
     if values is None:
         return None
     tensor = _vector(argument, values, _INTEGERS)
-    if tensor.dtype == torch.uint64 and (beyond := (tensor.view(torch.int64) < 0).nonzero()).numel() > 0:
-        index = int(beyond[0])
-        raise refused(argument, f"{int(tensor[index])} at index {index}", "integers below 2**63")
+    if tensor.dtype == torch.uint64:
+        signed = tensor.view(torch.int64)
+        beyond = (signed < 0).nonzero().flatten()
+        if len(beyond) > 0:
+            index = int(beyond[0])
+            raise refused(argument, f"{int(signed[index]) + 2**64} at index {index}", "integers below 2**63")
     return _on_host(argument, tensor)
 
 

@@ -31,13 +31,14 @@ def call(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         wanted |= ops.QUERY if query.requires_grad else 0
         wanted |= ops.PASSAGE if passage.requires_grad else 0
         wanted |= ops.TEMPERATURE if temperature is not None and temperature.requires_grad else 0
+    arguments = (*inputs, wanted)
     if query.device.type == "meta" or not _nobody_watches(inputs[:8]):
-        outputs = ops.forward(*inputs, wanted)
+        outputs = ops.forward(*arguments)
     elif wanted == 0:
         with torch.no_grad():
-            outputs = ops._forward(*inputs, wanted)
+            outputs = ops._forward(*arguments)
     else:
-        outputs = _Direct.apply(*inputs, wanted)
+        outputs = _Direct.apply(*arguments)
     return outputs[:3]
 
 

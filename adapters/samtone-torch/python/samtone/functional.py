@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import calls, ops
+from . import calls
 from .arguments import (
     Integers,
     Numbers,
@@ -103,7 +103,7 @@ def samtone_loss(
     """
     vectors = (query_ids, passage_ids, positives, weights, hard_negative_owners)
     options = (hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, shared_ids, no_negative)
-    return _outputs(query, passage, loss, temperature, log_beta, *vectors, *options)[0]
+    return _outputs(query, passage, loss, temperature, log_beta, vectors, options)[0]
 
 
 def evaluate(
@@ -129,7 +129,7 @@ def evaluate(
     """`samtone_loss`, and with it the loss of every row, P@1 and MRR in both directions, which cost nothing more."""
     vectors = (query_ids, passage_ids, positives, weights, hard_negative_owners)
     options = (hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, shared_ids, no_negative)
-    value, results, row_losses, *_ = _outputs(query, passage, loss, temperature, log_beta, *vectors, *options)
+    value, results, row_losses = _outputs(query, passage, loss, temperature, log_beta, vectors, options)
     return Evaluation(value, row_losses, Metrics(results[1], results[2]), Metrics(results[3], results[4]))
 
 
@@ -139,20 +139,11 @@ def _outputs(
     loss: str | Loss,
     temperature: float | Tensor | None,
     log_beta: float | Tensor | None,
-    query_ids: Integers | None,
-    passage_ids: Integers | None,
-    positives: Integers | None,
-    weights: Numbers | None,
-    hard_negative_owners: Integers | None,
-    hard_negative_scope: str,
-    margin: float | None,
-    zero_norm: str,
-    workspace_bytes: int | None,
-    tile_skipping: float | None,
-    shared_ids: bool,
-    no_negative: str,
-) -> ops.Outputs:
-    """What the operation gives, after arguments have been checked."""
+    vectors: tuple[Any, ...],
+    options: tuple[Any, ...],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, results and row losses, after arguments have been checked."""
+    query_ids, passage_ids, positives, weights, hard_negative_owners = vectors
     if temperature is None and log_beta is None:
         temperature = 0.01
     check_embeddings("query", query)
@@ -160,9 +151,6 @@ def _outputs(
     if query.device != passage.device:
         raise refused("passage", f"on device {passage.device}", f"the device of the queries, {query.device}")
     tensor, value, is_log_beta = temperature_of(temperature, log_beta)
-    options = options_of(
-        hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, shared_ids, no_negative
-    )
     return calls.call(
         query,
         passage,
@@ -175,5 +163,5 @@ def _outputs(
         spec_of(loss),
         value,
         is_log_beta,
-        *options,
+        *options_of(*options),
     )

@@ -16,7 +16,7 @@ import threading
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, _disable_dynamo  # type: ignore[attr-defined]
 from torch._C import _functorch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
@@ -34,7 +34,7 @@ class _Inside(threading.local):
 _inside = _Inside()
 _library = torch.library.Library("samtone", "FRAGMENT")
 _library.define("transformed" + str(ops.forward._opoverload._schema).removeprefix("samtone::forward"))
-_library.impl("transformed", torch._disable_dynamo(ops._forward), "CompositeExplicitAutograd")
+_library.impl("transformed", _disable_dynamo(ops._forward), "CompositeExplicitAutograd")
 torch.library.register_fake("samtone::transformed", ops.fake_forward, lib=_library)
 forward = torch.ops.samtone.transformed.default
 
@@ -48,7 +48,7 @@ def _below(keys: Any, inputs: tuple[Any, ...]) -> ops.Outputs:
 
 def _has_tangent(tensor: Tensor | None) -> bool:
     """In this level. PyTorch's own count of levels of forward mode is not kept in compiled code."""
-    return tensor is not None and torch._VF._unpack_dual(tensor, level=0)[1] is not None  # type: ignore[attr-defined]
+    return tensor is not None and torch._VF._unpack_dual(tensor, level=0)[1] is not None
 
 
 def _level(keys: Any, *inputs: Any) -> ops.Outputs:
@@ -57,11 +57,11 @@ def _level(keys: Any, *inputs: Any) -> ops.Outputs:
     if not reverse and not any(_has_tangent(x) for x in inputs[:3]):
         return _below(keys, inputs)
     with enable_single_level_autograd_function():
-        outputs: ops.Outputs = _Level.apply(keys, *inputs)
+        outputs: ops.Outputs = _Level.apply(keys, *inputs)  # type: ignore[attr-defined]
         return outputs
 
 
-_library.impl("transformed", torch._disable_dynamo(_level), "Autograd", with_keyset=True)
+_library.impl("transformed", _disable_dynamo(_level), "Autograd", with_keyset=True)
 
 
 class _Level(_SingleLevelFunction):
@@ -121,7 +121,6 @@ class _Level(_SingleLevelFunction):
         return sum(products[1:], products[0]).float(), None, *unknown, None, None
 
 
-@torch.library.register_vmap("samtone::transformed", lib=_library)
 def _side_by_side(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
     """vmap: one call after the other."""
     if info.batch_size == 0:
@@ -132,3 +131,6 @@ def _side_by_side(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> t
 
     calls = [forward(*(item(x, dim, k) for x, dim in zip(inputs, in_dims))) for k in range(info.batch_size)]
     return tuple(torch.stack(output) for output in zip(*calls)), (0,) * len(calls[0])
+
+
+torch.library.register_vmap("samtone::transformed", _side_by_side, lib=_library)
