@@ -82,6 +82,25 @@ fn a_byte_order_mark_is_no_part_of_the_file() -> Outcome {
 }
 
 #[test]
+fn shared_ids_want_the_ids_of_both_towers() -> Outcome {
+    let mut file = example()?;
+    let fields = file.as_object_mut().ok_or("not an object")?;
+    for (ids, error) in [
+        (json!(null), "argument `shared_ids` is true without query ids and passage ids; allowed: false, or"),
+        (json!([1, 2, 3, 4, 5, 6]), "argument `shared_ids` is true without passage ids; allowed: false, or"),
+    ] {
+        fields.insert("query_ids".into(), ids);
+        fields.insert("shared_ids".into(), json!(true));
+        assert!(error_of(&Value::from(fields.clone()).to_string()).contains(error), "{error}");
+        fields.insert("shared_ids".into(), json!(false));
+        assert!(!Case::parse(&Value::from(fields.clone()).to_string())?.problem.shared_ids);
+    }
+    fields.insert("shared_ids".into(), json!(1));
+    assert!(error_of(&Value::from(fields.clone()).to_string()).contains("field `shared_ids`: invalid type"));
+    Ok(())
+}
+
+#[test]
 fn missing_unknown_and_extra_text_is_refused() -> Outcome {
     let mut file = example()?;
     let fields = file.as_object_mut().ok_or("not an object")?;

@@ -24,7 +24,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+<<<<<<< HEAD
 import whole_file
+=======
+from losses import LOSSES
+>>>>>>> main
 
 WORKER = pathlib.Path(__file__).with_name("worker.py")
 SHAPES = ["512,768", "2048,1024", "8192,256", "8192,768", "32768,1024", "131072,1024"]
@@ -109,10 +113,11 @@ def results(tasks: list[Task], device: str, budget_s: float, limit: Callable[[Ta
 
 
 def row_of(task: Task, result: dict, loss_name: str | None) -> dict:
-    """A line of the CSV. TFLOP/s count 12 B^2 d for every loss, 9 or 12 for bare products, by the faster of both times."""
+    """A line of the CSV. TFLOP/s count the loss's products with every cosine computed twice, by the faster of both times."""
     rows, dim, engine = task
     times = [result[key] for key in ("ms", "graph_ms") if key in result]
-    operations = (9 if engine == "products 9" else 12) * rows**2 * dim
+    count = LOSSES[loss_name].operations if loss_name else int(engine.rpartition(" ")[2])  # bare products are named by theirs
+    operations = count * rows**2 * dim
     text = {"milliseconds": "ms", "graph_milliseconds": "graph_ms"}
     line = {
         "rows": rows,

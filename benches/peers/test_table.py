@@ -75,7 +75,20 @@ class Record(unittest.TestCase):
         self.assertIn("| products 12 | 0.1 (graph) | 0.20 |", text)
         self.assertIn("- eager autocast: OutOfMemoryError: no room", text)
         self.assertIn("MNRL autocast¹", text)
-        self.assertIn(table.FOOTNOTE, text)
+        self.assertIn(table.FOOTNOTES["samtone_query_joint"], text)
+        self.assertNotIn(table.FOOTNOTES["qwen3"], text)
+
+    def test_another_loss_is_compared_with_our_step_of_that_loss(self) -> None:
+        made_up(self.folder)
+        with open(self.folder / "peers.csv", "a", newline="") as file:
+            rows = ({"rows": 8192, "dim": 64, "engine": f"memeff {loss}", "loss_name": loss, "milliseconds": "30"} for loss in ("qwen3", "clip"))
+            csv.DictWriter(file, run.COLUMNS).writerows(rows)
+        (self.folder / "step-qwen3.txt").write_text(OWN.replace("5.0000", "10.0000"))
+        (self.folder / "samtone-errors-qwen3.csv").write_text("rows,dim,gradient_error\n8192,64,2.5e-4\n")
+        text = self.generate()
+        self.assertIn(f"| **samtone²** | 10 | 1.00 | {16 * 8192**2 * 64 / 10e9:.0f} | 40 | 2.5e-04 |", text)
+        self.assertIn("| memeff qwen3² | 30 | 3.00 |", text)
+        self.assertIn("| memeff clip⁴ | 30 |  |", text)  # no step of ours was measured
 
     def test_our_own_time_is_the_faster_of_launches_and_graph(self) -> None:
         made_up(self.folder)

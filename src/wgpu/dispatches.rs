@@ -111,7 +111,7 @@ impl<'a> Dispatches<'a> {
         let (left, row_base) = self.packed_tiles(1, &row_tower, &s.ranges[0])?;
         let (right, col_base) = self.packed_tiles(2, &col_tower, &s.ranges[1])?;
         let [triangle, ranks, counted] = s.flags().map(u32::from);
-        let masked = crate::candidates::may_mask(problem, &self.parts.order);
+        let masked = crate::mask::may_mask(&problem.pairs, &self.parts.order, &problem.options);
         let [row_partials, _] = s.partials(tile);
         let candidates = s.spaces.map(|space| layout.candidates[space as usize] / 4);
         let norms = s.spaces.map(|space| layout.norms[space as usize] as u32);

@@ -22,6 +22,7 @@ pub struct Problem {
     pub weights: Option<Vec<f32>>,
     pub query_ids: Option<Vec<i64>>,
     pub passage_ids: Option<Vec<i64>>,
+    pub shared_ids: bool,
     pub owners: Option<(Vec<i32>, Scope)>,
     pub options: Options,
 }
@@ -94,8 +95,12 @@ impl Buffer {
 impl Problem {
     /// The batch over embeddings of this problem's shape, with its ids, weights, positives and owners.
     pub fn batch<'a>(&'a self, query: &'a Buffer, passage: &'a Buffer) -> Result<Batch<'a>> {
-        let mut batch =
-            Batch::new(query.embeddings(self.rows, self.dim)?, passage.embeddings(self.passages, self.dim)?)?;
+        self.over(query.embeddings(self.rows, self.dim)?, passage.embeddings(self.passages, self.dim)?)
+    }
+
+    /// The same over embeddings that live elsewhere.
+    pub fn over<'a>(&'a self, query: Embeddings<'a>, passage: Embeddings<'a>) -> Result<Batch<'a>> {
+        let mut batch = Batch::new(query, passage)?;
         if let Some(positives) = &self.positives {
             batch = batch.with_positives(positives)?;
         }
@@ -108,6 +113,7 @@ impl Problem {
         if let Some(ids) = &self.passage_ids {
             batch = batch.with_passage_ids(ids)?;
         }
+        batch = batch.with_shared_ids(self.shared_ids)?;
         if let Some((owners, scope)) = &self.owners {
             batch = batch.with_hard_negative_owners(owners, *scope)?;
         }
