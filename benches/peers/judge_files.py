@@ -15,12 +15,8 @@ import re
 import sys
 
 import torch
-<<<<<<< HEAD
 import whole_file
-from engines import TEMPERATURE
-=======
 from losses import LOSSES
->>>>>>> main
 from measure import free
 from reference import Judge, sampled_rows
 
@@ -58,7 +54,6 @@ def main() -> int:
     if not shapes:
         print(f"judge: no B-d-query.bf16 in {arguments.folder}")
         return 1
-<<<<<<< HEAD
     whole_file.writable(arguments.out.parent)
     table = io.StringIO(newline="")
     writer = csv.writer(table)
@@ -69,16 +64,6 @@ def main() -> int:
         writer.writerow([rows, dim, f"{error:.3e}", count])
         whole_file.write(arguments.out, table.getvalue())
         whole_file.say(f"{rows} x {dim}: {error:.3e}, of {count} rows")
-=======
-    with open(arguments.out, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["rows", "dim", "gradient_error", "judged_rows"])
-        for rows, dim in shapes:
-            error, count = judged(arguments.folder, rows, dim, torch.device(arguments.device), arguments.loss)
-            free(torch.device(arguments.device))
-            writer.writerow([rows, dim, f"{error:.3e}", count])
-            print(f"{rows} x {dim}: {error:.3e}, of {count} rows", flush=True)
->>>>>>> main
     return 0
 
 

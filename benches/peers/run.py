@@ -24,11 +24,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-<<<<<<< HEAD
 import whole_file
-=======
 from losses import LOSSES
->>>>>>> main
 
 WORKER = pathlib.Path(__file__).with_name("worker.py")
 SHAPES = ["512,768", "2048,1024", "8192,256", "8192,768", "32768,1024", "131072,1024"]
