@@ -59,7 +59,7 @@ def main() -> int:
     writer = csv.writer(table)
     writer.writerow(["rows", "dim", "gradient_error", "judged_rows"])
     for rows, dim in shapes:
-        error, count = judged(arguments.folder, rows, dim, torch.device(arguments.device))
+        error, count = judged(arguments.folder, rows, dim, torch.device(arguments.device), arguments.loss)
         free(torch.device(arguments.device))
         writer.writerow([rows, dim, f"{error:.3e}", count])
         whole_file.write(arguments.out, table.getvalue())
