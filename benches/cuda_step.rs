@@ -29,6 +29,7 @@ use samtone::cuda::cudarc::driver::{CudaContext, CudaStream};
 use samtone::cuda::{Architecture, Cosines, Device, GradientSlices, Problem, Slot, Step, Tile};
 use samtone::half::bf16;
 use samtone::{DType, Loss, Options, Pairs};
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -131,6 +132,10 @@ impl Settings {
 fn main() -> anyhow::Result<()> {
     let settings = Settings::read(std::env::args().skip(1))?;
     let [repeats, steps] = [REPEATS, ENQUEUED].map(|count| if settings.quick { count / QUICK } else { count });
+    // An error where the reader has left, instead of a panic.
+    let mut out = std::io::stdout();
+    // Before the work.
+    settings.folder.iter().try_for_each(std::fs::create_dir_all)?;
     let mut differing = Vec::new();
     samtone::cuda::available()?;
     let device = Device::first()?;
@@ -138,7 +143,7 @@ fn main() -> anyhow::Result<()> {
     // SAFETY: everything below is on one stream.
     unsafe { stream.context().disable_event_tracking() };
     eprintln!("{} {:?}", device.name(), device.compute_capability());
-    println!("rows,dim,milliseconds,tflops,extra_mib,loss,enqueued_milliseconds,graph_milliseconds,kept,squares");
+    writeln!(out, "rows,dim,milliseconds,tflops,extra_mib,loss,enqueued_milliseconds,graph_milliseconds,kept,squares")?;
     for shape in &settings.shapes {
         let (rows, dim) = shape.split_once(',').with_context(|| format!("`{shape}` is not B,d"))?;
         let (rows, dim) = (rows.parse::<usize>()?, dim.parse::<usize>()?);
@@ -164,7 +169,6 @@ fn main() -> anyhow::Result<()> {
         }
         let (evaluation, _) = step.results(query, passage)?;
         if let Some(folder) = &settings.folder {
-            std::fs::create_dir_all(folder)?;
             for (name, values) in [("query", &towers.query), ("passage", &towers.passage)] {
                 let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
                 std::fs::write(folder.join(format!("{rows}-{dim}-{name}.bf16")), bytes)?;
@@ -216,7 +220,10 @@ fn main() -> anyhow::Result<()> {
         let (tflops, mib) = (plan.flops() / median / 1e12, extra as f64 / f64::from(1 << 20));
         let ([kept, squares], loss) = (plan.kept_squares(), evaluation.loss);
         let milliseconds = median * 1e3;
-        println!("{rows},{dim},{milliseconds:.4},{tflops:.1},{mib:.1},{loss},{of_calls},{of_graph},{kept},{squares}");
+        writeln!(
+            out,
+            "{rows},{dim},{milliseconds:.4},{tflops:.1},{mib:.1},{loss},{of_calls},{of_graph},{kept},{squares}"
+        )?;
     }
     anyhow::ensure!(differing.is_empty(), "{}", differing.join("\n"));
     Ok(())

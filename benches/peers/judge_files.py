@@ -9,11 +9,13 @@ gradient_error (of all rows, or of a sample of a large batch), judged_rows.
 
 import argparse
 import csv
+import io
 import pathlib
 import re
 import sys
 
 import torch
+import whole_file
 from losses import LOSSES
 from measure import free
 from reference import Judge, sampled_rows
@@ -52,14 +54,16 @@ def main() -> int:
     if not shapes:
         print(f"judge: no B-d-query.bf16 in {arguments.folder}")
         return 1
-    with open(arguments.out, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["rows", "dim", "gradient_error", "judged_rows"])
-        for rows, dim in shapes:
-            error, count = judged(arguments.folder, rows, dim, torch.device(arguments.device), arguments.loss)
-            free(torch.device(arguments.device))
-            writer.writerow([rows, dim, f"{error:.3e}", count])
-            print(f"{rows} x {dim}: {error:.3e}, of {count} rows", flush=True)
+    whole_file.writable(arguments.out.parent)
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["rows", "dim", "gradient_error", "judged_rows"])
+    for rows, dim in shapes:
+        error, count = judged(arguments.folder, rows, dim, torch.device(arguments.device), arguments.loss)
+        free(torch.device(arguments.device))
+        writer.writerow([rows, dim, f"{error:.3e}", count])
+        whole_file.write(arguments.out, table.getvalue())
+        whole_file.say(f"{rows} x {dim}: {error:.3e}, of {count} rows")
     return 0
 
 
