@@ -9,8 +9,12 @@ use super::support::problem::Problem;
 use super::{Check, demand, text};
 use samtone::cuda::{self, Architecture, Arithmetic, Cosines, Device, Plan, Tile};
 use samtone::{DType, Loss, Pairs, backend};
+use std::collections::BTreeSet;
 use std::fmt::Display;
+use std::path::Path;
 use std::time::Instant;
+
+const COSINES: [Cosines; 2] = [Cosines::Recomputed, Cosines::Kept];
 
 pub const CHECKS: &[Check] = &[
     ("smoke: the driver compiles every kernel", compiled),
@@ -136,6 +140,15 @@ impl Kernel {
         problem.with_architecture(self.architecture).with_arithmetic(self.arithmetic).with_tile(self.tile)
     }
 
+    /// A plan with tile skipping, which has kernels of its own.
+    fn with_every_launch(&self, cosines: Cosines) -> Result<Plan, String> {
+        let problem = sample(Loss::samtone_both(), 70)?;
+        let options = problem.options.with_tile_skipping(0.01).map_err(text)?;
+        let pairs = Pairs::new(problem.rows, problem.passages).map_err(text)?;
+        let plain = cuda::Problem::new(&problem.loss, &pairs, &options, self.dtype, problem.dim);
+        plain.and_then(|p| Plan::new(&self.changes(p).with_cosines(cosines))).map_err(text)
+    }
+
     fn conforms(&self, problem: Problem, changed: Changed) -> Result<(), String> {
         let problem = problem.rounded(self.dtype);
         let reference = backend::by_name("reference").map_err(text)?;
@@ -166,17 +179,44 @@ fn compiled() -> Result<(), String> {
     let device = Device::first().map_err(text)?;
     let (name, capability) = (device.name(), device.compute_capability());
     eprintln!("{name}, compute capability {capability:?}, {:?}", device.architecture());
-    let problem = sample(Loss::samtone_both(), 70)?;
-    let options = problem.options.with_tile_skipping(0.01).map_err(text)?;
-    let pairs = Pairs::new(problem.rows, problem.passages).map_err(text)?;
-    let mut report = Report::default();
-    for kernel in kernels()? {
-        report.case(format!("{:?} {:?}", kernel.arithmetic, kernel.tile), || {
-            let plain = cuda::Problem::new(&problem.loss, &pairs, &options, kernel.dtype, problem.dim);
-            plain.and_then(|p| Plan::new(&kernel.changes(p))).and_then(|plan| device.load(&plan)).map_err(text)
+    let (mut report, mut loaded) = (Report::default(), BTreeSet::new());
+    for (kernel, cosines) in kernels()?.into_iter().flat_map(|k| COSINES.map(|cosines| (k, cosines))) {
+        report.case(format!("{:?} {:?}, cosines {cosines:?}", kernel.arithmetic, kernel.tile), || {
+            let plan = kernel.with_every_launch(cosines)?;
+            device.load(&plan).map_err(text)?;
+            loaded.extend(entries(&plan));
+            Ok(())
         });
     }
+    let files: BTreeSet<_> = loaded.iter().map(|(file, _)| file).collect();
+    eprintln!("  {} kernels of {} files are loaded", loaded.len(), files.len());
     report.verdict()
+}
+
+/// The file and the name of every kernel that a plan launches.
+fn entries(plan: &Plan) -> impl Iterator<Item = (&'static str, String)> {
+    let launches = plan.forward().iter().chain(plan.backward()).chain(plan.backward_alone());
+    launches.map(|launch| (launch.module, launch.kernel.clone()))
+}
+
+/// What the smoke check loads is all that there is: for a device of 9.0, which has kernels of both architectures.
+pub fn nothing_is_left_out() -> Result<(), String> {
+    let mut launched = BTreeSet::new();
+    for (kernel, cosines) in kernels()?.into_iter().flat_map(|k| COSINES.map(|cosines| (k, cosines))) {
+        launched.extend(entries(&kernel.with_every_launch(cosines)?));
+    }
+    let launched: BTreeSet<String> = launched.into_iter().map(|(file, entry)| format!("{file}: {entry}")).collect();
+    let mut written = BTreeSet::new();
+    for file in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/ptx")).map_err(text)? {
+        let path = file.map_err(text)?.path();
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        for line in std::fs::read_to_string(&path).map_err(text)?.lines() {
+            if let Some((_, rest)) = line.split_once(".entry ") {
+                written.insert(format!("{stem}: {}", rest.trim_end_matches('(')));
+            }
+        }
+    }
+    demand(launched == written, &format!("left out or unknown: {:?}", launched.symmetric_difference(&written)))
 }
 
 /// Cases that failed, with what they said.
