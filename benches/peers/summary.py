@@ -33,7 +33,8 @@ VARIANTS = {
     "step-sm80": "kernels of 8.0",
     "step-sm80-recomputed": "kernels of 8.0, cosines recomputed",
 }
-WIDEST = 90  # characters of a failed check's line
+WIDEST = 100  # characters of what a failed check said
+TELLING = ("error", "failed", "panic", "began and did not", "more than")
 
 
 def read_checks(folder: pathlib.Path) -> list[dict]:
@@ -46,10 +47,13 @@ def read_checks(folder: pathlib.Path) -> list[dict]:
 
 
 def why(folder: pathlib.Path, check: str) -> str:
-    """Of a failed check's output the line that says most: the first that looks like an error, else the last."""
+    """Of a failed check's output what says most: the first test that failed, with its first line, or the first error, or the end."""
     path = folder / f"{check}.txt"
     said = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()] if path.exists() else []
-    telling = [line for line in said if any(word in line.lower() for word in ("error", "failed", "panic", "began and did not", "more than"))]
+    for line, following in zip(said, [*said[1:], ""]):
+        if line.startswith("---- "):
+            return f"{line.strip('- ')}: {following}"[:WIDEST].replace("|", "/")
+    telling = [line for line in said if any(word in line.lower() for word in TELLING)]
     return (telling or said[-1:] or [""])[0][:WIDEST].replace("|", "/")
 
 
