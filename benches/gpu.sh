@@ -25,7 +25,7 @@
 #
 #   ARCHIVE                         a file that is the record as tar.gz after every check
 #   FIRST_BUDGET, SMOKE_BUDGET, …   other limits, in seconds
-#   MOST                            no check may take more seconds
+#   MOST, PATIENCE                  no check may take more seconds than that; every limit times that, for slow machines
 #   SHAPES, SMALL_SHAPES            B,d …: steps that are timed; the former also by peers
 #   OTHER_SHAPES                    B,d …: steps that are timed with other kernels, cosines and workspaces
 #   TOOLS                           a folder with what `build` packs, in place of target/gpu.tar.gz
@@ -121,11 +121,11 @@ vulkan_loader() {
 
 # check NAME LIMIT COMMAND…: its output goes to a file of that name. It is ended after LIMIT seconds, or when the part's are spent.
 check() {
-  local name=$1 limit=$2 started rc result
+  local name=$1 limit=$(($2 * ${PATIENCE:-1})) started rc result
   shift 2
   [ "$limit" -le "${MOST:-$limit}" ] || limit=$MOST
   [ "$limit" -le $((part_end - SECONDS)) ] || limit=$((part_end - SECONDS))
-  printf '%-9s %-28s' "$part" "$name"
+  printf '%-9s %-32s' "$part" "$name"
   if [ "$limit" -lt 3 ]; then
     record "$name" "not run: the seconds of this part are spent" 0
     return 1
@@ -159,7 +159,7 @@ record() { # name, result, seconds
 
 # What cannot be run here is a failure, too: a record without it proves less.
 missing() { # name, why
-  printf '%-9s %-28s' "$part" "$1"
+  printf '%-9s %-32s' "$part" "$1"
   record "$1" "not run: $2" 0
 }
 
@@ -203,7 +203,7 @@ run() {
   torch=(env PYTHONPATH="$tools/site" SAMTONE_REQUIRE="${TORCH_REQUIRE-cuda}")
   pytest=(python3 -m pytest -q -p no:cacheprovider -rs --maxfail 30 adapters/samtone-torch/tests)
   # What the driver's compiler makes of the kernels is kept for all processes, wherever the home folder is.
-  export CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-${TMPDIR:-/tmp}/samtone-kernels} CUDA_CACHE_MAXSIZE=2147483648
+  export CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-${TMPDIR:-/tmp}/samtone-kernels} CUDA_CACHE_MAXSIZE=2147483648 CUDA_CACHE_DISABLE=0
   export PYTHONDONTWRITEBYTECODE=1
   failed=0
   environment > "$folder/env.txt" 2>&1
@@ -214,7 +214,7 @@ run() {
     [[ " ${chosen[*]} " == *" $part "* ]] || continue
     local limit=${part^^}_BUDGET started=$SECONDS
     rm -f "$folder/checks-$part.csv"
-    part_end=$((SECONDS + ${!limit:-${LIMITS[$part]}}))
+    part_end=$((SECONDS + ${!limit:-${LIMITS[$part]}} * ${PATIENCE:-1}))
     "part_$part"
     echo "$part took $((SECONDS - started)) s"
   done
@@ -237,7 +237,7 @@ part_first() {
   shapes_or 512,768 8192,768 32768,1024
   written=$(mktemp -d)
   check load 60 "${cuda[@]}" "$tools/cuda_driver" "gpu: smoke: the driver" --test-threads 1
-  check tiles 25 "${cuda[@]}" "$tools/cuda_driver" "${DRIVER:-gpu: smoke: every}" --test-threads 1 || each_kernel 6
+  check tiles 25 "${cuda[@]}" "$tools/cuda_driver" "${DRIVER:-gpu: smoke: every}" --test-threads 1 || each_kernel 12
   conformance 40 bf16
   conformance 30 f32
   steps 40 samtone_query
@@ -252,6 +252,8 @@ part_first() {
 part_second() {
   read -ra other_shapes <<< "${OTHER_SHAPES:-8192,768 32768,1024}"
   local ours=("${cuda[@]}" "$tools/bench_cuda" "${bench[@]}")
+  # The driver's compiler again, should this be another machine than the first part's.
+  check load-again 40 "${cuda[@]}" "$tools/cuda_driver" "gpu: smoke: the driver" --test-threads 1
   check step-recomputed 18 "${ours[@]}" --cosines recomputed --workspace 16384 "${other_shapes[@]}"
   check step-kept 18 "${ours[@]}" --cosines kept --workspace 16384 "${other_shapes[@]}"
   check step-sm80 18 "${ours[@]}" --kernels sm80 "${other_shapes[@]}"
@@ -395,7 +397,7 @@ part_adapters() {
 }
 
 not_built() { # the adapter whose test it is
-  printf '%-9s %-28s' "$part" "$1"
+  printf '%-9s %-32s' "$part" "$1"
   record "$1" "skipped: its test is not in this build (adapters/samtone-$1/README.md)" 0
 }
 
