@@ -14,7 +14,7 @@ use crate::batch::{Batch, Embeddings, EmbeddingsMut, Tower, for_each_dtype};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::loss::{Block, Loss};
-use crate::mask::{COSINE_TIE, Keys, threshold};
+use crate::mask::{COSINE_TIE, Key, Keys, threshold};
 use crate::options::{Options, ZeroNorm};
 use crate::output::{Evaluation, GradientBuffers, Metrics, TemperatureGradient, check_upstream};
 use rayon::prelude::*;
@@ -176,8 +176,10 @@ impl Negatives<'_> {
             return Vec::new();
         }
         let own = self.batch.positive(i);
-        let candidates = if block.candidates_are_passages() { &self.keys.passages } else { &self.keys.rows };
-        let owners = self.batch.exclusive_owners().filter(|_| block.candidates_are_passages());
+        let passages = block.candidates_are_passages();
+        let candidates = if passages { &self.keys.passages } else { &self.keys.rows };
+        let drops = if passages { Key::drops_passage } else { Key::drops_query };
+        let owners = self.batch.exclusive_owners().filter(|_| passages);
         let highest = threshold(positive, self.options.margin());
         let negative = |j: usize| {
             let (matrix, at) = match block {
@@ -188,7 +190,7 @@ impl Negatives<'_> {
             };
             let cosine = cosines[matrix][at];
             let of_another_row = owners.is_some_and(|o| o[j] >= 0 && o[j] as usize != i);
-            let kept = !self.keys.rows[i].excludes(candidates[j]) && !of_another_row && cosine <= highest;
+            let kept = !drops(self.keys.rows[i], candidates[j]) && !of_another_row && cosine <= highest;
             kept.then_some(Negative { matrix, at, cosine })
         };
         (0..candidates.len()).filter_map(negative).collect()

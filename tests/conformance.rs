@@ -277,6 +277,9 @@ const OPTIONS: &[&str] = &[
     "weights",
     "ids",
     "ids of duplicates",
+    "shared ids",
+    "shared ids, own negatives and a margin",
+    "copies of positives",
     "margin 0 on duplicates",
     "margin",
     "negative margin",
@@ -305,6 +308,23 @@ fn with_option(option: &str, mut problem: Problem) -> Result<Problem, String> {
             problem.query_ids = Some(duplicate_ids(m));
             problem.passage_ids = Some(duplicate_ids(n));
         }
+        // Row i asks with text i for text i + 1; further passages are any of them.
+        "shared ids" => {
+            problem.query_ids = Some((0..m).map(|i| i as i64).collect());
+            let further = below(m, n - m);
+            problem.passage_ids = Some((1..=m).chain(further).map(|text| text as i64).collect());
+            problem.shared_ids = true;
+        }
+        "shared ids, own negatives and a margin" => {
+            problem = with_option("shared ids", problem)?;
+            problem.owners = Some((owners(), Scope::Own));
+            problem.options = margin(&problem, 0.3)?;
+        }
+        // Queries come twice, with other positives, whose texts are among the further passages too.
+        "copies of positives" => {
+            problem.query_ids = Some((0..m).map(|i| i as i64 / 2).collect());
+            problem.passage_ids = Some((0..n).map(|j| (j % m) as i64).collect());
+        }
         "margin 0 on duplicates" => problem.options = margin(&problem, 0.0)?,
         "margin" => problem.options = margin(&problem, 0.1)?,
         "negative margin" => problem.options = margin(&problem, -0.05)?,
@@ -315,6 +335,7 @@ fn with_option(option: &str, mut problem: Problem) -> Result<Problem, String> {
             problem.weights = Some(weights());
             problem.query_ids = Some(below(m, m).iter().map(|&id| id as i64).collect());
             problem.passage_ids = Some(below(n, n).iter().map(|&id| id as i64).collect());
+            problem.shared_ids = true;
             problem.owners = Some((owners(), Scope::Own));
             problem.options = margin(&problem, 0.2)?;
         }

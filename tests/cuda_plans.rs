@@ -5,11 +5,11 @@
 
 mod support;
 
-use libtest_mimic::Failed;
+use libtest_mimic::{Failed, Trial};
 use samtone::backend::{self, Backend};
 use samtone::cuda::{Arithmetic, GradientOutput, Plan, Problem as Planned, Tile};
 use samtone::{Block, DType, EmbeddingsMut, Error, GradientBuffers, Group, Loss, Options, Pairs, ZeroNorm};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use support::case::Expected;
 use support::compare::{against_definition, verdict};
 use support::cuda_emulated::{self, Check, CudaEmulated, Emulated, Run, clusters, run_checks};
@@ -30,7 +30,20 @@ fn main() -> ExitCode {
         ("the last block adds up many", many_rows),
         ("every barrier is needed", barriers),
     ];
-    run_checks(checks, Vec::new())
+    run_checks(checks, vec![Trial::test("plans run on another device", another_device)])
+}
+
+/// The executable that the environment names is the one that is started, and it failing is a failure.
+fn another_device() -> Result<(), Failed> {
+    let device = "no/such/device";
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["--exact", "cuda-emulated: a frozen tower is left out"]).env(cuda_emulated::ANOTHER_DEVICE, device);
+    let output = command.output()?;
+    let printed = String::from_utf8_lossy(&output.stdout);
+    if output.status.success() || !printed.contains(device) {
+        return Err(format!("without the device that is named, the test printed {printed}").into());
+    }
+    Ok(())
 }
 
 fn sized(kind: Kind, loss: Loss, shape: (usize, usize, usize)) -> Result<Problem, Failed> {

@@ -10,7 +10,7 @@ use samtone::{
     ZeroNorm,
 };
 use support::compare::{against_golden, entrywise, verdict};
-use support::data::{Kind, problem};
+use support::data::{Kind, Source, problem};
 use support::problem::{Buffer, Problem};
 use support::{case, compare::Check};
 
@@ -54,6 +54,13 @@ fn with_options(plain: &Problem) -> samtone::Result<Vec<Problem>> {
         Problem { name: name("weights"), weights: weights.clone(), ..plain.clone() },
         Problem { name: name("query ids"), query_ids: query_ids.clone(), ..plain.clone() },
         Problem { name: name("passage ids"), passage_ids: passage_ids.clone(), ..plain.clone() },
+        Problem {
+            name: name("shared ids"),
+            query_ids: query_ids.clone(),
+            passage_ids: passage_ids.clone(),
+            shared_ids: true,
+            ..plain.clone()
+        },
         Problem { name: name("owners, all"), owners: owners(Scope::All), ..plain.clone() },
         Problem { name: name("owners, own"), owners: owners(Scope::Own), ..plain.clone() },
         Problem { name: name("margin"), options: margin, ..plain.clone() },
@@ -63,6 +70,7 @@ fn with_options(plain: &Problem) -> samtone::Result<Vec<Problem>> {
             weights,
             query_ids,
             passage_ids,
+            shared_ids: true,
             owners: owners(Scope::Own),
             options: plain.options.with_margin(0.3)?,
             ..plain.clone()
@@ -251,6 +259,32 @@ fn the_lowest_row_owns_a_shared_passage() -> Outcome {
     assert_ne!(solve(&shared, 1.0)?.evaluation.row_losses[2], 0.0, "row 1 shares the query of row 2, but owns nothing");
     shared.query_ids = Some(vec![6, 5, 6]);
     assert_eq!(solve(&shared, 1.0)?.evaluation.row_losses[2], 0.0, "passage 0 answers the query of row 2");
+    Ok(())
+}
+
+#[test]
+fn a_text_is_no_negative_of_itself_in_the_other_tower() -> Outcome {
+    // Texts X0 … X3, rows (X0, X1), (X1, X2), (X2, X3): queries 1 and 2 meet their own texts among the passages.
+    let texts = Source::new(11).normal(4 * 3);
+    let mut chain = problem(Loss::info_nce(), Kind::Random, (3, 3, 3), 0.05, 1, 0.0)?;
+    (chain.query, chain.passage) = (texts[..9].to_vec(), texts[3..].to_vec());
+    (chain.query_ids, chain.passage_ids) = (Some(vec![0, 1, 2]), Some(vec![1, 2, 3]));
+    let cosine = |i: usize, j: usize| {
+        let (x, y) = (&texts[3 * i..3 * i + 3], &texts[3 * j..3 * j + 3]);
+        let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(a, b)| a * b).sum::<f64>();
+        dot(x, y) / (dot(x, x) * dot(y, y)).sqrt()
+    };
+    let row_loss = |i: usize, negatives: &[usize]| {
+        negatives.iter().map(|&j| ((cosine(i, j) - cosine(i, i + 1)) / 0.05).exp()).sum::<f64>().ln_1p()
+    };
+    for (shared, want) in [
+        (false, [row_loss(0, &[2, 3]), row_loss(1, &[1, 3]), row_loss(2, &[1, 2])]),
+        (true, [row_loss(0, &[2, 3]), row_loss(1, &[3]), row_loss(2, &[1])]),
+    ] {
+        chain.shared_ids = shared;
+        let got = solve(&chain, 1.0)?.evaluation.row_losses;
+        verdict(&[entrywise("row_losses", &got, &want, 1e-12)]).map_err(|e| format!("shared ids {shared}: {e}"))?;
+    }
     Ok(())
 }
 

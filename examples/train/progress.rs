@@ -1,5 +1,6 @@
 //! Progress on the console: a bar on a terminal, a line per result elsewhere.
 
+use crate::output::say;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
 
@@ -35,7 +36,7 @@ impl Progress {
         if self.terminal {
             self.bar.println(text);
         } else {
-            println!("{text}");
+            say!("{text}");
         }
     }
 

@@ -1,14 +1,5 @@
-// server.cpp: the emulator as a process: requests on standard input, answers on standard output, so that a crash of emulated
-// code is an error of the caller and not its end. Numbers are little-endian.
-//
-//   request   u8 what, then: 1 allocate: text name, u64 bytes             answer: u64 address
-//                            2 release:  u64 address
-//                            3 upload:   u64 address, blob
-//                            4 download: u64 address, u64 bytes           answer: the bytes
-//                            5 launch:   text kernel, u32 grid[3], u32 threads, u32 shared bytes, u64 seed,
-//                                        u32 detect races, u32 seconds, text mutant, u32 n, n blobs
-//   answer    u8 0 = done, 1 = refused; blob: what the answer holds, or a sentence
-//   text, blob: u64 length, bytes
+// server.cpp: the emulator as a process, so that a crash of emulated code is an error of the caller and not its end. It speaks
+// the protocol of kernels/README.md on standard input and output.
 #include "block.hpp"
 #include <csignal>
 #include <cstdio>
