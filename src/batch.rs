@@ -302,6 +302,11 @@ impl<'a> Batch<'a> {
         Ok(Self { pairs: self.pairs.with_passage_ids(ids)?, ..self })
     }
 
+    /// [`Pairs::with_shared_ids`].
+    pub fn with_shared_ids(self, shared: bool) -> Result<Self> {
+        Ok(Self { pairs: self.pairs.with_shared_ids(shared)?, ..self })
+    }
+
     /// [`Pairs::with_hard_negative_owners`].
     pub fn with_hard_negative_owners(self, owners: &'a [i32], scope: Scope) -> Result<Self> {
         Ok(Self { pairs: self.pairs.with_hard_negative_owners(owners, scope)?, ..self })

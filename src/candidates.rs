@@ -8,10 +8,13 @@ use crate::problem::Problem;
 pub(crate) const NONE: u32 = u32::MAX;
 
 /// For each index of a space: its query key, its passage key, the row whose hard negative it is ([`NONE`]: everyone's), and the
-/// row that it anchors, or [`NONE`].
+/// row that it anchors, or [`NONE`]. Keys of queries are swapped ([`Key::swapped`](crate::mask::Key::swapped)), as kernels
+/// swap those of the anchors that they meet.
 pub(crate) fn candidates(problem: &Problem<'_>, order: &Order, keys: &Keys, space: Space) -> Vec<[u32; 4]> {
     match space {
-        Space::Query => keys.rows.iter().zip(0..).map(|(k, row)| [k.query, k.passage, NONE, row]).collect(),
+        Space::Query => {
+            keys.rows.iter().map(|k| k.swapped()).zip(0..).map(|(k, row)| [k.query, k.passage, NONE, row]).collect()
+        }
         Space::Passage => {
             let owners = problem.pairs.exclusive_owners();
             let owner = |n: usize| owners.map_or(NONE, |o| u32::try_from(o[n]).unwrap_or(NONE));
@@ -22,12 +25,4 @@ pub(crate) fn candidates(problem: &Problem<'_>, order: &Order, keys: &Keys, spac
             (0..order.len()).map(of).collect()
         }
     }
-}
-
-/// Whether pairs of different indices can be masked at all. Default keys mask a pair only where both indices are the same: the
-/// order of the passages sees to it.
-pub(crate) fn may_mask(problem: &Problem<'_>, order: &Order) -> bool {
-    let pairs = &problem.pairs;
-    let ids = pairs.query_ids().is_some() || pairs.passage_ids().is_some();
-    ids || order.len() != order.passages || problem.options.margin().is_some() || pairs.exclusive_owners().is_some()
 }

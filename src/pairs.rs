@@ -21,6 +21,7 @@ pub struct Pairs<'a> {
     weights: Option<&'a [f32]>,
     query_ids: Option<&'a [i64]>,
     passage_ids: Option<&'a [i64]>,
+    shared_ids: bool,
     owners: Option<&'a [i32]>,
     scope: Scope,
 }
@@ -49,6 +50,7 @@ impl<'a> Pairs<'a> {
             weights: None,
             query_ids: None,
             passage_ids: None,
+            shared_ids: false,
             owners: None,
             scope: Scope::All,
         })
@@ -97,7 +99,8 @@ impl<'a> Pairs<'a> {
         Ok(self)
     }
 
-    /// An identity for each query; queries of equal id are never negatives of each other. Default: all different.
+    /// An identity for each query; queries of equal id are never negatives of each other, nor of each other's positives.
+    /// Default: all different.
     pub fn with_query_ids(mut self, ids: &'a [i64]) -> Result<Self> {
         Self::check_len("query_ids", ids.len(), self.rows(), "query")?;
         self.query_ids = Some(ids);
@@ -109,6 +112,31 @@ impl<'a> Pairs<'a> {
     pub fn with_passage_ids(mut self, ids: &'a [i64]) -> Result<Self> {
         Self::check_len("passage_ids", ids.len(), self.passages(), "passage")?;
         self.passage_ids = Some(ids);
+        Ok(self)
+    }
+
+    /// Whether query ids and passage ids name the same texts. If so, a passage with the id of row i's query, and a query with the
+    /// id of its positive, are no negatives of row i either: pairs of sentences, or queries that are other rows' passages.
+    /// Default: no, a query and a passage may have one id and nothing in common. To be called after
+    /// [`Pairs::with_query_ids`] and [`Pairs::with_passage_ids`].
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for `true` without ids of both.
+    pub fn with_shared_ids(mut self, shared: bool) -> Result<Self> {
+        let missing = match (self.query_ids, self.passage_ids) {
+            (Some(_), Some(_)) => None,
+            (None, Some(_)) => Some("query ids"),
+            (Some(_), None) => Some("passage ids"),
+            (None, None) => Some("query ids and passage ids"),
+        };
+        if let Some(missing) = missing.filter(|_| shared) {
+            return Err(Error::invalid(
+                "shared_ids",
+                format!("true without {missing}"),
+                "false, or query ids and passage ids before it",
+            ));
+        }
+        self.shared_ids = shared;
         Ok(self)
     }
 
@@ -161,6 +189,11 @@ impl<'a> Pairs<'a> {
     /// The ids of the passages, if any were given.
     pub fn passage_ids(&self) -> Option<&'a [i64]> {
         self.passage_ids
+    }
+
+    /// Whether query ids and passage ids name the same texts.
+    pub fn shared_ids(&self) -> bool {
+        self.shared_ids
     }
 
     /// The owners of hard negatives, if any were given and only their owners see them.

@@ -14,8 +14,8 @@ use crate::batch::{Batch, Embeddings, EmbeddingsMut, Tower, for_each_dtype};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::loss::{Block, Loss};
-use crate::mask::{COSINE_TIE, Keys, threshold};
-use crate::options::{Options, ZeroNorm};
+use crate::mask::{COSINE_TIE, Key, Keys, threshold};
+use crate::options::{NoNegative, Options, ZeroNorm};
 use crate::output::{Evaluation, GradientBuffers, Metrics, TemperatureGradient, check_upstream};
 use rayon::prelude::*;
 
@@ -61,7 +61,8 @@ pub fn loss_and_gradients_into(
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for an `upstream` that is not finite; [`Error::NonFinite`] and [`Error::ZeroNorm`] for an
-/// embedding without a direction; [`Error::NoNegative`] for a row of weight above 0 with an empty softmax;
+/// embedding without a direction; [`Error::NoNegative`] for a row of weight above 0 with an empty softmax
+/// unless the options say [`NoNegative::Zero`];
 /// [`Error::OutOfMemory`] where the dense matrices do not fit.
 pub fn loss_and_gradients(loss: &Loss, batch: &Batch<'_>, options: &Options, upstream: f64) -> Result<ReferenceOutput> {
     check_upstream(upstream)?;
@@ -105,7 +106,7 @@ pub fn loss_and_gradients(loss: &Loss, batch: &Batch<'_>, options: &Options, ups
             let terms: Vec<Negative> = group.blocks().iter().flat_map(|b| &kept[b.index()]).copied().collect();
             let mut probabilities: Vec<f64> = terms.iter().map(|n| beta * (n.cosine - positive)).collect();
             let Some(row_loss) = softmax(&mut probabilities, group.positive_copies()) else {
-                if weight > 0.0 {
+                if weight > 0.0 && options.no_negative() == NoNegative::Error {
                     return Err(Error::NoNegative { loss: loss.name().into(), group: g, row: i });
                 }
                 continue;
@@ -176,8 +177,10 @@ impl Negatives<'_> {
             return Vec::new();
         }
         let own = self.batch.positive(i);
-        let candidates = if block.candidates_are_passages() { &self.keys.passages } else { &self.keys.rows };
-        let owners = self.batch.exclusive_owners().filter(|_| block.candidates_are_passages());
+        let passages = block.candidates_are_passages();
+        let candidates = if passages { &self.keys.passages } else { &self.keys.rows };
+        let drops = if passages { Key::drops_passage } else { Key::drops_query };
+        let owners = self.batch.exclusive_owners().filter(|_| passages);
         let highest = threshold(positive, self.options.margin());
         let negative = |j: usize| {
             let (matrix, at) = match block {
@@ -188,7 +191,7 @@ impl Negatives<'_> {
             };
             let cosine = cosines[matrix][at];
             let of_another_row = owners.is_some_and(|o| o[j] >= 0 && o[j] as usize != i);
-            let kept = !self.keys.rows[i].excludes(candidates[j]) && !of_another_row && cosine <= highest;
+            let kept = !drops(self.keys.rows[i], candidates[j]) && !of_another_row && cosine <= highest;
             kept.then_some(Negative { matrix, at, cosine })
         };
         (0..candidates.len()).filter_map(negative).collect()

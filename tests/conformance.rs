@@ -14,7 +14,7 @@ mod support;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use samtone::backend::{self, Backend};
-use samtone::{Block, DType, Error, Group, Loss, Scope};
+use samtone::{Block, DType, Error, Group, Loss, NoNegative, Scope};
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use support::backends;
@@ -281,6 +281,9 @@ const OPTIONS: &[&str] = &[
     "weights",
     "ids",
     "ids of duplicates",
+    "shared ids",
+    "shared ids, own negatives and a margin",
+    "copies of positives",
     "margin 0 on duplicates",
     "margin",
     "negative margin",
@@ -288,6 +291,8 @@ const OPTIONS: &[&str] = &[
     "owners, own",
     "everything",
     "every negative masked",
+    "every negative masked, as zero",
+    "negatives for one row, as zero",
 ];
 
 fn with_option(option: &str, mut problem: Problem) -> Result<Problem, String> {
@@ -309,6 +314,23 @@ fn with_option(option: &str, mut problem: Problem) -> Result<Problem, String> {
             problem.query_ids = Some(duplicate_ids(m));
             problem.passage_ids = Some(duplicate_ids(n));
         }
+        // Row i asks with text i for text i + 1; further passages are any of them.
+        "shared ids" => {
+            problem.query_ids = Some((0..m).map(|i| i as i64).collect());
+            let further = below(m, n - m);
+            problem.passage_ids = Some((1..=m).chain(further).map(|text| text as i64).collect());
+            problem.shared_ids = true;
+        }
+        "shared ids, own negatives and a margin" => {
+            problem = with_option("shared ids", problem)?;
+            problem.owners = Some((owners(), Scope::Own));
+            problem.options = margin(&problem, 0.3)?;
+        }
+        // Queries come twice, with other positives, whose texts are among the further passages too.
+        "copies of positives" => {
+            problem.query_ids = Some((0..m).map(|i| i as i64 / 2).collect());
+            problem.passage_ids = Some((0..n).map(|j| (j % m) as i64).collect());
+        }
         "margin 0 on duplicates" => problem.options = margin(&problem, 0.0)?,
         "margin" => problem.options = margin(&problem, 0.1)?,
         "negative margin" => problem.options = margin(&problem, -0.05)?,
@@ -319,12 +341,25 @@ fn with_option(option: &str, mut problem: Problem) -> Result<Problem, String> {
             problem.weights = Some(weights());
             problem.query_ids = Some(below(m, m).iter().map(|&id| id as i64).collect());
             problem.passage_ids = Some(below(n, n).iter().map(|&id| id as i64).collect());
+            problem.shared_ids = true;
             problem.owners = Some((owners(), Scope::Own));
             problem.options = margin(&problem, 0.2)?;
         }
         "every negative masked" => {
             problem.positives = Some(vec![0; m]);
             problem.passage_ids = Some(vec![1; n]);
+        }
+        "every negative masked, as zero" => {
+            problem = with_option("every negative masked", problem)?;
+            problem.options = problem.options.with_no_negative(NoNegative::Zero);
+        }
+        "negatives for one row, as zero" => {
+            // The last passage is another text than all others, and for row 1 alone.
+            problem.passage_ids = Some((0..n).map(|j| i64::from(j == n - 1)).collect());
+            problem.owners = Some(((0..n).map(|j| if j == n - 1 { 1 } else { -1 }).collect(), Scope::Own));
+            problem.weights = Some(weights());
+            problem.weights.as_mut().into_iter().for_each(|w| w[1] = 0.5);
+            problem.options = problem.options.with_no_negative(NoNegative::Zero);
         }
         _ => return Err(format!("no option `{option}`")),
     }

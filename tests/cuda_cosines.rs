@@ -171,6 +171,7 @@ fn options(how: &'static CudaEmulated) -> Result<(), Failed> {
             let mut source = Source::new(5);
             let mut ids = |len: usize| Some((0..len).map(|_| source.below(len) as i64).collect());
             (p.query_ids, p.passage_ids) = (ids(p.rows), ids(p.passages));
+            p.shared_ids = true;
             p.weights = Some((0..p.rows).map(|i| [1.0, 0.0, 2.5, 0.125, 1e-3][i % 5]).collect());
             Ok(())
         }),

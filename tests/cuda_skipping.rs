@@ -193,6 +193,7 @@ fn presets(how: &'static CudaEmulated) -> Result<(), Failed> {
             let mut source = Source::new(seed);
             let mut ids = |len: usize| Some((0..len).map(|_| source.below(len) as i64).collect());
             (problem.query_ids, problem.passage_ids) = (ids(shape.0), ids(shape.1));
+            problem.shared_ids = true;
         }
         let problem = skipping(problem, share)?;
         let (got, full) = (run(how, &problem)?, run(how, &whole(&problem)?)?);

@@ -21,6 +21,7 @@ fn everything(loss: Loss, dtype: DType, workspace: usize) -> samtone::Result<Pro
     problem.weights = Some((0..rows).map(|i| (i % 4) as f32).collect());
     problem.query_ids = Some(duplicate_ids(rows));
     problem.passage_ids = Some(duplicate_ids(passages));
+    problem.shared_ids = true;
     problem.owners =
         Some(((0..passages).map(|j| if j % 3 == 0 { (j % rows) as i32 } else { -1 }).collect(), Scope::Own));
     problem.options = problem.options.with_margin(0.2)?.with_workspace_bytes(workspace);

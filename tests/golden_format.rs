@@ -5,6 +5,7 @@ mod support;
 use serde_json::{Value, json};
 use std::path::Path;
 use support::case::{Case, files};
+use support::data::Source;
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
@@ -50,6 +51,52 @@ fn each_fault_names_its_field() -> Outcome {
         let error = error_of(&file.to_string());
         assert!(error.contains(want), "{pointer} = {value}: {error}");
     }
+    Ok(())
+}
+
+/// What a framework writes are the shortest decimals of its numbers, of f32 ones also as f64; both name one number exactly.
+#[test]
+fn every_number_is_read_exactly() -> Outcome {
+    let mut source = Source::new(5);
+    for _ in 0..50 {
+        let mut file = example()?;
+        let wide: Vec<f64> = source.normal(42);
+        let narrow: Vec<f64> = source.normal(6).iter().map(|&x| f64::from((x as f32).abs())).collect();
+        file["q"] = wide.chunks(7).map(<[f64]>::to_vec).collect();
+        file["weights"] = narrow.clone().into();
+        let case = Case::parse(&file.to_string())?;
+        assert_eq!(case.problem.query, wide);
+        let weights = case.problem.weights.ok_or("no weights")?;
+        assert_eq!(weights.into_iter().map(f64::from).collect::<Vec<_>>(), narrow);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_the_file() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("marked.json");
+    std::fs::write(&path, format!("\u{feff}{}", example()?))?;
+    assert_eq!(Case::read(&path)?.problem.rows, 6);
+    Ok(())
+}
+
+#[test]
+fn shared_ids_want_the_ids_of_both_towers() -> Outcome {
+    let mut file = example()?;
+    let fields = file.as_object_mut().ok_or("not an object")?;
+    for (ids, error) in [
+        (json!(null), "argument `shared_ids` is true without query ids and passage ids; allowed: false, or"),
+        (json!([1, 2, 3, 4, 5, 6]), "argument `shared_ids` is true without passage ids; allowed: false, or"),
+    ] {
+        fields.insert("query_ids".into(), ids);
+        fields.insert("shared_ids".into(), json!(true));
+        assert!(error_of(&Value::from(fields.clone()).to_string()).contains(error), "{error}");
+        fields.insert("shared_ids".into(), json!(false));
+        assert!(!Case::parse(&Value::from(fields.clone()).to_string())?.problem.shared_ids);
+    }
+    fields.insert("shared_ids".into(), json!(1));
+    assert!(error_of(&Value::from(fields.clone()).to_string()).contains("field `shared_ids`: invalid type"));
     Ok(())
 }
 

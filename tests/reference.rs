@@ -6,11 +6,11 @@ mod support;
 use samtone::half::f16;
 use samtone::reference::{ReferenceOutput, loss_and_gradients};
 use samtone::{
-    Block, DType, Element, Embeddings, EmbeddingsMut, Error, GradientBuffers, Group, Loss, Options, Scope, Tower,
-    ZeroNorm,
+    Block, DType, Element, Embeddings, EmbeddingsMut, Error, GradientBuffers, Group, Loss, NoNegative, Options, Scope,
+    Tower, ZeroNorm,
 };
 use support::compare::{against_golden, entrywise, verdict};
-use support::data::{Kind, problem};
+use support::data::{Kind, Source, problem};
 use support::problem::{Buffer, Problem};
 use support::{case, compare::Check};
 
@@ -54,6 +54,13 @@ fn with_options(plain: &Problem) -> samtone::Result<Vec<Problem>> {
         Problem { name: name("weights"), weights: weights.clone(), ..plain.clone() },
         Problem { name: name("query ids"), query_ids: query_ids.clone(), ..plain.clone() },
         Problem { name: name("passage ids"), passage_ids: passage_ids.clone(), ..plain.clone() },
+        Problem {
+            name: name("shared ids"),
+            query_ids: query_ids.clone(),
+            passage_ids: passage_ids.clone(),
+            shared_ids: true,
+            ..plain.clone()
+        },
         Problem { name: name("owners, all"), owners: owners(Scope::All), ..plain.clone() },
         Problem { name: name("owners, own"), owners: owners(Scope::Own), ..plain.clone() },
         Problem { name: name("margin"), options: margin, ..plain.clone() },
@@ -63,6 +70,7 @@ fn with_options(plain: &Problem) -> samtone::Result<Vec<Problem>> {
             weights,
             query_ids,
             passage_ids,
+            shared_ids: true,
             owners: owners(Scope::Own),
             options: plain.options.with_margin(0.3)?,
             ..plain.clone()
@@ -242,6 +250,34 @@ fn an_empty_softmax_is_forgiven_to_rows_of_weight_0() -> Outcome {
 }
 
 #[test]
+fn an_empty_softmax_may_count_as_nothing() -> Outcome {
+    // q̂ = p̂ = (1, 0), (0, 1), (0.6, 0.8); row 0 has no negative.
+    let mut problem = problem(Loss::decoupled(), Kind::Random, (3, 3, 2), 0.5, 7, 0.0)?;
+    problem.query = vec![1.0, 0.0, 0.0, 1.0, 0.6, 0.8];
+    problem.passage = problem.query.clone();
+    problem.owners = Some((vec![-1, 2, 2], Scope::Own)); // rows 0 and 1 lose passages 1 and 2
+    problem.weights = Some(vec![5.0, 2.0, 1.0]);
+    assert!(matches!(solve(&problem, 1.0), Err(Error::NoNegative { row: 0, .. })));
+    problem.options = problem.options.with_no_negative(NoNegative::Zero);
+    let got = solve(&problem, 1.0)?;
+    // Row 1 has passage 0, at a cosine of 0; row 2 has passages 0 and 1. Row 0 keeps its 5 of the 8 parts of the weight.
+    let rows = [0.0, -2.0, (1.2_f64.exp() + 1.6_f64.exp()).ln() - 2.0];
+    verdict(&[
+        entrywise("row_losses", &got.evaluation.row_losses, &rows, 1e-14),
+        entrywise("loss", &[got.evaluation.loss], &[(2.0 * rows[1] + rows[2]) / 8.0], 1e-14),
+    ])?;
+    assert!(got.grad_query[..2].iter().all(|g| *g == 0.0), "nothing pulls on the row");
+    assert!(got.grad_query[2..].iter().any(|g| *g != 0.0), "the others train");
+    // Nothing at all left: a batch of one row.
+    let mut single = self::problem(Loss::decoupled(), Kind::Random, (1, 1, 3), 0.01, 5, 0.0)?;
+    single.options = single.options.with_no_negative(NoNegative::Zero);
+    let got = solve(&single, 1.0)?;
+    assert_eq!((got.evaluation.loss, got.temperature.tau), (0.0, 0.0));
+    assert!(got.grad_query.iter().chain(&got.grad_passage).all(|g| *g == 0.0));
+    Ok(())
+}
+
+#[test]
 fn the_lowest_row_owns_a_shared_passage() -> Outcome {
     // Rows 0 and 1 share passage 0, the only possible negative of row 2.
     let mut shared = problem(Loss::info_nce(), Kind::Random, (3, 3, 4), 0.1, 8, 0.0)?;
@@ -251,6 +287,32 @@ fn the_lowest_row_owns_a_shared_passage() -> Outcome {
     assert_ne!(solve(&shared, 1.0)?.evaluation.row_losses[2], 0.0, "row 1 shares the query of row 2, but owns nothing");
     shared.query_ids = Some(vec![6, 5, 6]);
     assert_eq!(solve(&shared, 1.0)?.evaluation.row_losses[2], 0.0, "passage 0 answers the query of row 2");
+    Ok(())
+}
+
+#[test]
+fn a_text_is_no_negative_of_itself_in_the_other_tower() -> Outcome {
+    // Texts X0 … X3, rows (X0, X1), (X1, X2), (X2, X3): queries 1 and 2 meet their own texts among the passages.
+    let texts = Source::new(11).normal(4 * 3);
+    let mut chain = problem(Loss::info_nce(), Kind::Random, (3, 3, 3), 0.05, 1, 0.0)?;
+    (chain.query, chain.passage) = (texts[..9].to_vec(), texts[3..].to_vec());
+    (chain.query_ids, chain.passage_ids) = (Some(vec![0, 1, 2]), Some(vec![1, 2, 3]));
+    let cosine = |i: usize, j: usize| {
+        let (x, y) = (&texts[3 * i..3 * i + 3], &texts[3 * j..3 * j + 3]);
+        let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(a, b)| a * b).sum::<f64>();
+        dot(x, y) / (dot(x, x) * dot(y, y)).sqrt()
+    };
+    let row_loss = |i: usize, negatives: &[usize]| {
+        negatives.iter().map(|&j| ((cosine(i, j) - cosine(i, i + 1)) / 0.05).exp()).sum::<f64>().ln_1p()
+    };
+    for (shared, want) in [
+        (false, [row_loss(0, &[2, 3]), row_loss(1, &[1, 3]), row_loss(2, &[1, 2])]),
+        (true, [row_loss(0, &[2, 3]), row_loss(1, &[3]), row_loss(2, &[1])]),
+    ] {
+        chain.shared_ids = shared;
+        let got = solve(&chain, 1.0)?.evaluation.row_losses;
+        verdict(&[entrywise("row_losses", &got, &want, 1e-12)]).map_err(|e| format!("shared ids {shared}: {e}"))?;
+    }
     Ok(())
 }
 

@@ -69,6 +69,7 @@ fn with_everything(mut problem: Problem) -> samtone::Result<Problem> {
     problem.weights = Some((0..rows).map(|i| (i + 1 == rows || i % 3 > 0) as u8 as f32 * 0.5).collect());
     problem.query_ids = Some(duplicate_ids(rows));
     problem.passage_ids = Some(duplicate_ids(passages));
+    problem.shared_ids = true;
     let owner = |j: usize| if j % 4 == 1 { (j % rows) as i32 } else { -1 };
     problem.owners = Some(((0..passages).map(owner).collect(), Scope::Own));
     problem.options = problem.options.with_margin(0.15)?;

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from losses import LOSSES, TEMPERATURE
 from measure import Step, fastest
 from torch_step import samtone_query
 
-TEMPERATURE = 0.01
 SMALL = 4096  # up to so many rows, steps are replayed as CUDA graphs, too
 ANY = 2**31  # and those that allocate nothing, for all
 LONG = 100_000  # from so many rows on, tuning tries less and limits are longer
@@ -52,10 +52,19 @@ def make_inputs(rows: int, dim: int, device: torch.device, seed: int = 1, dtype:
 
 
 class Autograd:
-    """Forward and backward of a function of f32 leaves; with `autocast`, its products in bf16 as PyTorch's users have them."""
+    """Forward and backward of a function of f32 leaves, or of bf16 ones if `narrow`; with `autocast`, its products in bf16 as PyTorch's
+    users have them.
+    """
 
-    def __init__(self, inputs: Inputs, function: Callable[..., torch.Tensor], autocast: bool, marked: bool = False) -> None:
-        self.leaves = [x.detach().requires_grad_() for x in inputs.wide]
+    def __init__(
+        self,
+        inputs: Inputs,
+        function: Callable[..., torch.Tensor],
+        autocast: bool,
+        marked: bool = False,
+        narrow: bool = False,
+    ) -> None:
+        self.leaves = [x.detach().requires_grad_() for x in (inputs.narrow if narrow else inputs.wide)]
         self.function, self.autocast, self.marked, self.value = function, autocast, marked, None
 
     def run(self) -> None:
@@ -211,6 +220,20 @@ def ranking(cached: bool, joint: bool, precision: str) -> Callable[[Inputs], Mad
     return make
 
 
+def memory_efficient(loss: str, narrow: bool) -> Callable[[Inputs], Made]:
+    def make(inputs: Inputs) -> Made:
+        from memory_efficient import KERNELS, MemoryEfficient
+
+        def build(kernels: str) -> Autograd:
+            return Autograd(inputs, MemoryEfficient(loss, kernels), autocast=False, narrow=narrow)
+
+        kernels = fastest(build, list(KERNELS), inputs.device)
+        settings = LOSSES[loss]
+        return Made(build(kernels), f"temperature {settings.temperature}, {kernels}")
+
+    return make
+
+
 def small(rows: int) -> bool:
     return rows <= SMALL
 
@@ -227,6 +250,8 @@ ENGINES = [
     Engine("cuBLAS + Triton f16", fused(operands=torch.float16), graph=ANY, limit_s=60),
     Engine("cuBLAS + Triton kept", fused(kept=True), graph=ANY, limit_s=60, dense=True),
     Engine("Inf-CL-like Triton", inf_cl_like, graph=ANY, limit_s=60),
+    Engine("memeff Qwen3 bf16", memory_efficient("qwen3", True), loss="qwen3", graph=SMALL),
+    Engine("memeff CLIP bf16", memory_efficient("clip", True), loss="clip", graph=SMALL),
     Engine("eager f32", plain("f32"), dense=True, graph=SMALL),
     Engine("eager tf32", plain("tf32"), dense=True, graph=SMALL),
     Engine("eager autocast", plain("autocast"), dense=True, graph=SMALL),
@@ -239,6 +264,9 @@ ENGINES = [
     Engine("Cached MNRL autocast", ranking(True, False, "autocast")),
     Engine("Cached MNRL joint autocast", ranking(True, True, "autocast"), loss=JOINT),
     Engine("compile autocast", compiled("autocast"), dense=True, graph=SMALL, late=True, limit_s=60),
+    Engine("memeff Qwen3 bf16 cold", memory_efficient("qwen3_cold", True), loss="qwen3_cold", late=True),
+    Engine("memeff Qwen3 tf32", memory_efficient("qwen3", False), loss="qwen3", graph=SMALL, late=True),
+    Engine("memeff CLIP tf32", memory_efficient("clip", False), loss="clip", graph=SMALL, late=True),
     Engine("compile tf32", compiled("tf32"), dense=True, graph=SMALL, late=True, limit_s=60),
     Engine("compile reduce-overhead autocast", compiled("autocast", mode="reduce-overhead"), dense=True, wanted=small, late=True,
            limit_s=60),

@@ -1,13 +1,14 @@
 """The judge: exact gradients in float64, in chunks of rows, of all embeddings or of a sample.
 
-A loss is a list of groups (c, blocks, e), as docs/loss.md defines them, of which the peers need three blocks:
+A loss is a list of groups (c, blocks, e), as docs/loss.md defines them, on four blocks (losses.py):
 
-    l_gi = log( e exp(z_ii) + sum_{b in g} sum_{j != i} exp(b_ij) ),   L = sum_g c/B sum_i (l_gi - z_ii)
-    QP_ij = z_ij = cos(q_i, p_j)/tau,  PQ_ij = cos(p_i, q_j)/tau,  QQ_ij = cos(q_i, q_j)/tau
+    l_gi = log( e exp(z_ii) + sum_{b in g} sum_{j != i, kept} exp(b_ij) ),   L = sum_g c/B sum_i (l_gi - z_ii)
+    QP_ij = z_ij = cos(q_i, p_j)/tau,  PQ_ij = cos(p_i, q_j)/tau,  QQ_ij = cos(q_i, q_j)/tau,  PP_ij = cos(p_i, p_j)/tau
 
-With w_b,i = log sum_{g with b} c_g exp(-l_gi), the derivatives of the cosines are, for j != i and times 1/(B tau),
+j is kept for i unless its cosine exceeds cos(q_i, p_i) + margin. With w_b,i = log sum_{g with b} c_g exp(-l_gi), the derivatives of the
+cosines are, for j != i and times 1/(B tau), each term only where j is kept for i, or i for j,
 
-    of z_ij: exp(z_ij + w_QP,i) + exp(z_ij + w_PQ,j),   of QQ_ij: exp(QQ_ij + w_QQ,i) + exp(QQ_ij + w_QQ,j) for the pair,
+    of z_ij: exp(z_ij + w_QP,i) + exp(z_ij + w_PQ,j),   of QQ_ij: exp(QQ_ij + w_QQ,i) + exp(QQ_ij + w_QQ,j) for the pair, PP likewise,
     of z_ii: -sum_g c_g (1 - e exp(z_ii - l_gi))
 """
 
@@ -17,12 +18,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from losses import LOSSES, Loss
 
-# Group: (coefficient, blocks, copies of the positive in the denominator).
-LOSSES = {
-    "samtone_query": [(1.0, ("QP", "QQ"), 1), (1.0, ("PQ",), 1)],
-    "samtone_query_joint": [(1.0, ("QP", "QQ", "PQ"), 2)],
-}
 CHUNK_BYTES = 2**30
 # Judged by all rows up to this B, by a sample of both towers beyond.
 JUDGED, SAMPLED = 32768, 1024
@@ -68,59 +65,71 @@ def mask_own(tile: torch.Tensor, rows: torch.Tensor, value: float) -> torch.Tens
 
 
 class Judge:
-    """Logsumexps of every block once, then gradients of any rows of any loss."""
+    """Logsumexps of every block of a loss, then gradients of any rows."""
 
-    def __init__(self, query: torch.Tensor, passage: torch.Tensor, temperature: float) -> None:
+    def __init__(self, query: torch.Tensor, passage: torch.Tensor) -> None:
         self.raw = (query.double(), passage.double())
         self.query, self.passage = (F.normalize(x, dim=-1) for x in self.raw)
-        self.beta, self.size = 1.0 / temperature, len(query)
-        self.positive = self.beta * (self.query * self.passage).sum(dim=1)
-        self.blocks = {"QP": (self.query, self.passage), "PQ": (self.passage, self.query), "QQ": (self.query, self.query)}
-        self.lse = {name: self.row_logsumexp(*towers) for name, towers in self.blocks.items()}
+        self.size = len(query)
+        self.positive = (self.query * self.passage).sum(dim=1)
+        q, p = self.query, self.passage
+        self.blocks = {"QP": (q, p), "PQ": (p, q), "QQ": (q, q), "PP": (p, p)}
 
-    def row_logsumexp(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        parts = []
+    def row_logsumexp(self, block: str, loss: Loss) -> torch.Tensor:
+        (left, right), parts = self.blocks[block], []
         for rows in chunks(self.size, self.size):
             tile = left[rows] @ right.T
-            mask_own(tile.mul_(self.beta), torch.arange(rows.start, rows.stop, device=tile.device), -math.inf)
+            if loss.margin is not None:
+                tile.masked_fill_(tile > (self.positive[rows] + loss.margin)[:, None], -math.inf)
+            mask_own(tile.mul_(1.0 / loss.temperature), torch.arange(rows.start, rows.stop, device=tile.device), -math.inf)
             parts.append(tile.logsumexp(dim=1))
         return torch.cat(parts)
 
-    def reference(self, loss: str, rows: torch.Tensor | None = None) -> Reference:
-        groups, total = LOSSES[loss], torch.zeros_like(self.positive)
-        weights = {name: torch.full_like(self.positive, -math.inf) for name in self.blocks}
-        of_positive = torch.zeros_like(self.positive)
-        for coefficient, blocks, copies in groups:
-            lse = torch.stack([self.lse[b] for b in blocks] + [self.positive + math.log(copies)]).logsumexp(dim=0)
-            negatives = torch.stack([self.lse[b] for b in blocks]).logsumexp(dim=0)
-            total += coefficient * (lse - self.positive)
+    def reference(self, name: str, rows: torch.Tensor | None = None) -> Reference:
+        loss, positive = LOSSES[name], self.positive / LOSSES[name].temperature
+        total, of_positive = torch.zeros_like(positive), torch.zeros_like(positive)
+        weights = {name: torch.full_like(positive, -math.inf) for name in self.blocks}
+        by_row = {block: self.row_logsumexp(block, loss) for block in {b for _, blocks, _ in loss.groups for b in blocks}}
+        for coefficient, blocks, copies in loss.groups:
+            lse = torch.stack([by_row[b] for b in blocks] + [positive + math.log(copies)]).logsumexp(dim=0)
+            negatives = torch.stack([by_row[b] for b in blocks]).logsumexp(dim=0)
+            total += coefficient * (lse - positive)
             of_positive -= coefficient * (negatives - lse).exp()
             for b in blocks:
                 weights[b] = torch.logaddexp(weights[b], math.log(coefficient) - lse)
-        wanted = torch.arange(self.size, device=self.positive.device) if rows is None else rows
-        q, p, own = self.query, self.passage, of_positive[wanted, None]
-        of_query = own * p[wanted]
-        of_passage = own * q[wanted]
-        self.add(of_query, wanted, (q, p), (weights["QP"], weights["PQ"]))
-        self.add(of_query, wanted, (q, q), (weights["QQ"], weights["QQ"]))
-        self.add(of_passage, wanted, (p, q), (weights["PQ"], weights["QP"]))
-        gradients = (self.to_raw(of_query, wanted, self.raw[0], q), self.to_raw(of_passage, wanted, self.raw[1], p))
+        wanted = torch.arange(self.size, device=positive.device) if rows is None else rows
+        of_query = of_positive[wanted, None] * self.passage[wanted]
+        of_passage = of_positive[wanted, None] * self.query[wanted]
+        for out, mine, theirs in ((of_query, "QP", "PQ"), (of_query, "QQ", "QQ"), (of_passage, "PQ", "QP"), (of_passage, "PP", "PP")):
+            if mine in by_row or theirs in by_row:
+                self.add(out, wanted, self.blocks[mine], (weights[mine], weights[theirs]), loss)
+        of_query, of_passage = (g.mul_(1.0 / (loss.temperature * self.size)) for g in (of_query, of_passage))
+        gradients = (self.to_raw(of_query, wanted, self.raw[0], self.query), self.to_raw(of_passage, wanted, self.raw[1], self.passage))
         return Reference(total.mean().item(), gradients, rows)
 
-    def add(self, out: torch.Tensor, wanted: torch.Tensor, towers: tuple, weights: tuple) -> None:
-        """out_i += sum_j (exp(z_ij + w_i) + exp(z_ij + v_j)) y_j for the wanted rows."""
+    def add(self, out: torch.Tensor, wanted: torch.Tensor, towers: tuple, weights: tuple, loss: Loss) -> None:
+        """out_i += sum_j (exp(z_ij + w_i) [j kept for i] + exp(z_ij + v_j) [i kept for j]) y_j for the wanted rows."""
         (left, right), (mine, theirs) = towers, weights
         for part in chunks(len(wanted), self.size):
             rows = wanted[part]
-            tile = (left[rows] @ right.T).mul_(self.beta)
+            tile = left[rows] @ right.T
+            dropped = None
+            if loss.margin is not None:
+                limit = self.positive + loss.margin
+                dropped = (tile > limit, tile > limit[rows, None])
+            tile.mul_(1.0 / loss.temperature)
             factors = (tile + theirs).exp_()
-            factors += tile.add_(mine[rows, None]).exp_()
+            tile.add_(mine[rows, None]).exp_()
+            if dropped is not None:
+                factors.masked_fill_(dropped[0], 0.0)
+                tile.masked_fill_(dropped[1], 0.0)
+            factors += tile
             out[part] += mask_own(factors, rows, 0.0) @ right
 
     def to_raw(
         self, of_direction: torch.Tensor, wanted: torch.Tensor, raw: torch.Tensor, unit: torch.Tensor
     ) -> torch.Tensor:
-        """(g - x (x.g)) / |x| times 1/(B tau), for unit rows x."""
+        """(g - x (x.g)) / |x|, for unit rows x."""
         unit, norms = unit[wanted], raw[wanted].norm(dim=1, keepdim=True)
         tangent = of_direction - unit * (unit * of_direction).sum(dim=1, keepdim=True)
-        return tangent * (self.beta / self.size) / norms
+        return tangent / norms

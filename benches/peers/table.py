@@ -4,8 +4,8 @@
     python3 benches/peers/table.py FOLDER [--error-shape 8192,768]
 
 Reads FOLDER/peers.csv (run.py), FOLDER/step.txt (what `bench_cuda` printed in the same call, if it is there) and
-FOLDER/samtone-errors.csv (judge_files.py, if it is there); writes peers.md, time.svg, memory.svg and error.svg beside them. Needs
-the standard library alone.
+FOLDER/samtone-errors.csv (judge_files.py, if it is there), and of other losses step-LOSS.txt and samtone-errors-LOSS.csv; writes
+peers.md, time.svg, memory.svg and error.svg beside them. Needs the standard library alone.
 """
 
 import argparse
@@ -14,18 +14,25 @@ import pathlib
 import sys
 from dataclasses import dataclass, replace
 
+import whole_file
+from losses import LOSSES
 from svg import Chart, Series, draw
 
 SAMTONE = "samtone"
 PRODUCTS = ("products 12", "products 9")
 OWN_HEADER = "rows,dim,milliseconds,tflops,extra_mib,loss"
-OTHER_LOSS = {"samtone_query_joint": "¹"}
-FOOTNOTE = "¹ The nearest loss in one call: one softmax over passages, other queries and the passage's queries."
+FOOTNOTES = {
+    "samtone_query_joint": "¹ The nearest loss in one call: one softmax over passages, other queries and the passage's queries.",
+    "qwen3": "² The preset `qwen3` at temperature 0.05: one softmax over passages, other queries and other passages, with a margin of 0.1.",
+    "qwen3_cold": "³ The same at temperature 0.01.",
+    "clip": "⁴ The preset `clip` at temperature 0.05: passages and queries, half each.",
+}
+OTHER_LOSS = {loss: text[0] for loss, text in FOOTNOTES.items()}
 
 # Of the engines that come in f32, tf32 and autocast, the charts against B show one or two; tables and the chart of errors have all.
 CHARTED = (
     SAMTONE, "products 9", "cuBLAS + Triton", "cuBLAS + Triton f16", "cuBLAS + Triton kept", "Inf-CL-like Triton", "eager f32",
-    "eager autocast", "compile autocast", "checkpoint autocast", "MNRL autocast", "Cached MNRL autocast",
+    "eager autocast", "compile autocast", "checkpoint autocast", "MNRL autocast", "Cached MNRL autocast", "memeff Qwen3 bf16",
 )  # fmt: skip
 
 Shape = tuple[int, int]
@@ -48,6 +55,10 @@ class Measured:
     @property
     def title(self) -> str:
         return self.engine + OTHER_LOSS.get(self.loss_name, "")
+
+    @property
+    def is_ours(self) -> bool:
+        return self.engine == SAMTONE
 
 
 def optional(text: str | None) -> float | None:
@@ -78,9 +89,19 @@ def read_peers(path: pathlib.Path) -> list[Measured]:
 
 
 def read_own(folder: pathlib.Path) -> list[Measured]:
-    """Rows of `bench_cuda` in step.txt, among whatever else was printed, with gradient errors where they were judged."""
+    """Steps of our own, of every loss that has one."""
+    return [row for loss in dict.fromkeys(loss.own for loss in LOSSES.values()) for row in read_steps(folder, loss)]
+
+
+def of_loss(stem: str, loss: str, suffix: str) -> str:
+    """step.txt is that of samtone_query, step-qwen3.txt that of qwen3."""
+    return f"{stem}{suffix}" if loss == "samtone_query" else f"{stem}-{loss}{suffix}"
+
+
+def read_steps(folder: pathlib.Path, loss: str, stem: str = "step") -> list[Measured]:
+    """Rows that `bench_cuda` printed, among whatever else is there, with gradient errors where they were judged."""
     errors: dict[Shape, float] = {}
-    judged, printed = folder / "samtone-errors.csv", folder / "step.txt"
+    judged, printed = folder / of_loss("samtone-errors", loss, ".csv"), folder / of_loss(stem, loss, ".txt")
     if judged.exists():
         with open(judged, newline="") as file:
             for line in csv.DictReader(file):
@@ -97,8 +118,9 @@ def read_own(folder: pathlib.Path) -> list[Measured]:
             break
         shape, launched = (int(line["rows"]), int(line["dim"])), float(line["milliseconds"])
         ms = min(launched, optional(line.get("graph_milliseconds")) or launched)
-        tflops = 12 * shape[0] ** 2 * shape[1] / ms / 1e9
-        rows.append(Measured(shape, SAMTONE, ms, ms < launched, tflops, float(line["extra_mib"]), errors.get(shape)))
+        tflops = LOSSES[loss].operations * shape[0] ** 2 * shape[1] / ms / 1e9
+        mib, error = float(line["extra_mib"]), errors.get(shape)
+        rows.append(Measured(shape, SAMTONE, ms, ms < launched, tflops, mib, error, loss_name=loss))
     return rows
 
 
@@ -113,18 +135,19 @@ def digits(ms: float) -> str:
 
 def section(shape: Shape, rows: list[Measured]) -> list[str]:
     """One shape: bare products first, then engines by time, then what did not run and why."""
-    own = next((row.ms for row in rows if row.engine == SAMTONE), None)
+    own = {row.loss_name: row.ms for row in rows if row.is_ours}
     ran = [row for row in rows if row.ms is not None]
     ordered = sorted(ran, key=lambda row: (row.engine not in PRODUCTS, row.ms))
     lines = [f"## B = {shape[0]}, d = {shape[1]}", ""]
     lines += [
-        "| engine | ms | samtone's time × | TFLOP/s | extra MiB | gradient error | settings |",
+        "| engine | ms | samtone's time of this loss × | TFLOP/s | extra MiB | gradient error | settings |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in ordered:
-        name = f"**{row.title}**" if row.engine == SAMTONE else row.title
+        name = f"**{row.title}**" if row.is_ours else row.title
         ms = digits(row.ms) + (" (graph)" if row.graphed else "")
-        ratio = cell(row.ms / own if own else None, ".2f")
+        mine = own.get(LOSSES[row.loss_name or "samtone_query"].own)
+        ratio = cell(row.ms / mine if mine else None, ".2f")
         numbers = [cell(row.tflops, ".0f"), cell(row.extra_mib, ".0f"), cell(row.error, ".1e")]
         lines.append("| " + " | ".join([name, ms, ratio, *numbers, row.note.replace("|", "/")]) + " |")
     failed = [row for row in rows if row.ms is None]
@@ -138,8 +161,7 @@ def markdown(rows: list[Measured], about: str) -> str:
     lines += ["Made by `benches/peers/table.py` from the files beside it.", "", "```", *about.splitlines(), "```", ""]
     for shape in sorted({row.shape for row in rows}):
         lines += section(shape, [row for row in rows if row.shape == shape])
-    if any(row.loss_name in OTHER_LOSS for row in rows):
-        lines.append(FOOTNOTE)
+    lines += [text + "  " for loss, text in FOOTNOTES.items() if any(row.loss_name == loss for row in rows)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -152,13 +174,17 @@ def widest(rows: list[Measured]) -> set[Shape]:
 
 
 def over_products(rows: list[Measured]) -> list[Measured]:
-    """Times as multiples of the bare products of 12 B^2 d at the same shape, which spreads what milliseconds would pile up."""
-    bare = {row.shape: row.ms for row in rows if row.engine == "products 12" and row.ms}
-    return [replace(row, ms=row.ms / bare[row.shape]) for row in rows if row.ms and row.shape in bare]
+    """Times as multiples of bare products of the same operations at the same shape, which spreads what milliseconds would pile up."""
+    bare = {row.shape: row.ms / 12 for row in rows if row.engine == "products 12" and row.ms}
+
+    def count(row: Measured) -> int:
+        return 12 if row.engine in PRODUCTS else LOSSES[row.loss_name].operations
+
+    return [replace(row, ms=row.ms / (bare[row.shape] * count(row))) for row in rows if row.ms and row.shape in bare]
 
 
 def against_batch(rows: list[Measured], title: str, label: str, value: str) -> Chart:
-    rows = [row for row in rows if row.engine in CHARTED]
+    rows = [row for row in rows if row.engine in CHARTED and not (row.is_ours and row.loss_name in OTHER_LOSS)]
     shapes = widest(rows)
     dims = " or ".join(str(d) for d in sorted({d for _, d in shapes}))
     ticks = sorted(float(size) for size, _ in shapes)
@@ -168,7 +194,7 @@ def against_batch(rows: list[Measured], title: str, label: str, value: str) -> C
         points = [(float(row.shape[0]), getattr(row, value)) for row in mine if getattr(row, value)]
         points = [point for point in points if point[1] > 0]
         if points:
-            chart.series.append(Series(mine[0].title, points, first=engine == SAMTONE))
+            chart.series.append(Series(mine[0].title, points, first=mine[0].is_ours))
     return chart
 
 
@@ -177,7 +203,7 @@ def error_chart(rows: list[Measured], shape: Shape) -> Chart:
     chart = Chart(title, "ms", "gradient error against float64", joined=False)
     for row in rows:
         if row.shape == shape and row.ms and row.error:
-            chart.series.append(Series(row.title, [(row.ms, row.error)], first=row.engine == SAMTONE))
+            chart.series.append(Series(row.title, [(row.ms, row.error)], first=row.is_ours))
     return chart
 
 
@@ -193,11 +219,13 @@ def main() -> int:
         return 1
     rows = read_own(folder) + read_peers(peers)
     about = folder / "peers-env.txt"
-    (folder / "peers.md").write_text(markdown(rows, about.read_text() if about.exists() else "no peers-env.txt"))
+    whole_file.write(
+        folder / "peers.md", markdown(rows, about.read_text() if about.exists() else "no peers-env.txt")
+    )
     size, dim = (int(part) for part in arguments.error_shape.split(","))
     charts = {
         "time.svg": against_batch(
-            over_products(rows), "Time of a step, forward and backward", "times the bare bf16 products of 12 B²d", "ms"
+            over_products(rows), "Time of a step, forward and backward", "times the bare bf16 products of the same operations", "ms"
         ),
         "memory.svg": against_batch(
             [row for row in rows if row.engine not in PRODUCTS], "Memory beyond inputs and gradients", "MiB", "extra_mib"
@@ -206,11 +234,11 @@ def main() -> int:
     }
     for name, chart in charts.items():
         if chart.series:
-            (folder / name).write_text(draw(chart))
+            whole_file.write(folder / name, draw(chart))
         else:
             (folder / name).unlink(missing_ok=True)
-            print(f"table: nothing measured for {name}")
-    print(f"written to {folder}")
+            whole_file.say(f"table: nothing measured for {name}")
+    whole_file.say(f"written to {folder}")
     return 0
 
 

@@ -1,11 +1,16 @@
 """Every engine's loss and gradients against float64. Skipped without PyTorch; Triton kernels run in its interpreter on the CPU."""
 
+import contextlib
 import importlib.util
+import io
 import math
 import os
 import pathlib
+import sys
 import tempfile
+import types
 import unittest
+from unittest import mock
 
 HAVE_TORCH = importlib.util.find_spec("torch") is not None
 if HAVE_TORCH:
@@ -18,6 +23,7 @@ if HAVE_TORCH:
     import engines
     import reference
     import table
+    from losses import LOSSES
     from engines import TEMPERATURE, Autograd, make_inputs
     from reference import Judge, Reference
     from torch_step import samtone_query
@@ -43,10 +49,34 @@ def joint(query: "torch.Tensor", passage: "torch.Tensor", temperature: float) ->
     return (torch.cat([logits, same_tower, logits.T], dim=1).logsumexp(dim=1) - logits.diagonal()).mean()
 
 
-def dense(function, inputs: "engines.Inputs") -> "Reference":
+def qwen3(query: "torch.Tensor", passage: "torch.Tensor", temperature: float, margin: float = 0.1) -> "torch.Tensor":
+    """One softmax over passages, other queries and other passages, without those nearer than the positive by more than the margin."""
+    query, passage = (torch.nn.functional.normalize(x, dim=-1) for x in (query, passage))
+    blocks = [query @ passage.T, (query @ query.T).fill_diagonal_(-math.inf), (passage @ passage.T).fill_diagonal_(-math.inf)]
+    positive = blocks[0].diagonal()
+    cosines = torch.cat(blocks, dim=1)
+    cosines = cosines.masked_fill(cosines > positive[:, None] + margin, -math.inf)
+    return ((cosines / temperature).logsumexp(dim=1) - positive / temperature).mean()
+
+
+def clip(query: "torch.Tensor", passage: "torch.Tensor", temperature: float) -> "torch.Tensor":
+    query, passage = (torch.nn.functional.normalize(x, dim=-1) for x in (query, passage))
+    logits, target = query @ passage.T / temperature, torch.arange(len(query), device=query.device)
+    return (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
+
+
+def near_the_margin(inputs: "engines.Inputs") -> "engines.Inputs":
+    """Passages and queries that resemble each other in groups of three: a margin of 0.1 drops about two of each tower for a row."""
+    query, passage = inputs.wide
+    leader = torch.arange(len(query), device=query.device) // 3 * 3
+    narrow = tuple((x + 2 * x[leader]).to(inputs.narrow[0].dtype) for x in (query, passage))
+    return engines.Inputs(narrow, tuple(x.float() for x in narrow))
+
+
+def dense(function, inputs: "engines.Inputs", temperature: float = 0.01) -> "Reference":
     """Loss and gradients by float64 autograd of the plain text."""
     leaves = [x.double().requires_grad_() for x in inputs.narrow]
-    loss = function(*leaves, TEMPERATURE)
+    loss = function(*leaves, temperature)
     loss.backward()
     return Reference(loss.item(), tuple(leaf.grad for leaf in leaves), None)
 
@@ -55,13 +85,15 @@ def dense(function, inputs: "engines.Inputs") -> "Reference":
 class Judged(unittest.TestCase):
     """The judge itself, against autograd."""
 
-    def test_both_losses_in_uneven_chunks_and_by_samples(self) -> None:
-        inputs = make_inputs(70, 24, DEVICE)
+    def test_every_loss_in_uneven_chunks_and_by_samples(self) -> None:
+        inputs = near_the_margin(make_inputs(70, 24, DEVICE))
         whole, reference.CHUNK_BYTES = reference.CHUNK_BYTES, 8 * 70 * 9
         self.addCleanup(setattr, reference, "CHUNK_BYTES", whole)
-        judge = Judge(*inputs.narrow, TEMPERATURE)
-        for name, function in (("samtone_query", samtone_query), ("samtone_query_joint", joint)):
-            exact = dense(function, inputs)
+        judge = Judge(*inputs.narrow)
+        written = {"samtone_query": samtone_query, "samtone_query_joint": joint, "qwen3": qwen3, "qwen3_cold": qwen3, "clip": clip}
+        self.assertEqual(set(written), set(LOSSES))
+        for name, function in written.items():
+            exact = dense(function, inputs, LOSSES[name].temperature)
             for rows in (None, torch.tensor([3, 69, 0], device=DEVICE)):
                 with self.subTest(loss=name, sampled=rows is not None):
                     judged = judge.reference(name, rows)
@@ -86,18 +118,33 @@ class Files(unittest.TestCase):
         import judge_files
 
         inputs = make_inputs(20, 8, torch.device("cpu"))
-        exact = Judge(*inputs.narrow, TEMPERATURE).reference("samtone_query")
-        query, passage = (g.float() for g in exact.gradients)
-        arrays = (*(x.view(torch.uint16) for x in inputs.narrow), query, passage * 1.25)
         folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-        for name, array in zip(judge_files.SUFFIXES, arrays):
-            (folder / f"20-8-{name}").write_bytes(array.numpy().tobytes())
-        error, rows = judge_files.judged(folder, 20, 8, torch.device("cpu"))
-        self.assertAlmostEqual(error, 0.25, places=5)
-        self.assertEqual(rows, 20)
+
+        def write(loss: str, factor: float) -> None:
+            query, passage = (g.float() for g in Judge(*inputs.narrow).reference(loss).gradients)
+            arrays = (*(x.view(torch.uint16) for x in inputs.narrow), query, passage * factor)
+            (folder / loss).mkdir(exist_ok=True)
+            for name, array in zip(judge_files.SUFFIXES, arrays):
+                (folder / loss / f"20-8-{name}").write_bytes(array.numpy().tobytes())
+
+        def judge() -> tuple[int, str]:
+            arguments = ["judge_files.py", str(folder), "--out", str(folder), "--device", "cpu"]
+            with mock.patch("sys.argv", arguments), contextlib.redirect_stdout(io.StringIO()) as said:
+                return judge_files.main(), said.getvalue()
+
+        self.assertEqual(judge()[0], 1)  # nothing to judge
+        write("samtone_query", 1.0)
+        write("qwen3", 1.0005)
+        self.assertEqual(judge()[0], 0)
+        self.assertRegex((folder / "samtone-errors-qwen3.csv").read_text(), r"20,8,5\.0\d\de-04,20")
+        for factor in (1.25, math.nan):
+            write("samtone_query", factor)
+            code, said = judge()
+            self.assertEqual(code, 1)
+            self.assertIn("more than the 1e-03 that is allowed", said)
+        (folder / "qwen3" / "20-8-query.bf16").rename(folder / "qwen3" / "20-9-query.bf16")
         with self.assertRaisesRegex(ValueError, "20 x 9 of torch.bfloat16 are 360"):
-            (folder / "20-8-query.bf16").rename(folder / "20-9-query.bf16")
-            judge_files.judged(folder, 20, 9, torch.device("cpu"))
+            judge_files.judged(folder / "qwen3", 20, 9, torch.device("cpu"), "qwen3")
 
     def test_large_batches_are_sampled(self) -> None:
         rows = reference.sampled_rows(40_000, torch.device("cpu"))
@@ -171,7 +218,7 @@ class TritonKernels(unittest.TestCase):
         for kind in kinds:
             with self.subTest(kind=kind):
                 inputs = self.inputs(kind, dtype)
-                exact = Judge(*inputs.narrow, TEMPERATURE).reference("samtone_query")
+                exact = Judge(*inputs.narrow).reference("samtone_query")
                 step = build(*inputs.narrow)
                 for _ in range(2):
                     step.run()
@@ -204,6 +251,62 @@ class TritonKernels(unittest.TestCase):
         dtype, tolerance = (torch.bfloat16, 5e-3) if GPU else (torch.float16, 5e-4)
         self.judge(lambda q, p: InfClLike(q, p, TEMPERATURE, Tiling(16, rows=32, cols=32)), dtype, tolerance, self.KINDS[:3])
         self.judge(lambda q, p: InfClLike(q, p, TEMPERATURE, Tiling(32)), dtype, tolerance)
+
+
+@unittest.skipUnless(HAVE_TORCH, "PyTorch is not installed")
+class MemoryEfficient(unittest.TestCase):
+    """memeff's two losses against the definition of our presets."""
+
+    def judge(self, loss: str, inputs: "engines.Inputs", kernels: str, tolerance: float) -> None:
+        import memory_efficient
+
+        exact = Judge(*inputs.narrow).reference(loss)
+        step = Autograd(inputs, memory_efficient.MemoryEfficient(loss, kernels), autocast=False)
+        for _ in range(2):
+            step.run()
+        self.assertLess(abs(step.loss() - exact.loss), tolerance * max(1.0, exact.loss))
+        self.assertLess(exact.errors(step.gradients), tolerance)
+
+    def test_what_it_is_told_makes_our_presets(self) -> None:
+        """On a stand-in that does what the package's documentation says of these arguments."""
+
+        def stand_in(**settings) -> types.SimpleNamespace:
+            if settings.pop("stable", True):
+                self.fail("gradients are those of the loss for stable=False alone")
+            if "margin" not in settings:
+                return StandIn(lambda q, p: clip(q, p, **settings))
+            self.assertTrue(settings.pop("use_qq_negatives") and settings.pop("use_dd_negatives"))
+            return StandIn(lambda q, p: qwen3(q, p, **settings))
+
+        class StandIn:
+            def __init__(self, function) -> None:
+                self.function = function
+
+            def __call__(self, query: "torch.Tensor", passage: "torch.Tensor") -> "torch.Tensor":
+                return self.function(query, passage)
+
+        both = types.SimpleNamespace(MemoryEfficientCLIPLoss=stand_in, MemoryEfficientQwen3Loss=stand_in)
+        self.enterContext(mock.patch.dict(sys.modules, {"memeff": both}))
+        self.addCleanup(lambda: sys.modules[__name__].__dict__.pop("_FORCE_FA", None))
+        inputs = near_the_margin(make_inputs(60, 64, DEVICE))
+        for loss in ("qwen3", "clip"):
+            with self.subTest(loss=loss):
+                self.judge(loss, inputs, "its own choice of kernels", 1e-5)
+
+    @unittest.skipIf(why_no_triton(), why_no_triton() or "")
+    @unittest.skipUnless(importlib.util.find_spec("memeff"), "memeff is not installed")
+    def test_both_kinds_of_kernels(self) -> None:
+        import memory_efficient
+
+        if not GPU:  # it asks for tensors on a GPU and for its capability; Triton's interpreter needs neither
+            for name in ("clip_loss", "clip_qwen3_loss"):
+                self.enterContext(mock.patch.object(importlib.import_module(f"memeff.{name}"), "_validate_features"))
+            self.enterContext(mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)))
+        inputs = near_the_margin(make_inputs(60, 64, DEVICE))
+        for loss in ("qwen3", "clip"):
+            for kernels in memory_efficient.KERNELS:
+                with self.subTest(loss=loss, kernels=kernels):
+                    self.judge(loss, inputs, kernels, 5e-3 if GPU else 1e-5)
 
 
 @unittest.skipUnless(HAVE_TORCH, "PyTorch is not installed")

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from engines import BY_NAME, TEMPERATURE, Engine, Inputs, Made, make_inputs
+from engines import BY_NAME, Engine, Inputs, Made, make_inputs
 from measure import allocated, free, graph_of, median, peak_of, synchronize
-from reference import LOSSES, Judge, Reference, sampled_rows
+from reference import Judge, Reference, sampled_rows
 
 LIMIT_S = 2.0
 
@@ -26,11 +26,11 @@ class Shape:
     references: dict[str, Reference] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rows: int, dim: int, device: torch.device) -> "Shape":
+    def of(cls, rows: int, dim: int, device: torch.device, losses: set[str]) -> "Shape":
         shape = cls(make_inputs(rows, dim, device))
-        judge = Judge(*shape.inputs.narrow, TEMPERATURE)
+        judge = Judge(*shape.inputs.narrow)
         sample = sampled_rows(rows, device)
-        shape.references = {loss: judge.reference(loss, sample) for loss in LOSSES}
+        shape.references = {loss: judge.reference(loss, sample) for loss in losses}
         return shape
 
 
@@ -92,7 +92,7 @@ def run_task(engine: Engine, shape: Shape) -> dict:
 def environment(device: torch.device) -> dict:
     """Versions of everything that has a part in the figures."""
     about = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}
-    for name in ("triton", "sentence-transformers"):
+    for name in ("triton", "sentence-transformers", "memeff"):
         try:
             about[name] = version(name)  # without the seconds of an import
         except PackageNotFoundError:
@@ -125,7 +125,8 @@ def main() -> None:
         if (rows, dim) != at:
             shape = None
             free(device)
-            at, shape = (rows, dim), Shape.of(rows, dim, device)
+            wanted = {BY_NAME[other].loss for *size, other in request["tasks"] if size == [rows, dim]} - {None}
+            at, shape = (rows, dim), Shape.of(rows, dim, device, wanted)
             free(device)
             answer({"ready": [rows, dim]})
         result = run_task(BY_NAME[name], shape)

@@ -24,7 +24,8 @@ pub struct Args {
     /// A BEIR dataset: corpus.jsonl, queries.jsonl, qrels/*.tsv.
     #[arg(long, value_name = "FOLDER")]
     pub beir: Option<PathBuf>,
-    /// Folder of the report; created if need be.
+    /// Folder of the report; created if need be. The report is written anew after each training, so that an interrupt keeps what
+    /// is done.
     #[arg(long, value_name = "FOLDER", default_value = "report")]
     pub out: PathBuf,
     /// Trains nothing: writes what a training reads (hashed texts, ids, initial towers, batches) as safetensors, for the same
@@ -164,6 +165,11 @@ impl Args {
     /// The seeds.
     pub fn seed_list(&self) -> Vec<u64> {
         (0..u64::from(self.seeds.unwrap_or(0))).map(|k| self.seed.wrapping_add(k)).collect()
+    }
+
+    /// Number of trainings.
+    pub fn trainings(&self) -> usize {
+        self.architectures.len() * self.losses.len() * self.masks.len() * self.seed_list().len()
     }
 
     /// Rows of an embedding table.

@@ -21,6 +21,8 @@ mod files;
 mod geometry;
 mod matrix;
 mod optimizer;
+#[path = "../shared/output.rs"]
+mod output;
 mod progress;
 mod report;
 mod retrieval;
@@ -30,14 +32,15 @@ mod summary;
 mod trainer;
 mod tsne;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use args::{Args, Mask, Save};
 use clap::Parser;
 use data::{Dataset, Split};
 use encoder::{Architecture, Towers};
-use progress::Progress;
+use output::{writable_folder, writable_place};
+use progress::{Progress, say};
 use rayon::prelude::*;
-use report::{DataSummary, Map, Report, Seconds};
+use report::{DataSummary, Map, Report, Seconds, Trainings};
 use std::process::ExitCode;
 use std::time::Instant;
 use summary::{VariantSummary, loss_label};
@@ -61,17 +64,17 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     let start = Instant::now();
     let args = Args::parse().resolve()?;
-    let dataset = read(&args)?;
-    if args.export.is_none() {
-        std::fs::create_dir_all(&args.out)
-            .with_context(|| format!("cannot create the folder {}", args.out.display()))?;
+    match &args.export {
+        Some(path) => writable_place(path)?,
+        None => writable_folder(&args.out)?,
     }
+    let dataset = read(&args)?;
     let source = dataset.source.clone();
     let leaks_dropped = dataset.leaks_dropped;
     let data = Prepared::new(dataset, &args);
     if let Some(path) = &args.export {
         export::export(path, &data, &args)?;
-        println!("{source}: {} training pairs in {}", data.train_pairs(), path.display());
+        say!("{source}: {} training pairs in {}", data.train_pairs(), path.display());
         return Ok(());
     }
     let summary = DataSummary {
@@ -85,11 +88,14 @@ fn run() -> Result<()> {
         mean_buckets: data.mean_buckets,
     };
     let mut seconds = Seconds { data: start.elapsed().as_secs_f64(), ..Seconds::default() };
-    println!(
+    say!(
         "{}: {} training pairs, {} held-out queries against {} candidates",
-        summary.source, summary.train_pairs, summary.test_queries, summary.test_candidates
+        summary.source,
+        summary.train_pairs,
+        summary.test_queries,
+        summary.test_candidates
     );
-    println!(
+    say!(
         "texts that occur once: {:.1}% of the training queries, {:.1}% of the passages",
         100.0 * summary.queries.unique_share,
         100.0 * summary.passages.unique_share
@@ -97,38 +103,36 @@ fn run() -> Result<()> {
 
     let training = Instant::now();
     let mut pending = Vec::new();
-    let results = run_all(&args, &data, &mut pending)?;
+    let planned = args.trainings();
+    let results = run_all(&args, &data, &mut pending, |results, done| {
+        // Whoever interrupts the rest keeps this.
+        let seconds =
+            Seconds { training: training.elapsed().as_secs_f64(), total: start.elapsed().as_secs_f64(), ..seconds };
+        let trainings = Trainings { done, planned };
+        report::write(&args.out, &Report::new(&args, &summary, trainings, results, &[], seconds)).map(drop)
+    })?;
     seconds.training = training.elapsed().as_secs_f64();
 
     let drawing = Instant::now();
-    let maps = pending.into_par_iter().map(|map| map.draw(&args)).collect();
+    let maps: Vec<Map> = pending.into_par_iter().map(|map| map.draw(&args)).collect();
     seconds.pictures = drawing.elapsed().as_secs_f64();
     seconds.total = start.elapsed().as_secs_f64();
-    let report = Report {
-        version: env!("CARGO_PKG_VERSION"),
-        config: &args,
-        threads: rayon::current_num_threads(),
-        data: summary,
-        tables: summary::tables(&args, &results),
-        comparisons: summary::comparisons(&args, &results),
-        results,
-        maps,
-        seconds,
-    };
+    let trainings = Trainings { done: planned, planned };
+    let report = Report::new(&args, &summary, trainings, &results, &maps, seconds);
     let path = report::write(&args.out, &report)?;
     for table in &report.tables {
-        println!("\n{}", report::console_table(table).trim_end());
+        say!("\n{}", report::console_table(table).trim_end());
     }
     if !report.comparisons.is_empty() {
-        println!("\nExpectations, and what came out:");
+        say!("\nExpectations, and what came out:");
     }
     for same in report.comparisons.chunk_by(|a, b| a.expectation == b.expectation) {
-        println!("  {}", same[0].expectation);
+        say!("  {}", same[0].expectation);
         for c in same {
-            println!("    {:<8} {} {}: {}", c.architecture.label(), c.metric, c.difference_text(), c.verdict.label());
+            say!("    {:<8} {} {}: {}", c.architecture.label(), c.metric, c.difference_text(), c.verdict.label());
         }
     }
-    println!("\n{:.1} s in all; report: {}", start.elapsed().as_secs_f64(), path.display());
+    say!("\n{:.1} s in all; report: {}", start.elapsed().as_secs_f64(), path.display());
     Ok(())
 }
 
@@ -184,12 +188,17 @@ impl PendingMap {
     }
 }
 
-fn run_all(args: &Args, data: &Prepared, pending: &mut Vec<PendingMap>) -> Result<Vec<VariantSummary>> {
+/// Every training. After each of them `finished` gets the results so far, and of how many trainings they are.
+fn run_all(
+    args: &Args,
+    data: &Prepared,
+    pending: &mut Vec<PendingMap>,
+    finished: impl Fn(&[VariantSummary], usize) -> Result<()>,
+) -> Result<Vec<VariantSummary>> {
     let seeds = args.seed_list();
     let pictured = summary::pictured(args);
-    let runs = args.architectures.len() * args.losses.len() * args.masks.len() * seeds.len();
-    let progress = Progress::new(runs as u64 * u64::from(args.steps.unwrap_or(0)));
-    let mut results = Vec::new();
+    let progress = Progress::new(args.trainings() as u64 * u64::from(args.steps.unwrap_or(0)));
+    let (mut results, mut done) = (Vec::new(), 0);
     for &architecture in &args.architectures {
         if !pictured.is_empty() {
             let towers = trainer::initial_towers(architecture, args, args.seed);
@@ -201,7 +210,7 @@ fn run_all(args: &Args, data: &Prepared, pending: &mut Vec<PendingMap>) -> Resul
                 let variant = Variant { architecture, loss: loss.clone(), mask };
                 let masked = if mask == Mask::On { ", duplicates masked" } else { "" };
                 let title = format!("{}{masked}", loss_label(loss));
-                let mut outcomes = Vec::new();
+                let (mut outcomes, before) = (Vec::new(), results.len());
                 for &seed in &seeds {
                     let outcome = trainer::train(&variant, seed, data, args, |step, measured| {
                         progress.step();
@@ -227,13 +236,67 @@ fn run_all(args: &Args, data: &Prepared, pending: &mut Vec<PendingMap>) -> Resul
                         }
                     }
                     outcomes.push(outcome);
+                    results.truncate(before);
+                    results.push(VariantSummary::new(&outcomes));
+                    done += 1;
+                    finished(&results, done)?;
                 }
-                let summary = VariantSummary::new(&outcomes);
-                progress.line(&format!("{:<8} {title:<42} MRR {}", architecture.label(), summary.mrr.percent()));
-                results.push(summary);
+                let mrr = results[before].mrr.percent();
+                progress.line(&format!("{:<8} {title:<42} MRR {mrr}", architecture.label()));
             }
         }
     }
     progress.finish();
     Ok(results)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::{Pair, split_by_group};
+
+    /// What is written after each training stays when the program ends before the last one.
+    #[test]
+    fn an_interrupt_keeps_the_trainings_that_are_done() {
+        let pairs = (0..240).map(|i| Pair {
+            query: format!("count the {i} sheep"),
+            passage: format!("fn sheep_{i}() -> u32 {{ {} }}", i % 7),
+            group: None,
+        });
+        let split = Split { test_fraction: 0.3, max_test: 60, min_train: 16, seed: 1 };
+        let dataset = split_by_group(pairs.collect(), "sheep".into(), &split).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let small =
+            "--batch 16 --steps 5 --table-bits 8 --width 6 --dim 4 --losses info_nce,pair --seeds 2 --masks off";
+        let args = Args::parse_from(["train"].into_iter().chain(small.split(' '))).resolve().unwrap();
+        let data = Prepared::new(dataset, &args);
+        let summary = DataSummary {
+            source: "sheep".into(),
+            train_pairs: data.train_pairs(),
+            test_queries: data.test.queries.len(),
+            test_candidates: data.test.candidates.len(),
+            leaks_dropped: 0,
+            queries: data.queries,
+            passages: data.passages,
+            mean_buckets: data.mean_buckets,
+        };
+        let args = Args { out: folder.path().into(), save: Save::None, ..args };
+        let planned = args.trainings();
+        let ended = run_all(&args, &data, &mut Vec::new(), |results, done| {
+            let trainings = Trainings { done, planned };
+            let report = Report::new(&args, &summary, trainings, results, &[], Seconds::default());
+            report::write(&args.out, &report)?;
+            anyhow::ensure!(done < 3, "interrupted");
+            Ok(())
+        });
+        assert_eq!(ended.unwrap_err().to_string(), "interrupted");
+
+        let text = std::fs::read_to_string(folder.path().join("results.json")).unwrap();
+        let file: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(file["trainings"], serde_json::json!({"done": 3, "planned": 8}));
+        let seeds = |k: usize| file["results"][k]["mrr"]["values"].as_array().map(Vec::len);
+        assert_eq!([seeds(0), seeds(1), seeds(2)], [Some(2), Some(1), None]);
+        let page = std::fs::read_to_string(folder.path().join("report.html")).unwrap();
+        assert!(page.contains("Unfinished: 3 of 8 trainings are done."));
+    }
 }

@@ -3,6 +3,15 @@
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
 
+/// `println!` that goes on when its reader has left, as `head` does: the report matters more.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stdout(), $($text)*);
+    }};
+}
+pub(crate) use say;
+
 /// One bar over all training steps of all runs.
 pub struct Progress {
     bar: ProgressBar,
@@ -35,7 +44,7 @@ impl Progress {
         if self.terminal {
             self.bar.println(text);
         } else {
-            println!("{text}");
+            say!("{text}");
         }
     }
 

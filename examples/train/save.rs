@@ -2,8 +2,9 @@
 
 use crate::data::TestSet;
 use crate::encoder::{Architecture, Towers};
+use crate::output::whole_file;
 use crate::trainer::{TestEmbeddings, Variant};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use safetensors::tensor::{Dtype, TensorView};
 use std::collections::HashMap;
 use std::path::Path;
@@ -69,8 +70,7 @@ pub fn write<N: AsRef<str> + Ord + std::fmt::Display>(
     tensors: Vec<(N, TensorView<'_>)>,
     metadata: HashMap<String, String>,
 ) -> Result<()> {
-    safetensors::serialize_to_file(tensors, Some(metadata), path)
-        .with_context(|| format!("cannot write {}", path.display()))
+    whole_file(path, |draft| Ok(safetensors::serialize_to_file(tensors, Some(metadata), draft)?))
 }
 
 #[cfg(test)]

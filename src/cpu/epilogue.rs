@@ -23,11 +23,24 @@ pub(super) struct Anchors {
     pub above: Vec<f32>,
 }
 
+impl Anchors {
+    /// Query keys and passage keys, exchanged for candidates whose keys are.
+    #[inline(always)]
+    fn keys(&self, candidates: &Candidates) -> (&[u32], &[u32]) {
+        match candidates.swapped {
+            false => (&self.query_key, &self.passage_key),
+            true => (&self.passage_key, &self.query_key),
+        }
+    }
+}
+
 /// Indices as candidates.
 #[derive(Debug, Clone)]
 pub(super) struct Candidates {
     pub query_key: Vec<u32>,
     pub passage_key: Vec<u32>,
+    /// Whether they are queries, whose keys are exchanged: see [`Key::swapped`].
+    pub swapped: bool,
     /// The one row that sees the candidate, or [`Candidates::EVERYONE`].
     pub owner: Vec<u32>,
 }
@@ -35,7 +48,12 @@ pub(super) struct Candidates {
 impl Candidates {
     pub(super) const EVERYONE: u32 = u32::MAX;
 
-    pub(super) fn new(keys: impl Iterator<Item = Key> + Clone, owners: Option<Vec<i32>>) -> Self {
+    /// Of queries, by the keys of their rows.
+    pub(super) fn queries(keys: &[Key]) -> Self {
+        Self { swapped: true, ..Self::passages(keys.iter().map(|k| k.swapped()), None) }
+    }
+
+    pub(super) fn passages(keys: impl Iterator<Item = Key> + Clone, owners: Option<Vec<i32>>) -> Self {
         let owner = match owners {
             Some(owners) => {
                 padded(owners.into_iter().map(|o| u32::try_from(o).unwrap_or(Self::EVERYONE)), Self::EVERYONE)
@@ -45,6 +63,7 @@ impl Candidates {
         Self {
             query_key: padded(keys.clone().map(|k| k.query), 0),
             passage_key: padded(keys.map(|k| k.passage), 0),
+            swapped: false,
             owner,
         }
     }
@@ -126,10 +145,12 @@ impl Lookup<'_, '_> {
         let (a, candidates) = (&self.tile.row_side.anchors, &self.tile.col_side.candidates);
         let (q, p) = (load_keys(&candidates.query_key, self.c), load_keys(&candidates.passage_key, self.c));
         let owner = load_keys(&candidates.owner, self.c);
-        let (aq, ap, row, threshold) = (a.query_key[self.r], a.passage_key[self.r], a.row[self.r], a.threshold[self.r]);
+        let (query, passage) = a.keys(candidates);
+        let (aq, ap, row, threshold) = (query[self.r], passage[self.r], a.row[self.r], a.threshold[self.r]);
         lanes!(l => bits(
             (q[l] != aq)
                 & (p[l] != ap)
+                & (p[l] != aq)
                 & ((owner[l] == Candidates::EVERYONE) | (owner[l] == row))
                 & (s[l] <= threshold)
                 & (l < self.live)
@@ -143,12 +164,14 @@ impl Lookup<'_, '_> {
             return [u32::MAX; LANES];
         }
         let (a, candidate) = (&self.tile.col_side.anchors, &self.tile.row_side.candidates);
-        let (q, p) = (load_keys(&a.query_key, self.c), load_keys(&a.passage_key, self.c));
+        let (query, passage) = a.keys(candidate);
+        let (q, p) = (load_keys(query, self.c), load_keys(passage, self.c));
         let (row, threshold) = (load_keys(&a.row, self.c), load(&a.threshold, self.c));
         let (cq, cp, owner) = (candidate.query_key[self.r], candidate.passage_key[self.r], candidate.owner[self.r]);
         lanes!(l => bits(
             (q[l] != cq)
                 & (p[l] != cp)
+                & (q[l] != cp)
                 & ((owner == Candidates::EVERYONE) | (row[l] == owner))
                 & (s[l] <= threshold[l])
                 & (l < self.live)
@@ -384,7 +407,12 @@ mod tests {
                 positive: padded((0..n).map(|k| real(k, 6)), 0.0),
                 above: padded((0..n).map(|k| real(k, 6)), 0.0),
             },
-            candidates: Candidates { query_key: keys(7, 9), passage_key: keys(8, 9), owner: padded(owner, 0) },
+            candidates: Candidates {
+                query_key: keys(7, 9),
+                passage_key: keys(8, 9),
+                swapped: seed % 2 == 0,
+                owner: padded(owner, 0),
+            },
         }
     }
 

@@ -8,7 +8,7 @@ use crate::combine::{self, Combined, Rows};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::loss::Loss;
-use crate::mask::{COSINE_TIE, Keys, threshold};
+use crate::mask::{COSINE_TIE, Keys, may_mask, threshold};
 use crate::options::Options;
 use crate::order::{Order, Space};
 use crate::partials::Partials;
@@ -61,24 +61,23 @@ impl State {
         let query_side = Side {
             inverse: padded((0..batch.rows()).map(|i| query_norms.panel_inverse(i)), 0.0),
             anchors: anchors(&all_rows),
-            candidates: Candidates::new(keys.rows.iter().copied(), None),
+            candidates: Candidates::queries(&keys.rows),
         };
         let index = || (0..order.len()).map(|k| order.passage(k));
         let owners = batch.exclusive_owners();
         let passage_side = Side {
             inverse: padded(index().map(|n| passage_norms.panel_inverse(n)), 0.0),
             anchors: anchors(&order.anchor_row),
-            candidates: Candidates::new(
+            candidates: Candidates::passages(
                 index().map(|n| keys.passages[n]),
                 owners.map(|o| index().map(|n| o[n]).collect()),
             ),
         };
-        let trivial = batch.query_ids().is_none() && batch.passage_ids().is_none() && order.len() == order.passages;
         Ok(Self {
             loss: loss.clone(),
             options: *options,
             rows,
-            masked: !trivial || options.margin().is_some() || owners.is_some(),
+            masked: may_mask(batch, &order, options),
             beta: Beta::new(options.beta()),
             query_norms,
             passage_norms,
@@ -149,7 +148,8 @@ impl State {
         partials.expect_origin(&self.origin())?;
         let beta = self.options.beta();
         let positive_logit: Vec<f64> = self.positive.iter().map(|s| beta * s).collect();
-        combine::combine(&self.loss, &Rows { positive_logit: &positive_logit, weight: &self.weight }, partials)
+        let (weight, no_negative) = (self.weight.as_slice(), self.options.no_negative());
+        combine::combine(&self.loss, &Rows { positive_logit: &positive_logit, weight, no_negative }, partials)
     }
 }
 

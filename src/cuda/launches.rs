@@ -131,7 +131,8 @@ impl<'a> Launches<'a> {
     }
 
     fn towers(&self, towers: &[TowerArrays; 2]) -> Argument {
-        let masked = crate::candidates::may_mask(self.layouts.problem, &self.layouts.order);
+        let Layouts { problem, order, .. } = &self.layouts;
+        let masked = crate::mask::may_mask(&problem.pairs, order, &problem.options);
         let tower = |argument: Argument, t: &TowerArrays| {
             argument.pointer(at(t.packed)).u64(t.plane).u64(t.panel).pointer(at(t.inverse)).pointer(at(t.candidates))
         };

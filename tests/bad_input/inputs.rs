@@ -99,6 +99,14 @@ fn positives_ids_and_owners() -> Outcome {
     expect_invalid(batch.with_passage_ids(&[1; 4]), "passage_ids", "4 elements", "6, one for each passage");
     expect_invalid(batch.with_passage_ids(&[]), "passage_ids", "0 elements", "6, one for each passage");
     assert!(batch.with_query_ids(&[i64::MIN, i64::MAX, 0, -1]).is_ok());
+    let (of_queries, of_passages) = (batch.with_query_ids(&[1; 4])?, batch.with_passage_ids(&[1; 6])?);
+    let allowed = "false, or query ids and passage ids before it";
+    expect_invalid(batch.with_shared_ids(true), "shared_ids", "without query ids and passage ids", allowed);
+    expect_invalid(of_queries.with_shared_ids(true), "shared_ids", "true without passage ids", allowed);
+    expect_invalid(of_passages.with_shared_ids(true), "shared_ids", "true without query ids", allowed);
+    assert!(
+        batch.with_shared_ids(false).is_ok() && of_queries.with_passage_ids(&[1; 6])?.with_shared_ids(true).is_ok()
+    );
 
     let owners = |owners: &'static [i32]| batch.with_hard_negative_owners(owners, Scope::Own);
     expect_invalid(owners(&[-1; 4]), "owners", "4 elements", "6, one for each passage");

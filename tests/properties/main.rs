@@ -1,5 +1,6 @@
 //! Properties of the definition that need no second implementation: invariances, equivalent batches, equal bits.
 
+mod masks;
 mod runs;
 mod setup;
 #[path = "../support/mod.rs"]
@@ -82,8 +83,9 @@ proptest! {
     #[test]
     fn permuting_permutes(setup in setup()) {
         let mut problem = setup.problem()?;
-        if setup.extras.positives {
-            problem.query_ids = None; // the lowest row gives a shared passage its query key
+        if setup.extras.positives || setup.extras.passage_ids {
+            // The lowest row gives a shared passage, or a copy of its positive, its query key.
+            (problem.query_ids, problem.shared_ids) = (None, false);
         }
         prop_assume!(problem.is_decided(SLACK));
         let mut source = Source::new(setup.seed + 3);
@@ -134,6 +136,7 @@ proptest! {
             weights: false,
             query_ids: false,
             passage_ids: false,
+            shared_ids: false,
             owners: false,
             margin: false,
         };
@@ -189,7 +192,7 @@ proptest! {
     /// A row of weight k counts as k rows, where the candidates are passages: as a candidate a repeated query would count more.
     #[test]
     fn weights_are_repetition(setup in setup(), which in 0..3_usize) {
-        let extras = Extras { weights: false, query_ids: false, owners: false, ..setup.extras };
+        let extras = Extras { weights: false, query_ids: false, shared_ids: false, owners: false, ..setup.extras };
         let rows = setup.rows.min(12);
         let mut problem = Setup { rows, more: 3 * rows, extras, ..setup.clone() }.problem()?;
         problem.loss = Loss::by_name(["info_nce", "pair", "decoupled"][which]).map_err(failed)?;

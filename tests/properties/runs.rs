@@ -10,7 +10,7 @@ use proptest::test_runner::TestCaseError;
 use samtone::backend;
 use samtone::cpu::{self, Plan, Shard};
 use samtone::{
-    Batch, DType, Data, Element, Embeddings, EmbeddingsMut, Error, GradientBuffers, Loss, Partials, TemperatureGradient,
+    DType, Data, Element, Embeddings, EmbeddingsMut, Error, GradientBuffers, Loss, Partials, TemperatureGradient,
 };
 
 /// Bounds of `k` shards of uneven size.
@@ -154,27 +154,6 @@ proptest! {
     }
 }
 
-/// The batch of a problem over embeddings that live elsewhere.
-fn over<'a>(problem: &'a Problem, query: Embeddings<'a>, passage: Embeddings<'a>) -> samtone::Result<Batch<'a>> {
-    let mut batch = Batch::new(query, passage)?;
-    if let Some(positives) = &problem.positives {
-        batch = batch.with_positives(positives)?;
-    }
-    if let Some(weights) = &problem.weights {
-        batch = batch.with_weights(weights)?;
-    }
-    if let Some(ids) = &problem.query_ids {
-        batch = batch.with_query_ids(ids)?;
-    }
-    if let Some(ids) = &problem.passage_ids {
-        batch = batch.with_passage_ids(ids)?;
-    }
-    if let Some((owners, scope)) = &problem.owners {
-        batch = batch.with_hard_negative_owners(owners, *scope)?;
-    }
-    Ok(batch)
-}
-
 fn strided<T>(problem: &Problem, pad: usize, want: &Outputs) -> Tested
 where
     T: Element,
@@ -193,7 +172,7 @@ where
         let (q, p) = (spread(&problem.query), spread(&problem.passage));
         let query = Embeddings::with_row_stride(&q[..], problem.rows, dim, stride).map_err(failed)?;
         let passage = Embeddings::with_row_stride(&p[..], problem.passages, dim, stride).map_err(failed)?;
-        let batch = over(problem, query, passage).map_err(failed)?;
+        let batch = problem.over(query, passage).map_err(failed)?;
         const GUARD: f64 = 777.25;
         let (mut dq, mut dp) = (vec![GUARD; problem.rows * wide], vec![GUARD; problem.passages * wide]);
         let buffers = GradientBuffers {

@@ -32,6 +32,8 @@ pub struct Extras {
     pub weights: bool,
     pub query_ids: bool,
     pub passage_ids: bool,
+    /// Only with ids of both.
+    pub shared_ids: bool,
     pub owners: bool,
     pub margin: bool,
 }
@@ -50,11 +52,12 @@ pub struct Setup {
 }
 
 pub fn extras() -> impl Strategy<Value = Extras> {
-    any::<[bool; 6]>().prop_map(|[positives, weights, query_ids, passage_ids, owners, margin]| Extras {
+    any::<[bool; 7]>().prop_map(|[positives, weights, query_ids, passage_ids, shared_ids, owners, margin]| Extras {
         positives,
         weights,
         query_ids,
         passage_ids,
+        shared_ids: shared_ids && query_ids && passage_ids,
         owners,
         margin,
     })
@@ -92,9 +95,10 @@ impl Setup {
         let mut problem = plain.map_err(failed)?.rounded(dtype);
         let mut source = Source::new(self.seed + 1);
         let mut ids = |count: usize| (0..count).map(|_| source.below(count.div_ceil(2) + 1) as i64 - 2).collect();
-        let Extras { positives, weights, query_ids, passage_ids, owners, margin } = self.extras;
+        let Extras { positives, weights, query_ids, passage_ids, shared_ids, owners, margin } = self.extras;
         problem.query_ids = query_ids.then(|| ids(rows));
         problem.passage_ids = passage_ids.then(|| ids(passages));
+        problem.shared_ids = shared_ids;
         problem.positives = positives.then(|| (0..rows).map(|_| source.below(passages) as u32).collect());
         let weight = |k: usize| if k == 0 { 0.0 } else { k as f32 / 2.0 };
         problem.weights = weights.then(|| {

@@ -185,6 +185,7 @@ pub fn problem(
         weights: None,
         query_ids: None,
         passage_ids: None,
+        shared_ids: false,
         owners: None,
         options: Options::new(temperature)?,
     })

@@ -22,6 +22,7 @@ pub struct Problem {
     pub weights: Option<Vec<f32>>,
     pub query_ids: Option<Vec<i64>>,
     pub passage_ids: Option<Vec<i64>>,
+    pub shared_ids: bool,
     pub owners: Option<(Vec<i32>, Scope)>,
     pub options: Options,
 }
@@ -94,8 +95,12 @@ impl Buffer {
 impl Problem {
     /// The batch over embeddings of this problem's shape, with its ids, weights, positives and owners.
     pub fn batch<'a>(&'a self, query: &'a Buffer, passage: &'a Buffer) -> Result<Batch<'a>> {
-        let mut batch =
-            Batch::new(query.embeddings(self.rows, self.dim)?, passage.embeddings(self.passages, self.dim)?)?;
+        self.over(query.embeddings(self.rows, self.dim)?, passage.embeddings(self.passages, self.dim)?)
+    }
+
+    /// The same over embeddings that live elsewhere.
+    pub fn over<'a>(&'a self, query: Embeddings<'a>, passage: Embeddings<'a>) -> Result<Batch<'a>> {
+        let mut batch = Batch::new(query, passage)?;
         if let Some(positives) = &self.positives {
             batch = batch.with_positives(positives)?;
         }
@@ -108,6 +113,7 @@ impl Problem {
         if let Some(ids) = &self.passage_ids {
             batch = batch.with_passage_ids(ids)?;
         }
+        batch = batch.with_shared_ids(self.shared_ids)?;
         if let Some((owners, scope)) = &self.owners {
             batch = batch.with_hard_negative_owners(owners, *scope)?;
         }
@@ -128,8 +134,15 @@ impl Problem {
 
     /// Whether `dtype` holds the embeddings exactly.
     pub fn is_exact_in(&self, dtype: DType) -> bool {
-        let same = |x: &[f64]| Buffer::new(dtype, x).to_f64() == x;
-        same(&self.query) && same(&self.passage)
+        self.inexact_in(dtype).is_none()
+    }
+
+    /// The first entry of the embeddings that `dtype` does not hold exactly, as words: "q[0][3] is 0.1, no f32 number".
+    pub fn inexact_in(&self, dtype: DType) -> Option<String> {
+        [("q", &self.query), ("p", &self.passage)].into_iter().find_map(|(name, x)| {
+            let at = Buffer::new(dtype, x).to_f64().iter().zip(x).position(|(rounded, x)| rounded != x)?;
+            Some(format!("{name}[{}][{}] is {}, no {dtype} number", at / self.dim, at % self.dim, x[at]))
+        })
     }
 
     /// Whether no cosine is within `slack` of where a rank or the margin changes its mind.

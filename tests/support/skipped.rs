@@ -75,6 +75,10 @@ impl<'a> Shares<'a> {
         let (query, passage) = (unit(&problem.query), unit(&problem.passage));
         let query_id = |i: usize| problem.query_ids.as_ref().map_or(i as i64, |ids| ids[i]);
         let passage_id = |j: usize| problem.passage_ids.as_ref().map_or(j as i64, |ids| ids[j]);
+        // That of the row that owns it, or of the lowest whose positive it is a copy of.
+        let lowest = |j: usize| (0..m).find(|&i| passage_id(i) == passage_id(j));
+        let query_key = |j: usize| if j < m { Some(j) } else { lowest(j) }.map(query_id);
+        let query_keys: Vec<Option<i64>> = (0..problem.passages).map(query_key).collect();
         let weights = problem.normalized_weights();
         let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(a, b)| a * b).sum::<f64>();
         let mut derivatives = Block::ALL.map(|block| vec![0.0; m * candidates(problem, block)]);
@@ -87,11 +91,16 @@ impl<'a> Shares<'a> {
                 let passages = matches!(block, Block::QP | Block::PP);
                 (0..candidates(problem, block))
                     .map(|j| {
-                        // A passage that is nobody's positive has no query key.
-                        let same_query = j < m && query_id(i) == query_id(j);
+                        let same_query = if passages { query_keys[j] } else { Some(query_id(j)) } == Some(query_id(i));
                         let same_passage = passage_id(i) == passage_id(j);
+                        let crossed =
+                            if passages { passage_id(j) == query_id(i) } else { query_id(j) == passage_id(i) };
                         let s = dot(anchor, if passages { &passage[j] } else { &query[j] });
-                        if same_query || same_passage { 0.0 } else { (beta * (s - positive)).exp() }
+                        if same_query || same_passage || problem.shared_ids && crossed {
+                            0.0
+                        } else {
+                            (beta * (s - positive)).exp()
+                        }
                     })
                     .collect()
             });

@@ -6,8 +6,9 @@ mod page;
 use crate::args::Args;
 use crate::data::Uniqueness;
 use crate::encoder::Architecture;
-use crate::summary::{Comparison, Table, VariantSummary};
-use anyhow::{Context, Result};
+use crate::output::whole_content;
+use crate::summary::{Comparison, Table, VariantSummary, comparisons, tables};
+use anyhow::Result;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -33,7 +34,7 @@ pub struct DataSummary {
 }
 
 /// Seconds by phase.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Clone, Copy, Default, Serialize)]
 pub struct Seconds {
     /// Reading, splitting, hashing.
     pub data: f64,
@@ -60,6 +61,15 @@ pub struct Map {
     pub passages: Vec<[f64; 2]>,
 }
 
+/// How far the program has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Trainings {
+    /// Those that the results are of.
+    pub done: usize,
+    /// Those that the command line asks for.
+    pub planned: usize,
+}
+
 /// Everything that is reported, and the whole of results.json.
 #[derive(Debug, Serialize)]
 pub struct Report<'a> {
@@ -69,25 +79,52 @@ pub struct Report<'a> {
     pub config: &'a Args,
     /// Threads that computed.
     pub threads: usize,
+    /// What is done of what was asked for.
+    pub trainings: Trainings,
     /// The data.
-    pub data: DataSummary,
+    pub data: &'a DataSummary,
     /// Means over seeds.
-    pub results: Vec<VariantSummary>,
+    pub results: &'a [VariantSummary],
     /// Tables 1 and 3.
     pub tables: Vec<Table>,
     /// Expectations next to what came out.
     pub comparisons: Vec<Comparison>,
     /// t-SNE.
-    pub maps: Vec<Map>,
+    pub maps: &'a [Map],
     /// Times.
     pub seconds: Seconds,
+}
+
+impl<'a> Report<'a> {
+    /// Of these results.
+    pub fn new(
+        config: &'a Args,
+        data: &'a DataSummary,
+        trainings: Trainings,
+        results: &'a [VariantSummary],
+        maps: &'a [Map],
+        seconds: Seconds,
+    ) -> Self {
+        Self {
+            version: env!("CARGO_PKG_VERSION"),
+            config,
+            threads: rayon::current_num_threads(),
+            trainings,
+            data,
+            results,
+            tables: tables(config, results),
+            comparisons: comparisons(config, results),
+            maps,
+            seconds,
+        }
+    }
 }
 
 /// Writes report.html and results.json; returns the path of the page.
 pub fn write(folder: &Path, report: &Report<'_>) -> Result<PathBuf> {
     let put = |name: &str, content: &str| -> Result<PathBuf> {
         let path = folder.join(name);
-        std::fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))?;
+        whole_content(&path, content)?;
         Ok(path)
     };
     put("results.json", &serde_json::to_string_pretty(report)?)?;

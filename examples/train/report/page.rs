@@ -1,7 +1,7 @@
 //! The HTML page. Every sentence about results is computed from them.
 
 use super::chart::{LineChart, Scale, Series, escape, outline, scatter};
-use super::{DataSummary, Report};
+use super::{DataSummary, Report, Trainings};
 use crate::args::Mask;
 use crate::data::Uniqueness;
 use crate::encoder::Architecture;
@@ -25,7 +25,7 @@ pub fn html(report: &Report<'_>) -> String {
     body += &curves(report);
     body += &maps(report);
     body += &histograms(report);
-    body += &data(&report.data);
+    body += &data(report.data);
     body += &timings(report);
     format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
@@ -36,9 +36,15 @@ pub fn html(report: &Report<'_>) -> String {
 }
 
 fn head(report: &Report<'_>) -> String {
-    let (config, data) = (report.config, &report.data);
+    let (config, data) = (report.config, report.data);
     let seeds = config.seed_list().len();
-    let runs = report.results.len() * seeds;
+    let runs = report.trainings.done;
+    let unfinished = match report.trainings {
+        Trainings { done, planned } if done < planned => {
+            format!("<p><b>Unfinished: {done} of {planned} trainings are done.</b> Means are over those.</p>")
+        }
+        _ => String::new(),
+    };
     let figure = |value: String, words: &str| format!("<div><b>{value}</b><span>{words}</span></div>");
     let figures = [
         figure(thousands(data.train_pairs), "training pairs"),
@@ -49,7 +55,7 @@ fn head(report: &Report<'_>) -> String {
         figure(format!("{:.0} s", report.seconds.total), "in all"),
     ];
     format!(
-        "<h1>Contrastive losses of dual encoders, compared</h1>\
+        "<h1>Contrastive losses of dual encoders, compared</h1>{unfinished}\
          <p class=\"lead\">Trained on {}. {} losses, {}, {} for each; batch {}, temperature {}, {} steps.</p>\
          <div class=\"figures\">{}</div>",
         escape(&data.source),
@@ -112,7 +118,7 @@ fn expectations(report: &Report<'_>) -> String {
         return String::new();
     }
     let count = |verdict: Verdict| report.comparisons.iter().filter(|c| c.verdict == verdict).count();
-    let data = &report.data;
+    let data = report.data;
     let summary = if count(Verdict::OneSeed) > 0 {
         "One seed allows no verdict; the differences below may be noise.".to_string()
     } else {
@@ -266,7 +272,7 @@ fn maps(report: &Report<'_>) -> String {
          query and the mean passage.</p><ul class=\"legend\"><li><i class=\"dot round\"></i>query</li>\
          <li><i class=\"dot square\"></i>passage</li></ul><div class=\"grid3\">",
     );
-    for map in &report.maps {
+    for map in report.maps {
         let title = format!("{}: {}", map.architecture.label(), map.title);
         let _ = write!(
             out,
@@ -357,7 +363,7 @@ fn timings(report: &Report<'_>) -> String {
          <th>Share of the step</th></tr></thead><tbody>",
         s.data, s.training, s.pictures, report.threads
     );
-    for v in &report.results {
+    for v in report.results {
         let formula = Loss::by_name(&v.variant.loss).map(|l| l.to_string()).unwrap_or_default();
         let groups = formula.split_once(" = ").map_or("", |(_, groups)| groups);
         let _ = write!(
