@@ -16,7 +16,7 @@ impl ExpSum {
     /// The sum over no negatives.
     pub const EMPTY: Self = Self { sum: 0.0, exponent: 0 };
 
-    /// `sum`·2^`exponent`, `sum` ≥ 0.
+    /// `sum`·2^`exponent`, `sum` ≥ 0 and finite.
     pub fn new(sum: f64, exponent: i32) -> Self {
         Self { sum, exponent }
     }
@@ -36,9 +36,8 @@ impl ExpSum {
             return;
         }
         let exponent = self.exponent.max(other.exponent);
-        self.sum =
-            self.sum * power_of_two(self.exponent - exponent) + other.sum * power_of_two(other.exponent - exponent);
-        self.exponent = exponent;
+        let scaled = |x: Self| x.sum * power_of_two(x.exponent.saturating_sub(exponent));
+        *self = Self { sum: scaled(*self) + scaled(other), exponent };
     }
 
     /// log Σ exp(β s), in nats; −∞ without any negative.
@@ -148,6 +147,10 @@ mod tests {
         a.merge(ExpSum::new(1.0, -1400));
         assert_eq!(a.ln(), 1401.0 * std::f64::consts::LN_2);
         assert_eq!(ExpSum::EMPTY.ln(), f64::NEG_INFINITY);
+        let mut ends = ExpSum::new(1.5, i32::MIN);
+        ends.merge(ExpSum::new(1.25, i32::MAX));
+        ends.merge(ExpSum::new(1.0, i32::MIN));
+        assert_eq!(ends, ExpSum::new(1.25, i32::MAX));
     }
 
     #[test]

@@ -132,12 +132,6 @@ impl<'a> Problem<'a> {
         self
     }
 
-    /// Whether gradients of logits of bf16 batches may be rounded to f16: enough terms average the rounding errors out. In a smaller
-    /// batch launches, not products, decide how long it takes, so it takes 22 bits as f16 batches do.
-    pub(crate) fn averages_rounding(&self) -> bool {
-        self.dtype == DType::BF16 && self.pairs.rows() >= 256
-    }
-
     /// M, N, d.
     pub fn shape(&self) -> (usize, usize, usize) {
         (self.pairs.rows(), self.pairs.passages(), self.dim)

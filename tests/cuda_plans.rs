@@ -3,6 +3,8 @@
 //!
 //! Without a C++ compiler the trials are reported as ignored; `cuda-emulated` in `SAMTONE_REQUIRE` turns that into a failure.
 
+#[path = "cuda_plans/fallbacks.rs"]
+mod fallbacks;
 mod support;
 
 use libtest_mimic::{Failed, Trial};
@@ -17,8 +19,9 @@ use support::data::{Kind, duplicate_ids, problem};
 use support::problem::{Buffer, Outputs, Problem};
 
 fn main() -> ExitCode {
-    let checks: [(&str, Check); 11] = [
+    let checks: [(&str, Check); 12] = [
         ("every arithmetic and tile", arithmetics),
+        ("every arithmetic and tile at a small temperature", fallbacks::fallbacks),
         ("a tight workspace makes waves", waves),
         ("shards together give the whole", shards),
         ("forward and backward apart give the bits of the fused call", apart),

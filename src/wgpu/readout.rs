@@ -153,7 +153,7 @@ impl Plan {
     pub fn temperature(&self, state: &[u8]) -> Result<TemperatureGradient> {
         let state = self.state(state)?;
         let sum = state.float(BETA_SUM) + state.float(BETA_SUM + 1);
-        let upstream = self.facts.upstream * state.float(UPSTREAM);
+        let upstream = self.facts.upstream * state.scaled(UPSTREAM);
         let grad_beta = upstream * times_power_of_two(sum, state.int(SHIFT));
         Ok(TemperatureGradient::from_beta(grad_beta, self.facts.beta))
     }
@@ -217,7 +217,7 @@ fn normalized((sum, exponent): (f64, i32)) -> (f64, i32) {
         return (0.0, 0);
     }
     let own = ((sum.to_bits() >> 52) & 0x7ff) as i32 - 1023;
-    (times_power_of_two(sum, -own), exponent + own)
+    (times_power_of_two(sum, -own), exponent.saturating_add(own))
 }
 
 const _: () = assert!(BETA_SUM + 2 <= RESULT_WORDS);

@@ -113,8 +113,8 @@ fn upstream_gradients() -> Outcome {
     let (loss, batch, options) = (Loss::samtone_query(), batch(&q, &p)?, Options::new(0.05)?);
     let forward = cpu::forward(&loss, &batch, &options)?;
     let shard = Shard::new(&loss, &batch, &options, 0..M)?;
-    for upstream in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-        let value = upstream.to_string();
+    for upstream in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, f64::MAX, -3.5e38] {
+        let value = format!("{upstream:?}");
         for backend in present() {
             let error = refused(backend, &loss, &batch, &options, upstream);
             expect_invalid(Err::<(), _>(error), "upstream", &value, "a finite number");
