@@ -336,9 +336,4 @@ impl<'a> Batch<'a> {
     pub fn dtype(&self) -> DType {
         self.query.dtype()
     }
-
-    /// One line for messages: `7 queries x 9 passages of dimension 5, f32`.
-    pub(crate) fn describe(&self) -> String {
-        format!("{} queries x {} passages of dimension {}, {}", self.rows(), self.passages(), self.dim(), self.dtype())
-    }
 }

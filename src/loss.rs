@@ -89,6 +89,12 @@ impl Group {
         self.positive_copies
     }
 
+    /// The same group with its blocks in the order of [`Block::ALL`].
+    pub(crate) fn in_order(&self) -> Self {
+        let blocks = Block::ALL.into_iter().filter(|b| self.contains(*b)).collect();
+        Self { blocks, ..*self }
+    }
+
     /// Whether `block` is one of [`Group::blocks`].
     pub fn contains(&self, block: Block) -> bool {
         self.blocks.contains(&block)
@@ -232,16 +238,21 @@ presets! {
 impl fmt::Display for Loss {
     /// `samtone_query = 1·{qp, qq} + 1·{pq}`
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} =", self.name)?;
-        for (k, group) in self.groups.iter().enumerate() {
-            let blocks: Vec<_> = group.blocks.iter().map(|b| b.name()).collect();
-            write!(f, "{}{}·{{{}}}", if k == 0 { " " } else { " + " }, group.coefficient, blocks.join(", "))?;
-            if group.positive_copies != 1 {
-                write!(f, " (e = {})", group.positive_copies)?;
-            }
-        }
-        Ok(())
+        write!(f, "{} = ", self.name)?;
+        write_groups(f, &self.groups)
     }
+}
+
+/// `1·{qp, qq} + 1·{pq}`
+pub(crate) fn write_groups(f: &mut fmt::Formatter<'_>, groups: &[Group]) -> fmt::Result {
+    for (k, group) in groups.iter().enumerate() {
+        let blocks: Vec<_> = group.blocks.iter().map(|b| b.name()).collect();
+        write!(f, "{}{}·{{{}}}", if k == 0 { "" } else { " + " }, group.coefficient, blocks.join(", "))?;
+        if group.positive_copies != 1 {
+            write!(f, " (e = {})", group.positive_copies)?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -3,7 +3,9 @@
 use crate::batch::Pairs;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::identity::Identity;
 use crate::loss::Loss;
+use crate::mask::Keys;
 use crate::options::Options;
 use std::ops::Range;
 
@@ -130,6 +132,11 @@ impl<'a> Problem<'a> {
     pub fn with_device_upstream(mut self) -> Self {
         self.device_upstream = true;
         self
+    }
+
+    /// What results of this problem must have in common with those of another to be of the same. O(M + N).
+    pub(crate) fn identity(&self) -> Identity {
+        Identity::new(self.loss, &self.pairs, &Keys::new(&self.pairs), &self.options, self.dtype, self.dim)
     }
 
     /// M, N, d.

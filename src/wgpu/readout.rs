@@ -171,7 +171,8 @@ impl Plan {
         let state = self.state(state)?;
         let (facts, m) = (&self.facts, self.facts.weights.len());
         let uses = |b: Block| facts.uses[b.index()];
-        let mut partials = Partials::new(m, uses, facts.rows.clone(), facts.origin.clone());
+        let positive = (0..m).map(|i| self.layout.positive + 2 * i).map(|at| state.float(at) + state.float(at + 1));
+        let mut partials = Partials::new(m, uses, facts.rows.clone(), facts.identity.clone(), positive.collect());
         for (block, sums) in Block::ALL.into_iter().zip(&mut partials.sums) {
             for (row, sum) in sums.iter_mut().enumerate() {
                 let at = self.sum(block, row);
@@ -191,7 +192,7 @@ impl Plan {
     /// # Errors
     /// [`Error::InvalidArgument`] for partials that do not cover all rows, [`Error::StateMismatch`] for those of another call.
     pub fn write_partials(&self, partials: &Partials) -> Result<(Range<u64>, Vec<u8>)> {
-        partials.expect_origin(&self.facts.origin)?;
+        partials.expect_problem(&self.facts.identity)?;
         partials.expect_complete()?;
         let m = self.facts.weights.len();
         let mut words = Vec::with_capacity(SUM_WORDS * 4 * m);
