@@ -1,7 +1,7 @@
 """A learned temperature in the trainer's keeping: one value in all processes, in its checkpoints and on its model cards.
 
-The trainer gives the optimizer the parameters of a loss, but checkpoints and DistributedDataParallel know only the model. What is
-missing is done here, from within the call of a loss, so that users need not know.
+The trainer gives the optimizer the parameters of a loss. But checkpoints, DistributedDataParallel and `zero_grad` know only those of
+the model. What is missing is done here, from within the call of a loss, so that users need not know.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def _callback() -> Any:
     from transformers.trainer_callback import ExportableState
 
     class SamToNeTemperature(TrainerCallback, ExportableState):
-        """Has learned temperatures saved in the `trainer_state.json` of every checkpoint, and takes them from there."""
+        """Has learned temperatures saved in the `trainer_state.json` of every checkpoint, and takes them from there. After each
+        step it forgets their gradients, which the trainer would add to those of the next step."""
 
         def __init__(self) -> None:
             self.trainer: Any = None
@@ -88,6 +89,7 @@ def _callback() -> Any:
             if self.run is trainer.state:
                 return
             self.trainer, self.run = trainer, trainer.state
+            self.forget()
             self.take(trainer.state.stateful_callbacks.setdefault(type(self).__name__, self.state()))
 
         def state(self) -> dict[str, Any]:
@@ -101,7 +103,12 @@ def _callback() -> Any:
                     if name in values:
                         x.fill_(values[name])
 
+        def forget(self) -> None:
+            for x in _learned(self.trainer.loss).values():
+                x.grad = None
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.forget()
             if control.should_save:
                 self.show()
 
