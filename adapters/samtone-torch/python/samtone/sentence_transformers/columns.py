@@ -111,21 +111,25 @@ class Column:
         if not self.ends or self.unclear:
             return None
         mask = self.inputs.get("attention_mask")
-        padded = isinstance(mask, Tensor) and mask.dim() == 2 and not self.packed and "offsets" not in self.inputs
-        kept, counts = (
-            (mask.bool(), mask.bool().sum(1).cumsum(0).tolist()) if padded and mask is not None else (None, [])
-        )
+        if mask is None or mask.dim() != 2 or self.packed or "offsets" in self.inputs:
+            kept, counts = None, []
+        else:
+            kept = mask.detach().cpu().numpy() != 0
+            counts = kept.sum(1).cumsum().tolist()
         names, parts = [], []
         for name in sorted(self.ends.keys() - _ABOUT_ROWS):
-            x, ends = self.inputs[name], self.ends[name]
-            if kept is not None and x.shape[:2] == kept.shape and name not in _PATCHES:
-                if name == "attention_mask":
-                    continue
-                x, ends = x[kept], counts
-            elif self.packed and ends[-1] == x.shape[-1]:
-                x = x.movedim(-1, 0)
+            x, ends = self.inputs[name].detach(), self.ends[name]
+            padded = kept is not None and x.shape[:2] == kept.shape and name not in _PATCHES
+            if padded and name == "attention_mask":
+                continue
             names.append(name)
-            parts.append(_pieces(x, ends))
+            if padded and x.dim() == 2 and not x.is_floating_point():
+                # NumPy selects from a small matrix faster than PyTorch does.
+                parts.append(_pieces(torch.from_numpy(x.cpu().numpy()[kept]), counts))
+            elif padded:
+                parts.append(_pieces(x[torch.from_numpy(kept).to(x.device)], counts))
+            else:
+                parts.append(_pieces(x.movedim(-1, 0) if self.packed and ends[-1] == x.shape[-1] else x, ends))
         return list(zip([tuple(names)] * self.rows, *parts)) if parts else None
 
     def parts(self, size: int) -> Iterator[Features]:
@@ -189,7 +193,7 @@ def _pieces(x: Tensor, ends: list[int]) -> list[bytes]:
     """The bytes of each row: of its integers, or of a digest of all that it has."""
     if x.dim() > 1 or x.is_floating_point():
         x = _digests(x)
-    content = x.detach().to(device="cpu", dtype=torch.int64).contiguous()
+    content = x.to(device="cpu", dtype=torch.int64)
     size = content.element_size() * (content[0].numel() if len(content) else 0)
     everything = content.numpy().tobytes()
     return [everything[a * size : b * size] for a, b in pairwise([0, *ends])]
