@@ -8,10 +8,12 @@
 //!     --kernels sm80|sm90a            of that architecture
 //!     --tile small|large|cluster
 //!     --workspace MIB                 the bound
+//!     --loss NAME                     a preset; otherwise samtone_query
+//!     --temperature T --margin M      otherwise 0.01, and no margin
 //!     --write FOLDER
 //!     --quick
 //!
-//! bf16 embeddings, f32 gradients, samtone_query at τ = 0.01. Prints CSV: B, d, median milliseconds of 20 steps after 3, TFLOP/s
+//! bf16 embeddings, f32 gradients. Prints CSV: B, d, median milliseconds of 20 steps after 3, TFLOP/s
 //! on the products counted once, MiB beyond inputs and gradients, loss; and up to B = 2048, where launches count, the median
 //! milliseconds on the device from the end of one step to the end of the next among 200 that nobody waits for, first called, then
 //! replayed from a CUDA graph; squares of cosines that are kept, of how many. Fails if 100 runs of a small batch, or its replays,
@@ -29,6 +31,7 @@ use samtone::cuda::cudarc::driver::{CudaContext, CudaStream};
 use samtone::cuda::{Architecture, Cosines, Device, GradientSlices, Problem, Slot, Step, Tile};
 use samtone::half::bf16;
 use samtone::{DType, Loss, Options, Pairs};
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -65,20 +68,30 @@ fn enqueued(
 }
 
 /// What the command line says.
-#[derive(Default)]
 struct Settings {
+    loss: Loss,
+    options: Options,
     quick: bool,
     folder: Option<PathBuf>,
     cosines: Option<Cosines>,
     kernels: Option<String>,
     tile: Option<Tile>,
-    workspace: Option<usize>,
     shapes: Vec<String>,
 }
 
 impl Settings {
     fn read(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Self> {
-        let mut settings = Self::default();
+        let (mut temperature, mut margin, mut workspace) = (0.01, None, None);
+        let mut settings = Self {
+            loss: Loss::samtone_query(),
+            options: Options::new(temperature)?,
+            quick: false,
+            folder: None,
+            cosines: None,
+            kernels: None,
+            tile: None,
+            shapes: Vec::new(),
+        };
         while let Some(argument) = arguments.next() {
             let Some(option) = argument.strip_prefix("--") else {
                 settings.shapes.push(argument);
@@ -97,19 +110,24 @@ impl Settings {
                 ("tile", "small") => settings.tile = Some(Tile::Small),
                 ("tile", "large") => settings.tile = Some(Tile::Large),
                 ("tile", "cluster") => settings.tile = Some(Tile::Cluster),
-                ("workspace", mib) => settings.workspace = Some(mib.parse::<usize>()? << 20),
+                ("workspace", mib) => workspace = Some(mib.parse::<usize>()? << 20),
+                ("loss", name) => settings.loss = Loss::by_name(name)?,
+                ("temperature", tau) => temperature = tau.parse()?,
+                ("margin", cosine) => margin = Some(cosine.parse()?),
                 _ => anyhow::bail!("no option {argument} {value}"),
             }
         }
         if settings.shapes.is_empty() {
             settings.shapes = SHAPES.iter().map(|s| s.to_string()).collect();
         }
+        settings.options = Options::new(temperature)?;
+        if let Some(bytes) = workspace {
+            settings.options = settings.options.with_workspace_bytes(bytes);
+        }
+        if let Some(margin) = margin {
+            settings.options = settings.options.with_margin(margin)?;
+        }
         Ok(settings)
-    }
-
-    fn options(&self) -> anyhow::Result<Options> {
-        let options = Options::new(0.01)?;
-        Ok(self.workspace.map_or(options, |bytes| options.with_workspace_bytes(bytes)))
     }
 
     fn apply<'a>(&self, mut problem: Problem<'a>, device: &Device) -> anyhow::Result<Problem<'a>> {
@@ -131,6 +149,10 @@ impl Settings {
 fn main() -> anyhow::Result<()> {
     let settings = Settings::read(std::env::args().skip(1))?;
     let [repeats, steps] = [REPEATS, ENQUEUED].map(|count| if settings.quick { count / QUICK } else { count });
+    // An error where the reader has left, instead of a panic.
+    let mut out = std::io::stdout();
+    // Before the work.
+    settings.folder.iter().try_for_each(std::fs::create_dir_all)?;
     let mut differing = Vec::new();
     samtone::cuda::available()?;
     let device = Device::first()?;
@@ -138,7 +160,7 @@ fn main() -> anyhow::Result<()> {
     // SAFETY: everything below is on one stream.
     unsafe { stream.context().disable_event_tracking() };
     eprintln!("{} {:?}", device.name(), device.compute_capability());
-    println!("rows,dim,milliseconds,tflops,extra_mib,loss,enqueued_milliseconds,graph_milliseconds,kept,squares");
+    writeln!(out, "rows,dim,milliseconds,tflops,extra_mib,loss,enqueued_milliseconds,graph_milliseconds,kept,squares")?;
     for shape in &settings.shapes {
         let (rows, dim) = shape.split_once(',').with_context(|| format!("`{shape}` is not B,d"))?;
         let (rows, dim) = (rows.parse::<usize>()?, dim.parse::<usize>()?);
@@ -149,8 +171,8 @@ fn main() -> anyhow::Result<()> {
         let views = copied.each_ref().map(|x| unsafe { x.transmute::<bf16>(rows * dim) });
         let [Some(query), Some(passage)] = &views else { anyhow::bail!("views of bf16") };
         let mut gradients = [stream.alloc_zeros::<f32>(rows * dim)?, stream.alloc_zeros::<f32>(rows * dim)?];
-        let (loss, pairs) = (Loss::samtone_query(), Pairs::new(rows, rows)?);
-        let problem = Problem::new(&loss, &pairs, &settings.options()?, DType::BF16, dim)?;
+        let pairs = Pairs::new(rows, rows)?;
+        let problem = Problem::new(&settings.loss, &pairs, &settings.options, DType::BF16, dim)?;
         let problem = settings.apply(problem, &device)?;
         let mut step = Step::new(&device, &stream, &problem)?;
         let mut times = Vec::new();
@@ -164,7 +186,6 @@ fn main() -> anyhow::Result<()> {
         }
         let (evaluation, _) = step.results(query, passage)?;
         if let Some(folder) = &settings.folder {
-            std::fs::create_dir_all(folder)?;
             for (name, values) in [("query", &towers.query), ("passage", &towers.passage)] {
                 let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
                 std::fs::write(folder.join(format!("{rows}-{dim}-{name}.bf16")), bytes)?;
@@ -216,7 +237,10 @@ fn main() -> anyhow::Result<()> {
         let (tflops, mib) = (plan.flops() / median / 1e12, extra as f64 / f64::from(1 << 20));
         let ([kept, squares], loss) = (plan.kept_squares(), evaluation.loss);
         let milliseconds = median * 1e3;
-        println!("{rows},{dim},{milliseconds:.4},{tflops:.1},{mib:.1},{loss},{of_calls},{of_graph},{kept},{squares}");
+        writeln!(
+            out,
+            "{rows},{dim},{milliseconds:.4},{tflops:.1},{mib:.1},{loss},{of_calls},{of_graph},{kept},{squares}"
+        )?;
     }
     anyhow::ensure!(differing.is_empty(), "{}", differing.join("\n"));
     Ok(())

@@ -24,6 +24,7 @@ import tempfile
 import time
 
 import record_files
+from record_files import whole_file
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TORCH_STEP = ROOT / "benches" / "peers" / "torch_step.py"
@@ -124,8 +125,10 @@ class Worker:
 
 
 class Recorder:
-    def __init__(self, binary, torch, threads, rounds, seed):
+    def __init__(self, binary, torch, threads, rounds, seed, kept):
         self.binary, self.torch, self.threads, self.rounds, self.seed = binary, torch, threads, rounds, seed
+        # Gets what is measured so far, for whoever interrupts the rest.
+        self.kept = kept
         self.finished = []
         self.load = record_files.OtherLoad()
 
@@ -144,6 +147,7 @@ class Recorder:
             if judge and self.torch:
                 self.judge(entrants, pathlib.Path(folder))
         self.finished += entrants
+        whole_file.write(self.kept, record_files.csv_of(self.finished))
         for entrant in entrants:
             show(entrant)
 
@@ -231,7 +235,7 @@ class Recorder:
 
 def show(entrant):
     result = f"{entrant.median_ms:10.1f} ms" if entrant.times else f"{'-':>10}   "
-    print(f"{entrant.engine:22} {entrant.batch:6} x {entrant.dim:<5} {entrant.dtype:5} {result}  {entrant.note}", flush=True)
+    whole_file.say(f"{entrant.engine:22} {entrant.batch:6} x {entrant.dim:<5} {entrant.dtype:5} {result}  {entrant.note}")
 
 
 def build():
@@ -280,13 +284,20 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benches" / "record")
     arguments = parser.parse_args()
     rounds = arguments.rounds or (2 if arguments.quick else 5)
+    name = record_files.slug(record_files.processor())
+    folder = arguments.out / name / (datetime.date.today().isoformat() + ("-quick" if arguments.quick else ""))
+    draft = folder.with_name(f"{folder.name}-unfinished")
+    whole_file.writable(draft)
 
     binary, torch = build(), find_torch()
     if torch is None:
-        print("PyTorch is not installed here: recording samtone and the bare products only.", flush=True)
-    recorder = Recorder(binary, torch, arguments.threads, rounds, arguments.seed)
+        whole_file.say("PyTorch is not installed here: recording samtone and the bare products only.")
+    recorder = Recorder(binary, torch, arguments.threads, rounds, arguments.seed, draft / "step.csv")
     started = time.monotonic()
-    grown = measure(recorder, arguments.quick)
+    try:
+        grown = measure(recorder, arguments.quick)
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; what was measured until then is in {os.path.relpath(draft)}")
     run = record_files.Run(
         entrants=recorder.finished,
         growth=grown,
@@ -299,11 +310,9 @@ def main():
         other_load=recorder.load.share(),
         quick=arguments.quick,
     )
-    name = record_files.slug(record_files.processor())
-    folder = arguments.out / name / (datetime.date.today().isoformat() + ("-quick" if arguments.quick else ""))
-    record_files.write(folder, run, ROOT)
-    print((folder / "summary.md").read_text())
-    print(f"written to {os.path.relpath(folder)}")
+    record_files.write(folder, draft, run, ROOT)
+    whole_file.say((folder / "summary.md").read_text())
+    whole_file.say(f"written to {os.path.relpath(folder)}")
 
 
 if __name__ == "__main__":

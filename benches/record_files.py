@@ -4,11 +4,16 @@ import contextlib
 import csv
 import dataclasses
 import datetime
+import io
 import os
 import pathlib
 import platform
 import re
 import subprocess
+import sys
+
+sys.path.append(str(pathlib.Path(__file__).resolve().with_name("peers")))
+import whole_file  # noqa: E402
 
 GRADIENT_TOLERANCE = 3e-5
 # Above this share of the cores taken by others, timings say little.
@@ -137,24 +142,29 @@ def gflops(entrant):
     return None if not entrant.times else 9e-6 * entrant.batch**2 * entrant.dim / entrant.median_ms
 
 
-def write(folder, run, root):
+def write(folder, draft, run, root):
+    """The whole record; only then does it replace what `folder` has."""
+    files = {"step.csv": csv_of(run.entrants), "env.txt": environment(run, root), "summary.md": summary(run, root)}
+    for name, text in files.items():
+        whole_file.write(draft / name, text)
     folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / "step.csv", run)
-    (folder / "env.txt").write_text(environment(run, root))
-    (folder / "summary.md").write_text(summary(run, root))
+    for name in files:
+        os.replace(draft / name, folder / name)
+    draft.rmdir()
 
 
-def write_csv(path, run):
-    with open(path, "w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        names = "engine,version,B,d,dtype,median_ms,min_ms,gflops_effective,peak_mib,loss,grad_error,repeats,note"
-        rows.writerow(names.split(","))
-        for e in run.entrants:
-            times = (number(e.median_ms, 3), number(min(e.times, default=None), 3), number(gflops(e)))
-            loss = "" if e.loss is None else repr(e.loss)
-            error = "" if e.grad_error is None else f"{e.grad_error:.2e}"
-            measured = (*times, number(mebibytes(e.peak_bytes)), loss, error, len(e.times))
-            rows.writerow((e.engine, e.version, *e.shape, e.dtype, *measured, e.note))
+def csv_of(entrants):
+    file = io.StringIO(newline="")
+    rows = csv.writer(file, lineterminator="\n")
+    names = "engine,version,B,d,dtype,median_ms,min_ms,gflops_effective,peak_mib,loss,grad_error,repeats,note"
+    rows.writerow(names.split(","))
+    for e in entrants:
+        times = (number(e.median_ms, 3), number(min(e.times, default=None), 3), number(gflops(e)))
+        loss = "" if e.loss is None else repr(e.loss)
+        error = "" if e.grad_error is None else f"{e.grad_error:.2e}"
+        measured = (*times, number(mebibytes(e.peak_bytes)), loss, error, len(e.times))
+        rows.writerow((e.engine, e.version, *e.shape, e.dtype, *measured, e.note))
+    return file.getvalue()
 
 
 def environment(run, root):

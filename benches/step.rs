@@ -159,7 +159,7 @@ impl<'a> Session<'a> {
             report["products_schedule"] = json!(schedule.to_string());
             report["ratio_to_products"] = json!(times.median() / bare.median());
         }
-        println!("{report:#}");
+        writeln!(std::io::stdout(), "{report:#}")?;
         Ok(())
     }
 

@@ -18,6 +18,7 @@ use anyhow::Context;
 use samtone::DType;
 use samtone::wgpu::wgpu::DeviceType;
 use samtone::wgpu::{Engine, Variant};
+use std::io::Write;
 use std::time::{Duration, Instant};
 use wgpu_runs::{Runs, plan};
 
@@ -30,6 +31,8 @@ const MEASURED: usize = 20;
 const REPEATED_ROWS: usize = 2048;
 
 fn main() -> anyhow::Result<()> {
+    // An error where the reader has left, instead of a panic.
+    let mut out = std::io::stdout();
     let start = Instant::now();
     let engine = Engine::first()?;
     let started = start.elapsed();
@@ -43,7 +46,7 @@ fn main() -> anyhow::Result<()> {
     let shapes: Vec<String> = std::env::args().skip(1).collect();
     let default = if software { SOFTWARE_SHAPES } else { SHAPES };
     let shapes = if shapes.is_empty() { default.iter().map(|s| s.to_string()).collect() } else { shapes };
-    println!("rows,dim,dtype,variant,device_ms,wall_ms,tflops,compile_ms,first_ms,extra_mib,loss");
+    writeln!(out, "rows,dim,dtype,variant,device_ms,wall_ms,tflops,compile_ms,first_ms,extra_mib,loss")?;
     for shape in shapes {
         let (rows, dim) = shape.split_once(',').with_context(|| format!("`{shape}` is not B,d"))?;
         let shape = (rows.parse::<usize>()?, dim.parse::<usize>()?);
@@ -107,14 +110,15 @@ fn measure(
     let wall = median(times.iter().map(|time| time.wall));
     let device = runs.has_timestamps().then(|| median(times.iter().filter_map(|time| time.device)));
     let shown = device.map(|time| format!("{:.4}", milliseconds(time))).unwrap_or_default();
-    println!(
+    writeln!(
+        std::io::stdout(),
         "{rows},{dim},{dtype},{},{shown},{:.4},{:.4},{compiled:.1},{first:.1},{:.1},{}",
         variant.to_string().replace(", ", "; "),
         milliseconds(wall),
         runs.plan().flops() / device.unwrap_or(wall).as_secs_f64() / 1e12,
         runs.own_bytes() as f64 / f64::from(1 << 20),
         evaluation.loss,
-    );
+    )?;
     Ok(())
 }
 

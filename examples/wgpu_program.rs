@@ -19,6 +19,7 @@ use samtone::wgpu::wgpu::util::DeviceExt;
 use samtone::wgpu::wgpu::{self, BufferUsages};
 use samtone::wgpu::{BufferRange, Buffers, Engine, Plan, Slot, Step};
 use samtone::{Batch, DType, Embeddings, Loss, Options, Pairs, Problem, reference};
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 const ROWS: usize = 128; // of a batch
@@ -87,7 +88,7 @@ fn device() -> anyhow::Result<(wgpu::Device, wgpu::Queue)> {
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle().with_env());
     let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default()))?;
     let info = adapter.get_info();
-    println!("{} ({:?}, {} {})", info.name, info.backend, info.driver, info.driver_info);
+    writeln!(io::stdout(), "{} ({:?}, {} {})", info.name, info.backend, info.driver, info.driver_info)?;
     let descriptor = wgpu::DeviceDescriptor { required_limits: adapter.limits(), ..Default::default() };
     Ok(pollster::block_on(adapter.request_device(&descriptor))?)
 }
@@ -175,7 +176,7 @@ fn train() -> anyhow::Result<bool> {
     let (loss, pairs, options) = (Loss::samtone_query(), Pairs::new(ROWS, ROWS)?, Options::new(TEMPERATURE)?);
     let plan = Plan::new(&Problem::new(&loss, &pairs, &options, DType::F32, DIM)?, engine.capabilities())?;
     let step = Step::new(&engine, plan)?;
-    println!("{}", step.plan().variant());
+    writeln!(io::stdout(), "{}", step.plan().variant())?;
     let tower = |buffer, k| BufferRange { buffer, offset: (k * tower_bytes) as u64, bytes: tower_bytes as u64 };
     let buffers = Buffers::new()
         .with(Slot::Query, tower(&embeddings, 0))
@@ -210,10 +211,10 @@ fn train() -> anyhow::Result<bool> {
     };
     let losses = floats(&history)?;
     for (k, loss) in losses.iter().enumerate().filter(|(k, _)| k % 20 == 0 || k + 1 == STEPS) {
-        println!("step {k:>3}: loss {loss:.4}");
+        writeln!(io::stdout(), "step {k:>3}: loss {loss:.4}")?;
     }
     let (evaluation, _) = step.results(&buffers)?;
-    println!("P@1 of the last batch {:.2}", evaluation.query_to_passage.precision_at_1);
+    writeln!(io::stdout(), "P@1 of the last batch {:.2}", evaluation.query_to_passage.precision_at_1)?;
 
     // The last step against the definition: its embeddings and gradients are still in their buffers.
     let (x, computed) = (floats(&embeddings)?, floats(&gradients)?);
@@ -224,7 +225,7 @@ fn train() -> anyhow::Result<bool> {
     let loss_error = (evaluation.loss - exact.evaluation.loss).abs() / exact.evaluation.loss;
     let errors = [loss_error, distance(of_query, &exact.grad_query), distance(of_passage, &exact.grad_passage)];
     let [of_loss, of_query, of_passage] = errors;
-    println!("errors against f64: loss {of_loss:.1e}, gradients {of_query:.1e} and {of_passage:.1e}");
+    writeln!(io::stdout(), "errors against f64: loss {of_loss:.1e}, gradients {of_query:.1e} and {of_passage:.1e}")?;
     Ok(losses[STEPS - 1] < 0.5 * losses[0] && errors.iter().all(|error| *error < TOLERANCE)) // NaN is not below
 }
 

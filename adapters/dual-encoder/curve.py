@@ -40,7 +40,9 @@ def main():
         optimizer.step()
         curve.append(loss.item())
     text = {"loss": curve, "log_beta": log_beta.item()}
-    (FOLDER / "curve.json").write_text(json.dumps(text, indent=1) + "\n")
+    draft = FOLDER / ".curve.json"
+    draft.write_text(json.dumps(text, indent=1) + "\n")
+    draft.replace(FOLDER / "curve.json")  # whole or not at all
     print(f"{curve[0]:.6f} -> {curve[-1]:.6f}, log beta {log_beta.item():.6f}")
 
 

@@ -11,6 +11,7 @@ shapes. A record: this, and the output of `bench_cuda` at the same shapes as ste
 import argparse
 import csv
 import datetime
+import io
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import whole_file
 from losses import LOSSES
 
 WORKER = pathlib.Path(__file__).with_name("worker.py")
@@ -150,8 +152,9 @@ def environment(device: str) -> str:
 def show(line: dict) -> None:
     best = line.get("graph_milliseconds") or line.get("milliseconds")
     numbers = f"{best:>12} ms {line.get('tflops', ''):>7} TFLOP/s {line.get('extra_mib', ''):>9} MiB" if best else " " * 43
-    print(f"{line['rows']:>6} x {line['dim']:<4} {line['engine']:<32}{numbers} {line.get('gradient_error', ''):>10}  {line['note']}",
-          flush=True)  # fmt: skip
+    whole_file.say(
+        f"{line['rows']:>6} x {line['dim']:<4} {line['engine']:<32}{numbers} {line.get('gradient_error', ''):>10}  {line['note']}"
+    )
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -186,26 +189,26 @@ def main() -> int:
         for engine in chosen
         if engine.late == late and engine.wanted(rows)
     ]
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    whole_file.writable(arguments.out)
     about = environment(arguments.device)
-    (arguments.out / "peers-env.txt").write_text(about)
-    print(about, flush=True)
+    whole_file.write(arguments.out / "peers-env.txt", about)
+    whole_file.say(about)
     engines = {engine.name: engine for engine in chosen}
 
     def limit(task: Task) -> float:
         return engines[task[2]].limit(task[0])
 
-    measured = 0
-    with open(arguments.out / "peers.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for task, result in results(tasks, arguments.device, arguments.budget, limit):
-            line = row_of(task, result, engines[task[2]].loss)
-            writer.writerow(line)
-            file.flush()
-            show(line)
-            measured += "ms" in result
-    print(f"{measured} of {len(tasks)} measured")
+    measured, table = 0, io.StringIO(newline="")
+    writer = csv.DictWriter(table, COLUMNS)
+    writer.writeheader()
+    for task, result in results(tasks, arguments.device, arguments.budget, limit):
+        line = row_of(task, result, engines[task[2]].loss)
+        writer.writerow(line)
+        # Whole after each result, so that whoever ends this process keeps what is there.
+        whole_file.write(arguments.out / "peers.csv", table.getvalue())
+        show(line)
+        measured += "ms" in result
+    whole_file.say(f"{measured} of {len(tasks)} measured")
     return 0 if measured else 1
 
 

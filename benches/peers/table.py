@@ -14,6 +14,7 @@ import pathlib
 import sys
 from dataclasses import dataclass, replace
 
+import whole_file
 from losses import LOSSES
 from svg import Chart, Series, draw
 
@@ -218,7 +219,9 @@ def main() -> int:
         return 1
     rows = read_own(folder) + read_peers(peers)
     about = folder / "peers-env.txt"
-    (folder / "peers.md").write_text(markdown(rows, about.read_text() if about.exists() else "no peers-env.txt"))
+    whole_file.write(
+        folder / "peers.md", markdown(rows, about.read_text() if about.exists() else "no peers-env.txt")
+    )
     size, dim = (int(part) for part in arguments.error_shape.split(","))
     charts = {
         "time.svg": against_batch(
@@ -231,11 +234,11 @@ def main() -> int:
     }
     for name, chart in charts.items():
         if chart.series:
-            (folder / name).write_text(draw(chart))
+            whole_file.write(folder / name, draw(chart))
         else:
             (folder / name).unlink(missing_ok=True)
-            print(f"table: nothing measured for {name}")
-    print(f"written to {folder}")
+            whole_file.say(f"table: nothing measured for {name}")
+    whole_file.say(f"written to {folder}")
     return 0
 
 

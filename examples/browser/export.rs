@@ -73,6 +73,8 @@ impl Device {
 pub struct Run {
     pub problem: Problem,
     pub expected: Expected,
+    /// Whether `expected` is what the file holds: the type holds its embeddings.
+    pub judged_by_file: bool,
     pub dtype: DType,
     pub device: &'static str,
     pub plan: Plan,
@@ -130,7 +132,8 @@ impl Run {
     /// A case with its embeddings rounded to `dtype`, on `device`.
     pub fn new(case: &Case, dtype: DType, device: &Device) -> Result<(Self, Exported)> {
         let problem = case.problem.rounded(dtype);
-        let expected = if case.problem.is_exact_in(dtype) {
+        let judged_by_file = case.problem.is_exact_in(dtype);
+        let expected = if judged_by_file {
             case.expected.clone()
         } else {
             // The case's outputs belong to embeddings that this type cannot hold.
@@ -143,7 +146,7 @@ impl Run {
             .with_gradients(gradients, gradients)?;
         let plan = Plan::new(&call, &device.capabilities())?;
         let exported = export(&plan, &bytes(&query), &bytes(&passage), device);
-        Ok((Self { problem, expected, dtype, device: device.name, plan }, exported))
+        Ok((Self { problem, expected, judged_by_file, dtype, device: device.name, plan }, exported))
     }
 
     /// Buffers that the page sends back, in this order.

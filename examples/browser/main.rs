@@ -22,14 +22,19 @@ mod support;
 mod chromium;
 mod export;
 mod judge;
+#[path = "../shared/output.rs"]
+mod output;
 mod server;
 mod site;
 
 use anyhow::{Context, Result, anyhow, bail};
 use chromium::Chromium;
 use clap::Parser;
+use output::{whole_file, writable_place};
 use server::{Event, Server};
 use site::Site;
+use std::fmt::Display;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -65,12 +70,23 @@ fn main() -> ExitCode {
     match run(&Arguments::parse()) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(1),
+        Err(error) if nobody_reads(&error) => ExitCode::from(2),
         Err(error) => {
             // One sentence; anyhow's own way would add a backtrace wherever RUST_BACKTRACE is set.
             eprintln!("error: {error:#}");
             ExitCode::from(2)
         }
     }
+}
+
+/// Prints a line. An error, where its reader has left, ends the program in order, and Chromium with it.
+fn print(line: impl Display) -> Result<()> {
+    Ok(writeln!(io::stdout(), "{line}")?)
+}
+
+/// As in `… | head`.
+fn nobody_reads(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 /// Whether every run passes.
@@ -80,31 +96,38 @@ fn run(arguments: &Arguments) -> Result<bool> {
         (false, Some(path)) => Some(path.clone()),
         (false, None) => Some(chromium::find()?),
     };
+    // Before the work, which takes a while.
+    arguments.out.iter().try_for_each(|folder| site::check_folder(folder))?;
+    arguments.screenshot.iter().try_for_each(|picture| writable_place(picture))?;
     let site = Site::new(&arguments.path)?;
     if let Some(folder) = &arguments.out {
         site.write(folder)?;
-        println!("{} runs in {}: to be opened through a web server", site.runs.len(), folder.display());
+        print(format!("{} runs in {}: to be opened through a web server", site.runs.len(), folder.display()))?;
         return Ok(true);
     }
     let site = Arc::new(site);
     let server = Server::start(site.clone(), arguments.port)?;
-    println!("{} runs at {}", site.runs.len(), server.address);
+    print(format!("{} runs at {}", site.runs.len(), server.address))?;
     let Some(program) = chromium else {
-        println!("open it in a browser with WebGPU; interrupt to end");
+        print("open it in a browser with WebGPU; interrupt to end")?;
         loop {
             // Pages may come and go; one that fails is no reason to end.
             if let Err(error) = follow(&site, || Ok(server.events.recv()?)) {
-                println!("{error:#}");
+                print(format!("{error:#}"))?;
             }
         }
     };
     let mut chromium = Chromium::start(&program, &server.address, &[])?;
     let timeout = Duration::from_secs(arguments.timeout);
-    let passed = follow(&site, || news(&server, &mut chromium, timeout))
-        .map_err(|error| anyhow!("{error:#}\nChromium printed last:\n{}", chromium.last_words()))?;
+    let passed =
+        follow(&site, || news(&server, &mut chromium, timeout)).map_err(|error| match nobody_reads(&error) {
+            true => error,
+            false => anyhow!("{error:#}\nChromium printed last:\n{}", chromium.last_words()),
+        })?;
     if let Some(picture) = &arguments.screenshot {
-        chromium.photograph(&format!("{}?shown", server.address), picture, timeout)?;
-        println!("{}", picture.display());
+        let address = format!("{}?shown", server.address);
+        whole_file(picture, |draft| chromium.photograph(&address, draft, timeout))?;
+        print(picture.display())?;
     }
     Ok(passed)
 }
@@ -136,21 +159,28 @@ fn follow(site: &Site, mut next: impl FnMut() -> Result<Event>) -> Result<bool> 
     loop {
         match next().with_context(|| format!("after {} of {all} runs", passed + failed + skipped))? {
             Event::Started(adapter) => {
-                println!("{adapter}");
+                print(adapter)?;
                 (started, passed, failed, skipped) = (Instant::now(), 0, 0, 0);
             }
             Event::Skipped(device, lacks) => {
-                println!("SKIP  {device}: this browser or its adapter lacks {lacks}");
+                print(format!("SKIP  {device}: this browser or its adapter lacks {lacks}"))?;
                 skipped += site.runs.iter().filter(|run| run.device == device).count();
             }
             Event::Judged(verdict) => {
-                println!("{verdict}");
+                print(&verdict)?;
                 if verdict.passed { passed += 1 } else { failed += 1 }
             }
             Event::Failed(reason) => bail!("the page gave up: {reason}"),
             Event::Finished => {
                 let seconds = started.elapsed().as_secs_f64();
-                println!("{passed} passed, {failed} failed, {skipped} skipped, in {seconds:.1} s");
+                print(format!("{passed} passed, {failed} failed, {skipped} skipped, in {seconds:.1} s"))?;
+                let rounded = site.runs.iter().filter(|run| !run.judged_by_file).count();
+                if rounded > 0 {
+                    print(format!(
+                        "{rounded} runs are of embeddings that were rounded to the type: the reference judged them, and what a file \
+                         holds was not compared"
+                    ))?;
+                }
                 // What is neither run nor skipped must not count as passed.
                 if passed + failed == 0 || passed + failed + skipped != all {
                     bail!("the page finished, but not with all of {all} runs");

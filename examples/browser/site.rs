@@ -1,8 +1,9 @@
 //! Everything that the server serves and `--out` writes: the page, an index of devices and runs, and two files for each run.
 
 use crate::export::{DEVICES, Run, seeded};
+use crate::output::writable_folder;
 use crate::support::case::{Case, files};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -94,20 +95,63 @@ impl Site {
         Ok(site)
     }
 
-    /// Writes every file to a folder that is new or empty.
+    /// Writes every file to a folder that [`check_folder`] accepts, all or none of them.
     pub fn write(&self, folder: &Path) -> Result<()> {
-        let at = || folder.display().to_string();
-        std::fs::create_dir_all(folder).with_context(at)?;
-        if std::fs::read_dir(folder).with_context(at)?.next().is_some() {
-            bail!("argument `out` is {}, which is not empty; allowed: a new or an empty folder", folder.display());
-        }
+        let draft = tempfile::Builder::new().prefix(".draft-").tempdir_in(folder);
+        let draft = draft.with_context(|| format!("cannot write into the folder {}", folder.display()))?;
         for (path, content) in &self.files {
-            let path = folder.join(path);
+            let path = draft.path().join(path);
             if let Some(parent) = path.parent() {
                 std::fs::create_dir_all(parent).with_context(|| parent.display().to_string())?;
             }
-            std::fs::write(&path, content).with_context(|| path.display().to_string())?;
+            std::fs::write(&path, content).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        for entry in std::fs::read_dir(draft.path())? {
+            let entry = entry?;
+            let place = folder.join(entry.file_name());
+            std::fs::rename(entry.path(), &place).with_context(|| format!("cannot write {}", place.display()))?;
         }
         Ok(())
+    }
+}
+
+/// Makes the folder, and fails unless it is empty and takes files.
+pub fn check_folder(folder: &Path) -> Result<()> {
+    writable_folder(folder)?;
+    let is_empty = std::fs::read_dir(folder).with_context(|| folder.display().to_string())?.next().is_none();
+    ensure!(is_empty, "argument `out` is {}, which is not empty; allowed: a new or an empty folder", folder.display());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn site() -> Site {
+        let files = [("index.html", "page"), ("runs/0000.json", "plan"), ("runs/0000.bin", "contents")];
+        let files = files.map(|(path, content)| (path.to_string(), content.as_bytes().to_vec()));
+        Site { files: files.into(), runs: Vec::new() }
+    }
+
+    #[test]
+    fn a_site_is_written_whole_and_leaves_no_draft() {
+        let folder = tempfile::tempdir().unwrap();
+        check_folder(folder.path()).unwrap();
+        site().write(folder.path()).unwrap();
+        let mut names: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["index.html", "runs"]);
+        assert_eq!(std::fs::read(folder.path().join("runs/0000.bin")).unwrap(), b"contents");
+        assert!(check_folder(folder.path()).unwrap_err().to_string().contains("which is not empty; allowed: a new or"));
+    }
+
+    /// A file that cannot be written leaves none of the others.
+    #[test]
+    fn a_site_that_cannot_be_written_leaves_the_folder_empty() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut broken = site();
+        broken.files.insert("runs/0000.bin/child".into(), Vec::new());
+        broken.write(folder.path()).unwrap_err();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }

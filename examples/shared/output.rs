@@ -1,18 +1,9 @@
-//! What programs write and print: files that are there whole or not at all, and lines that nobody has to read.
+//! Files that are there whole or not at all.
 #![allow(dead_code)] // every program that includes this uses another part of it
 
 use anyhow::{Context, Result};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-
-/// `println!` for programs whose results are files: they go on when the reader of their output has left, as `head` does.
-macro_rules! say {
-    ($($text:tt)*) => {{
-        use std::io::Write;
-        let _ = writeln!(std::io::stdout(), $($text)*);
-    }};
-}
-pub(crate) use say;
 
 /// Makes the folder, and fails unless files can be written into it: before the work whose results they hold, not after it.
 pub fn writable_folder(folder: &Path) -> Result<()> {
@@ -50,10 +41,10 @@ pub fn whole_content(path: &Path, content: impl AsRef<[u8]>) -> Result<()> {
     whole_file(path, |draft| Ok(fs::write(draft, content)?))
 }
 
-/// A name in the same folder that no other process takes.
+/// A name in the same folder that no other process takes, of the same kind.
 fn beside(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    path.with_file_name(format!(".{name}.{}", std::process::id()))
+    path.with_file_name(format!(".{}.{name}", std::process::id()))
 }
 
 #[cfg(test)]

@@ -98,6 +98,7 @@ pub fn split_by_group(pairs: Vec<Pair>, source: String, split: &Split) -> Result
     let mut groups: Vec<(u64, usize)> = sizes.into_iter().collect();
     groups.sort_unstable();
     let wanted = (total as f64 * split.test_fraction) as usize;
+    let different = groups.len();
     let mut held_out = HashSet::new();
     let mut count = 0;
     for (group, size) in groups {
@@ -121,9 +122,23 @@ pub fn split_by_group(pairs: Vec<Pair>, source: String, split: &Split) -> Result
     let leaks_dropped = before - test.len();
 
     if train.len() < split.min_train || test.len() < MIN_TEST {
+        let few = wanted < MIN_TEST || total - wanted < split.min_train;
+        let sources = "(--pairs FILE, --beir FOLDER, or fetch more crates with `cargo fetch`)";
+        let advice = if different > 1 && few {
+            format!("give more pairs {sources}, or lower --batch")
+        } else if before >= MIN_TEST && train.len() >= split.min_train {
+            format!(
+                "{leaks_dropped} held-out pairs were dropped because training contains them; give pairs that repeat less {sources}"
+            )
+        } else {
+            let kind = if grouped { "groups" } else { "queries" };
+            format!(
+                "the pairs are of {different} different {kind}, and all pairs of one of them stay on one side; give pairs of more \
+                 different {kind} {sources}"
+            )
+        };
         bail!(
-            "{total} pairs gave {} for training and {} held out, but a batch needs {} and the test {MIN_TEST}; give more pairs \
-             (--pairs FILE, --beir FOLDER, or fetch more crates with `cargo fetch`), or lower --batch",
+            "{total} pairs gave {} for training and {} held out, but a batch needs {} and the test {MIN_TEST}; {advice}",
             train.len(),
             test.len(),
             split.min_train
@@ -218,8 +233,35 @@ mod tests {
 
     #[test]
     fn too_few_pairs_say_what_to_do() {
-        let message = split(vec![pair("a", "b", ""); 5]).unwrap_err().to_string();
+        let message = split((0..5).map(|i| pair(&i.to_string(), "b", "")).collect()).unwrap_err().to_string();
         assert!(message.contains("--pairs") && message.contains("5 pairs"), "{message}");
+        assert!(message.contains("give more pairs") && message.contains("lower --batch"), "{message}");
+    }
+
+    /// More of the same pairs would help nobody.
+    #[test]
+    fn pairs_that_cannot_be_split_say_why() {
+        let one_query = (0..1000).map(|i| pair("the same", &format!("passage {i}"), ""));
+        let one_group = (0..1000).map(|i| pair(&format!("query {i}"), &format!("passage {i}"), "one"));
+        let shared_passages = (0..1000).map(|i| pair(&format!("query {i}"), "the same", &format!("group {i}")));
+        for (pairs, reason, advice) in [
+            (
+                one_query.collect(),
+                "the pairs are of 1 different queries",
+                "give pairs of more different queries (--pairs",
+            ),
+            (
+                vec![pair("a", "b", ""); 5],
+                "the pairs are of 1 different queries",
+                "give pairs of more different queries",
+            ),
+            (one_group.collect(), "the pairs are of 1 different groups", "give pairs of more different groups"),
+            (shared_passages.collect(), "300 held-out pairs were dropped", "give pairs that repeat less (--pairs"),
+        ] {
+            let message = split(pairs).unwrap_err().to_string();
+            assert!(message.contains(reason) && message.contains(advice), "{message}");
+            assert!(!message.contains("give more pairs"), "{message}");
+        }
     }
 
     #[test]

@@ -230,7 +230,7 @@ mod tests {
     #[test]
     fn tsv_and_jsonl_agree() {
         let folder = folder(&[
-            ("a.tsv", "query\tpassage\nwhat\tthat\r\n\nwho\tme\tg\n"),
+            ("a.tsv", "\u{feff}query\tpassage\nwhat\tthat\r\n\nwho\tme\tg\n"),
             (
                 "a.jsonl",
                 "{\"query\":\"what\",\"passage\":\"that\"}\n{\"query\":\"who\",\"passage\":\"me\",\"group\":\"g\"}\n",

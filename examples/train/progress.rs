@@ -1,8 +1,16 @@
 //! Progress on the console: a bar on a terminal, a line per result elsewhere.
 
-use crate::output::say;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
+
+/// `println!` that goes on when its reader has left, as `head` does: the report matters more.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stdout(), $($text)*);
+    }};
+}
+pub(crate) use say;
 
 /// One bar over all training steps of all runs.
 pub struct Progress {

@@ -10,6 +10,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData, module::embedding};
 use safetensors::{Dtype, SafeTensors};
 use samtone_burn::{Loss, SamToNe, Temperature};
 use std::error::Error;
+use std::io::{self, Write};
 use std::path::Path;
 
 /// Both towers.
@@ -132,8 +133,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let device = Device::flex();
     let (curve, log_beta) = train(&device)?;
     for (step, loss) in curve.iter().enumerate() {
-        println!("step {step:2}  loss {loss:.6}");
+        writeln!(io::stdout(), "step {step:2}  loss {loss:.6}")?;
     }
-    println!("log beta {log_beta:.6}");
+    writeln!(io::stdout(), "log beta {log_beta:.6}")?;
     Ok(())
 }

@@ -24,6 +24,7 @@ macro_rules! annotated {
         if let Some(ids) = &$samtone.passage_ids {
             pairs = pairs.with_passage_ids(ids)?;
         }
+        pairs = pairs.with_shared_ids($samtone.shared_ids)?;
         if let Some((owners, scope)) = &$samtone.owners {
             pairs = pairs.with_hard_negative_owners(owners, *scope)?;
         }
@@ -57,6 +58,7 @@ pub struct SamToNe {
     loss: Loss,
     query_ids: Option<Vec<i64>>,
     passage_ids: Option<Vec<i64>>,
+    shared_ids: bool,
     positives: Option<Vec<u32>>,
     owners: Option<(Vec<i32>, Scope)>,
     weights: Option<Vec<f32>>,
@@ -75,6 +77,7 @@ impl SamToNe {
             loss,
             query_ids: None,
             passage_ids: None,
+            shared_ids: false,
             positives: None,
             owners: None,
             weights: None,
@@ -87,7 +90,8 @@ impl SamToNe {
         }
     }
 
-    /// An identity for each of the M queries; queries of equal id are never negatives of each other. Default: all different.
+    /// An identity for each of the M queries; queries of equal id are never negatives of each other, nor of each other's
+    /// positives. Default: all different.
     pub fn query_ids(mut self, ids: impl Into<Vec<i64>>) -> Self {
         self.query_ids = Some(ids.into());
         self
@@ -97,6 +101,14 @@ impl SamToNe {
     /// queries. Default: all different.
     pub fn passage_ids(mut self, ids: impl Into<Vec<i64>>) -> Self {
         self.passage_ids = Some(ids.into());
+        self
+    }
+
+    /// Whether query ids and passage ids name the same texts; then a passage with the id of a row's query, and a query with the id
+    /// of its positive, are no negatives of the row either. For pairs of sentences, or queries that are other rows' passages. Wants
+    /// the ids of both towers. Default: no.
+    pub fn shared_ids(mut self, shared: bool) -> Self {
+        self.shared_ids = shared;
         self
     }
 

@@ -8,6 +8,7 @@ use candle_core::{DType, Device, Result, Tensor, Var, safetensors};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use samtone_candle::{Loss, SamToNe, Temperature};
 use std::collections::HashMap;
+use std::io::{self, Write};
 
 /// Both towers: weighted mean of embeddings of hashed features, projected.
 struct DualEncoder {
@@ -57,7 +58,7 @@ pub fn train(path: &str) -> Result<Vec<f32>> {
 fn main() -> Result<()> {
     let pairs = concat!(env!("CARGO_MANIFEST_DIR"), "/../dual-encoder/pairs.safetensors");
     for (step, loss) in train(pairs)?.into_iter().enumerate() {
-        println!("step {step:2}  loss {loss:.5}");
+        writeln!(io::stdout(), "step {step:2}  loss {loss:.5}")?;
     }
     Ok(())
 }

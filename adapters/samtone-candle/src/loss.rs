@@ -37,6 +37,7 @@ pub struct SamToNe {
     loss: Loss,
     query_ids: Option<Vec<i64>>,
     passage_ids: Option<Vec<i64>>,
+    shared_ids: bool,
     positives: Option<Vec<u32>>,
     owners: Option<(Vec<i32>, Scope)>,
     weights: Option<Vec<f32>>,
@@ -67,6 +68,7 @@ macro_rules! annotated {
             if let Some(ids) = &of.passage_ids {
                 annotated = annotated.with_passage_ids(ids)?;
             }
+            annotated = annotated.with_shared_ids(of.shared_ids)?;
             if let Some((owners, scope)) = &of.owners {
                 annotated = annotated.with_hard_negative_owners(owners, *scope)?;
             }
@@ -82,6 +84,7 @@ impl SamToNe {
             loss,
             query_ids: None,
             passage_ids: None,
+            shared_ids: false,
             positives: None,
             owners: None,
             weights: None,
@@ -96,7 +99,8 @@ impl SamToNe {
         }
     }
 
-    /// An identity for each of the M queries; queries of equal id are never negatives of each other. Default: all different.
+    /// An identity for each of the M queries; queries of equal id are never negatives of each other, nor of each other's
+    /// positives. Default: all different.
     pub fn query_ids(mut self, ids: impl Into<Vec<i64>>) -> Self {
         self.query_ids = Some(ids.into());
         self
@@ -106,6 +110,14 @@ impl SamToNe {
     /// queries. Default: all different.
     pub fn passage_ids(mut self, ids: impl Into<Vec<i64>>) -> Self {
         self.passage_ids = Some(ids.into());
+        self
+    }
+
+    /// Whether query ids and passage ids name the same texts; then a passage with the id of a row's query, and a query with the id
+    /// of its positive, are no negatives of the row either. For pairs of sentences, or queries that are other rows' passages. Wants
+    /// the ids of both towers. Default: no.
+    pub fn shared_ids(mut self, shared: bool) -> Self {
+        self.shared_ids = shared;
         self
     }
 

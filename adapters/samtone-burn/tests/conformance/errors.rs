@@ -27,6 +27,10 @@ pub fn sentences(device: &Device) -> Outcome {
             "argument `temperature` is a tensor of shape [2] and type f32; allowed: one number",
         ),
         (samtone.clone().passage_ids([1]).forward(query(), passage(), TAU), "argument `passage_ids` is a slice of 1"),
+        (
+            samtone.clone().shared_ids(true).passage_ids([1; 9]).forward(query(), passage(), TAU),
+            "argument `shared_ids` is true without query ids; allowed: false, or query ids and passage ids",
+        ),
         (samtone.clone().positives([9; 6]).forward(query(), passage(), TAU), "argument `positives` is 9 at row 0"),
         (samtone.clone().margin(f64::NAN).forward(query(), passage(), TAU), "argument `margin` is NaN"),
         (samtone.clone().workspace_bytes(1).forward(query(), passage(), TAU), "option `workspace_bytes` is 1"),

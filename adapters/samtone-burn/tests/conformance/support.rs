@@ -83,6 +83,7 @@ pub fn builder(problem: &Problem) -> SamToNe {
     if let Some(ids) = &problem.passage_ids {
         samtone = samtone.passage_ids(ids.clone());
     }
+    samtone = samtone.shared_ids(problem.shared_ids);
     if let Some(positives) = &problem.positives {
         samtone = samtone.positives(positives.clone());
     }
