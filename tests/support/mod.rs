@@ -8,5 +8,6 @@ pub mod cuda_emulated;
 pub mod data;
 pub mod emulator;
 pub mod problem;
+pub mod report;
 pub mod skipped;
 pub mod tolerance;
