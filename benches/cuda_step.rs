@@ -8,10 +8,12 @@
 //!     --kernels sm80|sm90a            of that architecture
 //!     --tile small|large|cluster
 //!     --workspace MIB                 the bound
+//!     --loss NAME                     a preset; otherwise samtone_query
+//!     --temperature T --margin M      otherwise 0.01, and no margin
 //!     --write FOLDER
 //!     --quick
 //!
-//! bf16 embeddings, f32 gradients, samtone_query at τ = 0.01. Prints CSV: B, d, median milliseconds of 20 steps after 3, TFLOP/s
+//! bf16 embeddings, f32 gradients. Prints CSV: B, d, median milliseconds of 20 steps after 3, TFLOP/s
 //! on the products counted once, MiB beyond inputs and gradients, loss; and up to B = 2048, where launches count, the median
 //! milliseconds on the device from the end of one step to the end of the next among 200 that nobody waits for, first called, then
 //! replayed from a CUDA graph; squares of cosines that are kept, of how many. Fails if 100 runs of a small batch, or its replays,
@@ -66,20 +68,30 @@ fn enqueued(
 }
 
 /// What the command line says.
-#[derive(Default)]
 struct Settings {
+    loss: Loss,
+    options: Options,
     quick: bool,
     folder: Option<PathBuf>,
     cosines: Option<Cosines>,
     kernels: Option<String>,
     tile: Option<Tile>,
-    workspace: Option<usize>,
     shapes: Vec<String>,
 }
 
 impl Settings {
     fn read(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Self> {
-        let mut settings = Self::default();
+        let (mut temperature, mut margin, mut workspace) = (0.01, None, None);
+        let mut settings = Self {
+            loss: Loss::samtone_query(),
+            options: Options::new(temperature)?,
+            quick: false,
+            folder: None,
+            cosines: None,
+            kernels: None,
+            tile: None,
+            shapes: Vec::new(),
+        };
         while let Some(argument) = arguments.next() {
             let Some(option) = argument.strip_prefix("--") else {
                 settings.shapes.push(argument);
@@ -98,19 +110,24 @@ impl Settings {
                 ("tile", "small") => settings.tile = Some(Tile::Small),
                 ("tile", "large") => settings.tile = Some(Tile::Large),
                 ("tile", "cluster") => settings.tile = Some(Tile::Cluster),
-                ("workspace", mib) => settings.workspace = Some(mib.parse::<usize>()? << 20),
+                ("workspace", mib) => workspace = Some(mib.parse::<usize>()? << 20),
+                ("loss", name) => settings.loss = Loss::by_name(name)?,
+                ("temperature", tau) => temperature = tau.parse()?,
+                ("margin", cosine) => margin = Some(cosine.parse()?),
                 _ => anyhow::bail!("no option {argument} {value}"),
             }
         }
         if settings.shapes.is_empty() {
             settings.shapes = SHAPES.iter().map(|s| s.to_string()).collect();
         }
+        settings.options = Options::new(temperature)?;
+        if let Some(bytes) = workspace {
+            settings.options = settings.options.with_workspace_bytes(bytes);
+        }
+        if let Some(margin) = margin {
+            settings.options = settings.options.with_margin(margin)?;
+        }
         Ok(settings)
-    }
-
-    fn options(&self) -> anyhow::Result<Options> {
-        let options = Options::new(0.01)?;
-        Ok(self.workspace.map_or(options, |bytes| options.with_workspace_bytes(bytes)))
     }
 
     fn apply<'a>(&self, mut problem: Problem<'a>, device: &Device) -> anyhow::Result<Problem<'a>> {
@@ -154,8 +171,8 @@ fn main() -> anyhow::Result<()> {
         let views = copied.each_ref().map(|x| unsafe { x.transmute::<bf16>(rows * dim) });
         let [Some(query), Some(passage)] = &views else { anyhow::bail!("views of bf16") };
         let mut gradients = [stream.alloc_zeros::<f32>(rows * dim)?, stream.alloc_zeros::<f32>(rows * dim)?];
-        let (loss, pairs) = (Loss::samtone_query(), Pairs::new(rows, rows)?);
-        let problem = Problem::new(&loss, &pairs, &settings.options()?, DType::BF16, dim)?;
+        let pairs = Pairs::new(rows, rows)?;
+        let problem = Problem::new(&settings.loss, &pairs, &settings.options, DType::BF16, dim)?;
         let problem = settings.apply(problem, &device)?;
         let mut step = Step::new(&device, &stream, &problem)?;
         let mut times = Vec::new();

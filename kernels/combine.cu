@@ -50,7 +50,9 @@ struct Combine {
     u32 rows, group_count;
     u32 indices[2]; // entries of faults
     u32 zero_is_error;
-    u32 merges_only; // 0: the sums are complete
+    u32 empty_is_error; // whether a row without any term in its softmax is a fault; its loss and gradient are 0
+    u32 merges_only;    // 0: the sums are complete
+    u32 padding;
 };
 
 SAMTONE_DEVICE void merge_into(ExpSum& all, double sum, i32 exponent) {
@@ -152,7 +154,7 @@ SAMTONE_DEVICE void combine_row(const Combine& c, u32 row, const double (&ln)[BL
         const double e = rest.y, log_d = log_negatives(rest.x, ln, positive);
         if (e == 0 && log_d == minus_infinity()) {
             double& none = found[FAULTS + NO_NEGATIVE];
-            if (weight != 0 && none == minus_infinity()) none = -(GROUPS * row + g);
+            if (c.empty_is_error != 0 && weight != 0 && none == minus_infinity()) none = -(GROUPS * row + g);
             continue;
         }
         const double relative = log_add(e, log_d);

@@ -30,6 +30,7 @@ struct Params {
     workgroups: u32,      // of combine
     results: u32,
     zero_is_error: u32,
+    empty_is_error: u32,  // whether a row without any term in its softmax is a fault; its loss and gradient are 0
     dots: u32,
     tiles: u32,
     first: u32,           // whether the sum of dots starts here
@@ -174,7 +175,7 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
             }
             let negatives = scaled_quotient(sum_of_blocks(sums, blocks), positive);
             if copies == 0.0 && negatives.part == 0.0 {
-                if weight.part != 0.0 {
+                if params.empty_is_error != 0u && weight.part != 0.0 {
                     atomicMin(&status[NO_NEGATIVE], row);
                 }
                 continue;

@@ -12,6 +12,7 @@
 
 use crate::error::{Error, Result};
 use crate::loss::{Block, Loss};
+use crate::options::NoNegative;
 use crate::output::{Evaluation, Metrics};
 use crate::partials::Partials;
 
@@ -21,6 +22,8 @@ pub(crate) struct Rows<'a> {
     pub positive_logit: &'a [f64],
     /// w̃ᵢ.
     pub weight: &'a [f64],
+    /// What a row without any term in its softmax gives.
+    pub no_negative: NoNegative,
 }
 
 /// Outputs of the step.
@@ -63,7 +66,7 @@ pub(crate) fn combine(loss: &Loss, rows: &Rows<'_>, partials: &Partials) -> Resu
             let e = f64::from(group.positive_copies());
             let log_d = log_sum_exp(group.blocks().iter().map(|b| partials.sums[b.index()][i].ln() - positive));
             if e == 0.0 && log_d == f64::NEG_INFINITY {
-                if weight == 0.0 {
+                if weight == 0.0 || rows.no_negative == NoNegative::Zero {
                     continue;
                 }
                 return Err(Error::NoNegative { loss: loss.name().into(), group: g, row: i });

@@ -47,7 +47,8 @@ pub enum Error {
     /// A softmax without any term: every negative is masked and the group holds no copy of the positive.
     #[error(
         "row {row} has no negative left in group {group} of loss `{loss}`, which holds no copy of the positive, so its \
-         logarithm is undefined; allowed: at least one negative, `positive_copies` of 1 or more, or weight 0 for the row"
+         logarithm is undefined; allowed: at least one negative, `positive_copies` of 1 or more, weight 0 for the row, or \
+         `NoNegative::Zero` in the options"
     )]
     NoNegative {
         /// Name of the loss.

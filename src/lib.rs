@@ -42,7 +42,7 @@ pub use cpu::loss_and_gradients;
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use loss::{Block, Group, Loss};
-pub use options::{Options, ZeroNorm};
+pub use options::{NoNegative, Options, ZeroNorm};
 pub use output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, Metrics, TemperatureGradient};
 pub use partials::{ExpSum, Partials};
 pub use problem::{GradientOutput, Problem};

@@ -12,12 +12,24 @@ pub enum ZeroNorm {
     ZeroGradient,
 }
 
+/// What to do with a row whose softmax has no term at all: every negative is masked, and the group holds no copy of the positive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum NoNegative {
+    /// [`Error::NoNegative`] names the row and the group.
+    #[default]
+    Error,
+    /// The row gets 0 from that group, for the loss and for the gradient. Its weight still counts in Σw, so the other rows
+    /// get what they would get beside any other row.
+    Zero,
+}
+
 /// Scalars of a call.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Options {
     temperature: f64,
     margin: Option<f64>,
     zero_norm: ZeroNorm,
+    no_negative: NoNegative,
     workspace_bytes: Option<usize>,
     tile_skipping: Option<f64>,
 }
@@ -34,7 +46,14 @@ impl Options {
             let allowed = format!("a number from {:e} to {:e}", Self::MIN_TEMPERATURE, Self::MAX_TEMPERATURE);
             return Err(Error::invalid("temperature", temperature.to_string(), allowed));
         }
-        Ok(Self { temperature, margin: None, zero_norm: ZeroNorm::Error, workspace_bytes: None, tile_skipping: None })
+        Ok(Self {
+            temperature,
+            margin: None,
+            zero_norm: ZeroNorm::Error,
+            no_negative: NoNegative::Error,
+            workspace_bytes: None,
+            tile_skipping: None,
+        })
     }
 
     /// Drops every negative whose cosine exceeds s⁺ᵢ + margin: a filter of false negatives. Of either sign; Qwen3 uses 0.1.
@@ -49,6 +68,13 @@ impl Options {
     /// Policy for embeddings of norm zero.
     pub fn with_zero_norm(mut self, policy: ZeroNorm) -> Self {
         self.zero_norm = policy;
+        self
+    }
+
+    /// Policy for rows of weight above 0 whose softmax has no term. It matters for groups without a copy of the positive alone,
+    /// such as that of [`Loss::decoupled`](crate::Loss::decoupled): a last batch of one row, or one of duplicates.
+    pub fn with_no_negative(mut self, policy: NoNegative) -> Self {
+        self.no_negative = policy;
         self
     }
 
@@ -98,6 +124,11 @@ impl Options {
     /// Policy for embeddings of norm zero.
     pub fn zero_norm(&self) -> ZeroNorm {
         self.zero_norm
+    }
+
+    /// Policy for rows whose softmax has no term.
+    pub fn no_negative(&self) -> NoNegative {
+        self.no_negative
     }
 
     /// η of [`Options::with_tile_skipping`], if set.

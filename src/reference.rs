@@ -15,7 +15,7 @@ use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::loss::{Block, Loss};
 use crate::mask::{COSINE_TIE, Key, Keys, threshold};
-use crate::options::{Options, ZeroNorm};
+use crate::options::{NoNegative, Options, ZeroNorm};
 use crate::output::{Evaluation, GradientBuffers, Metrics, TemperatureGradient, check_upstream};
 use rayon::prelude::*;
 
@@ -61,7 +61,8 @@ pub fn loss_and_gradients_into(
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for an `upstream` that is not finite; [`Error::NonFinite`] and [`Error::ZeroNorm`] for an
-/// embedding without a direction; [`Error::NoNegative`] for a row of weight above 0 with an empty softmax;
+/// embedding without a direction; [`Error::NoNegative`] for a row of weight above 0 with an empty softmax
+/// unless the options say [`NoNegative::Zero`];
 /// [`Error::OutOfMemory`] where the dense matrices do not fit.
 pub fn loss_and_gradients(loss: &Loss, batch: &Batch<'_>, options: &Options, upstream: f64) -> Result<ReferenceOutput> {
     check_upstream(upstream)?;
@@ -105,7 +106,7 @@ pub fn loss_and_gradients(loss: &Loss, batch: &Batch<'_>, options: &Options, ups
             let terms: Vec<Negative> = group.blocks().iter().flat_map(|b| &kept[b.index()]).copied().collect();
             let mut probabilities: Vec<f64> = terms.iter().map(|n| beta * (n.cosine - positive)).collect();
             let Some(row_loss) = softmax(&mut probabilities, group.positive_copies()) else {
-                if weight > 0.0 {
+                if weight > 0.0 && options.no_negative() == NoNegative::Error {
                     return Err(Error::NoNegative { loss: loss.name().into(), group: g, row: i });
                 }
                 continue;

@@ -12,7 +12,7 @@ mod support;
 
 use libtest_mimic::{Arguments, Failed};
 use samtone::backend::{self, Backend};
-use samtone::{Block, DType, Error, Group, Loss, Scope};
+use samtone::{Block, DType, Error, Group, Loss, NoNegative, Scope};
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use support::backends;
@@ -282,6 +282,8 @@ const OPTIONS: &[&str] = &[
     "owners, own",
     "everything",
     "every negative masked",
+    "every negative masked, as zero",
+    "negatives for one row, as zero",
 ];
 
 fn with_option(option: &str, mut problem: Problem) -> Result<Problem, String> {
@@ -337,6 +339,18 @@ fn with_option(option: &str, mut problem: Problem) -> Result<Problem, String> {
         "every negative masked" => {
             problem.positives = Some(vec![0; m]);
             problem.passage_ids = Some(vec![1; n]);
+        }
+        "every negative masked, as zero" => {
+            problem = with_option("every negative masked", problem)?;
+            problem.options = problem.options.with_no_negative(NoNegative::Zero);
+        }
+        "negatives for one row, as zero" => {
+            // The last passage is another text than all others, and for row 1 alone.
+            problem.passage_ids = Some((0..n).map(|j| i64::from(j == n - 1)).collect());
+            problem.owners = Some(((0..n).map(|j| if j == n - 1 { 1 } else { -1 }).collect(), Scope::Own));
+            problem.weights = Some(weights());
+            problem.weights.as_mut().into_iter().for_each(|w| w[1] = 0.5);
+            problem.options = problem.options.with_no_negative(NoNegative::Zero);
         }
         _ => return Err(format!("no option `{option}`")),
     }

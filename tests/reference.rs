@@ -6,8 +6,8 @@ mod support;
 use samtone::half::f16;
 use samtone::reference::{ReferenceOutput, loss_and_gradients};
 use samtone::{
-    Block, DType, Element, Embeddings, EmbeddingsMut, Error, GradientBuffers, Group, Loss, Options, Scope, Tower,
-    ZeroNorm,
+    Block, DType, Element, Embeddings, EmbeddingsMut, Error, GradientBuffers, Group, Loss, NoNegative, Options, Scope,
+    Tower, ZeroNorm,
 };
 use support::compare::{against_golden, entrywise, verdict};
 use support::data::{Kind, Source, problem};
@@ -246,6 +246,34 @@ fn an_empty_softmax_is_forgiven_to_rows_of_weight_0() -> Outcome {
     assert_eq!(got.evaluation.row_losses[0], 0.0);
     assert!(got.evaluation.row_losses[1..].iter().all(|l| l.is_finite() && *l != 0.0));
     assert!(got.grad_query[..4].iter().all(|g| *g == 0.0), "nothing pulls on the row");
+    Ok(())
+}
+
+#[test]
+fn an_empty_softmax_may_count_as_nothing() -> Outcome {
+    // q̂ = p̂ = (1, 0), (0, 1), (0.6, 0.8); row 0 has no negative.
+    let mut problem = problem(Loss::decoupled(), Kind::Random, (3, 3, 2), 0.5, 7, 0.0)?;
+    problem.query = vec![1.0, 0.0, 0.0, 1.0, 0.6, 0.8];
+    problem.passage = problem.query.clone();
+    problem.owners = Some((vec![-1, 2, 2], Scope::Own)); // rows 0 and 1 lose passages 1 and 2
+    problem.weights = Some(vec![5.0, 2.0, 1.0]);
+    assert!(matches!(solve(&problem, 1.0), Err(Error::NoNegative { row: 0, .. })));
+    problem.options = problem.options.with_no_negative(NoNegative::Zero);
+    let got = solve(&problem, 1.0)?;
+    // Row 1 has passage 0, at a cosine of 0; row 2 has passages 0 and 1. Row 0 keeps its 5 of the 8 parts of the weight.
+    let rows = [0.0, -2.0, (1.2_f64.exp() + 1.6_f64.exp()).ln() - 2.0];
+    verdict(&[
+        entrywise("row_losses", &got.evaluation.row_losses, &rows, 1e-14),
+        entrywise("loss", &[got.evaluation.loss], &[(2.0 * rows[1] + rows[2]) / 8.0], 1e-14),
+    ])?;
+    assert!(got.grad_query[..2].iter().all(|g| *g == 0.0), "nothing pulls on the row");
+    assert!(got.grad_query[2..].iter().any(|g| *g != 0.0), "the others train");
+    // Nothing at all left: a batch of one row.
+    let mut single = self::problem(Loss::decoupled(), Kind::Random, (1, 1, 3), 0.01, 5, 0.0)?;
+    single.options = single.options.with_no_negative(NoNegative::Zero);
+    let got = solve(&single, 1.0)?;
+    assert_eq!((got.evaluation.loss, got.temperature.tau), (0.0, 0.0));
+    assert!(got.grad_query.iter().chain(&got.grad_passage).all(|g| *g == 0.0));
     Ok(())
 }
 

@@ -1,6 +1,8 @@
 """Every engine's loss and gradients against float64. Skipped without PyTorch; Triton kernels run in its interpreter on the CPU."""
 
+import contextlib
 import importlib.util
+import io
 import math
 import os
 import pathlib
@@ -116,18 +118,33 @@ class Files(unittest.TestCase):
         import judge_files
 
         inputs = make_inputs(20, 8, torch.device("cpu"))
-        exact = Judge(*inputs.narrow).reference("samtone_query")
-        query, passage = (g.float() for g in exact.gradients)
-        arrays = (*(x.view(torch.uint16) for x in inputs.narrow), query, passage * 1.25)
         folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
-        for name, array in zip(judge_files.SUFFIXES, arrays):
-            (folder / f"20-8-{name}").write_bytes(array.numpy().tobytes())
-        error, rows = judge_files.judged(folder, 20, 8, torch.device("cpu"))
-        self.assertAlmostEqual(error, 0.25, places=5)
-        self.assertEqual(rows, 20)
+
+        def write(loss: str, factor: float) -> None:
+            query, passage = (g.float() for g in Judge(*inputs.narrow).reference(loss).gradients)
+            arrays = (*(x.view(torch.uint16) for x in inputs.narrow), query, passage * factor)
+            (folder / loss).mkdir(exist_ok=True)
+            for name, array in zip(judge_files.SUFFIXES, arrays):
+                (folder / loss / f"20-8-{name}").write_bytes(array.numpy().tobytes())
+
+        def judge() -> tuple[int, str]:
+            arguments = ["judge_files.py", str(folder), "--out", str(folder), "--device", "cpu"]
+            with mock.patch("sys.argv", arguments), contextlib.redirect_stdout(io.StringIO()) as said:
+                return judge_files.main(), said.getvalue()
+
+        self.assertEqual(judge()[0], 1)  # nothing to judge
+        write("samtone_query", 1.0)
+        write("qwen3", 1.0005)
+        self.assertEqual(judge()[0], 0)
+        self.assertRegex((folder / "samtone-errors-qwen3.csv").read_text(), r"20,8,5\.0\d\de-04,20")
+        for factor in (1.25, math.nan):
+            write("samtone_query", factor)
+            code, said = judge()
+            self.assertEqual(code, 1)
+            self.assertIn("more than the 1e-03 that is allowed", said)
+        (folder / "qwen3" / "20-8-query.bf16").rename(folder / "qwen3" / "20-9-query.bf16")
         with self.assertRaisesRegex(ValueError, "20 x 9 of torch.bfloat16 are 360"):
-            (folder / "20-8-query.bf16").rename(folder / "20-9-query.bf16")
-            judge_files.judged(folder, 20, 9, torch.device("cpu"))
+            judge_files.judged(folder / "qwen3", 20, 9, torch.device("cpu"), "qwen3")
 
     def test_large_batches_are_sampled(self) -> None:
         rows = reference.sampled_rows(40_000, torch.device("cpu"))

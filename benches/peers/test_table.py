@@ -10,6 +10,7 @@ import xml.etree.ElementTree as xml
 from unittest import mock
 
 import run
+import summary
 import svg
 import table
 
@@ -122,6 +123,61 @@ class Record(unittest.TestCase):
         with mock.patch("sys.argv", ["table.py", str(self.folder)]), contextlib.redirect_stdout(io.StringIO()) as said:
             self.assertEqual(table.main(), 1)
         self.assertIn("peers.csv is not there", said.getvalue())
+
+
+CHECKS = """part,check,result,seconds
+first,load,ok,21
+first,conformance-bf16,FAILED: exit code 101,9
+first,step-clip,FAILED: ended after 20 s,20
+"""
+ENVIRONMENT = """commit 0123abc
+date 2026-01-02T03:04:05Z
+name, driver_version, memory.total [MiB]
+NVIDIA Imaginary, 600.1, 1 MiB
+torch 3.0 cuda 14.0 sees 1
+"""
+
+
+class Summary(unittest.TestCase):
+    def setUp(self) -> None:
+        self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+    def generate(self, code: int = 0) -> str:
+        with mock.patch("sys.argv", ["summary.py", str(self.folder)]), contextlib.redirect_stdout(io.StringIO()) as said:
+            self.assertEqual(summary.main(), code)
+        return said.getvalue()
+
+    def test_one_screen_says_how_checks_ended_and_what_steps_took(self) -> None:
+        made_up(self.folder)
+        (self.folder / "checks-first.csv").write_text(CHECKS)
+        (self.folder / "env.txt").write_text(ENVIRONMENT)
+        (self.folder / "conformance-bf16.txt").write_text("running 9 tests\n\n---- cuda bf16: gte ----\nloss is 2\n")
+        (self.folder / "step-kept.txt").write_text(OWN)
+        text = self.generate()
+        self.assertEqual(text.strip(), (self.folder / "summary.md").read_text().strip())
+        self.assertIn("# One step and its checks: NVIDIA Imaginary", text)
+        self.assertIn("2026-01-02, samtone 0123abc, PyTorch 3.0 cuda 14.0 sees 1, driver version 600.1", text)
+        self.assertIn("1 of 3 passed.", text)
+        self.assertIn("Passed in `first`: load (21 s).", text)
+        self.assertIn("| first | **conformance-bf16** | FAILED: exit code 101 (9 s) | cuda bf16: gte: loss is 2 |", text)
+        self.assertIn("| first | **step-clip** | FAILED: ended after 20 s (20 s) |  |", text)
+        # 5 ms where bare products of as many operations take 4.
+        self.assertIn("| **samtone** | 0.5 ms, 5.00 × |  | 5 ms, 1.25 ×, 1.5e-04 |", text)
+        self.assertIn("| samtone, cosines kept | 0.5 ms, 5.00 × |  | 5 ms, 1.25 × |", text)
+        self.assertIn("| eager autocast |  |  | – |", text)
+        self.assertIn("eager autocast at B = 8192: OutOfMemoryError: no room", text)
+        self.assertLess(len(text.splitlines()), 50)
+
+    def test_parts_brought_back_one_by_one_are_one_record(self) -> None:
+        (self.folder / "checks-second.csv").write_text("part,check,result,seconds\nsecond,overhead,ok,3\n")
+        (self.folder / "checks-first.csv").write_text(CHECKS)
+        text = self.generate()
+        self.assertIn("2 of 4 passed.", text)
+        self.assertLess(text.index("`first`"), text.index("`second`"))
+        self.assertIn("an unknown GPU", text)
+
+    def test_no_checks_are_an_error(self) -> None:
+        self.assertIn("no checks-PART.csv", self.generate(code=1))
 
 
 class Charts(unittest.TestCase):

@@ -2,8 +2,8 @@
 //
 // Shared   While a tile's product runs, each of its 2·TILE threads keeps one index of its edges in registers; afterwards they lie
 //          at EDGES, 48 bytes each, rows first:
-//            0  u32x4  as a candidate: query key, passage key, owner, and 2^12/‖x‖ as bits
-//           16  u32x4  as an anchor: query key, passage key, row, highest cosine kept
+//            0  u32x4  as a candidate: query key, passage key (of queries exchanged), owner, and 2^12/‖x‖ as bits
+//           16  u32x4  as an anchor: query key, passage key (exchanged if it meets queries), row, highest cosine kept
 //           32  u32x4  of the pass: see its kernel
 // Sync     E1 all have read the stages of the product (P3); all edges are written before any is read
 #pragma once
@@ -50,6 +50,13 @@ struct EdgeEntry {
     bool live;
 };
 
+// Query key and passage key of a row, as an anchor on this edge. Between exchanged keys, the rule for candidates that are queries
+// reads as the rule for passages.
+SAMTONE_DEVICE u32x2 keys_of_anchor(const Edge& edge, const u32x4& row) {
+    const bool meets_queries = edge.block == PQ || edge.block == QQ;
+    return {meets_queries ? row.y : row.x, meets_queries ? row.x : row.y};
+}
+
 // An index of an edge.
 SAMTONE_DEVICE EdgeEntry load_entry(const Edge& edge, u32 index, const Towers& towers, const AnchorKeys* rows) {
     EdgeEntry entry{{NONE, NONE, NONE, 0}, {NONE, NONE, NONE, 0}, NONE, index < edge.end};
@@ -59,8 +66,9 @@ SAMTONE_DEVICE EdgeEntry load_entry(const Edge& edge, u32 index, const Towers& t
     entry.row = entry.candidate.w;
     entry.candidate.w = bits_of(ld_global_f32(tower.inverse + index));
     if (edge.anchors != 0 && entry.row != NONE) {
-        const u32x4 keys = ld_global_u32x4(rows + entry.row);
-        entry.anchor = {keys.x, keys.y, entry.row, keys.z};
+        const u32x4 anchor = ld_global_u32x4(rows + entry.row);
+        const u32x2 keys = keys_of_anchor(edge, anchor);
+        entry.anchor = {keys.x, keys.y, entry.row, anchor.z};
     }
     return entry;
 }
@@ -95,7 +103,8 @@ template <u32 TILE> SAMTONE_DEVICE float& element(Totals<TILE>& x, u32 i, u32 j)
 
 // The rule of src/mask.rs: whether the candidate at cosine s is a negative of the anchor. Without branches: all of it is in registers.
 SAMTONE_DEVICE bool keys_differ(const u32x4& candidate, const u32x4& anchor) {
-    return (candidate.x != anchor.x) & (candidate.y != anchor.y) & ((candidate.z == NONE) | (candidate.z == anchor.z));
+    return (candidate.x != anchor.x) & (candidate.y != anchor.y) & (candidate.y != anchor.x) &
+           ((candidate.z == NONE) | (candidate.z == anchor.z));
 }
 SAMTONE_DEVICE bool is_negative(const u32x4& candidate, const u32x4& anchor, float s) {
     return keys_differ(candidate, anchor) & (s <= float_of(anchor.w));

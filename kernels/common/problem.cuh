@@ -15,7 +15,7 @@ constexpr u32 NONE = 0xffffffffu;
 struct Edge {
     u32 begin, end; // indices of the space
     u32 space;      // 0 queries, 1 passages
-    u32 block;      // whose softmax its anchors take part in
+    u32 block;      // whose softmax its anchors take part in: of an edge that meets queries PQ or QQ
     u32 anchors;    // whether its indices anchor rows here
     u32 sums;       // whether the sums of its anchors are taken here
     u32 gradients;  // whether gradients of its embeddings are added here
@@ -56,7 +56,8 @@ struct Tower {
     u64 plane;               // bytes from the first to the second plane
     u64 panel;               // bytes from the first to the second 128 bytes of a row
     const float* inverse;    // 2^12 / norm of the packed row: above 1/2 up to 1; 0 for a row without direction
-    const u32x4* candidates; // as a candidate: query key, passage key, owner (NONE: everyone's); the row it anchors, or NONE
+    const u32x4* candidates; // as a candidate: query key, passage key (of queries exchanged: see `keys_of_anchor` in epilogue.cuh),
+                             // owner (NONE: everyone's); the row it anchors, or NONE
 };
 struct Towers {
     Tower of[2];

@@ -23,7 +23,7 @@ struct Params {
     row_norms: u32,       // words from the start of `state`
     col_norms: u32,
     anchors: u32,
-    row_anchors: u32,     // whether rows, columns anchor anything here
+    row_anchors: u32,     // rows, columns as anchors: 0 of nothing here, 1 of passages, 2 of queries
     col_anchors: u32,
     row_sums: u32,        // whether their sums are taken here
     col_sums: u32,
@@ -52,6 +52,7 @@ struct Params {
 const TILE = 64u * PARTS;
 const THREADS = 256u;
 
+// Keys are exchanged where the candidates are queries: the rule for them then reads as the rule for passages.
 var<workgroup> candidates: array<vec4<u32>, 2u * TILE>; // query key, passage key, owner, 2^12/‖packed‖
 var<workgroup> anchors: array<vec4<u32>, 2u * TILE>;    // query key, passage key, row, highest cosine kept
 var<workgroup> largest: atomic<i32>;                     // kept cosine of the tile, in the order of whole numbers
@@ -116,11 +117,13 @@ fn load_edge(place: Place, k: u32) -> Edge {
     var candidate = side[select(params.col_candidates, params.row_candidates, is_row(k)) + index];
     let row = candidate.w;
     candidate.w = state[select(params.col_norms, params.row_norms, is_row(k)) + NORM_WORDS * index];
-    if row == NONE || select(params.col_anchors, params.row_anchors, is_row(k)) == 0u {
+    let meets = select(params.col_anchors, params.row_anchors, is_row(k));
+    if row == NONE || meets == 0u {
         return Edge(candidate, nothing, NONE);
     }
     let at = params.anchors + ANCHOR_WORDS * row;
-    return Edge(candidate, vec4<u32>(state[at], state[at + 1u], row, state[at + 2u]), row);
+    let exchanged = u32(meets == 2u);
+    return Edge(candidate, vec4<u32>(state[at + exchanged], state[at + 1u - exchanged], row, state[at + 2u]), row);
 }
 
 fn rank_bar(edge: Edge) -> f32 {
@@ -194,8 +197,8 @@ fn scale_and_mask(products: mat4x4<f32>, thread: Thread, block: u32, checked: bo
             let s = out.s[i][j];
             let c = of_cols[j];
             let of_col = col_anchors[j];
-            let by_row = (c.x != of_row.x) & (c.y != of_row.y) & ((c.z == NONE) | (c.z == of_row.z)) & (s <= bitcast<f32>(of_row.w));
-            let by_col = (r.x != of_col.x) & (r.y != of_col.y) & ((r.z == NONE) | (r.z == of_col.z)) & (s <= bitcast<f32>(of_col.w));
+            let by_row = (c.x != of_row.x) & (c.y != of_row.y) & (c.y != of_row.x) & ((c.z == NONE) | (c.z == of_row.z)) & (s <= bitcast<f32>(of_row.w));
+            let by_col = (r.x != of_col.x) & (r.y != of_col.y) & (r.y != of_col.x) & ((r.z == NONE) | (r.z == of_col.z)) & (s <= bitcast<f32>(of_col.w));
             kept.row |= select(0u, 1u << (4u * i + j), by_row);
             kept.col |= select(0u, 1u << (4u * i + j), by_col);
         }

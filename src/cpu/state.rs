@@ -148,7 +148,8 @@ impl State {
         partials.expect_origin(&self.origin())?;
         let beta = self.options.beta();
         let positive_logit: Vec<f64> = self.positive.iter().map(|s| beta * s).collect();
-        combine::combine(&self.loss, &Rows { positive_logit: &positive_logit, weight: &self.weight }, partials)
+        let (weight, no_negative) = (self.weight.as_slice(), self.options.no_negative());
+        combine::combine(&self.loss, &Rows { positive_logit: &positive_logit, weight, no_negative }, partials)
     }
 }
 

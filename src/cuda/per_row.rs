@@ -4,7 +4,7 @@ use super::arrays::{Common, Part, Sums, TowerArrays};
 use super::launches::{Launches, MAX_CUTS, REDUCE_BYTES, REDUCE_THREADS, at};
 use super::problem::{Arithmetic, Tile};
 use super::schedule::{Address, Argument, Launch};
-use crate::options::ZeroNorm;
+use crate::options::{NoNegative, ZeroNorm};
 
 /// Warps, and so rows, of a block of `prepare` and `project`.
 pub(super) const ROWS_PER_BLOCK: usize = 8;
@@ -103,7 +103,9 @@ impl Launches<'_> {
             .u32(towers[0].indices)
             .u32(towers[1].indices)
             .flag(self.zero_is_error())
-            .flag(!complete);
+            .flag(problem.options.no_negative() == NoNegative::Error)
+            .flag(!complete)
+            .u32(0_u32);
         Launch::new("combine", "combine", [m.div_ceil(COMBINED_ROWS) as u32, 1], REDUCE_THREADS)
             .shared(COMBINE_BYTES)
             .argument(wave)

@@ -7,7 +7,7 @@ use super::schedule::{Binding, Dispatch, Slot};
 use super::shaders::{Module, Products};
 use super::uniforms::{Combine, Product, Tiles, scaled, split};
 use crate::error::Result;
-use crate::options::ZeroNorm;
+use crate::options::{NoNegative, ZeroNorm};
 use crate::order::Space;
 use crate::super_blocks::SuperBlock;
 use std::ops::Range;
@@ -115,6 +115,11 @@ impl<'a> Dispatches<'a> {
         let [row_partials, _] = s.partials(tile);
         let candidates = s.spaces.map(|space| layout.candidates[space as usize] / 4);
         let norms = s.spaces.map(|space| layout.norms[space as usize] as u32);
+        let meets = |edge: usize| match (s.anchors[edge], s.blocks[edge].candidates_are_passages()) {
+            (false, _) => 0,
+            (true, true) => 1,
+            (true, false) => 2,
+        };
         let coefficients = s.blocks.map(|b| layout.coefficients as u32 + 2 * (b.index() * m) as u32);
         let [beta_head, beta_middle, beta_tail] = self.beta();
         let params = Tiles {
@@ -135,8 +140,8 @@ impl<'a> Dispatches<'a> {
             row_norms: norms[0],
             col_norms: norms[1],
             anchors: layout.anchors as u32,
-            row_anchors: s.anchors[0].into(),
-            col_anchors: s.anchors[1].into(),
+            row_anchors: meets(0),
+            col_anchors: meets(1),
             row_sums: s.sums[0].into(),
             col_sums: s.sums[1].into(),
             ranks,
@@ -186,6 +191,7 @@ impl<'a> Dispatches<'a> {
             group_results: layout.group_results as u32,
             workgroups: m.div_ceil(LANES) as u32,
             zero_is_error: (problem.options.zero_norm() == ZeroNorm::Error).into(),
+            empty_is_error: (problem.options.no_negative() == NoNegative::Error).into(),
             factor,
             factor_exponent,
             beta: problem.options.beta() as f32,

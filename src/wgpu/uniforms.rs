@@ -111,6 +111,7 @@ uniforms! {
         workgroups: u32,
         results: u32,
         zero_is_error: u32,
+        empty_is_error: u32,
         dots: u32,
         tiles: u32,
         first: u32,

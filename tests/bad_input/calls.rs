@@ -7,8 +7,8 @@ use samtone::backend;
 use samtone::cpu::{self, Plan, Shard};
 use samtone::half::{bf16, f16};
 use samtone::{
-    Batch, Block, DType, Embeddings, EmbeddingsMut, Error, GradientBuffers, Group, Loss, Options, Scope, Tower,
-    ZeroNorm,
+    Batch, Block, DType, Embeddings, EmbeddingsMut, Error, GradientBuffers, Group, Loss, NoNegative, Options, Scope,
+    Tower, ZeroNorm,
 };
 
 #[test]
@@ -339,6 +339,17 @@ fn a_row_without_a_negative() -> Outcome {
     }
     let shard = Shard::new(&Loss::decoupled(), &batch, &options, 0..4)?;
     assert!(matches!(shard.evaluate(&shard.partials()?), Err(Error::NoNegative { row: 2, .. })));
+
+    // It may be asked to count as nothing, in a shard too.
+    let lenient = options.with_no_negative(NoNegative::Zero);
+    let whole = samtone::loss_and_gradients(&Loss::decoupled(), &batch, &lenient, 1.0)?.evaluation;
+    assert_eq!(whole.row_losses[2], 0.0);
+    assert!(whole.loss.is_finite() && whole.loss != 0.0);
+    let shards = [0..2, 2..4].map(|rows| Shard::new(&Loss::decoupled(), &batch, &lenient, rows));
+    let [first, second] = shards;
+    let (first, mut merged) = (first?, second?.partials()?);
+    merged.merge(&first.partials()?)?;
+    assert_eq!(first.evaluate(&merged)?.row_losses[2], 0.0);
 
     // With a copy of the positive its loss and gradient are 0.
     let result = samtone::loss_and_gradients(&Loss::info_nce(), &batch, &options, 1.0)?;

@@ -108,6 +108,11 @@ pub const CHECKS: &[(&str, &str, Body)] = &[
         let near = got.iter().zip(&want).all(|(g, w)| (g - w).abs() <= 1e-5 * w.abs());
         demand(near, &format!("{got:?}, wanted {want:?}"))
     }),
+    (
+        "on a device of 9.0 the smoke check loads every kernel",
+        "capability=90 version=12080",
+        super::kernels::nothing_is_left_out,
+    ),
     ("a device of 9.0 whose driver is too old for those takes the others", "capability=90 version=12040", || {
         let architecture = Device::first().map_err(text)?.architecture();
         demand(architecture == Architecture::Sm80, &format!("{architecture:?}"))?;

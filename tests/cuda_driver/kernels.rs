@@ -9,7 +9,9 @@ use super::support::problem::Problem;
 use super::{Check, demand, text};
 use samtone::cuda::{self, Architecture, Arithmetic, Cosines, Device, Plan, Tile};
 use samtone::{DType, Loss, Pairs, backend};
+use std::collections::BTreeSet;
 use std::fmt::Display;
+use std::path::Path;
 use std::time::Instant;
 
 pub const CHECKS: &[Check] = &[
@@ -136,6 +138,20 @@ impl Kernel {
         problem.with_architecture(self.architecture).with_arithmetic(self.arithmetic).with_tile(self.tile)
     }
 
+    /// Plans that launch whatever has kernels of its own: cosines recomputed and kept, several waves, tile skipping.
+    fn plans(&self) -> Result<[Plan; 3], String> {
+        let problem = sample(Loss::samtone_both(), 70)?;
+        let options = problem.options.with_tile_skipping(0.01).map_err(text)?;
+        let waves = self.tile.with_room(options.with_workspace_bytes(1));
+        let pairs = Pairs::new(problem.rows, problem.passages).map_err(text)?;
+        let plan = |cosines, options| {
+            let plain = cuda::Problem::new(&problem.loss, &pairs, &options, self.dtype, problem.dim);
+            plain.and_then(|p| Plan::new(&self.changes(p).with_cosines(cosines))).map_err(text)
+        };
+        let [recomputed, kept] = [Cosines::Recomputed, Cosines::Kept];
+        Ok([plan(recomputed, options)?, plan(kept, options)?, plan(recomputed, waves)?])
+    }
+
     fn conforms(&self, problem: Problem, changed: Changed) -> Result<(), String> {
         let problem = problem.rounded(self.dtype);
         let reference = backend::by_name("reference").map_err(text)?;
@@ -166,17 +182,46 @@ fn compiled() -> Result<(), String> {
     let device = Device::first().map_err(text)?;
     let (name, capability) = (device.name(), device.compute_capability());
     eprintln!("{name}, compute capability {capability:?}, {:?}", device.architecture());
-    let problem = sample(Loss::samtone_both(), 70)?;
-    let options = problem.options.with_tile_skipping(0.01).map_err(text)?;
-    let pairs = Pairs::new(problem.rows, problem.passages).map_err(text)?;
-    let mut report = Report::default();
+    let (mut report, mut loaded) = (Report::default(), BTreeSet::new());
     for kernel in kernels()? {
         report.case(format!("{:?} {:?}", kernel.arithmetic, kernel.tile), || {
-            let plain = cuda::Problem::new(&problem.loss, &pairs, &options, kernel.dtype, problem.dim);
-            plain.and_then(|p| Plan::new(&kernel.changes(p))).and_then(|plan| device.load(&plan)).map_err(text)
+            kernel.plans()?.iter().try_for_each(|plan| {
+                device.load(plan).map_err(text)?;
+                loaded.extend(entries(plan));
+                Ok(())
+            })
         });
     }
+    let files: BTreeSet<_> = loaded.iter().map(|(file, _)| file).collect();
+    eprintln!("  {} kernels of {} files are loaded", loaded.len(), files.len());
     report.verdict()
+}
+
+/// The file and the name of every kernel that a plan launches.
+fn entries(plan: &Plan) -> impl Iterator<Item = (&'static str, String)> {
+    let launches = plan.forward().iter().chain(plan.backward()).chain(plan.backward_alone());
+    launches.map(|launch| (launch.module, launch.kernel.clone()))
+}
+
+/// What the smoke check loads is all that there is: for a device of 9.0, which has kernels of both architectures.
+pub fn nothing_is_left_out() -> Result<(), String> {
+    let mut launched = BTreeSet::new();
+    for plan in kernels()?.iter().map(Kernel::plans).collect::<Result<Vec<_>, _>>()?.iter().flatten() {
+        launched.extend(entries(plan));
+    }
+    let launched: BTreeSet<String> = launched.into_iter().map(|(file, entry)| format!("{file}: {entry}")).collect();
+    let mut written = BTreeSet::new();
+    for file in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/ptx")).map_err(text)? {
+        let path = file.map_err(text)?.path();
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        for line in std::fs::read_to_string(&path).map_err(text)?.lines() {
+            if let Some((_, rest)) = line.split_once(".entry ") {
+                written.insert(format!("{stem}: {}", rest.trim_end_matches('(')));
+            }
+        }
+    }
+    let others: Vec<_> = launched.symmetric_difference(&written).collect();
+    demand(others.is_empty(), &format!("left out or unknown: {others:?}"))
 }
 
 /// Cases that failed, with what they said.

@@ -54,7 +54,7 @@ proptest! {
     fn keys_are_the_rule(setup in setup()) {
         let problem = setup.problem()?;
         let (query, passage) = (Buffer::new(DType::F32, &problem.query), Buffer::new(DType::F32, &problem.passage));
-        let keys = Keys::new(&problem.batch(&query, &passage).map_err(failed)?);
+        let keys = Keys::new(problem.batch(&query, &passage).map_err(failed)?.pairs());
         let rule = Rule { problem: &problem, positives: positives(&problem) };
         prop_assert!(keys.rows.iter().all(|k| k.query != Key::NOBODY && k.passage != Key::NOBODY));
         prop_assert!(keys.passages.iter().all(|k| k.passage != Key::NOBODY));

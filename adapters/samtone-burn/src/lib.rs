@@ -32,7 +32,7 @@ pub use report::Report;
 pub use temperature::Temperature;
 
 /// What calls take and give.
-pub use samtone::{Block, Error, Evaluation, Group, Loss, Metrics, Result, Scope, ZeroNorm};
+pub use samtone::{Block, Error, Evaluation, Group, Loss, Metrics, NoNegative, Result, Scope, ZeroNorm};
 
 /// The crates whose types appear in this one's signatures.
 pub use {burn, samtone};

@@ -2,7 +2,7 @@
 
 use crate::route::Call;
 use crate::temperature::Temperature;
-use crate::{Evaluation, Loss, Report, Result, Scope, ZeroNorm};
+use crate::{Evaluation, Loss, NoNegative, Report, Result, Scope, ZeroNorm};
 use burn::tensor::Tensor;
 use samtone::cpu::Workspace;
 use samtone::{Batch, Options};
@@ -24,6 +24,7 @@ macro_rules! annotated {
         if let Some(ids) = &$samtone.passage_ids {
             pairs = pairs.with_passage_ids(ids)?;
         }
+        pairs = pairs.with_shared_ids($samtone.shared_ids)?;
         if let Some((owners, scope)) = &$samtone.owners {
             pairs = pairs.with_hard_negative_owners(owners, *scope)?;
         }
@@ -57,11 +58,13 @@ pub struct SamToNe {
     loss: Loss,
     query_ids: Option<Vec<i64>>,
     passage_ids: Option<Vec<i64>>,
+    shared_ids: bool,
     positives: Option<Vec<u32>>,
     owners: Option<(Vec<i32>, Scope)>,
     weights: Option<Vec<f32>>,
     margin: Option<f64>,
     zero_norm: ZeroNorm,
+    no_negative: NoNegative,
     workspace_bytes: Option<usize>,
     tile_skipping: Option<f64>,
     workspace: Arc<Mutex<Workspace>>,
@@ -74,18 +77,21 @@ impl SamToNe {
             loss,
             query_ids: None,
             passage_ids: None,
+            shared_ids: false,
             positives: None,
             owners: None,
             weights: None,
             margin: None,
             zero_norm: ZeroNorm::default(),
+            no_negative: NoNegative::default(),
             workspace_bytes: None,
             tile_skipping: None,
             workspace: Arc::default(),
         }
     }
 
-    /// An identity for each of the M queries; queries of equal id are never negatives of each other. Default: all different.
+    /// An identity for each of the M queries; queries of equal id are never negatives of each other, nor of each other's
+    /// positives. Default: all different.
     pub fn query_ids(mut self, ids: impl Into<Vec<i64>>) -> Self {
         self.query_ids = Some(ids.into());
         self
@@ -95,6 +101,14 @@ impl SamToNe {
     /// queries. Default: all different.
     pub fn passage_ids(mut self, ids: impl Into<Vec<i64>>) -> Self {
         self.passage_ids = Some(ids.into());
+        self
+    }
+
+    /// Whether query ids and passage ids name the same texts; then a passage with the id of a row's query, and a query with the id
+    /// of its positive, are no negatives of the row either. For pairs of sentences, or queries that are other rows' passages. Wants
+    /// the ids of both towers. Default: no.
+    pub fn shared_ids(mut self, shared: bool) -> Self {
+        self.shared_ids = shared;
         self
     }
 
@@ -128,6 +142,13 @@ impl SamToNe {
     /// What becomes of embeddings of norm zero. Default: an error that names the row.
     pub fn zero_norm(mut self, policy: ZeroNorm) -> Self {
         self.zero_norm = policy;
+        self
+    }
+
+    /// What becomes of rows that have no negative left in a group without copies of the positive. Default: an error that names the
+    /// row; [`NoNegative::Zero`] lets it contribute nothing.
+    pub fn no_negative(mut self, policy: NoNegative) -> Self {
+        self.no_negative = policy;
         self
     }
 
@@ -220,7 +241,7 @@ impl SamToNe {
     }
 
     pub(crate) fn options(&self, temperature: &Temperature<f64>) -> Result<Options> {
-        let mut options = temperature.options()?.with_zero_norm(self.zero_norm);
+        let mut options = temperature.options()?.with_zero_norm(self.zero_norm).with_no_negative(self.no_negative);
         if let Some(margin) = self.margin {
             options = options.with_margin(margin)?;
         }

@@ -48,6 +48,7 @@ fn var(tensor: &Tensor, device: &Device) -> Var {
 fn masked(op: SamToNe) -> SamToNe {
     op.query_ids([1, 2, 1, 4, 5, 6])
         .passage_ids([1, 2, 3, 4, 2, 6, 7, 8, 9])
+        .shared_ids(true)
         .positives([0, 1, 2, 3, 4, 4])
         .weights([1.0, 0.5, 2.0, 0.0, 1.0, 1.0])
         .hard_negative_owners([-1, -1, -1, -1, -1, -1, 0, 3, -1], Scope::Own)

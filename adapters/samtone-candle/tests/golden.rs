@@ -31,6 +31,7 @@ fn adapter(problem: &Problem) -> SamToNe {
     if let Some(ids) = &problem.passage_ids {
         op = op.passage_ids(ids.as_slice());
     }
+    op = op.shared_ids(problem.shared_ids);
     if let Some(positives) = &problem.positives {
         op = op.positives(positives.as_slice());
     }

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use samtone_candle::samtone::{Batch, Embeddings, Options, reference};
-use samtone_candle::{Loss, SamToNe, Scope, Temperature, ZeroNorm};
+use samtone_candle::{Loss, NoNegative, SamToNe, Scope, Temperature, ZeroNorm};
 
 const ROWS: usize = 6;
 const PASSAGES: usize = 9;
@@ -45,10 +45,16 @@ fn gradients_are_those_of_the_reference() -> Result<()> {
                 let mut op = SamToNe::new(loss.clone());
                 if masked {
                     batch = batch.with_query_ids(&query_ids).and_then(|b| b.with_passage_ids(&passage_ids)).unwrap();
+                    batch = batch.with_shared_ids(true).unwrap();
                     batch = batch.with_positives(&positives).and_then(|b| b.with_weights(&weights)).unwrap();
                     batch = batch.with_hard_negative_owners(&owners, Scope::Own).unwrap();
                     options = options.with_margin(0.4).unwrap();
-                    op = op.query_ids(query_ids).passage_ids(passage_ids).positives(positives).weights(weights);
+                    op = op
+                        .query_ids(query_ids)
+                        .passage_ids(passage_ids)
+                        .shared_ids(true)
+                        .positives(positives)
+                        .weights(weights);
                     op = op.hard_negative_owners(owners, Scope::Own).margin(0.4).workspace_bytes(64 << 20);
                 }
                 let want = reference::loss_and_gradients(&loss, &batch, &options, 3.0);
@@ -117,9 +123,21 @@ fn each_option_alone_is_that_of_the_reference() -> Result<()> {
     const OWNERS: [i32; PASSAGES] = [-1, -1, -1, -1, -1, -1, 0, 3, -1];
     const WEIGHTS: [f32; ROWS] = [1.0, 0.5, 2.0, 0.0, 1.0, 1.0];
     const POSITIVES: [u32; ROWS] = [0, 1, 2, 3, 4, 4];
-    let sets: [(&str, Set); 6] = [
+    const TEXTS: [i64; PASSAGES + 1] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]; // row i asks with text i for text i + 1
+    let sets: [(&str, Set); 7] = [
         ("query_ids", (|op| op.query_ids(&IDS[..ROWS]), |b| b.with_query_ids(&IDS[..ROWS]).unwrap(), |o| o)),
         ("passage_ids", (|op| op.passage_ids(IDS), |b| b.with_passage_ids(&IDS).unwrap(), |o| o)),
+        (
+            "shared_ids",
+            (
+                |op| op.query_ids(&TEXTS[..ROWS]).passage_ids(&TEXTS[1..]).shared_ids(true),
+                |b| {
+                    let with_ids = b.with_query_ids(&TEXTS[..ROWS]).and_then(|b| b.with_passage_ids(&TEXTS[1..]));
+                    with_ids.and_then(|b| b.with_shared_ids(true)).unwrap()
+                },
+                |o| o,
+            ),
+        ),
         ("positives", (|op| op.positives(POSITIVES), |b| b.with_positives(&POSITIVES).unwrap(), |o| o)),
         ("weights", (|op| op.weights(WEIGHTS), |b| b.with_weights(&WEIGHTS).unwrap(), |o| o)),
         ("margin", (|op| op.margin(0.1), |b| b, |o| o.with_margin(0.1).unwrap())),
@@ -196,6 +214,7 @@ fn bad_input_gets_a_sentence() -> Result<()> {
     let (q, p) = (wave(ROWS, DIM, 0.7), wave(PASSAGES, DIM, 0.9));
     let infinite = Tensor::new(f64::INFINITY, &Device::Cpu)?;
     let zero = (&q * 0.0)?;
+    let lonely = SamToNe::new(Loss::decoupled()).passage_ids([7; PASSAGES]);
     for (result, sentence) in [
         (op.forward(&q.flatten_all()?, &p, TAU), "argument `query` is a tensor of shape [30]; allowed: a matrix"),
         (op.forward(&q, &p.to_dtype(DType::F64)?, TAU), "argument `passage` is of type f64; allowed: f32, f16 or bf16"),
@@ -206,6 +225,10 @@ fn bad_input_gets_a_sentence() -> Result<()> {
         (op.forward(&q, &p, Temperature::LogBeta(&infinite)), "argument `log_beta` is inf"),
         (op.forward(&q, &p, Temperature::Tau(&q)), "argument `temperature` is a tensor of shape [6, 5]"),
         (op.clone().passage_ids([1]).forward(&q, &p, TAU), "argument `passage_ids` is a slice of 1"),
+        (
+            op.clone().shared_ids(true).passage_ids([1; PASSAGES]).forward(&q, &p, TAU),
+            "argument `shared_ids` is true without query ids; allowed: false, or query ids and passage ids",
+        ),
         (op.clone().margin(f64::NAN).forward(&q, &p, TAU), "argument `margin` is NaN"),
         (
             op.clone().tile_skipping(0.0).forward(&q, &p, TAU),
@@ -218,11 +241,13 @@ fn bad_input_gets_a_sentence() -> Result<()> {
         (op.clone().tile_skipping(-1.0).evaluate(&q, &p, TAU).map(|_| zero.clone()), "argument `tile_skipping` is -1"),
         (op.clone().tile_skipping(f64::NAN).forward(&q, &p, TAU), "argument `tile_skipping` is NaN"),
         (op.forward(&zero, &p, TAU), "the query embedding in row 0 has norm zero"),
+        (lonely.forward(&q, &p, TAU), "row 0 has no negative left in group 0"),
     ] {
         let error = result.unwrap_err().to_string();
         assert!(error.starts_with(sentence), "{error}");
     }
     op.clone().zero_norm(ZeroNorm::ZeroGradient).forward(&zero, &p, TAU)?;
+    assert_eq!(numbers(&lonely.no_negative(NoNegative::Zero).forward(&q, &p, TAU)?), [0.0]);
     let q = Var::from_tensor(&q)?;
     let error = (op.forward(&q, &p, TAU)? * f64::INFINITY)?.backward().err().unwrap().to_string();
     assert!(error.starts_with("argument `upstream` is inf"), "{error}");

@@ -2,9 +2,10 @@
 
 use crate::dlpack::Tensor;
 use crate::errors::{Refusal, invalid};
+use crate::settings::Settings;
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
-use samtone::{Batch, Pairs, Scope};
+use samtone::{Batch, Pairs};
 
 /// Capsules of the vectors that a batch may come with.
 #[derive(FromPyObject)]
@@ -40,7 +41,7 @@ fn narrow<T: TryFrom<i64>>(argument: &'static str, values: &[i64], allowed: &str
 
 /// `$target` with every vector there is; pairs and batches have the same methods for it.
 macro_rules! described {
-    ($self:ident, $target:ident, $scope:ident) => {{
+    ($self:ident, $target:ident, $settings:ident) => {{
         let mut target = $target;
         if let Some(positives) = &$self.positives {
             target = target.with_positives(positives)?;
@@ -54,8 +55,9 @@ macro_rules! described {
         if let Some(ids) = &$self.passage_ids {
             target = target.with_passage_ids(ids.vector()?)?;
         }
+        target = target.with_shared_ids($settings.shared_ids)?;
         if let Some(owners) = &$self.owners {
-            target = target.with_hard_negative_owners(owners, $scope)?;
+            target = target.with_hard_negative_owners(owners, $settings.scope)?;
         }
         Ok(target)
     }};
@@ -79,12 +81,12 @@ impl Annotations {
     }
 
     /// The pairs they describe.
-    pub fn pairs<'a>(&'a self, pairs: Pairs<'a>, scope: Scope) -> Result<Pairs<'a>, Refusal> {
-        described!(self, pairs, scope)
+    pub fn pairs<'a>(&'a self, pairs: Pairs<'a>, settings: &Settings) -> Result<Pairs<'a>, Refusal> {
+        described!(self, pairs, settings)
     }
 
     /// The batch they describe.
-    pub fn batch<'a>(&'a self, batch: Batch<'a>, scope: Scope) -> Result<Batch<'a>, Refusal> {
-        described!(self, batch, scope)
+    pub fn batch<'a>(&'a self, batch: Batch<'a>, settings: &Settings) -> Result<Batch<'a>, Refusal> {
+        described!(self, batch, settings)
     }
 }

@@ -10,29 +10,38 @@ use pyo3::types::PyCapsule;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use samtone::cpu::Workspace;
 use samtone::{Batch, Evaluation, GradientBuffers};
-use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
-type Pools = HashMap<(u32, usize), Arc<ThreadPool>>;
+/// Threads for one number of them, of one process.
+struct Pool {
+    process: u32,
+    threads: usize,
+    pool: Arc<ThreadPool>,
+}
 
-/// Thread pools by process and number of threads. A process that was forked has the memory of its parent's pools, but none of
-/// their threads, so it makes its own.
-static POOLS: LazyLock<Mutex<Pools>> = LazyLock::new(Mutex::default);
+/// The pool of the last call. One of another size ends its threads once the calls that use it are done.
+static POOL: Mutex<Option<Pool>> = Mutex::new(None);
 
 /// Memory of earlier calls; as many as have ever run at once.
 static WORKSPACES: Mutex<Vec<Workspace>> = Mutex::new(Vec::new());
 
 fn pool(threads: usize) -> Result<Arc<ThreadPool>, Refusal> {
     let refused = |why: String| invalid("threads", format!("{threads}, {why}"), "as many threads as the system gives");
-    let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
-    let key = (std::process::id(), threads);
-    if let Some(pool) = pools.get(&key) {
-        return Ok(Arc::clone(pool));
+    let process = std::process::id();
+    let mut kept = POOL.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(found) = kept.as_ref().filter(|kept| kept.process == process && kept.threads == threads) {
+        return Ok(Arc::clone(&found.pool));
     }
     let builder = ThreadPoolBuilder::new().num_threads(threads).thread_name(|index| format!("samtone-{index}"));
     let pool = Arc::new(builder.build().map_err(|error| refused(error.to_string()))?);
-    pools.insert(key, Arc::clone(&pool));
+    if let Some(old) = kept.replace(Pool { process, threads, pool: Arc::clone(&pool) })
+        && old.process != process
+    {
+        // A process that was forked has the memory of its parent's pool, but none of its threads. Ending them could wait for a
+        // lock that one of them held when the process was forked, so the memory is left alone.
+        std::mem::forget(old);
+    }
     Ok(pool)
 }
 
@@ -82,7 +91,7 @@ pub fn cpu_step(
 
     // The managed tensors stay in this frame, so their memory stays while the interpreter is released.
     let batch = Batch::new(query.embeddings()?, passage.embeddings()?).map_err(Refusal)?;
-    let batch = annotations.batch(batch, settings.scope)?;
+    let batch = annotations.batch(batch, settings)?;
     let losses = row_losses.vector_mut::<f64>()?;
     if losses.len() != batch.rows() {
         let allowed = format!("{}, one for each query", batch.rows());

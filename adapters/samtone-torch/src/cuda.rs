@@ -71,7 +71,7 @@ impl CudaPlan {
             return Err(invalid("passage", format!("of type {}", p.dtype), allowed).into());
         }
         let annotations = Annotations::import(&annotations)?;
-        let pairs = annotations.pairs(Pairs::new(q.rows, p.rows).map_err(Refusal)?, settings.scope)?;
+        let pairs = annotations.pairs(Pairs::new(q.rows, p.rows).map_err(Refusal)?, settings)?;
         Ok(Self::planned(settings, Device::shared(ordinal).map_err(Refusal)?, &pairs, towers, wanted, at_once)?)
     }
 

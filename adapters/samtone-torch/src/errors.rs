@@ -42,6 +42,8 @@ fn in_python(error: &Error) -> String {
         Error::ZeroNorm { .. } => {
             sentence.replace("`ZeroNorm::ZeroGradient` in the options", "`zero_norm=\"zero_gradient\"`")
         }
+        Error::NoNegative { .. } => sentence.replace("`NoNegative::Zero` in the options", "`no_negative=\"zero\"`"),
+        Error::InvalidArgument { argument: "shared_ids", .. } => sentence.replace(" before it", ""),
         Error::InvalidArgument { argument: "owners", .. } => sentence.replacen("`owners`", "`hard_negative_owners`", 1),
         Error::InvalidArgument { argument: "query_ids" | "passage_ids" | "weights" | "positives", .. } => {
             sentence.replacen("a slice of", "a tensor of", 1)

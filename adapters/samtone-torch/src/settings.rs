@@ -2,7 +2,7 @@
 
 use crate::errors::{Refusal, invalid};
 use pyo3::prelude::*;
-use samtone::{Block, Group, Loss, Options, Scope, TemperatureGradient, ZeroNorm};
+use samtone::{Block, Group, Loss, NoNegative, Options, Scope, TemperatureGradient, ZeroNorm};
 
 /// A loss from its text: the name of a preset, `pair(ALPHA)`, or `NAME|GROUP|GROUP…` with each group as
 /// `COEFFICIENT:BLOCK+BLOCK…:COPIES`.
@@ -46,16 +46,20 @@ pub struct Settings {
     pub loss: Loss,
     pub options: Options,
     pub scope: Scope,
+    /// Whether ids of queries and passages name the same texts.
+    pub shared_ids: bool,
     /// Whether the temperature was given as log β, and its derivative is wanted for that.
     log_beta: bool,
 }
 
 #[pymethods]
 impl Settings {
-    /// `temperature` is τ, or log β if `log_beta`; `own` has hard negatives seen by their owners alone.
+    /// `temperature` is τ, or log β if `log_beta`; `own` has hard negatives seen by their owners alone; with `shared_ids` the ids of
+    /// queries and passages name the same texts.
     #[new]
     #[pyo3(signature = (
-        loss, temperature, *, log_beta=false, margin=None, zero_norm="error", workspace_bytes=None, tile_skipping=None, own=false
+        loss, temperature, *, log_beta=false, margin=None, zero_norm="error", workspace_bytes=None, tile_skipping=None, own=false,
+        shared_ids=false, no_negative="error"
     ))]
     #[allow(clippy::too_many_arguments)] // a call across a language border
     fn new(
@@ -67,6 +71,8 @@ impl Settings {
         workspace_bytes: Option<i64>,
         tile_skipping: Option<f64>,
         own: bool,
+        shared_ids: bool,
+        no_negative: &str,
     ) -> PyResult<Self> {
         let mut options = if log_beta {
             let limit = Options::MAX_TEMPERATURE.ln();
@@ -93,8 +99,14 @@ impl Settings {
             "zero_gradient" => ZeroNorm::ZeroGradient,
             other => return Err(invalid("zero_norm", format!("{other:?}"), "\"error\" or \"zero_gradient\"").into()),
         };
+        let rows = match no_negative {
+            "error" => NoNegative::Error,
+            "zero" => NoNegative::Zero,
+            other => return Err(invalid("no_negative", format!("{other:?}"), "\"error\" or \"zero\"").into()),
+        };
+        let options = options.with_zero_norm(policy).with_no_negative(rows);
         let scope = if own { Scope::Own } else { Scope::All };
-        Ok(Self { loss: parse_loss(loss)?, options: options.with_zero_norm(policy), scope, log_beta })
+        Ok(Self { loss: parse_loss(loss)?, options, scope, shared_ids, log_beta })
     }
 
     fn __repr__(&self) -> String {

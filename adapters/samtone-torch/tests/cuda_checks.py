@@ -14,7 +14,8 @@ import samtone
 import torch
 from judge import Case, close, gradient_error
 from samtone import _native, cuda, ops
-from test_loss import MASKS, embeddings
+from samtone.options import Options
+from test_loss import LONELY, MASKS, embeddings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 ALL = ops.QUERY | ops.PASSAGE | ops.TEMPERATURE
@@ -52,11 +53,12 @@ def annotations(case: Case) -> dict[str, Any]:
     return named
 
 
-def settings(case: Case, log_beta: bool = False, share: float | None = None) -> tuple[Any, ...]:
+def settings(case: Case, log_beta: bool = False, share: float | None = None) -> Options:
     loss = case.options()["loss"]
     value = -torch.tensor(case.temperature, dtype=torch.float64).log().item() if log_beta else case.temperature
     spec = loss if isinstance(loss, str) else loss.spec
-    return (spec, value, log_beta, case.margin, case.zero_norm, None, share, case.own)
+    policies = (case.own, case.shared_ids, case.no_negative)
+    return Options(spec, value, log_beta, case.margin, case.zero_norm, None, share, *policies)
 
 
 class Result:
@@ -99,7 +101,7 @@ class Result:
             dq, dp = (self.memory.read(gradient) for gradient in gradients)
             assert dq.dtype == dp.dtype == torch.float32
             loss, value, *options = self.settings
-            of_one = (torch.tensor(upstream), self.case.query, self.case.passage, *[None] * 5)
+            of_one = (torch.tensor(upstream), self.case.query, self.case.passage, *[None] * 6)
             left = (dq, dp, derivative, torch.empty(0), torch.tensor([value]))
             got = ops._gradients(*of_one, *left, loss, *options, self.wanted)
         else:
@@ -141,6 +143,12 @@ def test_preset(memory: emulated.EmulatedMemory, preset: str, dtype: torch.dtype
 @pytest.mark.parametrize("mask", MASKS)
 def test_mask(memory: emulated.EmulatedMemory, mask: str, at_once: bool) -> None:
     check(memory, judge.of_preset("samtone_both", *embeddings(41), **MASKS[mask]))
+
+
+def test_rows_without_negatives(memory: emulated.EmulatedMemory, at_once: bool) -> None:
+    check(memory, Case(*embeddings(56), [(1.0, ["qp"], 0)], **LONELY))
+    alone = Result(memory, judge.of_preset("decoupled", *(x[:1] for x in embeddings(56)), no_negative="zero"))
+    assert alone.results[0] == 0.0 and all((gradient == 0).all() for gradient in alone.gradients)
 
 
 @pytest.mark.parametrize("log_beta", [True, False])
@@ -191,13 +199,12 @@ def test_torch_compile_knows_shapes_and_types(memory: emulated.EmulatedMemory, a
         for share in (None, 0.1):
             for mask in ("plain", "positives"):
                 case = judge.of_preset("samtone_query", *embeddings(55), **MASKS[mask])
-                loss, value, log_beta, margin, zero_norm, _, _, own = settings(case)
+                options = settings(case, share=share)
                 q, p, named = memory.tensor(case.query), memory.tensor(case.passage), annotations(case)
-                options = (zero_norm, None, share, own, wanted)
-                got = ops._forward_cuda((loss, value, log_beta, margin, *options[:-1]), q, p, named, wanted)
+                got = ops._forward_cuda(options, q, p, named, wanted)
                 with FakeTensorMode(allow_non_fake_inputs=True):
                     towers = (torch.empty(x.shape, device="cuda") for x in (case.query, case.passage))
-                    fakes = ops.forward(*towers, None, *named.values(), loss, value, log_beta, margin, *options)
+                    fakes = ops.forward(*towers, None, *named.values(), *options, wanted)
                 for have, fake in zip(got, fakes):
                     assert (tuple(have.shape), have.dtype) == (tuple(fake.shape), fake.dtype)
 
@@ -219,6 +226,22 @@ def test_cosines_are_kept_for_gradients_at_once_alone(
     assert not kept(Result(memory, case, wanted=0))
     in_turn(monkeypatch)
     assert not kept(check(memory, case, -2.0))
+
+
+def test_transforms_have_gradients_at_once_however_large(
+    memory: emulated.EmulatedMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.func and forward mode compute every derivative from the gradients, so there must be some."""
+    in_turn(monkeypatch)
+    case = judge.of_preset("samtone_query", *embeddings(57, torch.bfloat16))
+    assert not Result(memory, case).at_once
+    got = Result(memory, case, wanted=ALL | ops.AT_ONCE)
+    want = judge.judge(case).gradients
+    assert got.at_once
+    for gradient, name in zip(got.left[:2], ("query", "passage")):
+        exact = memory.read(gradient)
+        assert exact.dtype == torch.float32
+        assert gradient_error(exact, want[name], getattr(case, name)) <= judge.GRADIENT[torch.bfloat16]
 
 
 def test_plans_are_kept(memory: emulated.EmulatedMemory, at_once: bool) -> None:

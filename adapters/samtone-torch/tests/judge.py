@@ -45,10 +45,12 @@ class Case:
     weights: list[float] | None = None
     query_ids: list[int] | None = None
     passage_ids: list[int] | None = None
+    shared_ids: bool = False
     owners: list[int] | None = None
     own: bool = False
     margin: float | None = None
     zero_norm: str = "error"
+    no_negative: str = "error"
     loss: Any = None
 
     def options(self) -> dict[str, Any]:
@@ -60,10 +62,12 @@ class Case:
             "weights": self.weights,
             "query_ids": self.query_ids,
             "passage_ids": self.passage_ids,
+            "shared_ids": self.shared_ids,
             "hard_negative_owners": self.owners,
             "hard_negative_scope": "own" if self.own else "all",
             "margin": self.margin,
             "zero_norm": self.zero_norm,
+            "no_negative": self.no_negative,
         }
 
 
@@ -106,11 +110,16 @@ def definition(case: Case, q: Tensor, p: Tensor, beta: Tensor) -> Verdict:
     row_passage = passage_ids[pi]
     owner_query = torch.full((n,), -(2**62))
     for i in reversed(range(m)):
+        owner_query[row_passage[i] == passage_ids] = query_ids[i]  # copies of positives
+    for i in reversed(range(m)):
         owner_query[pi[i]] = query_ids[i]
     same = {
         "queries": _agree(query_ids, query_ids) | _agree(row_passage, row_passage),
         "passages": _agree(query_ids, owner_query) | _agree(row_passage, passage_ids),
     }
+    if case.shared_ids:
+        same["queries"] |= _agree(row_passage, query_ids)
+        same["passages"] |= _agree(query_ids, passage_ids)
     cosines = {"qp": qh @ ph.T, "pq": anchors @ qh.T, "qq": qh @ qh.T, "pp": anchors @ ph.T}
     kept = {}
     for name, cosine in cosines.items():
@@ -127,6 +136,8 @@ def definition(case: Case, q: Tensor, p: Tensor, beta: Tensor) -> Verdict:
         terms = [torch.where(kept[b], beta * (cosines[b] - positive[:, None]), NOTHING) for b in blocks]
         log_d, log_e = torch.logsumexp(torch.cat(terms, 1), 1), math.log(max(copies, 1))
         own = log_d if copies == 0 else log_e + softplus(log_d - log_e, threshold=60)
+        if copies == 0 and case.no_negative == "zero":
+            own = torch.where(torch.cat([kept[b] for b in blocks], 1).any(1), own, 0.0)
         row_losses = row_losses + coefficient * own
     metrics = []
     for name in ("qp", "pq"):
@@ -187,6 +198,7 @@ def golden(path: Path) -> tuple[Case, dict[str, Any]]:
         weights=file.get("weights"),
         query_ids=file.get("query_ids"),
         passage_ids=file.get("passage_ids"),
+        shared_ids=file.get("shared_ids", False),
         owners=file.get("hard_negative_owner"),
         own=file.get("hard_negative_scope") == "own",
         margin=file.get("margin"),

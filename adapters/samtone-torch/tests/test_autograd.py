@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import judge
@@ -168,6 +171,15 @@ def test_second_derivatives_are_refused() -> None:
         dq.square().sum().backward()
 
 
+def test_second_derivatives_of_a_temperature_alone_are_refused() -> None:
+    """Of frozen towers, whose gradients nobody asks for."""
+    q, p = embeddings(26)
+    log_beta = torch.tensor(2.0, requires_grad=True)
+    (first,) = torch.autograd.grad(samtone.samtone_loss(q, p, log_beta=log_beta), log_beta, create_graph=True)
+    with pytest.raises(samtone.SamtoneError, match="second derivatives"):
+        (first.square() + log_beta).backward()
+
+
 def test_gradcheck() -> None:
     """PyTorch's own finite differences, with a step and tolerances for an operation that computes in float32."""
     q, p = (x[:5, :6].contiguous().requires_grad_() for x in embeddings(27))
@@ -198,11 +210,13 @@ def test_operations_are_registered_as_pytorch_wants_them() -> None:
         None,
         0.1,
         False,
+        False,
+        "error",
         3,
     )
     torch.library.opcheck(ops.forward, arguments)
     saved = ops.forward(*arguments)[3:]
-    inputs = (torch.tensor(2.0), q.detach(), p.detach(), *arguments[3:8], *saved)
+    inputs = (torch.tensor(2.0), q.detach(), p.detach(), *arguments[2:8], *saved)
     torch.library.opcheck(ops.backward, (*inputs, arguments[8], *arguments[10:]))
 
 
@@ -281,6 +295,28 @@ def test_same_bits_for_any_number_of_threads() -> None:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_threads_of_other_pools_end() -> None:
+    """PyTorch's number of threads may change, and one pool stays."""
+
+    def alive() -> int:
+        names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        return sum(name.startswith("samtone-") for name in names)
+
+    q, p = embeddings(39)
+    before = torch.get_num_threads()
+    try:
+        for threads in (5, 4, 3, 2, 3):
+            torch.set_num_threads(threads)
+            samtone.samtone_loss(q, p)
+        limit = time.monotonic() + 30
+        while alive() != 3 and time.monotonic() < limit:
+            time.sleep(0.01)  # threads begin and end by themselves, soon
+        assert alive() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_threads_of_python_compute_at_the_same_time() -> None:
@@ -407,5 +443,3 @@ def test_plain_tensors_go_straight_and_everything_else_through_the_operation(mon
     assert calls == ["operation"] and any("samtone.forward" in name for name in seen)
     samtone.samtone_loss(q.detach().as_subclass(Subclass), p.detach())
     assert len(calls) == 2
-    with pytest.raises(RuntimeError):
-        torch.func.grad(lambda x: samtone.samtone_loss(x, p.detach()))(q.detach())

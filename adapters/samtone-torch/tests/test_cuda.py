@@ -58,7 +58,7 @@ def test_shapes_on_cuda_without_a_gpu(
         q, p = (torch.empty(rows, 16, device="cuda", dtype=torch.bfloat16) for rows in (8, 9))
         evaluation = samtone.evaluate(q, p, passage_ids=torch.arange(9))
         assert evaluation.loss.device.type == "cuda" and evaluation.row_losses.shape == (8,)
-        options = ("samtone_query", False, None, "error", None, share, False)
+        options = ("samtone_query", False, None, "error", None, share, False, False, "error")
         vectors = [None] * 5
         saved = ops.forward(q, p, None, *vectors, options[0], 0.1, *options[1:], wanted)[3:]
         rows = [8 if wanted & ops.QUERY else 0, 9 if wanted & ops.PASSAGE else 0, 1 if wanted & ops.TEMPERATURE else 0]
@@ -66,7 +66,7 @@ def test_shapes_on_cuda_without_a_gpu(
         left = [*rows, 0] if at_once and wanted else [0, 0, 0, state]
         assert [len(x) for x in saved] == [*left, 1] and saved[-1].device.type == "cpu"
         assert all(x.dtype == torch.float32 and x.shape[1] == 16 for x in saved[:2])
-        *gradients, derivative = ops.backward(evaluation.loss, q, p, *vectors, *saved, *options, wanted)
+        *gradients, derivative = ops.backward(evaluation.loss, q, p, None, *vectors, *saved, *options, wanted)
         assert [len(x) for x in (*gradients, derivative)] == rows
         assert all(x.shape[1] == 16 and x.dtype == q.dtype and x.device == q.device for x in gradients)
         assert derivative.dtype == torch.float64 and derivative.device == q.device
@@ -81,7 +81,7 @@ def test_shapes_on_cuda_may_be_symbols(at_once: bool, monkeypatch: pytest.Monkey
     given = [torch.empty(rows, 16, device="meta") for rows in (8, 9)]
     with FakeTensorMode(shape_env=shapes) as mode:
         q, p = (torch.empty(mode.from_tensor(x, static_shapes=False).shape, device="cuda") for x in given)
-        options = ("samtone_query", 0.1, False, None, "error", None, None, False)
+        options = ("samtone_query", 0.1, False, None, "error", None, None, False, False, "error")
         saved = ops.forward(q, p, *[None] * 6, *options, ops.QUERY | ops.PASSAGE)[3:]
         state = cuda.state_bytes(q.shape[0], p.shape[0])
     left = [q.shape[0], p.shape[0], 0, 0] if at_once else [0, 0, 0, state]

@@ -108,12 +108,74 @@ CALLS: list[tuple[str, dict[str, Any], str]] = [
     ("an owner of -2", {"hard_negative_owners": [-2] + [-1] * 16}, "`hard_negative_owners` is -2 at passage 0"),
     ("an unknown scope", {"hard_negative_scope": "mine"}, '`hard_negative_scope` is \'mine\'; allowed: "all" or "own"'),
     ("a margin of NaN", {"margin": float("nan")}, "`margin` is NaN; allowed: a finite number"),
-    ("an unknown policy", {"zero_norm": "skip"}, '`zero_norm` is "skip"; allowed: "error" or "zero_gradient"'),
+    ("an unknown policy", {"zero_norm": "skip"}, '`zero_norm` is \'skip\'; allowed: "error" or "zero_gradient"'),
     ("a small workspace", {"workspace_bytes": 10}, "option `workspace_bytes` is 10, but the smallest plan"),
     ("a negative workspace", {"workspace_bytes": -1}, "`workspace_bytes` is -1"),
     ("skipping nothing", {"tile_skipping": 0}, "`tile_skipping` is 0; allowed: a number above 0 and below 1"),
     ("skipping everything", {"tile_skipping": 1.0}, "`tile_skipping` is 1; allowed: a number above 0 and below 1"),
     ("skipping less", {"tile_skipping": -1.0}, "`tile_skipping` is -1"),
+    ("text as temperature", {"temperature": "0.05"}, "`temperature` is '0.05'; allowed: a number, or a tensor of one"),
+    ("a list as temperature", {"temperature": [0.05]}, "`temperature` is [0.05]; allowed: a number"),
+    ("a complex log_beta", {"log_beta": 1j}, "`log_beta` is 1j; allowed: a number"),
+    ("a temperature of 10**400", {"temperature": 10**400}, "`temperature` is a int; allowed: a number"),
+    ("text as margin", {"margin": "0.1"}, "`margin` is '0.1'; allowed: a finite number"),
+    ("text as skipping", {"tile_skipping": "x"}, "`tile_skipping` is 'x'; allowed: a number above 0 and below 1"),
+    ("text as workspace", {"workspace_bytes": "1 GB"}, "`workspace_bytes` is '1 GB'; allowed: a number of bytes"),
+    ("half a byte", {"workspace_bytes": 0.5}, "`workspace_bytes` is 0.5; allowed: a number of bytes"),
+    (
+        "a workspace of 2**70",
+        {"workspace_bytes": 2**70},
+        "`workspace_bytes` is 1180591620717411303424; allowed: a number",
+    ),
+    ("no policy", {"zero_norm": None}, '`zero_norm` is None; allowed: "error" or "zero_gradient"'),
+    ("an unknown policy for rows", {"no_negative": "skip"}, '`no_negative` is \'skip\'; allowed: "error" or "zero"'),
+    ("no scope", {"hard_negative_scope": None}, '`hard_negative_scope` is None; allowed: "all" or "own"'),
+    ("sharing by number", {"shared_ids": 1}, "`shared_ids` is 1; allowed: True or False"),
+    (
+        "sharing without ids",
+        {"shared_ids": True, "passage_ids": list(range(N))},
+        "`shared_ids` is true without query ids; allowed: false, or query ids and passage ids",
+    ),
+    ("ids as text", {"query_ids": ["a"] * ROWS}, "`query_ids` is 'a' at index 0; allowed: integers of up to 64 bits"),
+    ("a text for ids", {"query_ids": "abc"}, "`query_ids` is a str; allowed: integers"),
+    ("a text among ids", {"passage_ids": [1, 2, "x"]}, "`passage_ids` is 'x' at index 2; allowed: integers"),
+    ("texts of NumPy", {"query_ids": numpy.array(["a", "b"])}, "`query_ids` is 'a' at index 0; allowed: integers"),
+    ("none among ids", {"query_ids": [1, None]}, "`query_ids` is None at index 1; allowed: integers"),
+    ("ids in ids", {"query_ids": [[1], [2, 3]]}, "`query_ids` is [1] at index 0; allowed: integers"),
+    ("objects", {"query_ids": numpy.array([1, "x", None], object)}, "`query_ids` is 'x' at index 1; allowed: integers"),
+    ("ids of 2**64", {"query_ids": [1, 2**64]}, "`query_ids` is 18446744073709551616 at index 1; allowed: integers"),
+    ("ids below -2**63", {"query_ids": [-(2**63) - 1]}, "`query_ids` is -9223372036854775809 at index 0"),
+    (
+        "ids of both kinds",
+        {"query_ids": [-1, 2**63]},
+        "`query_ids` is from -1 to 9223372036854775808; allowed: integers of up to 64 bits, all signed or all unsigned",
+    ),
+    ("a set of ids", {"query_ids": {1, 2}}, "`query_ids` is a set; allowed: integers of up to 64 bits"),
+    (
+        "ids of truth values",
+        {"query_ids": [True] * ROWS},
+        "`query_ids` is a tensor of type torch.bool; allowed: integers",
+    ),
+    ("ids of numbers", {"query_ids": [0.5] * ROWS}, "`query_ids` is a tensor of type torch.float32; allowed: integers"),
+    (
+        "a positive of 2**63",
+        {"positives": numpy.array([0, 2**63], numpy.uint64)},
+        "`positives` is 9223372036854775808 at index 1; allowed: integers below 2**63",
+    ),
+    (
+        "an owner of 2**63",
+        {"hard_negative_owners": [2**63]},
+        "`hard_negative_owners` is 9223372036854775808 at index 0",
+    ),
+    ("weights as text", {"weights": ["a"] * ROWS}, "`weights` is 'a' at index 0; allowed: numbers"),
+    ("none among weights", {"weights": [1.0, None]}, "`weights` is None at index 1; allowed: numbers"),
+    ("complex weights", {"weights": [1j]}, "`weights` is 1j at index 0; allowed: numbers"),
+    (
+        "features of a trainer",
+        {"query": [{"input_ids": torch.ones(2, 3)}] * 2, "passage": None},
+        "`query` is a list of features; allowed: a tensor, rows x dim; a trainer of sentence-transformers, which passes features, "
+        "takes `samtone.sentence_transformers.SamToNeLoss(model)`, not `samtone.SamToNeLoss()`",
+    ),
     ("skipping NaN", {"tile_skipping": float("nan")}, "`tile_skipping` is NaN"),
 ]
 
@@ -126,6 +188,41 @@ def test_sentence(change: dict[str, Any], sentence: str) -> None:
         samtone.samtone_loss(arguments.pop("query"), arguments.pop("passage"), **arguments)
     assert sentence in str(error.value)
     assert isinstance(error.value, ValueError)
+
+
+BIG = 2**63
+READABLE: dict[str, tuple[Any, Any]] = {
+    "unsigned of NumPy": (numpy.array([BIG, 7, BIG + 1], numpy.uint64), [1, 7, 3]),
+    "unsigned of PyTorch": (torch.tensor([BIG, 7, BIG + 1], dtype=torch.uint64), [1, 7, 3]),
+    "integers beyond 2**63": ([BIG, 7, BIG + 1], [1, 7, 3]),
+    "small unsigned": (numpy.array([5, 7, 9], numpy.uint16), [5, 7, 9]),
+    "another byte order": (numpy.array([5, 7, 9], ">i8"), [5, 7, 9]),
+    "in reverse": (numpy.array([9, 7, 5])[::-1], [5, 7, 9]),
+    "integers as objects": (numpy.array([5, 7, 9], object), [5, 7, 9]),
+    "integers of NumPy in a list": ([numpy.uint64(BIG), numpy.uint64(7), numpy.uint64(BIG + 1)], [1, 7, 3]),
+}
+
+
+@pytest.mark.parametrize("kind", READABLE)
+def test_ids_of_any_integers(kind: str) -> None:
+    """Only equality counts, whatever holds the integers. One that were taken for another would be a negative less."""
+    given, plain = READABLE[kind]
+    q, p = (x[:3] for x in embeddings())
+    want = samtone.samtone_loss(q, p, query_ids=plain)
+    assert torch.equal(samtone.samtone_loss(q, p, query_ids=given), want)
+    repeated = [0, 1, 0]
+    want = samtone.samtone_loss(q, p, query_ids=[plain[k] for k in repeated])
+    assert torch.equal(samtone.samtone_loss(q, p, query_ids=[int(numpy.asarray(given)[k]) for k in repeated]), want)
+    if not isinstance(given, list):
+        assert torch.equal(samtone.samtone_loss(q, p, query_ids=given[repeated]), want)
+
+
+@pytest.mark.parametrize("kind", [torch.uint64, torch.uint32, torch.uint16])
+def test_positives_of_unsigned_integers(kind: torch.dtype) -> None:
+    q, p = embeddings()
+    order = torch.arange(ROWS).flip(0)
+    want = samtone.samtone_loss(q, p, positives=order)
+    assert torch.equal(samtone.samtone_loss(q, p, positives=order.to(kind)), want)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -141,7 +238,9 @@ def test_embeddings_that_are_not_finite(tower: str, value: float) -> None:
 
 def test_a_row_without_negatives() -> None:
     q, p = embeddings()
-    with pytest.raises(samtone.SamtoneError, match="row 0 has no negative left in group 0 of loss `decoupled`"):
+    with pytest.raises(
+        samtone.SamtoneError, match='row 0 has no negative left in group 0 of loss `decoupled`.*`no_negative="zero"`'
+    ):
         samtone.samtone_loss(q, p, loss="decoupled", passage_ids=[1] * N)
 
 
@@ -177,6 +276,19 @@ def test_tensors_without_memory_have_results_without_memory() -> None:
         ),
         (lambda: samtone.Loss.custom("a", [samtone.Group(0.0, ["qp"])]), "at least one with a coefficient above 0"),
         (lambda: samtone.SamToNeLoss(temperature=-1.0), "`temperature` is -1"),
+        (lambda: samtone.SamToNeLoss(temperature="0.05"), "`temperature` is '0.05'; allowed: a number"),
+        (lambda: samtone.SamToNeLoss(zero_norm=None), "`zero_norm` is None"),
+        (lambda: samtone.SamToNeLoss(workspace_bytes="x"), "`workspace_bytes` is 'x'"),
+        (lambda: samtone.Loss.pair("x"), "`alpha` is 'x'; allowed: a number from 0 to 1"),
+        (
+            lambda: samtone.Loss.custom("a", [samtone.Group("x", ["qp"])]),
+            "`coefficient` is 'x'; allowed: a finite number",
+        ),
+        (
+            lambda: samtone.SamToNeLoss(torch.nn.Linear(2, 2)),
+            "`loss` is a model (Linear); allowed: a `Loss` or the name of a preset; the loss that takes a model of "
+            "sentence-transformers is `samtone.sentence_transformers.SamToNeLoss`, not `samtone.SamToNeLoss`",
+        ),
         (lambda: samtone.SamToNeLoss(tile_skipping=2.0), "`tile_skipping` is 2"),
         (lambda: samtone.SamToNeLoss(learnable="beta"), "`learnable` is 'beta'"),
         (lambda: samtone.SamToNeLoss(hard_negative_scope="x"), "`hard_negative_scope` is 'x'"),

@@ -27,6 +27,11 @@ MASKS: dict[str, dict[str, Any]] = {
     "plain": {},
     "query_ids": {"query_ids": [7, 8, 7, 1, 2, 3, 4, 5, 6, 8, 10, 7]},
     "passage_ids": {"passage_ids": [0, 1, 2, 0, 4, 5, 1, 7, 8, 9, 10, 11, 0, 13, 14, 5, 16]},
+    "shared_ids": {
+        "query_ids": [0, 1, 2, 0, 4, 5, 6, 7, 8, 9, 10, 21],
+        "passage_ids": [1, 2, 20, 4, 21, 6, 7, 23, 9, 10, 11, 12, 0, 13, 14, 3, 21],
+        "shared_ids": True,
+    },
     "positives": {"positives": [3, 3, 16, 0, 1, 2, 4, 5, 13, 6, 3, 7]},
     "weights": {"weights": [1.0, 0.0, 2.5, 1.0, 0.5, 1.0, 3.0, 0.0, 1.0, 1.0, 0.25, 1.0]},
     "owners": {"owners": [-1] * ROWS + [0, 3, 3, -1, 11], "own": True},
@@ -90,6 +95,18 @@ def test_mask(preset: str, mask: str, dtype: torch.dtype) -> None:
         assert abs(judge.judge(case).loss - plain.loss) > 1e-4, "the mask has no effect, so that it tests nothing"
 
 
+def test_shared_ids() -> None:
+    """They matter where a text is in both columns; where both columns are the same texts they change no bit."""
+    q, p = embeddings(2)
+    mask = MASKS["shared_ids"]
+    ids = {name: mask[name] for name in ("query_ids", "passage_ids")}
+    shared, apart = (samtone.samtone_loss(q, p, temperature=1.0, **ids, shared_ids=x) for x in (True, False))
+    assert shared < apart - 1e-3
+    both = {"query_ids": range(ROWS), "passage_ids": range(ROWS)}
+    twice = [samtone.samtone_loss(q, p[:ROWS], loss="gte", **both, shared_ids=x) for x in (True, False)]
+    assert torch.equal(*twice)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
 def test_pair(alpha: float) -> None:
     groups = [(1 - alpha, ["qp"], 1), (alpha, ["pp"], 1)]
@@ -130,6 +147,32 @@ def test_zero_norm_policy() -> None:
     q.requires_grad_()
     samtone.samtone_loss(q, p, zero_norm="zero_gradient").backward()
     assert q.grad is not None and (q.grad[4] == 0).all() and (q.grad[3] != 0).any()
+
+
+# Everyone asks the same, and the third query alone has negatives, its own.
+LONELY: dict[str, Any] = {
+    "query_ids": [0] * ROWS,
+    "owners": [-1] * ROWS + [2] * HARD,
+    "own": True,
+    "no_negative": "zero",
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("groups", [[(1.0, ["qp"], 0)], [(0.5, ["pp"], 0), (2.0, ["qp", "pq"], 1)]])
+def test_rows_without_negatives(groups: list[Any], dtype: torch.dtype) -> None:
+    case = Case(*embeddings(10, dtype), groups, **LONELY)
+    check(case, learn="tau")
+    q, p = case.query.clone().requires_grad_(), case.passage
+    for number in (1, ROWS):  # one row alone; all without a negative
+        rows = q[:number], p[:number], [0] * number
+        loss = samtone.samtone_loss(*rows[:2], loss="decoupled", query_ids=rows[2], no_negative="zero")
+        loss.backward()
+        assert loss.item() == 0.0 and (q.grad == 0).all()
+        module = samtone.SamToNeLoss("decoupled", no_negative="zero")
+        assert module(*rows[:2], query_ids=rows[2]).item() == 0.0
+        with pytest.raises(samtone.SamtoneError, match="row 0 has no negative left"):
+            samtone.SamToNeLoss("decoupled")(*rows[:2], query_ids=rows[2])
 
 
 def test_finite_differences() -> None:

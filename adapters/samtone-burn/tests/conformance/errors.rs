@@ -4,7 +4,7 @@ use crate::Outcome;
 use crate::support::{matrix, numbers};
 use crate::tensors::wave;
 use burn::tensor::{DType, Device, Tensor};
-use samtone_burn::{Block, Group, Loss, SamToNe, Temperature, ZeroNorm};
+use samtone_burn::{Block, Group, Loss, NoNegative, SamToNe, Temperature, ZeroNorm};
 
 const TAU: f64 = 0.1;
 
@@ -27,6 +27,10 @@ pub fn sentences(device: &Device) -> Outcome {
             "argument `temperature` is a tensor of shape [2] and type f32; allowed: one number",
         ),
         (samtone.clone().passage_ids([1]).forward(query(), passage(), TAU), "argument `passage_ids` is a slice of 1"),
+        (
+            samtone.clone().shared_ids(true).passage_ids([1; 9]).forward(query(), passage(), TAU),
+            "argument `shared_ids` is true without query ids; allowed: false, or query ids and passage ids",
+        ),
         (samtone.clone().positives([9; 6]).forward(query(), passage(), TAU), "argument `positives` is 9 at row 0"),
         (samtone.clone().margin(f64::NAN).forward(query(), passage(), TAU), "argument `margin` is NaN"),
         (samtone.clone().workspace_bytes(1).forward(query(), passage(), TAU), "option `workspace_bytes` is 1"),
@@ -86,7 +90,7 @@ pub fn rows(device: &Device) -> Outcome {
         (samtone.clone(), with(4, f64::NAN), "the query embedding in row 4 contains NaN at column 2"),
         (samtone.clone(), with(5, f64::INFINITY), "the query embedding in row 5 contains inf at column 2"),
         (
-            SamToNe::new(lonely).query_ids([7; 6]).passage_ids([7; 9]),
+            SamToNe::new(lonely.clone()).query_ids([7; 6]).passage_ids([7; 9]),
             q.clone(),
             "row 0 has no negative left in group 0",
         ),
@@ -100,7 +104,9 @@ pub fn rows(device: &Device) -> Outcome {
             other => return Err(format!("{other:?} instead of `{sentence}`").into()),
         }
     }
-    let loss = samtone.zero_norm(ZeroNorm::ZeroGradient).forward(with(3, 0.0), p, TAU)?;
+    let loss = samtone.zero_norm(ZeroNorm::ZeroGradient).forward(with(3, 0.0), p.clone(), TAU)?;
     assert!(numbers(loss)[0].is_finite());
+    let lonely = SamToNe::new(lonely).query_ids([7; 6]).passage_ids([7; 9]).no_negative(NoNegative::Zero);
+    assert_eq!(numbers(lonely.forward(q, p, TAU)?)[0], 0.0);
     Ok(())
 }

@@ -35,6 +35,7 @@ pub fn problem(loss: Loss, masked: bool) -> Problem {
         weights: masked.then(|| vec![1.0, 0.5, 2.0, 0.0, 1.0, 1.0]),
         query_ids: masked.then(|| vec![1, 2, 1, 4, 5, 6]),
         passage_ids: masked.then(|| vec![1, 2, 3, 4, 2, 6, 7, 8, 9]),
+        shared_ids: masked,
         owners: masked.then(|| (vec![-1, -1, -1, -1, -1, -1, 0, 3, -1], Scope::Own)),
         options,
     }
@@ -115,6 +116,7 @@ pub fn tiled() -> Result<Problem> {
         weights: None,
         query_ids: None,
         passage_ids: Some((0..passages as i64).map(|n| n % 160).collect()),
+        shared_ids: false,
         owners: None,
         options: Options::new(0.05)?.with_workspace_bytes(600_000),
         ..problem(Loss::samtone_both(), false)

@@ -69,18 +69,21 @@ pub fn at_device(problem: &Problem, form: Form, held: DType) -> Problem {
     if let Some(bytes) = problem.options.workspace_bytes() {
         options = options.with_workspace_bytes(bytes);
     }
-    Problem { options: options.with_zero_norm(problem.options.zero_norm()), ..problem.clone() }
+    let (zero_norm, no_negative) = (problem.options.zero_norm(), problem.options.no_negative());
+    Problem { options: options.with_zero_norm(zero_norm).with_no_negative(no_negative), ..problem.clone() }
 }
 
 /// The builder with everything of a problem.
 pub fn builder(problem: &Problem) -> SamToNe {
     let mut samtone = SamToNe::new(problem.loss.clone()).zero_norm(problem.options.zero_norm());
+    samtone = samtone.no_negative(problem.options.no_negative());
     if let Some(ids) = &problem.query_ids {
         samtone = samtone.query_ids(ids.clone());
     }
     if let Some(ids) = &problem.passage_ids {
         samtone = samtone.passage_ids(ids.clone());
     }
+    samtone = samtone.shared_ids(problem.shared_ids);
     if let Some(positives) = &problem.positives {
         samtone = samtone.positives(positives.clone());
     }

@@ -22,6 +22,8 @@ class Settings:
         workspace_bytes: int | None = None,
         tile_skipping: float | None = None,
         own: bool = False,
+        shared_ids: bool = False,
+        no_negative: str = "error",
     ) -> Settings: ...
 
 class CudaPlan:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from .options import Options
 
 # Plans are small (side data is a few numbers for each row); batches with ids of their own need one each.
 KEPT_PLANS = 16
@@ -128,16 +129,15 @@ _lock = threading.Lock()
 
 def planned(
     memory: Memory,
-    settings: tuple[Any, ...],
+    settings: Options,
     query: Any,
     passage: Any,
     annotations: dict[str, Tensor | None],
     wanted: tuple[bool, bool],
     at_once: bool,
 ) -> Planned:
-    """The plan for such a call, made now or in an earlier step. `settings` are what `Settings` is made of: loss, temperature,
-    whether it is log beta, margin, policy for norms of zero, bound on the workspace, share that may be skipped, scope. `wanted` are
-    the towers that get gradients: `at_once` from `loss_and_gradients`, otherwise from `backward` after `forward`."""
+    """The plan for such a call, made now or in an earlier step. `wanted` are the towers that get gradients: `at_once` from
+    `loss_and_gradients`, otherwise from `backward` after `forward`."""
     vectors = tuple(None if x is None else x.numpy().tobytes() for x in annotations.values())
     towers = tuple((tuple(x.shape), x.stride(), x.dtype, x.device) for x in (query, passage))
     key = (settings, towers, vectors, wanted, at_once, memory.stream)
@@ -153,18 +153,8 @@ def planned(
             "a stream is being captured, and this call is the first of its kind on it; allowed: a call with these shapes, types, "
             "options and ids on the same stream before, as in torch.cuda.graph(graph, stream=stream)"
         )
-    loss, temperature, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own = settings
     plan = _native.CudaPlan(
-        _native.Settings(
-            loss,
-            temperature,
-            log_beta=log_beta,
-            margin=margin,
-            zero_norm=zero_norm,
-            workspace_bytes=workspace_bytes,
-            tile_skipping=tile_skipping,
-            own=own,
-        ),
+        settings.native(),
         capsule(query),
         capsule(passage),
         {name: None if x is None else x.__dlpack__() for name, x in annotations.items()},

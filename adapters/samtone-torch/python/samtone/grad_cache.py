@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calls import refuse_transforms
+
 Encode = Callable[[Any], Tensor]
 
 
@@ -82,6 +84,7 @@ def step(
     Returns:
         The loss, detached and not scaled.
     """
+    refuse_transforms("grad_cache.step")
     with torch.enable_grad():
         queries, passages = Chunks(*query), Chunks(*passage)
         value = loss(queries.embeddings, passages.embeddings)

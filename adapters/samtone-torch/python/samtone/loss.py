@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from . import _native
+from .arguments import number, refused
 
 PRESETS: tuple[str, ...] = tuple(_native.presets())
 """Names of all presets."""
@@ -52,7 +55,7 @@ class Loss:
     @staticmethod
     def pair(alpha: float = 0.1) -> Loss:
         """PAIR (Ren et al. 2021): (1 - alpha) {QP} + alpha {PP}, alpha from 0 to 1."""
-        return Loss(f"pair({float(alpha)!r})")
+        return Loss(f"pair({number('alpha', alpha, 'a number from 0 to 1')!r})")
 
     @staticmethod
     def custom(name: str, groups: Iterable[Group]) -> Loss:
@@ -62,10 +65,13 @@ class Loss:
             SamtoneError: For groups outside of their domain, and for a name with ``|`` in it.
         """
         if "|" in name:
-            raise _native.SamtoneError(f"argument `name` is {name!r}; allowed: names without |")
-        parts = [f"{float(g.coefficient)!r}:{'+'.join(g.blocks)}:{g.positive_copies}" for g in groups]
+            raise refused("name", repr(name), "names without |")
+        c = "a finite number of at least 0"
+        parts = [
+            f"{number('coefficient', g.coefficient, c)!r}:{'+'.join(g.blocks)}:{g.positive_copies}" for g in groups
+        ]
         if not parts:
-            raise _native.SamtoneError("argument `groups` is an empty list; allowed: one group or more")
+            raise refused("groups", "an empty list", "one group or more")
         return Loss("|".join([name, *parts]))
 
     @property
@@ -83,6 +89,13 @@ def spec_of(loss: str | Loss) -> str:
     """The text of a loss, or of the preset of that name. torch.compile traces it, so it stays in Python."""
     if isinstance(loss, Loss):
         return loss.spec
+    if isinstance(loss, nn.Module):
+        raise refused(
+            "loss",
+            f"a model ({type(loss).__name__})",
+            "a `Loss` or the name of a preset; the loss that takes a model of sentence-transformers is "
+            "`samtone.sentence_transformers.SamToNeLoss`, not `samtone.SamToNeLoss`",
+        )
     if loss not in PRESETS:
-        raise _native.SamtoneError(f"argument `loss` is {loss!r}; allowed: a `Loss`, or {', '.join(PRESETS)}")
+        raise refused("loss", repr(loss), f"a `Loss`, or {', '.join(PRESETS)}")
     return loss

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _native
+from .arguments import choice, number, options_of
 from .functional import Evaluation, evaluate
 from .loss import Loss, spec_of
+from .options import Options
 
 
 class SamToNeLoss(nn.Module):
@@ -21,7 +22,7 @@ class SamToNeLoss(nn.Module):
         temperature: tau, or where it starts if it is learned.
         learnable: None for a constant temperature, ``"log_beta"`` for a parameter `log_beta` = log(1/tau), as CLIP learns
             it, or ``"tau"`` for a parameter `tau`. Both are float32 scalars.
-        hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping: As in `samtone_loss`.
+        hard_negative_scope, margin, zero_norm, no_negative, workspace_bytes, tile_skipping: As in `samtone_loss`.
     """
 
     def __init__(
@@ -33,28 +34,17 @@ class SamToNeLoss(nn.Module):
         hard_negative_scope: str = "all",
         margin: float | None = None,
         zero_norm: str = "error",
+        no_negative: str = "error",
         workspace_bytes: int | None = None,
         tile_skipping: float | None = None,
     ) -> None:
         super().__init__()
         self.loss = Loss(spec_of(loss))
-        if learnable not in (None, "tau", "log_beta"):
-            raise _native.SamtoneError(f'argument `learnable` is {learnable!r}; allowed: None, "tau" or "log_beta"')
-        own = hard_negative_scope == "own"
-        if not own and hard_negative_scope != "all":
-            raise _native.SamtoneError(
-                f'argument `hard_negative_scope` is {hard_negative_scope!r}; allowed: "all" or "own"'
-            )
-        # Refused here rather than in the first step.
-        _native.Settings(
-            self.loss.spec,
-            temperature,
-            margin=margin,
-            zero_norm=zero_norm,
-            workspace_bytes=workspace_bytes,
-            tile_skipping=tile_skipping,
-            own=own,
-        )
+        if learnable is not None:
+            choice("learnable", learnable, "tau", "log_beta")
+        temperature = number("temperature", temperature, "a number")
+        options = options_of(hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, False, no_negative)
+        Options(self.loss.spec, temperature, False, *options).native()  # refused here rather than in the first step
         self.temperature = temperature
         self.learnable = learnable
         if learnable == "tau":
@@ -64,6 +54,7 @@ class SamToNeLoss(nn.Module):
         self.hard_negative_scope = hard_negative_scope
         self.margin = margin
         self.zero_norm = zero_norm
+        self.no_negative = no_negative
         self.workspace_bytes = workspace_bytes
         self.tile_skipping = tile_skipping
 
@@ -79,8 +70,8 @@ class SamToNeLoss(nn.Module):
         return math.exp(-float(self.log_beta.item())) if self.learnable else self.temperature
 
     def forward(self, query: Tensor, passage: Tensor, **batch: Any) -> Tensor:
-        """The loss, a scalar. `batch` is what `samtone_loss` takes of a batch: `query_ids`, `passage_ids`, `positives`,
-        `weights`, `hard_negative_owners`."""
+        """The loss, a scalar. `batch` is what `samtone_loss` takes of a batch: `query_ids`, `passage_ids`, `shared_ids`,
+        `positives`, `weights`, `hard_negative_owners`."""
         return self.evaluate(query, passage, **batch).loss
 
     def evaluate(self, query: Tensor, passage: Tensor, **batch: Any) -> Evaluation:
@@ -96,6 +87,7 @@ class SamToNeLoss(nn.Module):
             hard_negative_scope=self.hard_negative_scope,
             margin=self.margin,
             zero_norm=self.zero_norm,
+            no_negative=self.no_negative,
             workspace_bytes=self.workspace_bytes,
             tile_skipping=self.tile_skipping,
             **temperature,

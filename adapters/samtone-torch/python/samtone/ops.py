@@ -9,8 +9,7 @@ backward ─ at once: those gradients times the upstream gradient, then rounded 
 The CPU does it at once, and so does CUDA unless the gradients would take much memory until the backward call (`cuda.at_once`), which
 sees by the state which of the two it was.
 
-`call` is what the package calls. Plain tensors outside of compilers do not go through the operations, but straight to the same
-code: PyTorch's dispatcher takes longer for an operation written in Python than the launches of a small batch.
+`calls.call` is what the package calls.
 """
 
 from __future__ import annotations
@@ -21,9 +20,12 @@ import torch
 from torch import Tensor
 
 from . import _native, cuda
+from .options import Options
 
 # What `wanted` is made of.
 QUERY, PASSAGE, TEMPERATURE = 1, 2, 4
+# Gradients at once with the loss, however much memory they take until the backward call.
+AT_ONCE = 8
 # Numbers of `results`: the loss, P@1 and MRR of query -> passage, and of passage -> query.
 RESULTS = 5
 
@@ -75,31 +77,21 @@ def _where_wanted(gradients: list[Any], wanted: tuple[bool, bool]) -> tuple[Any,
 
 def _at_once(query: Tensor, passage: Tensor, wanted: int) -> bool:
     """Whether the forward call computes the gradients that are wanted, too, and leaves no state."""
-    if query.device.type != "cuda":
+    if query.device.type != "cuda" or wanted & AT_ONCE:
         return True
     return wanted != 0 and cuda.at_once(query.shape[0], passage.shape[0], query.shape[1], _towers(wanted))
 
 
 def _forward_cpu(
-    settings: tuple[Any, ...], q: Tensor, p: Tensor, annotations: dict[str, Tensor | None], wanted: int
+    settings: Options, q: Tensor, p: Tensor, annotations: dict[str, Tensor | None], wanted: int
 ) -> Tensors:
-    loss, temperature, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own = settings
     losses = torch.empty(q.shape[0], dtype=torch.float64, device="cpu")  # whatever PyTorch's default device is
     gradients = [
         torch.empty((x.shape[0] if want else 0, x.shape[1]), dtype=torch.float32, device="cpu")
         for x, want in zip((q, p), _towers(wanted))
     ]
     value, metrics, derivative = _native.cpu_step(
-        _native.Settings(
-            loss,
-            temperature,
-            log_beta=log_beta,
-            margin=margin,
-            zero_norm=zero_norm,
-            workspace_bytes=workspace_bytes,
-            tile_skipping=tile_skipping,
-            own=own,
-        ),
+        settings.native(),
         _capsule(q),
         _capsule(p),
         (_capsule(gradients[0]) if wanted & QUERY else None, _capsule(gradients[1]) if wanted & PASSAGE else None),
@@ -119,11 +111,11 @@ def _forward_cpu(
 
 
 def _forward_cuda(
-    settings: tuple[Any, ...], q: Tensor, p: Tensor, annotations: dict[str, Tensor | None], wanted: int
+    settings: Options, q: Tensor, p: Tensor, annotations: dict[str, Tensor | None], wanted: int
 ) -> Tensors:
     memory, towers, at_once = cuda.TorchMemory(q.device), _towers(wanted), _at_once(q, p, wanted)
     planned = cuda.planned(memory, settings, q, p, annotations, towers, at_once)
-    shared, skipping = annotations["positives"] is not None, settings[-2] is not None
+    shared, skipping = annotations["positives"] is not None, settings.tile_skipping is not None
     state = memory.empty(cuda.state_bytes(q.shape[0], p.shape[0], shared=shared, skipping=skipping))
     gradients = [
         memory.matrix(x.shape[0] if want and at_once else 0, x.shape[1], torch.float32)
@@ -146,7 +138,7 @@ def _forward_cuda(
 
 
 def _backward_cuda(
-    settings: tuple[Any, ...],
+    settings: Options,
     q: Tensor,
     p: Tensor,
     annotations: dict[str, Tensor | None],
@@ -182,6 +174,8 @@ def forward(
     workspace_bytes: int | None,
     tile_skipping: float | None,
     own: bool,
+    shared_ids: bool,
+    no_negative: str,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss (float32), results and row losses (float64), and what the backward call needs.
@@ -192,7 +186,7 @@ def forward(
     """
     return _forward(
         query, passage, temperature, query_ids, passage_ids, positives, weights, owners,
-        loss, tau, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, wanted,
+        loss, tau, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids, no_negative, wanted,
     )  # fmt: skip
 
 
@@ -213,10 +207,14 @@ def _forward(
     workspace_bytes: int | None,
     tile_skipping: float | None,
     own: bool,
+    shared_ids: bool,
+    no_negative: str,
     wanted: int,
 ) -> Outputs:
     value = tau if temperature is None else float(temperature.detach().reshape(()).item())
-    settings = (loss, value, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own)
+    settings = Options(
+        loss, value, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids, no_negative
+    )
     compute = _forward_cuda if query.device.type == "cuda" else _forward_cpu
     q, p = _readable("query", query), _readable("passage", passage)
     annotations = _annotations(query_ids, passage_ids, positives, weights, owners)
@@ -226,7 +224,7 @@ def _forward(
 
 
 @forward.register_fake
-def _(
+def fake_forward(
     query: Tensor,
     passage: Tensor,
     temperature: Tensor | None,
@@ -243,8 +241,12 @@ def _(
     workspace_bytes: int | None,
     tile_skipping: float | None,
     own: bool,
+    shared_ids: bool,
+    no_negative: str,
     wanted: int,
 ) -> Outputs:
+    """Shapes and types of the results."""
+
     def empty(shape: Any, dtype: torch.dtype) -> Tensor:
         return query.new_empty(shape, dtype=dtype)
 
@@ -268,6 +270,7 @@ def backward(
     upstream: Tensor,
     query: Tensor,
     passage: Tensor,
+    temperature: Tensor | None,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
     positives: Tensor | None,
@@ -277,7 +280,7 @@ def backward(
     grad_passage: Tensor,
     derivative: Tensor,
     state: Tensor,
-    temperature: Tensor,
+    used: Tensor,
     loss: str,
     log_beta: bool,
     margin: float | None,
@@ -285,14 +288,17 @@ def backward(
     workspace_bytes: int | None,
     tile_skipping: float | None,
     own: bool,
+    shared_ids: bool,
+    no_negative: str,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of both towers, in their types and without rows where they are not wanted, and the derivative of the
-    temperature (float64), without elements if it is not, all times the upstream gradient."""
+    temperature (float64), without elements if it is not, all times the upstream gradient. `used` is the temperature as a number;
+    the tensor is an argument for autograd, to which the results depend on it."""
     return _gradients(
-        upstream, query, passage, query_ids, passage_ids, positives, weights, owners,
-        grad_query, grad_passage, derivative, state, temperature,
-        loss, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, wanted,
+        upstream, query, passage, temperature, query_ids, passage_ids, positives, weights, owners,
+        grad_query, grad_passage, derivative, state, used,
+        loss, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids, no_negative, wanted,
     )  # fmt: skip
 
 
@@ -300,6 +306,7 @@ def _gradients(
     upstream: Tensor,
     query: Tensor,
     passage: Tensor,
+    temperature: Tensor | None,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
     positives: Tensor | None,
@@ -309,7 +316,7 @@ def _gradients(
     grad_passage: Tensor,
     derivative: Tensor,
     state: Tensor,
-    temperature: Tensor,
+    used: Tensor,
     loss: str,
     log_beta: bool,
     margin: float | None,
@@ -317,6 +324,8 @@ def _gradients(
     workspace_bytes: int | None,
     tile_skipping: float | None,
     own: bool,
+    shared_ids: bool,
+    no_negative: str,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if state.shape[0] == 0:
@@ -329,7 +338,10 @@ def _gradients(
         )
         return dq, dp, derivative * upstream.to(torch.float64)
     q, p = _readable("query", query), _readable("passage", passage)
-    settings = (loss, float(temperature.item()), log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own)
+    value = float(used.item())
+    settings = Options(
+        loss, value, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids, no_negative
+    )
     annotations = _annotations(query_ids, passage_ids, positives, weights, owners)
     factor = upstream.detach().to(device=q.device, dtype=torch.float32).reshape(1)
     return _backward_cuda(settings, q, p, annotations, state, factor, wanted)
@@ -340,6 +352,7 @@ def _(
     upstream: Tensor,
     query: Tensor,
     passage: Tensor,
+    temperature: Tensor | None,
     query_ids: Tensor | None,
     passage_ids: Tensor | None,
     positives: Tensor | None,
@@ -349,7 +362,7 @@ def _(
     grad_passage: Tensor,
     derivative: Tensor,
     state: Tensor,
-    temperature: Tensor,
+    used: Tensor,
     loss: str,
     log_beta: bool,
     margin: float | None,
@@ -357,6 +370,8 @@ def _(
     workspace_bytes: int | None,
     tile_skipping: float | None,
     own: bool,
+    shared_ids: bool,
+    no_negative: str,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dp = (
@@ -366,13 +381,18 @@ def _(
     return dq, dp, derivative.new_empty(1 if wanted & TEMPERATURE else 0)
 
 
-def _no_second_derivatives(ctx: Any, *gradients: Tensor) -> Any:
-    raise _native.SamtoneError(
-        "samtone has no second derivatives: its gradients are constants; allowed: create_graph=False"
+def no_second_derivatives() -> _native.SamtoneError:
+    """The sentence for whoever differentiates a gradient."""
+    return _native.SamtoneError(
+        "samtone has no second derivatives: its gradients are constants; allowed: first derivatives, create_graph=False"
     )
 
 
-backward.register_autograd(_no_second_derivatives)
+def _differentiated(ctx: Any, *gradients: Tensor) -> Any:
+    raise no_second_derivatives()
+
+
+backward.register_autograd(_differentiated)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -382,7 +402,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.temperature = None if temperature is None else (temperature.dtype, temperature.device, temperature.shape)
-    ctx.save_for_backward(query, passage, *vectors, *output[3:])
+    ctx.save_for_backward(query, passage, temperature, *vectors, *output[3:])
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -408,41 +428,3 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 forward.register_autograd(_backward, setup_context=_setup)
-
-
-class _Direct(torch.autograd.Function):
-    """`forward` and its backward without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Outputs:
-        output = _forward(*inputs)
-        _setup(ctx, inputs, output)
-        ctx.direct = True
-        return output
-
-    backward = staticmethod(_backward)
-
-
-def _nobody_watches(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether nothing but autograd has to see an operation on these: no compiler, no tracer, no transform, no mode, no subclass."""
-    return (
-        not torch.compiler.is_compiling()
-        and all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-    )
-
-
-def call(*inputs: Any) -> Outputs:
-    """The operation, with the arguments of `forward`."""
-    query = inputs[0]
-    if query.device.type == "meta" or not _nobody_watches(inputs[:8]):
-        outputs: Outputs = forward(*inputs)
-        return outputs
-    if inputs[-1] == 0:
-        with torch.no_grad():
-            return _forward(*inputs)
-    outputs = _Direct.apply(*inputs)
-    return outputs
