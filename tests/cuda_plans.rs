@@ -7,7 +7,7 @@
 mod fallbacks;
 mod support;
 
-use libtest_mimic::{Failed, Trial};
+use libtest_mimic::Failed;
 use samtone::backend::{self, Backend};
 use samtone::cuda::{Arithmetic, GradientOutput, Plan, Problem as Planned, Tile};
 use samtone::{Block, DType, EmbeddingsMut, Error, GradientBuffers, Group, Loss, Options, Pairs, ZeroNorm};
@@ -17,6 +17,7 @@ use support::compare::{against_definition, verdict};
 use support::cuda_emulated::{self, Check, CudaEmulated, Emulated, Run, clusters, run_checks};
 use support::data::{Kind, duplicate_ids, problem};
 use support::problem::{Buffer, Outputs, Problem};
+use support::report::Listed;
 
 fn main() -> ExitCode {
     let checks: [(&str, Check); 12] = [
@@ -33,7 +34,7 @@ fn main() -> ExitCode {
         ("the last block adds up many", many_rows),
         ("every barrier is needed", barriers),
     ];
-    run_checks(checks, vec![Trial::test("plans run on another device", another_device)])
+    run_checks(checks, vec![Listed::new("others", "plans run on another device", another_device)])
 }
 
 /// The executable that the environment names is the one that is started, and it failing is a failure.

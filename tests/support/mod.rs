@@ -9,5 +9,6 @@ pub mod data;
 pub mod emulator;
 pub mod foreign;
 pub mod problem;
+pub mod report;
 pub mod skipped;
 pub mod tolerance;
