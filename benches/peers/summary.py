@@ -104,7 +104,12 @@ def steps_section(folder: pathlib.Path) -> list[str]:
     found: dict[tuple[str, str], dict[Shape, Measured]] = {}
     for row in rows:
         found.setdefault((row.engine, row.loss_name), {})[row.shape] = row
-    lines = ["## Steps", "", "Milliseconds, times the bare bf16 products of as many operations, gradient error against float64.", ""]
+    lines = [
+        "## Steps",
+        "",
+        "Milliseconds, times the bare bf16 products of as many operations, gradient error against float64.",
+        "",
+    ]
     lines += ["| engine | " + " | ".join(f"B = {size}, d = {dim}" for size, dim in shapes) + " |"]
     lines += ["|---|" + "---|" * len(shapes)]
     for (engine, loss), by_shape in found.items():
@@ -126,7 +131,10 @@ def environment(folder: pathlib.Path) -> tuple[str, list[str]]:
     start = next((k for k, line in enumerate(said) if line.startswith("name, ")), None)
     device = said[start + 1].split(", ") if start is not None and start + 1 < len(said) else ["an unknown GPU"]
     labels = said[start].split(", ")[1:] if start is not None else []
-    about = [f"{known.get('date', 'no date')[:10]}, samtone {known.get('commit', 'unknown')}", f"PyTorch {known.get('torch', 'none')}"]
+    about = [
+        f"{known.get('date', 'no date')[:10]}, samtone {known.get('commit', 'unknown')}",
+        f"PyTorch {known.get('torch', 'none')}",
+    ]
     about += [f"{label.split(' [')[0].replace('_', ' ')} {value}" for label, value in zip(labels, device[1:])]
     peers = folder / "peers-env.txt"
     if peers.exists():
@@ -136,7 +144,12 @@ def environment(folder: pathlib.Path) -> tuple[str, list[str]]:
 
 def summary(folder: pathlib.Path, checks: list[dict]) -> str:
     device, about = environment(folder)
-    lines = [f"# One step and its checks: {device}", "", ", ".join(about) + ". Made by `benches/peers/summary.py` from the files beside it.", ""]
+    lines = [
+        f"# One step and its checks: {device}",
+        "",
+        ", ".join(about) + ". Made by `benches/peers/summary.py` from the files beside it.",
+        "",
+    ]
     return "\n".join([*lines, *checks_section(folder, checks), *steps_section(folder)]).rstrip() + "\n"
 
 

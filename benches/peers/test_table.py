@@ -82,7 +82,10 @@ class Record(unittest.TestCase):
     def test_another_loss_is_compared_with_our_step_of_that_loss(self) -> None:
         made_up(self.folder)
         with open(self.folder / "peers.csv", "a", newline="") as file:
-            rows = ({"rows": 8192, "dim": 64, "engine": f"memeff {loss}", "loss_name": loss, "milliseconds": "30"} for loss in ("qwen3", "clip"))
+            rows = (
+                {"rows": 8192, "dim": 64, "engine": f"memeff {loss}", "loss_name": loss, "milliseconds": "30"}
+                for loss in ("qwen3", "clip")
+            )
             csv.DictWriter(file, run.COLUMNS).writerows(rows)
         (self.folder / "step-qwen3.txt").write_text(OWN.replace("5.0000", "10.0000"))
         (self.folder / "samtone-errors-qwen3.csv").write_text("rows,dim,gradient_error\n8192,64,2.5e-4\n")
