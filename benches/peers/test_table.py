@@ -165,8 +165,9 @@ class Summary(unittest.TestCase):
         self.assertIn("| first | **conformance-bf16** | FAILED: exit code 101 (9 s) | cuda bf16: gte: loss is 2 |", text)
         self.assertIn("| first | **step-clip** | FAILED: ended after 20 s (20 s) |  |", text)
         # 5 ms where bare products of as many operations take 4.
-        self.assertIn("| **samtone** | 0.5 ms, 5.00 × |  | 5 ms, 1.25 ×, 1.5e-04 |", text)
-        self.assertIn("| samtone, cosines kept | 0.5 ms, 5.00 × |  | 5 ms, 1.25 × |", text)
+        self.assertIn("| **samtone** | 0.5 ms, 5.00 P |  | 5 ms, 1.25 P, 1.5e-04 |", text)
+        self.assertIn("| samtone, cosines kept | 0.5 ms, 5.00 P |  | 5 ms, 1.25 P |", text)
+        self.assertIn("| eager f32 | 2 ms, 20.00 P, 4.00 S, 1.0e-06 | 7 ms | 20 ms, 5.00 P, 4.00 S, 2.0e-06 |", text)
         self.assertIn("| eager autocast |  |  | – |", text)
         self.assertIn("eager autocast at B = 8192: OutOfMemoryError: no room", text)
         self.assertLess(len(text.splitlines()), 50)
