@@ -155,7 +155,10 @@ fn frozen() -> Result<(), String> {
 fn shards() -> Result<(), String> {
     let mut shared = sample(Loss::samtone_both(), 9)?;
     shared.positives = Some((0..shared.rows).map(|i| (i * i % 40) as u32).collect());
-    for mut problem in [sample(Loss::samtone_both(), 9)?, shared, sample(Loss::clip(), 9)?] {
+    let mut chain = sample(Loss::samtone_both(), 9)?; // queries are passages of other rows, and of other shards
+    (chain.query_ids, chain.passage_ids) = (Some((0..70).collect()), Some((0..93).map(|j| j * 7 % 80).collect()));
+    chain.shared_ids = true;
+    for mut problem in [sample(Loss::samtone_both(), 9)?, shared, chain, sample(Loss::clip(), 9)?] {
         problem.name.push_str(" in shards");
         let ends = [0, 1, 23, 70];
         let calls = ends
