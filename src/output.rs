@@ -113,10 +113,10 @@ impl GradientBuffers<'_> {
     }
 }
 
-/// An error unless the upstream gradient is finite.
+/// An error unless the upstream gradient is a number that f32 holds: on a device it may be one.
 pub(crate) fn check_upstream(upstream: f64) -> Result<()> {
-    if !upstream.is_finite() {
-        return Err(Error::invalid("upstream", upstream.to_string(), "a finite number"));
+    if !(upstream as f32).is_finite() {
+        return Err(Error::invalid("upstream", format!("{upstream:?}"), "a finite number in the range of f32"));
     }
     Ok(())
 }

@@ -229,7 +229,7 @@ impl Directions {
         let mut unit = Matrix::zeros(x.rows(), x.dim())?;
         let mut norms = Vec::with_capacity(x.rows());
         for row in 0..x.rows() {
-            let values = x.row_to_f64(row);
+            let values = x.row_to_f64(row)?;
             if let Some(column) = values.iter().position(|v| !v.is_finite()) {
                 return Err(Error::NonFinite { tower, row, column, value: values[column] });
             }

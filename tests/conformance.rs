@@ -8,6 +8,8 @@
 //! runs in one type on each emulator, in turn; in the others it is ignored, and runs with `cuda-emulated --include-ignored`. CI also runs
 //! golden files in every type, by `examples/evaluate`.
 
+#[path = "conformance/edges.rs"]
+mod edges;
 mod support;
 
 use libtest_mimic::{Arguments, Failed};
@@ -25,6 +27,7 @@ use support::report::{self, Listed};
 /// What a case asks, for embeddings of a type (its values may depend on the range of the type) and a seed to add.
 type Make = Arc<dyn Fn(DType, u64) -> Result<Problem, String> + Send + Sync>;
 
+#[derive(Clone)]
 struct Case {
     name: String,
     upstream: f64,
@@ -244,6 +247,7 @@ fn cases() -> Result<Vec<Case>, String> {
             add(true, format!("{name} with {option}"), optional);
         }
     }
+    cases.extend(edges::cases()?);
     Ok(cases)
 }
 

@@ -209,7 +209,7 @@ impl Emulated {
         {
             if status[k] != NONE {
                 let row = status[k] as usize;
-                let bad = x.row_to_f64(row).into_iter().enumerate().find(|(_, v)| !v.is_finite());
+                let bad = x.row_to_f64(row)?.into_iter().enumerate().find(|(_, v)| !v.is_finite());
                 let (column, value) = bad.ok_or_else(|| failure(format!("{tower} row {row} is finite")))?;
                 return Err(Error::NonFinite { tower, row, column, value });
             }

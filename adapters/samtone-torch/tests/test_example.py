@@ -1,7 +1,8 @@
-"""The example follows the curve of float64 PyTorch, and the README's example runs."""
+"""The example follows the curve of float64 PyTorch, the README's example runs, and the wheel asks for what its users need."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -30,3 +31,14 @@ def test_readme() -> None:
     assert blocks, "the README has an example"
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_extra_brings_what_the_trainer_needs() -> None:
+    """`datasets` and `accelerate`, which sentence-transformers itself has in an extra."""
+    required = importlib.metadata.requires("samtone") or []
+    extra = [
+        line
+        for line in required
+        if line.endswith(("extra == 'sentence-transformers'", 'extra == "sentence-transformers"'))
+    ]
+    assert len(extra) == 1 and extra[0].startswith("sentence-transformers[train]>=")

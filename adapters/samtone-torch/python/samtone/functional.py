@@ -32,7 +32,8 @@ class Metrics(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What a call computes beside gradients. Only `loss` is differentiable."""
+    """What a call computes beside gradients. Only `loss` is differentiable: metrics are steps, with derivatives of 0, and derivatives of
+    `row_losses` are refused in reverse mode and NaN in forward mode."""
 
     loss: Tensor
     """The scalar loss, float32."""
@@ -76,7 +77,7 @@ def samtone_loss(
         loss: Name of a preset, or a `Loss`.
         temperature: tau, from 1e-6 to 1e6; SamToNe uses 0.01. A tensor of one element may be learned.
         log_beta: Instead of `temperature`, log(1/tau): the logit scale that CLIP learns.
-        query_ids: M integers; queries of equal id are never negatives of each other. Default: all different.
+        query_ids: M integers of up to 64 bits; queries of equal id are never negatives of each other. Default: all different.
         passage_ids: N integers; passages of equal id are never negatives of each other, nor of each other's queries.
         shared_ids: Whether query ids and passage ids name the same texts. If so, a passage with the id of a row's query, and a
             query with the id of its positive, are no negatives of that row either.
@@ -94,7 +95,8 @@ def samtone_loss(
             by clusters at tau of 0.02 or less. Only CUDA skips; the CPU keeps the promise by skipping nothing. Default: none.
 
     Gradients come in the type of what they belong to, rounded after the upstream gradient has been applied, and only for
-    tensors that require them; in `torch.no_grad` this is a forward pass. They are constants: there are no second derivatives.
+    tensors that require them; in `torch.no_grad` this is a forward pass. Transforms of `torch.func` and forward-mode derivatives
+    have them, too. They are constants: second derivatives are refused.
     Under autocast tensors are taken as they come.
 
     Raises:
