@@ -123,6 +123,9 @@ pub fn loss_and_gradients(loss: &Loss, batch: &Batch<'_>, options: &Options, ups
         }
         evaluation.loss += weight * evaluation.row_losses[i];
     }
+    for metrics in [&mut evaluation.query_to_passage, &mut evaluation.passage_to_query] {
+        *metrics = Metrics::from_sums(metrics.precision_at_1, metrics.mrr);
+    }
     drop(cosines); // the transposed gradients take its place in memory
 
     // [4] From cosines to directions: s = x̂·ŷ gives G·ŷ to x̂ and G·x̂ to ŷ.

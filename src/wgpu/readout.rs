@@ -132,10 +132,10 @@ impl Plan {
         let metrics = |block: Block| {
             let above = |i: usize| state.word(self.sum(block, i) + 3);
             let sum = |f: fn(u32) -> f64| (0..m).map(|i| weights[i] * f(above(i))).sum();
-            Metrics {
-                precision_at_1: sum(|above| f64::from(u8::from(above == 0))),
-                mrr: sum(|above| 1.0 / (1.0 + f64::from(above))),
-            }
+            Metrics::from_sums(
+                sum(|above| f64::from(u8::from(above == 0))),
+                sum(|above| 1.0 / (1.0 + f64::from(above))),
+            )
         };
         Ok(Evaluation {
             loss: row_losses.iter().zip(weights).map(|(l, w)| l * w).sum(),
