@@ -44,7 +44,7 @@ def call(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _transformed() -> bool:
     """Whether a transform of torch.func or a level of forward-mode derivatives is at work."""
-    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def refuse_transforms(function: str) -> None:

@@ -93,7 +93,7 @@ class _Level(_SingleLevelFunction):
         if losses is not None:
             raise _native.SamtoneError("argument `row_losses` is differentiated; allowed: derivatives of `loss` alone")
         # Within a level of forward mode outside of torch.func, gradients would lack their tangents.
-        forward_mode = forward_ad._current_level >= 0 and _functorch.peek_interpreter_stack() is None
+        forward_mode = forward_ad._current_level >= 0 and not torch._C._are_functorch_transforms_active()
         if forward_mode or any(x is not None for x in gradients):
             raise ops.no_second_derivatives()
         found: list[Any] = [None] * ctx.inputs
