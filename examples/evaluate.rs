@@ -111,13 +111,13 @@ fn evaluate(path: &Path, backend: &dyn Backend, dtype: Option<DType>, out: &mut 
             Err(e) => errors.push(e),
         }
     }
-    writeln!(out, "{} files: {passed} passed, {failed} failed, {} not computed", files.len(), errors.len())?;
     if unjudged > 0 {
         writeln!(
             out,
             "the outputs that {unjudged} of these files hold were not compared with anything; `--backend reference` compares them"
         )?;
     }
+    writeln!(out, "{} files: {passed} passed, {failed} failed, {} not computed", files.len(), errors.len())?;
     if errors.is_empty() { Ok(failed == 0) } else { Err(errors.join("\n").into()) }
 }
 

@@ -378,7 +378,7 @@ fn bad_input_is_named_and_nothing_is_written() -> Outcome {
     let mut grad = [f16::from_f32(7.0); 6];
     for (problem, upstream, want) in [
         (&infinite, 1.0, "the query embedding in row 2 contains -inf at column 1; allowed: finite numbers"),
-        (&plain, f64::NAN, "argument `upstream` is NaN; allowed: a finite number"),
+        (&plain, f64::NAN, "argument `upstream` is NaN; allowed: a finite number in the range of f32"),
     ] {
         let (query, passage) = (Buffer::new(DType::F64, &problem.query), Buffer::new(DType::F64, &problem.passage));
         let batch = problem.batch(&query, &passage)?;
