@@ -280,12 +280,14 @@ mod tests {
             assert_eq!(share(&default(rows, 768)), 1.0, "{}", default(rows, 768));
             assert_eq!(share(&default(rows, 256)), 0.0, "{}", default(rows, 256));
         }
-        // 1.5 · 8192² cosines are 403 MB of 537: with waves of the rest, or two thirds with larger ones.
-        assert!(share(&default(8192, 768)) > 0.6, "{}", default(8192, 768));
+        // 1.5 · 8192² cosines are 403 MB of 537: with waves of the rest, or two thirds with larger ones. Gradients of one plane leave room.
+        let one_plane = |rows, dim, workspace| plan(rows, dim, workspace, |p| p.with_arithmetic(Arithmetic::F16));
+        let most = one_plane(8192, 768, DEFAULT_WORKSPACE_BYTES);
+        assert!(share(&most) > 0.6, "{most}");
         // 6.4 GB: what half a gigabyte would hold is not worth smaller waves.
         assert_eq!(share(&default(32_768, 1024)), 0.0, "{}", default(32_768, 1024));
         assert_eq!(share(&plan(32_768, 1024, 8 << 30, |p| p)), 1.0);
-        let most = plan(32_768, 1024, 4 << 30, |p| p);
+        let most = one_plane(32_768, 1024, 4 << 30);
         assert!((0.4..0.8).contains(&share(&most)), "{most}");
     }
 
@@ -322,7 +324,8 @@ mod tests {
         let (loss, pairs) = (Loss::samtone_query(), Pairs::new(4096, 4096).unwrap());
         for workspace in [30 << 20, 60 << 20, 90 << 20] {
             let options = Options::new(0.01).unwrap();
-            let problem = Problem::new(&loss, &pairs, &options, DType::BF16, 768).unwrap().with_cosines(Cosines::Kept);
+            let problem = Problem::new(&loss, &pairs, &options, DType::BF16, 768).unwrap();
+            let problem = problem.with_cosines(Cosines::Kept).with_arithmetic(Arithmetic::F16);
             let (order, tile) = (Order::new(&pairs), Tile::Large);
             let division = Division::best(&problem, &order, tile, workspace, 1 << 20);
             let [kept, mut others] = division.backward_blocks();
