@@ -1,9 +1,9 @@
 //! Super-blocks: pieces of regions whose gradients of logits fit a bounded workspace.
 
 use crate::loss::{Block, Loss};
-use crate::order::Space;
+use crate::order::{Order, Space};
 use crate::problem::Problem;
-use crate::regions::Region;
+use crate::regions::{Region, cuts, regions};
 use std::ops::Range;
 
 /// A piece of a region; in kernels/common/problem.cuh, `SuperBlock`.
@@ -96,14 +96,12 @@ impl SuperBlock {
     }
 }
 
-/// Super-blocks of every region: edges of at most `longest` indices, a multiple of the tile's edge `step`.
-pub(crate) fn super_blocks(
-    problem: &Problem<'_>,
-    regions: &[Region],
-    cuts: &[Vec<usize>; 2],
-    step: usize,
-    longest: usize,
-) -> Vec<SuperBlock> {
+/// Most super-blocks of a plan. Each is 2 to 4 KiB of launches on the host, so that plans stay below 64 MiB. A bound on the
+/// workspace that cuts the work into more is refused.
+const MAX_SUPER_BLOCKS: usize = 1 << 14;
+
+/// Edges of a super-block along the rows and along the columns of a region: at most `longest` indices, a multiple of `step`.
+fn edges(region: &Region, cuts: &[Vec<usize>; 2], step: usize, longest: usize) -> [Vec<Range<usize>>; 2] {
     // No super-block straddles a cut, so that the blocks of rows of the products, which begin at cuts, meet whole tiles.
     let parts = |range: &Range<usize>, cuts: &[usize]| -> Vec<Range<usize>> {
         let inside = cuts.iter().copied().filter(|c| range.start < *c && *c < range.end);
@@ -116,11 +114,44 @@ pub(crate) fn super_blocks(
         };
         points.windows(2).flat_map(split).collect()
     };
+    [(&region.rows, 0), (&region.cols, 1)].map(|(range, k)| parts(range, &cuts[region.spaces[k] as usize]))
+}
+
+/// The shortest edge, a multiple of `step`, of which a plan has at most [`MAX_SUPER_BLOCKS`].
+pub(crate) fn least_edge(problem: &Problem<'_>, order: &Order, step: usize) -> usize {
+    let m = problem.pairs.rows();
+    let (regions, cuts) = (regions(problem.loss, &problem.rows, order, m), cuts(&problem.rows, order, m));
+    let count = |longest: usize| -> usize {
+        let of = |region: &Region| {
+            let [rows, cols] = edges(region, &cuts, step, longest).map(|parts| parts.len());
+            if region.triangle { rows * (rows + 1) / 2 } else { rows * cols }
+        };
+        regions.iter().map(of).sum()
+    };
+    let many = |steps: usize| count(steps * step) > MAX_SUPER_BLOCKS;
+    let (mut low, mut high) = (0, 1); // in steps: super-blocks of `low` are too many
+    while many(high) {
+        (low, high) = (high, 2 * high);
+    }
+    while high - low > 1 {
+        let middle = (low + high) / 2;
+        if many(middle) { low = middle } else { high = middle }
+    }
+    high * step
+}
+
+/// Super-blocks of every region: edges of at most `longest` indices, a multiple of the tile's edge `step`.
+pub(crate) fn super_blocks(
+    problem: &Problem<'_>,
+    regions: &[Region],
+    cuts: &[Vec<usize>; 2],
+    step: usize,
+    longest: usize,
+) -> Vec<SuperBlock> {
     let wanted = |space: Space| problem.gradients[space as usize].is_some();
     let mut blocks = Vec::new();
     for region in regions {
-        let [row_parts, col_parts] =
-            [(&region.rows, 0), (&region.cols, 1)].map(|(range, k)| parts(range, &cuts[region.spaces[k] as usize]));
+        let [row_parts, col_parts] = edges(region, cuts, step, longest);
         for (r, rows) in row_parts.iter().enumerate() {
             for (c, cols) in col_parts.iter().enumerate() {
                 if region.triangle && c < r {
@@ -143,4 +174,39 @@ pub(crate) fn super_blocks(
         }
     }
     blocks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::Pairs;
+    use crate::dtype::DType;
+    use crate::options::Options;
+
+    #[test]
+    fn the_least_edge_is_that_of_not_too_many_super_blocks() {
+        let (options, losses) = (Options::new(0.1).unwrap(), [Loss::info_nce(), Loss::gte()]);
+        let wide = Pairs::new(4, 1 << 22).unwrap();
+        let shared: Vec<u32> = (0..20_000).map(|i| i / 3).collect();
+        let shared = Pairs::new(20_000, 30_000).unwrap().with_positives(&shared).unwrap();
+        for (pairs, rows) in [(Pairs::new(65_536, 65_536).unwrap(), 0..65_536), (wide, 0..4), (shared, 5..19_000)] {
+            for loss in &losses {
+                let problem =
+                    Problem::new(loss, &pairs, &options, DType::F32, 1).unwrap().with_rows(rows.clone()).unwrap();
+                let (order, m) = (Order::new(&pairs), pairs.rows());
+                let (regions, cuts) = (regions(loss, &rows, &order, m), cuts(&rows, &order, m));
+                let count = |edge: usize| super_blocks(&problem, &regions, &cuts, 64, edge).len();
+                let edge = least_edge(&problem, &order, 64);
+                assert!(
+                    count(edge) <= MAX_SUPER_BLOCKS && (edge == 64 || count(edge - 64) > MAX_SUPER_BLOCKS),
+                    "{edge}"
+                );
+                // More room means fewer.
+                assert!([2, 3, 10].iter().all(|times| count(edge * times) <= MAX_SUPER_BLOCKS));
+            }
+        }
+        let (loss, small) = (Loss::gte(), Pairs::new(5000, 6000).unwrap());
+        let problem = Problem::new(&loss, &small, &options, DType::F32, 1).unwrap();
+        assert_eq!(least_edge(&problem, &Order::new(&small), 128), 128, "what small bounds are for");
+    }
 }

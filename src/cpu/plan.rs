@@ -18,6 +18,9 @@ use std::ops::Range;
 const MAX_TILE: usize = 512;
 /// Smallest tile edge, taken only under a tight workspace bound.
 const MIN_TILE: usize = 16;
+/// Most tiles of a plan, so that the lists of them stay within 15 MiB. A bound on the workspace that cuts the work into more is
+/// refused. Only tiles of [`MAX_TILE`] may be more, beyond 180,000 pairs.
+const MAX_TILES: usize = 1 << 18;
 /// Widest panel of the embedding dimension in the gradient products.
 const MAX_WIDTH: usize = 512;
 /// Panels a worker holds at a time: both edges of a tile.
@@ -93,24 +96,27 @@ impl Plan {
         let (m, d) = (batch.rows(), batch.dim());
         let panels = d.div_ceil(MAX_WIDTH);
         let width = d.div_ceil(panels).next_multiple_of(MIN_TILE).min(d);
+        let regions = regions(&state.loss, &state.rows, &state.order, m);
+        let grids = |tile: usize| cuts(&state.rows, &state.order, m).map(|cuts| Grid::new(&cuts, tile));
+        let few = |tile: &usize| count_tiles(&regions, &grids(*tile)) <= MAX_TILES;
+        let least = (MIN_TILE..MAX_TILE).step_by(MIN_TILE).find(few).unwrap_or(MAX_TILE);
         // Sixteen tiles at the least where the batch allows, so that a small batch still has work for every core.
-        let mut tile = m.div_ceil(4).next_multiple_of(MIN_TILE).clamp(64, MAX_TILE);
+        let mut tile = m.div_ceil(4).next_multiple_of(MIN_TILE).clamp(64, MAX_TILE).max(least);
         let bound = state.options.workspace_bytes().unwrap_or(DEFAULT_WORKSPACE_BYTES);
         let direct = [Space::Query, Space::Passage].iter().all(|&s| Panels::is_direct(&state.panels(s, batch)));
         let panel = |tile: usize| if direct { 0 } else { tile * width };
         let panel_bytes = |tile: usize| PANELS * panel(tile) * size_of::<f32>();
         let needed = |tile: usize| 2 * tile * tile * size_of::<f32>() + panel_bytes(tile);
         // The edge depends on the inputs alone: another number of threads must not move a tile's border.
-        while tile > MIN_TILE && needed(tile) + needed(tile) / 2 > bound {
-            tile = (tile / 2).next_multiple_of(MIN_TILE);
+        while tile > least && needed(tile) + needed(tile) / 2 > bound {
+            tile = (tile / 2).next_multiple_of(MIN_TILE).max(least);
         }
         if needed(tile) > bound {
             let (rows, passages, dim) = (m, batch.passages(), d);
             return Err(Error::WorkspaceTooSmall { given: bound, needed: needed(tile), rows, passages, dim });
         }
 
-        let grids = cuts(&state.rows, &state.order, m).map(|cuts| Grid::new(&cuts, tile));
-        let regions = regions(&state.loss, &state.rows, &state.order, m);
+        let grids = grids(tile);
         let tiles = list_tiles(&regions, &grids);
         let tile_bytes = tile * tile * size_of::<f32>();
         let threads = rayon::current_num_threads();
@@ -207,6 +213,16 @@ impl fmt::Display for Plan {
     }
 }
 
+/// How many tiles [`list_tiles`] gives.
+fn count_tiles(regions: &[Region], grids: &[Grid; 2]) -> usize {
+    let of = |r: &Region| {
+        let [rows, cols] = [(r.spaces[0], &r.rows), (r.spaces[1], &r.cols)]
+            .map(|(space, range)| grids[space as usize].within(range).len());
+        if r.triangle { rows * (rows + 1) / 2 } else { rows * cols }
+    };
+    regions.iter().map(of).sum()
+}
+
 /// All tiles, region by region, in squares of [`SQUARE`]: the order in which every sum of the backend is taken.
 fn list_tiles(regions: &[Region], grids: &[Grid; 2]) -> Vec<TileId> {
     let mut tiles = Vec::new();
@@ -235,5 +251,32 @@ impl Plan {
     /// Tiles whose buffers live at the same time in the logsumexp pass when nothing is stored.
     pub(super) fn sum_wave(&self) -> usize {
         SUM_WAVE.max(self.workers * TILES_PER_WORKER)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::Embeddings;
+
+    #[test]
+    fn lists_of_tiles_are_bounded() {
+        let ones = vec![1.0_f32; 65_536];
+        let x = Embeddings::new(&ones, 65_536, 1).unwrap();
+        let wide = Batch::new(Embeddings::new(&ones[..4], 4, 1).unwrap(), x).unwrap();
+        let square = Batch::new(x, x).unwrap();
+        let plan = |batch: &Batch<'_>, bytes: usize| {
+            Plan::new(&Loss::samtone_both(), batch, &Options::new(0.1).unwrap().with_workspace_bytes(bytes))
+        };
+        let Err(Error::WorkspaceTooSmall { given: 2048, needed, rows: 65_536, .. }) = plan(&square, 2048) else {
+            panic!("16.8 million tiles were accepted")
+        };
+        let least = plan(&square, needed).unwrap();
+        assert!(least.tiles.len() <= MAX_TILES && least.tiles.len() > MAX_TILES / 2, "{least}");
+        assert_eq!(count_tiles(&least.regions, &least.grids), least.tiles.len());
+        assert!(plan(&square, needed - 1).is_err());
+        assert!(plan(&square, 3 * needed).unwrap().tiles.len() <= MAX_TILES);
+        // Few tiles of the smallest edge, and as small a workspace as ever.
+        assert_eq!(plan(&wide, 2048).unwrap().tile(), MIN_TILE);
     }
 }

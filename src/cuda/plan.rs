@@ -11,6 +11,7 @@ use super::waves::{Division, bounded_bytes};
 use crate::error::{Error, Result};
 use crate::order::{Occurrences, Order};
 use crate::problem::Problem;
+use crate::super_blocks::least_edge;
 use std::fmt;
 
 /// Super-blocks of a launch: the size of the array in `Wave` of kernels/common/problem.cuh.
@@ -80,19 +81,24 @@ impl Plan {
     /// The plan of one call.
     ///
     /// # Errors
-    /// [`Error::WorkspaceTooSmall`] if the bound of the options does not hold one tile; [`Error::InvalidArgument`] for
-    /// [`Tile::Cluster`] without [`Architecture::Sm90a`](super::Architecture::Sm90a).
+    /// [`Error::WorkspaceTooSmall`] if the bound of the options does not hold one tile, or cuts the work into more than 16,384
+    /// super-blocks; [`Error::InvalidArgument`] for [`Tile::Cluster`] without [`Architecture::Sm90a`](super::Architecture::Sm90a).
     pub fn new(problem: &Problem<'_>) -> Result<Self> {
         let (m, n, d) = problem.shape();
-        let bound = problem.options.workspace_bytes().unwrap_or(DEFAULT_WORKSPACE_BYTES);
-        let needed = |tile: Tile| bounded_bytes(tile.step(), tile.step(), problem.arithmetic());
-        let tile = problem.tile(|tile| needed(tile) <= bound)?;
-        let needed = needed(tile);
-        if needed > bound {
-            return Err(Error::WorkspaceTooSmall { given: bound, needed, rows: m, passages: n, dim: d });
-        }
         let order = Order::new(&problem.pairs);
-        let division = Division::best(problem, &order, tile, bound);
+        let needed = |tile: Tile| {
+            let edge = least_edge(problem, &order, tile.step());
+            bounded_bytes(edge, edge, problem.arithmetic())
+        };
+        let given = problem.options.workspace_bytes().unwrap_or(DEFAULT_WORKSPACE_BYTES);
+        let tile = problem.tile(|tile| needed(tile) <= given)?;
+        let needed = needed(tile);
+        // Without a bound of the caller's, batches beyond a million pairs take what they need.
+        let bound = problem.options.workspace_bytes().unwrap_or(given.max(needed));
+        if needed > bound {
+            return Err(Error::WorkspaceTooSmall { given, needed, rows: m, passages: n, dim: d });
+        }
+        let division = Division::best(problem, &order, tile, bound, needed);
         let layouts = Layouts { problem, occurrences: Occurrences::new(&order), order, tile, division };
         let launches = Launches::new(&layouts)?;
         let backward_alone = launches.backward_alone();
@@ -255,6 +261,9 @@ mod tests {
         let table: std::collections::HashMap<String, u32> =
             serde_json::from_str(include_str!("../../kernels/shared_memory.json")).unwrap();
         let mut seen = std::collections::HashSet::new();
+        fn clusters(p: Problem<'_>) -> Problem<'_> {
+            p.with_architecture(Architecture::Sm90a { multiprocessors: 132 }).with_tile(Tile::Cluster)
+        }
         for (rows, dtype) in [
             (64, DType::BF16),
             (512, DType::BF16),
@@ -269,13 +278,8 @@ mod tests {
                 |p| p,
                 |p: Problem<'_>| p.with_arithmetic(Arithmetic::F16),
                 |p: Problem<'_>| p.with_arithmetic(Arithmetic::Exact),
-                |p: Problem<'_>| {
-                    p.with_architecture(Architecture::Sm90a { multiprocessors: 132 }).with_tile(Tile::Cluster)
-                },
-                |p: Problem<'_>| {
-                    let clusters = p.with_architecture(Architecture::Sm90a { multiprocessors: 132 });
-                    clusters.with_tile(Tile::Cluster).with_arithmetic(Arithmetic::F16)
-                },
+                clusters,
+                |p: Problem<'_>| clusters(p).with_arithmetic(Arithmetic::F16),
             ] as [fn(Problem<'_>) -> Problem<'_>; 5]
             {
                 let skipping = Options::new(0.01).unwrap().with_tile_skipping(1e-3).unwrap();
@@ -340,6 +344,30 @@ mod tests {
         );
         let skipping = Options::new(0.01).unwrap().with_tile_skipping(1e-3).unwrap();
         assert_eq!(launches(&plan_with(&skipping, 1024, DType::BF16, |p| p)).len(), 9);
+    }
+
+    /// Bounds that mean more super-blocks than a plan may have are refused with the least that works.
+    #[test]
+    fn launches_are_bounded() {
+        for (dtype, change) in [
+            (DType::F32, (|p| p.with_arithmetic(Arithmetic::Exact)) as fn(Problem<'_>) -> Problem<'_>),
+            (DType::BF16, |p| p.with_cosines(Cosines::Kept)),
+            (DType::BF16, |p| p.with_architecture(Architecture::Sm90a { multiprocessors: 132 })),
+        ] {
+            let (loss, pairs) = (Loss::samtone_query(), Pairs::new(65_536, 65_536).unwrap());
+            let plan = |bytes: usize| {
+                let options = Options::new(0.01).unwrap().with_workspace_bytes(bytes);
+                Plan::new(&change(Problem::new(&loss, &pairs, &options, dtype, 1).unwrap()))
+            };
+            let Err(Error::WorkspaceTooSmall { needed, rows: 65_536, .. }) = plan(100 << 10) else {
+                panic!("a million super-blocks were accepted")
+            };
+            assert!(plan(needed - 1).is_err());
+            let plan = plan(needed).unwrap();
+            // A wave of each super-block: sums and merge, gradients and their products.
+            let launches = plan.forward().len() + plan.backward().len();
+            assert!((1 << 14..6 << 14).contains(&launches), "{launches} launches");
+        }
     }
 
     #[test]

@@ -61,8 +61,8 @@ fn least_terms(problem: &Problem<'_>) -> usize {
 }
 
 impl Division {
-    /// The one of least cost, within the bound.
-    pub(super) fn best(problem: &Problem<'_>, order: &Order, tile: Tile, bound: usize) -> Self {
+    /// The one of least cost, within the bound. Waves have `least` bytes or more.
+    pub(super) fn best(problem: &Problem<'_>, order: &Order, tile: Tile, bound: usize, least: usize) -> Self {
         let chosen = problem.cosines();
         let keeps =
             chosen.unwrap_or(if terms(problem) >= least_terms(problem) { Cosines::Kept } else { Cosines::Recomputed });
@@ -70,7 +70,6 @@ impl Division {
         if keeps == Cosines::Recomputed {
             return whole;
         }
-        let least = bounded_bytes(tile.step(), tile.step(), problem.arithmetic());
         let smaller = [2, 4].map(|parts| bound / parts).into_iter().filter(|bytes| *bytes >= least);
         let smaller = smaller.map(|bytes| Self::new(problem, order, tile, bound, bytes, keeps));
         let rank = |division: &Self| match chosen {
@@ -289,7 +288,7 @@ mod tests {
         // 6.4 GB: what half a gigabyte would hold is not worth smaller waves.
         assert_eq!(share(&default(32_768, 1024)), 0.0, "{}", default(32_768, 1024));
         assert_eq!(share(&plan(32_768, 1024, 8 << 30, |p| p)), 1.0);
-        let most = plan(32_768, 1024, 4 << 30, |p| p);
+        let most = one_plane(32_768, 1024, 4 << 30);
         assert!((0.4..0.8).contains(&share(&most)), "{most}");
     }
 
@@ -326,9 +325,10 @@ mod tests {
         let (loss, pairs) = (Loss::samtone_query(), Pairs::new(4096, 4096).unwrap());
         for workspace in [30 << 20, 60 << 20, 90 << 20] {
             let options = Options::new(0.01).unwrap();
-            let problem = Problem::new(&loss, &pairs, &options, DType::BF16, 768).unwrap().with_cosines(Cosines::Kept);
+            let problem = Problem::new(&loss, &pairs, &options, DType::BF16, 768).unwrap();
+            let problem = problem.with_cosines(Cosines::Kept);
             let (order, tile) = (Order::new(&pairs), Tile::Large);
-            let division = Division::best(&problem, &order, tile, workspace);
+            let division = Division::best(&problem, &order, tile, workspace, 1 << 20);
             let [kept, mut others] = division.backward_blocks();
             let used: usize = kept.map(|s| kept_bytes(s, tile)).sum();
             let wave = |wave: &Wave| wave.iter().map(|s| bytes_of(s, tile, Arithmetic::F16x2)).sum::<usize>();

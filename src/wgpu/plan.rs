@@ -12,7 +12,7 @@ use crate::identity::Identity;
 use crate::order::{Occurrences, Order};
 use crate::problem::Problem;
 use crate::regions;
-use crate::super_blocks::{SuperBlock, super_blocks};
+use crate::super_blocks::{SuperBlock, least_edge, super_blocks};
 use std::fmt;
 
 /// What a call dispatches, on which buffers. Prints itself.
@@ -67,19 +67,20 @@ impl Plan {
     /// As [`Plan::with_variant`].
     pub fn new(problem: &Problem<'_>, capabilities: &Capabilities) -> Result<Self> {
         let mut variant = capabilities.variant(problem.dtype);
-        let tile = variant.tile() as u64;
+        let tile = variant.tile();
         let (m, n, _) = problem.shape();
         variant.large_tiles &= m.max(n) >= capabilities.large_tile_rows;
-        variant.large_tiles &= bounded_bytes(tile, tile) <= bound(problem, capabilities);
+        let needed = needed(problem, &Order::new(&problem.pairs), tile);
+        variant.large_tiles &= needed <= bound(problem, capabilities, needed);
         Self::with_variant(problem, capabilities, variant)
     }
 
     /// The plan of one call, with a variant of the caller's choice.
     ///
     /// # Errors
-    /// [`Error::WorkspaceTooSmall`] if the bound of the options does not hold one tile; [`Error::Unsupported`] for f16 storage of
-    /// embeddings of 32 bits, for gradients of 16 bits with an odd row stride, and where a buffer would exceed what the device
-    /// can bind or allocate.
+    /// [`Error::WorkspaceTooSmall`] if the bound of the options does not hold one tile, or cuts the work into more than 16,384
+    /// super-blocks; [`Error::Unsupported`] for f16 storage of embeddings of 32 bits, for gradients of 16 bits with an odd row
+    /// stride, and where a buffer would exceed what the device can bind or allocate.
     pub fn with_variant(problem: &Problem<'_>, capabilities: &Capabilities, variant: Variant) -> Result<Self> {
         // Shaders count bytes in u32, also where a device binds more.
         let max_binding_bytes = capabilities.max_binding_bytes.min(u64::from(u32::MAX) / ALIGNMENT * ALIGNMENT);
@@ -105,9 +106,10 @@ impl Plan {
             }
         }
 
-        let bound = bound(problem, capabilities);
         let tile = variant.tile();
-        let needed = bounded_bytes(tile as u64, tile as u64);
+        let order = Order::new(&problem.pairs);
+        let needed = needed(problem, &order, tile);
+        let bound = bound(problem, capabilities, needed);
         if needed > bound {
             return Err(match problem.options.workspace_bytes() {
                 Some(given) if needed > given as u64 => {
@@ -131,7 +133,6 @@ impl Plan {
         }
         let longest = (longest.min(bindable) as usize / tile).max(1) * tile;
 
-        let order = Order::new(&problem.pairs);
         let regions = regions::regions(problem.loss, &problem.rows, &order, m);
         let blocks = super_blocks(problem, &regions, &regions::cuts(&problem.rows, &order, m), tile, longest);
         let graded = blocks.iter().map(|s| s.has_coefficients(problem.loss)).collect();
@@ -254,10 +255,17 @@ impl fmt::Display for Plan {
     }
 }
 
-/// What the scratch may take: the caller's bound, and what can be bound at once.
-fn bound(problem: &Problem<'_>, capabilities: &Capabilities) -> u64 {
-    let bound = problem.options.workspace_bytes().map_or(super::DEFAULT_WORKSPACE_BYTES as u64, |b| b as u64);
+/// What the scratch may take: the caller's bound, or without one the default or what is `needed`; and what can be bound at once.
+fn bound(problem: &Problem<'_>, capabilities: &Capabilities, needed: u64) -> u64 {
+    let default = needed.max(super::DEFAULT_WORKSPACE_BYTES as u64);
+    let bound = problem.options.workspace_bytes().map_or(default, |b| b as u64);
     bound.min(capabilities.max_binding_bytes).min(capabilities.max_buffer_bytes)
+}
+
+/// The least that the scratch may take: that of a tile, or of super-blocks that are not too many.
+fn needed(problem: &Problem<'_>, order: &Order, tile: usize) -> u64 {
+    let edge = least_edge(problem, order, tile) as u64;
+    bounded_bytes(edge, edge)
 }
 
 /// Scratch of a super-block, in the pass that takes more: gradients of logits and a number for each tile. Partial sums are
@@ -279,6 +287,25 @@ mod tests {
     use crate::batch::Pairs;
     use crate::loss::Loss;
     use crate::options::Options;
+
+    /// Bounds that mean more super-blocks than a plan may have are refused with the least that works.
+    #[test]
+    fn dispatches_are_bounded() {
+        let (loss, pairs) = (Loss::samtone_query(), Pairs::new(65_536, 65_536).unwrap());
+        for device in [Capabilities::default(), Capabilities { workgroup_bytes: 32 << 10, ..Capabilities::default() }] {
+            let plan = |bytes: usize| {
+                let options = Options::new(0.05).unwrap().with_workspace_bytes(bytes);
+                Plan::new(&Problem::new(&loss, &pairs, &options, DType::F32, 1).unwrap(), &device)
+            };
+            let Err(Error::WorkspaceTooSmall { needed, rows: 65_536, .. }) = plan(100 << 10) else {
+                panic!("a million super-blocks were accepted")
+            };
+            assert!(plan(needed - 1).is_err());
+            let plan = plan(needed).unwrap();
+            let dispatches = plan.forward().chain(plan.backward()).count();
+            assert!((1 << 14..8 << 14).contains(&dispatches), "{dispatches} dispatches");
+        }
+    }
 
     #[test]
     fn small_batches_take_small_tiles() {
