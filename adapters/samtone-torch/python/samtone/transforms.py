@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, _disable_dynamo  # type: ignore[attr-defined]
-from torch._C import _functorch
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
