@@ -121,7 +121,7 @@ vulkan_loader() {
 
 # check NAME LIMIT COMMAND…: its output goes to a file of that name. It is ended after LIMIT seconds, or when the part's are spent.
 check() {
-  local name=$1 limit=$(($2 * ${PATIENCE:-1})) started rc result
+  local name=$1 limit=$(($2 * ${PATIENCE:-1})) started rc result process
   shift 2
   [ "$limit" -le "${MOST:-$limit}" ] || limit=$MOST
   [ "$limit" -le $((part_end - SECONDS)) ] || limit=$((part_end - SECONDS))
@@ -131,18 +131,24 @@ check() {
     return 1
   fi
   started=$SECONDS
-  timeout -k 5 "$limit" "$@" > "$folder/$name.txt" 2>&1
-  rc=$?
+  timeout -k 5 "$limit" "$@" > "$folder/$name.txt" 2>&1 &
+  process=$!
+  # A process that waits for a device may outlive its end for long; then it is left behind.
+  { # the shell's own remarks about killed processes say nothing new
+    while kill -0 $process && [ $((SECONDS - started)) -le $((limit + 8)) ]; do sleep 0.1; done
+    if kill -0 $process; then disown $process && rc=left; else wait $process; rc=$?; fi
+  } 2> /dev/null
   case $rc in
+    left) result="FAILED: could not be ended after $limit s" ;;
     0) if grep -q '^test result: ok\. 0 passed' "$folder/$name.txt"; then result="FAILED: no test ran" rc=1; else result=ok; fi ;;
     124 | 137) result="FAILED: ended after $limit s" ;;
     *) result="FAILED: exit code $rc" ;;
   esac
-  if [ $rc -eq 124 ] || [ $rc -eq 137 ]; then hanging "$name"; fi
+  case $rc in 124 | 137 | left) hanging "$name" ;; esac
   # Of thousands of cases those that passed are counted, not listed.
   sed -i '/^begins: /d; /^test .* \.\.\. \(ok\|ignored\)$/d' "$folder/$name.txt"
   record "$name" "$result" $((SECONDS - started))
-  [ $rc -eq 0 ] && return 0
+  [ "$rc" = 0 ] && return 0
   tail -n 15 "$folder/$name.txt" | cut -c 1-400
   return 1
 }
@@ -204,12 +210,13 @@ run() {
   pytest=(python3 -m pytest -q -p no:cacheprovider -rs --maxfail 30 adapters/samtone-torch/tests)
   # What the driver's compiler makes of the kernels is kept for all processes, wherever the home folder is.
   export CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-${TMPDIR:-/tmp}/samtone-kernels} CUDA_CACHE_MAXSIZE=2147483648 CUDA_CACHE_DISABLE=0
-  export PYTHONDONTWRITEBYTECODE=1
+  export PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
   failed=0
   environment > "$folder/env.txt" 2>&1
   # Behind the first check: a cold PyTorch takes half a minute.
   timeout 90 python3 -c 'import torch; print("torch", torch.__version__, "cuda", torch.version.cuda, "sees", torch.cuda.device_count())' \
     >> "$folder/env.txt" 2>&1 &
+  local about_torch=$!
   for part in "${PARTS[@]}"; do
     [[ " ${chosen[*]} " == *" $part "* ]] || continue
     local limit=${part^^}_BUDGET started=$SECONDS
@@ -218,7 +225,7 @@ run() {
     "part_$part"
     echo "$part took $((SECONDS - started)) s"
   done
-  wait
+  wait $about_torch
   python3 benches/peers/summary.py "$folder" || cat "$folder"/checks-*.csv
   exit $failed
 }

@@ -5,7 +5,8 @@
 #
 #   benches/gpu_dry_run.sh [PART…]      after `gpu.sh build`; default: all parts, and `faults`
 #
-# `faults` has stand-ins for all programs, of which one hangs and one fails: each must cost its own check alone and be named.
+# `faults` has stand-ins for all programs, of which one hangs, one cannot be ended, and one fails: each must cost its own check alone
+# and be named.
 #
 # PYTHON names a python3 with PyTorch and pytest (default: that of target/venv, where CI has them, or the one on the path); what it
 # lacks is shown as failing. FAULTS has the driver fail on purpose: FAULTS=launches=60 DRIVER="gpu: smoke: every" shows what a fault on a
@@ -42,7 +43,7 @@ python=${PYTHON:-}
 [ -n "$python" ] || { [ -x target/venv/bin/python ] && python=$PWD/target/venv/bin/python; } || python=$(command -v python3)
 stand_in python3 <<< "exec $(printf '%q' "$python") \"\$@\""
 
-# What a hanging and a failing program leave.
+# What programs leave that hang, cannot be ended, or fail.
 faults() {
   local tools=$stand_ins/tools record=$stand_ins/faults code=0 name
   for name in cuda_driver evaluate bench_wgpu; do
@@ -60,7 +61,11 @@ case $1 in
 esac
 EOF
   stand_in tools/bench_cuda << 'EOF'
-[[ " $* " != *" qwen3 "* ]] || { echo "Error: planted" && exit 3; }
+case " $* " in
+  *" qwen3 "*) echo "Error: planted" && exit 3 ;;
+  # Nobody ends it, since what would is stopped; as where a signal waits for a device.
+  *" clip "*) echo "$PPID $$" > "$(dirname "$0")/left" && kill -STOP $PPID && while true; do sleep 1; done ;;
+esac
 printf 'rows,dim,milliseconds,tflops,extra_mib,loss\n4,8,2.0,1.0,1.0,1.5\n'
 EOF
   stand_in tools/python/python3 << EOF
@@ -68,12 +73,16 @@ case "\$*" in *summary.py*) exec $(printf '%q' "$python") "\$@" ;; esac
 EOF
   env PATH="$stand_ins/tools/python:$stand_ins:$PATH" TOOLS="$tools" MOST=3 ARCHIVE="$stand_ins/faults.tar.gz" \
     benches/gpu.sh run first "$record" || code=$?
+  local left
+  read -ra left < "$tools/left"
+  kill -KILL "${left[@]}"
   local checks=$record/checks-first.csv
   expect() { "${@:2}" || { echo "a dry run with faults: $1" && exit 1; }; }
   expect "exit code $code, not 1" [ $code -eq 1 ]
   expect "the hanging check is not named" grep -q '^first,conformance-bf16,FAILED: ended after 3 s,' "$checks"
   expect "the failing check is not named" grep -q '^first,step-qwen3,FAILED: exit code 3,' "$checks"
-  expect "other checks failed" [ "$(grep -c ',FAILED' "$checks")" = 2 ]
+  expect "what cannot be ended is not named" grep -q '^first,step-clip,FAILED: could not be ended after 3 s,' "$checks"
+  expect "other checks failed" [ "$(grep -c ',FAILED' "$checks")" = 3 ]
   expect "what came after did not run" grep -q '^first,table,ok,' "$checks"
   expect "the case that hung is not named" grep -q '^began and did not end: cuda bf16: two$' "$record/conformance-bf16.txt"
   expect "what hung still runs" [ ! -e "/proc/$(cat "$tools/hanging")" ]

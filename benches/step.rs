@@ -228,7 +228,7 @@ impl<'a> Session<'a> {
     fn write(&self, folder: &Path, results: &LossAndGradients) -> Result<(), AnyError> {
         std::fs::create_dir_all(folder)?;
         let widened = |x: samtone::Embeddings<'_>| -> Vec<f32> {
-            (0..x.rows()).flat_map(|row| x.row_to_f64(row)).map(|v| v as f32).collect()
+            (0..x.rows()).flat_map(|row| x.row_to_f64(row).unwrap_or_default()).map(|v| v as f32).collect()
         };
         let files = [
             ("query.f32", &widened(self.batch.query())),

@@ -115,7 +115,7 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
         const double log = ld_global_f64(log_coefficients + static_cast<u64>(of) * row_count + edge.row);
         const double log2 = fma_rn(log, LOG2_E, -ld_global_f64(results + SHIFT)), whole = round_f64(log2);
         cosine = static_cast<float>(ld_global_f64(positive + edge.row));
-        if (whole > -1e6) { // −∞: nothing
+        if (log != minus_infinity()) { // which is nothing; at small τ any number may be a logarithm
             exponent = static_cast<float>(whole);
             factor = ex2_approx(static_cast<float>(log2 - whole));
         }

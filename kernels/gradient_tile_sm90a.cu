@@ -59,7 +59,7 @@ SAMTONE_DEVICE void coefficient(float (&numbers)[3], const CoefficientOf& of, co
     const double log = ld_global_f64(of.log_coefficients + static_cast<u64>(block) * of.row_count + entry.row);
     const double log2 = fma_rn(log, LOG2_E, -ld_global_f64(of.results + SHIFT)), whole = round_f64(log2);
     numbers[2] = static_cast<float>(ld_global_f64(of.positive + entry.row));
-    if (whole > -1e6) { // −∞: nothing
+    if (log != minus_infinity()) { // which is nothing; at small τ any number may be a logarithm
         numbers[0] = static_cast<float>(whole);
         numbers[1] = ex2_approx(static_cast<float>(log2 - whole));
     }

@@ -47,7 +47,7 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> state: array<u32>;
 @group(0) @binding(3) var<storage, read_write> status: array<atomic<u32>>;
 @group(0) @binding(4) var<storage, read> scratch: array<u32>;
-@group(0) @binding(5) var<storage, read> upstream: array<f32>;
+@group(0) @binding(5) var<storage, read> upstream: array<u32>; // bits of f32
 
 const PARTIAL_WORDS = 3u; // logsumexp.wgsl
 const GROUP_WORDS = 3u;   // coefficient, bits of the blocks, copies of the positive
@@ -248,7 +248,7 @@ fn finish_forward(lane: Lane) {
         return;
     }
     state[params.results + SHIFT] = bitcast<u32>(select(magnitude - TARGET, 0, magnitude == NOWHERE));
-    store_float(params.results + UPSTREAM, 1.0);
+    store_scaled(params.results + UPSTREAM, Scaled(1.0, 0));
 
     let row = atomicLoad(&status[NO_NEGATIVE]);
     if row != NONE {
@@ -271,9 +271,20 @@ fn finish_forward(lane: Lane) {
     }
 }
 
+// By whole numbers, so that subnormal ones count on every device. Infinity and NaN stay what they are.
 @compute @workgroup_size(1)
 fn load_upstream() {
-    store_float(params.results + UPSTREAM, upstream[params.begin]);
+    let bits = upstream[params.begin];
+    let field = (bits >> 23u) & 255u;
+    let sign = bits & 0x80000000u;
+    var x = Scaled(bitcast<f32>(sign | 0x3f800000u | (bits & 0x7fffffu)), i32(field) - 127);
+    if field == 255u {
+        x = Scaled(bitcast<f32>(bits), 0);
+    } else if field == 0u {
+        x = scaled(f32(bits & 0x7fffffu), -149);
+        x.part = bitcast<f32>(bitcast<u32>(x.part) | sign);
+    }
+    store_scaled(params.results + UPSTREAM, x);
 }
 
 // BETA_SUM ← (first ? 0 : BETA_SUM) + Σ of the tiles of a super-block.
@@ -295,8 +306,9 @@ fn sum_dots(lane: Lane) {
 // ∂L/∂τ and ∂L/∂log β from Σ G (s − s⁺), which is ∂L/∂β without the cancellation of the negatives and the positive.
 @compute @workgroup_size(1)
 fn finish_backward() {
-    let exponent = bitcast<i32>(state[params.results + SHIFT]) + params.factor_exponent;
-    let sum = scaled(float_at(params.results + BETA_SUM) * params.factor * float_at(params.results + UPSTREAM), exponent);
+    let upstream = scaled_at(params.results + UPSTREAM);
+    let exponent = bitcast<i32>(state[params.results + SHIFT]) + params.factor_exponent + upstream.exponent;
+    let sum = scaled(float_at(params.results + BETA_SUM) * params.factor * upstream.part, exponent);
     let log_beta = scaled_product(sum, scaled(params.beta, 0));
     if state[params.results + REFUSED] != 0u {
         state[params.results + GRAD_TAU] = NOT_A_NUMBER;

@@ -1,4 +1,4 @@
-// gradient_product_cooperative.wgsl: gradient_product.wgsl on cooperative matrices: ĝ as one or two planes of f16.
+// gradient_product_cooperative.wgsl: gradient_product.wgsl on cooperative matrices: ĝ as two planes of f16.
 // Math     rows     sum_m += Σ_k ĝ_mk·packed_k;  columns  sum_m += Σ_k ĝ_km·packed_k
 // In/out   left: ĝ, row-major, the second plane what the first leaves; right: packed embeddings of the edge across · sums
 // Groups   64 indices x 64 numbers of an embedding each
@@ -25,13 +25,13 @@ struct Invocation {
     @builtin(subgroup_size) lanes: u32,
 }
 
-// Σ over k of one fragment, over all planes.
+// Σ over k of one fragment, over both planes.
 fn sum_fragment(of_columns: bool, row: u32, column: u32) -> Sums {
     let stride = 4u * params.gradient_vectors;
     let row_numbers = 4u * params.row_vectors;
     let depth = (params.depth + EDGE - 1u) / EDGE * EDGE;
     var total = Sums();
-    for (var plane = select(1u, 0u, params.plane != 0u); plane < 2u; plane += 1u) {
+    for (var plane = 0u; plane < 2u; plane += 1u) {
         let start = 4u * params.gradient_base + select(0u, params.plane, plane == 0u);
         for (var first = 0u; first < depth; first += FLUSH) {
             var part = Sums();

@@ -70,7 +70,7 @@ fn gradient_tile(
     atomicMax(&largest, ordered(top));
     workgroupBarrier();
     let highest = from_ordered(atomicLoad(&largest));
-    let exponent = select(0.0, round(params.beta_head * highest), highest > NO_COSINE);
+    let exponent = select(0.0, whole_logit(highest), highest > NO_COSINE);
     let together = exponent + from_ordered(atomicLoad(&strongest)) < 60.0;
 
     // [5] gradients

@@ -20,7 +20,7 @@ var<workgroup> smallest: atomic<i32>;
 // β·log2 e times it, rounded; 0 where nothing is kept.
 fn exponent_at(entry: u32) -> f32 {
     let top = from_ordered(atomicLoad(&tops[entry]));
-    return select(0.0, round(params.beta_head * top), top > NO_COSINE);
+    return select(0.0, whole_logit(top), top > NO_COSINE);
 }
 
 @compute @workgroup_size(256)

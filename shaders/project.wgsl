@@ -192,7 +192,8 @@ fn project(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
 
     // [2] tangent and store
     let factor = params.factor * float_at(params.results + UPSTREAM) * unit;
-    let exponent = shift + params.factor_exponent + bitcast<i32>(state[params.norms + NORM_WORDS * index + NORM_POWER]);
+    let exponent = shift + params.factor_exponent + bitcast<i32>(state[params.results + UPSTREAM + 1u])
+        + bitcast<i32>(state[params.norms + NORM_WORDS * index + NORM_POWER]);
     for (var vector = lane.index; vector < vectors; vector += LANES) {
         let tangent = gather(row, vector, shift) - along.high * unit * widen(own[start + vector]);
         let half = exponent / 2;

@@ -170,10 +170,16 @@ impl<'a> Embeddings<'a> {
         for_each_dtype!(Data, self.data, x => dtype_of(x))
     }
 
-    /// Row `row` widened to f64. Panics if `row` is out of range, like slice indexing.
-    pub fn row_to_f64(&self, row: usize) -> Vec<f64> {
+    /// Row `row` widened to f64.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for a row that the matrix does not have.
+    pub fn row_to_f64(&self, row: usize) -> Result<Vec<f64>> {
+        if row >= self.rows {
+            return Err(Error::invalid("row", row.to_string(), format!("0 to {}", self.rows - 1)));
+        }
         let range = row * self.row_stride..row * self.row_stride + self.dim;
-        for_each_dtype!(Data, self.data, x => x[range].iter().map(|v| v.to_f64()).collect())
+        Ok(for_each_dtype!(Data, self.data, x => x[range].iter().map(|v| v.to_f64()).collect()))
     }
 }
 
@@ -329,10 +335,5 @@ impl<'a> Batch<'a> {
     /// Element type of both towers.
     pub fn dtype(&self) -> DType {
         self.query.dtype()
-    }
-
-    /// One line for messages: `7 queries x 9 passages of dimension 5, f32`.
-    pub(crate) fn describe(&self) -> String {
-        format!("{} queries x {} passages of dimension {}, {}", self.rows(), self.passages(), self.dim(), self.dtype())
     }
 }

@@ -98,7 +98,7 @@ pub(crate) fn combine(loss: &Loss, rows: &Rows<'_>, partials: &Partials) -> Resu
 
 fn metrics(above: &[u32], weight: &[f64]) -> Metrics {
     let sum = |f: fn(u32) -> f64| above.iter().zip(weight).map(|(&a, w)| w * f(a)).sum();
-    Metrics { precision_at_1: sum(|a| f64::from(u8::from(a == 0))), mrr: sum(|a| 1.0 / (1.0 + f64::from(a))) }
+    Metrics::from_sums(sum(|a| f64::from(u8::from(a == 0))), sum(|a| 1.0 / (1.0 + f64::from(a))))
 }
 
 #[cfg(test)]

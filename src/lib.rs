@@ -24,6 +24,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod dtype;
 pub mod error;
+mod identity;
 pub mod loss;
 pub mod mask;
 pub mod options;

@@ -52,11 +52,17 @@ pub struct Group {
 }
 
 impl Group {
-    /// A group with coefficient c ≥ 0, at least one block (none twice), and e = 0, 1 or 2 copies of the positive in the
-    /// denominator.
+    /// Smallest coefficient above 0. Within these bounds no backend's f32 loses a coefficient or what it multiplies.
+    pub const MIN_COEFFICIENT: f64 = 1e-30;
+    /// Largest coefficient.
+    pub const MAX_COEFFICIENT: f64 = 1e30;
+
+    /// A group with coefficient c, 0 or from 1e-30 to 1e30, at least one block (none twice), and e = 0, 1 or 2 copies of the
+    /// positive in the denominator.
     pub fn new(coefficient: f64, blocks: &[Block], positive_copies: u8) -> Result<Self> {
-        if !(coefficient.is_finite() && coefficient >= 0.0) {
-            return Err(Error::invalid("coefficient", coefficient.to_string(), "a finite number of at least 0"));
+        if !is_coefficient(coefficient) {
+            let allowed = format!("0, or a number from {:e} to {:e}", Self::MIN_COEFFICIENT, Self::MAX_COEFFICIENT);
+            return Err(Error::invalid("coefficient", format!("{coefficient:?}"), allowed));
         }
         let repeated = Block::ALL.iter().any(|b| blocks.iter().filter(|x| *x == b).count() > 1);
         if blocks.is_empty() || repeated {
@@ -83,10 +89,20 @@ impl Group {
         self.positive_copies
     }
 
+    /// The same group with its blocks in the order of [`Block::ALL`].
+    pub(crate) fn in_order(&self) -> Self {
+        let blocks = Block::ALL.into_iter().filter(|b| self.contains(*b)).collect();
+        Self { blocks, ..*self }
+    }
+
     /// Whether `block` is one of [`Group::blocks`].
     pub fn contains(&self, block: Block) -> bool {
         self.blocks.contains(&block)
     }
+}
+
+fn is_coefficient(x: f64) -> bool {
+    x == 0.0 || (Group::MIN_COEFFICIENT..=Group::MAX_COEFFICIENT).contains(&x)
 }
 
 type Row = (f64, &'static [Block], u8);
@@ -134,8 +150,18 @@ impl Loss {
         Ok(Self { name: (*name).into(), groups: groups.collect() })
     }
 
-    /// Any other member of the family: one or more groups, at least one with a coefficient above 0.
+    /// Most groups of a loss.
+    pub const MAX_GROUPS: usize = 1 << 16;
+
+    /// Any other member of the family: 1 to 65536 groups, at least one with a coefficient above 0.
     pub fn custom(name: impl Into<String>, groups: Vec<Group>) -> Result<Self> {
+        if groups.len() > Self::MAX_GROUPS {
+            return Err(Error::invalid(
+                "groups",
+                format!("{} groups", groups.len()),
+                format!("1 to {}", Self::MAX_GROUPS),
+            ));
+        }
         if !groups.iter().any(|g| g.coefficient > 0.0) {
             return Err(Error::invalid(
                 "groups",
@@ -146,10 +172,11 @@ impl Loss {
         Ok(Self { name: name.into(), groups })
     }
 
-    /// PAIR (Ren et al. 2021): (1−α)·{QP} + α·{PP}, 0 ≤ α ≤ 1; the authors use α = 0.1.
+    /// PAIR (Ren et al. 2021): (1−α)·{QP} + α·{PP}, α from 0 to 1, and 0 or at least 1e-30; the authors use α = 0.1.
     pub fn pair(alpha: f64) -> Result<Self> {
-        if !(0.0..=1.0).contains(&alpha) {
-            return Err(Error::invalid("alpha", alpha.to_string(), "a number from 0 to 1"));
+        if !(alpha <= 1.0 && is_coefficient(alpha)) {
+            let allowed = format!("a number from 0 to 1, and 0 or at least {:e}", Group::MIN_COEFFICIENT);
+            return Err(Error::invalid("alpha", format!("{alpha:?}"), allowed));
         }
         let groups = vec![Group::new(1.0 - alpha, &[Block::QP], 1)?, Group::new(alpha, &[Block::PP], 1)?];
         Self::custom("pair", groups)
@@ -211,16 +238,21 @@ presets! {
 impl fmt::Display for Loss {
     /// `samtone_query = 1·{qp, qq} + 1·{pq}`
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} =", self.name)?;
-        for (k, group) in self.groups.iter().enumerate() {
-            let blocks: Vec<_> = group.blocks.iter().map(|b| b.name()).collect();
-            write!(f, "{}{}·{{{}}}", if k == 0 { " " } else { " + " }, group.coefficient, blocks.join(", "))?;
-            if group.positive_copies != 1 {
-                write!(f, " (e = {})", group.positive_copies)?;
-            }
-        }
-        Ok(())
+        write!(f, "{} = ", self.name)?;
+        write_groups(f, &self.groups)
     }
+}
+
+/// `1·{qp, qq} + 1·{pq}`
+pub(crate) fn write_groups(f: &mut fmt::Formatter<'_>, groups: &[Group]) -> fmt::Result {
+    for (k, group) in groups.iter().enumerate() {
+        let blocks: Vec<_> = group.blocks.iter().map(|b| b.name()).collect();
+        write!(f, "{}{}·{{{}}}", if k == 0 { "" } else { " + " }, group.coefficient, blocks.join(", "))?;
+        if group.positive_copies != 1 {
+            write!(f, " (e = {})", group.positive_copies)?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -12,6 +12,14 @@ pub struct Metrics {
     pub mrr: f64,
 }
 
+impl Metrics {
+    /// From both sums as they were added up. A row adds as much to MRR as to P@1 exactly if its positive wins, so where the sums
+    /// are equal all of them win, and the metrics are 1. The sums need not be: w̃ adds up to 1 only within some ulps.
+    pub(crate) fn from_sums(precision_at_1: f64, mrr: f64) -> Self {
+        if precision_at_1 == mrr { Self { precision_at_1: 1.0, mrr: 1.0 } } else { Self { precision_at_1, mrr } }
+    }
+}
+
 /// The forward results.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Evaluation {
@@ -105,10 +113,10 @@ impl GradientBuffers<'_> {
     }
 }
 
-/// An error unless the upstream gradient is finite.
+/// An error unless the upstream gradient is a number that f32 holds: on a device it may be one.
 pub(crate) fn check_upstream(upstream: f64) -> Result<()> {
-    if !upstream.is_finite() {
-        return Err(Error::invalid("upstream", upstream.to_string(), "a finite number"));
+    if !(upstream as f32).is_finite() {
+        return Err(Error::invalid("upstream", format!("{upstream:?}"), "a finite number in the range of f32"));
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! What the logsumexp pass produces and shards exchange: per row and block, a sum of exponentials that merges exactly.
 
 use crate::error::{Error, Result};
+use crate::identity::Identity;
 use crate::loss::Block;
 use std::ops::Range;
 
@@ -16,7 +17,7 @@ impl ExpSum {
     /// The sum over no negatives.
     pub const EMPTY: Self = Self { sum: 0.0, exponent: 0 };
 
-    /// `sum`·2^`exponent`, `sum` ≥ 0.
+    /// `sum`·2^`exponent`, `sum` ≥ 0 and finite.
     pub fn new(sum: f64, exponent: i32) -> Self {
         Self { sum, exponent }
     }
@@ -36,9 +37,8 @@ impl ExpSum {
             return;
         }
         let exponent = self.exponent.max(other.exponent);
-        self.sum =
-            self.sum * power_of_two(self.exponent - exponent) + other.sum * power_of_two(other.exponent - exponent);
-        self.exponent = exponent;
+        let scaled = |x: Self| x.sum * power_of_two(x.exponent.saturating_sub(exponent));
+        *self = Self { sum: scaled(*self) + scaled(other), exponent };
     }
 
     /// log Σ exp(β s), in nats; −∞ without any negative.
@@ -69,27 +69,43 @@ pub struct Partials {
     pub(crate) covered: Vec<Range<usize>>,
     /// M.
     pub(crate) rows: usize,
-    /// The inputs it was made from, in words; partials with different ones say nothing together.
-    origin: String,
+    /// The problem it was made from; partials of different ones say nothing together.
+    identity: Identity,
+    /// s⁺ᵢ of all M rows, by which other embeddings of the same shape are told apart.
+    pub(crate) positive: Vec<f64>,
 }
 
+/// Cosines that the backends compute of the same embeddings differ by less.
+pub(crate) const SAME_COSINE: f64 = 1e-5;
+
 impl Partials {
-    pub(crate) fn new(rows: usize, uses: impl Fn(Block) -> bool, covered: Range<usize>, origin: String) -> Self {
+    /// Without any negative yet. `positive` is s⁺ᵢ of all rows, of the shard or not.
+    pub(crate) fn new(
+        rows: usize,
+        uses: impl Fn(Block) -> bool,
+        covered: Range<usize>,
+        identity: Identity,
+        positive: Vec<f64>,
+    ) -> Self {
         Self {
             sums: Block::ALL.map(|b| if uses(b) { vec![ExpSum::EMPTY; rows] } else { Vec::new() }),
             above: [vec![0; rows], vec![0; rows]],
             covered: vec![covered],
             rows,
-            origin,
+            identity,
+            positive,
         }
     }
 
-    /// Adds the partials of a shard of other rows of the same batch.
+    /// Adds the partials of a shard of other rows of the same batch, whichever backend they are from.
     ///
     /// # Errors
-    /// `other` was made from a batch of another shape or type, from another loss, temperature or margin, or covers a row that is already covered. `self` is unchanged then.
+    /// [`Error::StateMismatch`] that names what differs if `other` is of another problem: shape, type, groups of the loss,
+    /// temperature, margin, policies, positives, weights, ids, owners, or embeddings, by the cosines of the positives.
+    /// [`Error::InvalidArgument`] if it covers a row that is covered already. `self` is unchanged then.
     pub fn merge(&mut self, other: &Self) -> Result<()> {
-        other.expect_origin(&self.origin)?;
+        other.expect_problem(&self.identity)?;
+        expect_positives(&other.positive, &self.positive, SAME_COSINE)?;
         for a in &self.covered {
             if let Some(b) = other.covered.iter().find(|b| a.start < b.end && b.start < a.end) {
                 return Err(Error::invalid(
@@ -115,12 +131,9 @@ impl Partials {
         (!sums.is_empty()).then(|| sums.iter().map(|s| s.ln()).collect())
     }
 
-    /// An error unless made from the inputs that `origin` describes.
-    pub(crate) fn expect_origin(&self, origin: &str) -> Result<()> {
-        if self.origin != origin {
-            return Err(Error::StateMismatch { saved: self.origin.clone(), given: origin.into() });
-        }
-        Ok(())
+    /// An error unless made from this problem.
+    pub(crate) fn expect_problem(&self, problem: &Identity) -> Result<()> {
+        self.identity.expect(problem)
     }
 
     /// An error unless every one of the M rows is covered.
@@ -134,9 +147,21 @@ impl Partials {
     }
 }
 
+/// An error unless the cosines of all rows with their positives differ by no more than `slack`, as those of the same embeddings do.
+pub(crate) fn expect_positives(saved: &[f64], given: &[f64], slack: f64) -> Result<()> {
+    let Some(row) = saved.iter().zip(given).position(|(a, b)| (a - b).abs() > slack) else { return Ok(()) };
+    let sentence = |s: f64| format!("embeddings whose row {row} has a cosine of {s} with its positive");
+    Err(Error::StateMismatch { saved: sentence(saved[row]), given: sentence(given[row]) })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::batch::Pairs;
+    use crate::dtype::DType;
+    use crate::loss::Loss;
+    use crate::mask::Keys;
+    use crate::options::Options;
 
     #[test]
     fn merging_neither_overflows_nor_loses_the_smaller_term() {
@@ -148,16 +173,26 @@ mod tests {
         a.merge(ExpSum::new(1.0, -1400));
         assert_eq!(a.ln(), 1401.0 * std::f64::consts::LN_2);
         assert_eq!(ExpSum::EMPTY.ln(), f64::NEG_INFINITY);
+        let mut ends = ExpSum::new(1.5, i32::MIN);
+        ends.merge(ExpSum::new(1.25, i32::MAX));
+        ends.merge(ExpSum::new(1.0, i32::MIN));
+        assert_eq!(ends, ExpSum::new(1.25, i32::MAX));
     }
 
     #[test]
     fn a_row_is_merged_once() {
-        let mut a = Partials::new(4, |_| true, 0..2, "a".into());
-        let error = a.clone().merge(&Partials::new(4, |_| true, 1..4, "a".into())).unwrap_err();
+        let of = |covered: Range<usize>, positive: f64| {
+            let (loss, pairs, options) = (Loss::gte(), Pairs::new(4, 5).unwrap(), Options::new(0.1).unwrap());
+            let identity = Identity::new(&loss, &pairs, &Keys::new(&pairs), &options, DType::F16, 3);
+            Partials::new(4, |_| true, covered, identity, vec![0.5, 0.5, positive, 0.5])
+        };
+        let mut a = of(0..2, 0.5);
+        let error = a.merge(&of(1..4, 0.5)).unwrap_err();
         assert!(error.to_string().contains("1..4"), "{error}");
         assert!(a.expect_complete().is_err());
-        a.merge(&Partials::new(4, |_| true, 2..4, "a".into())).unwrap();
+        let error = a.merge(&of(2..4, 0.25)).unwrap_err();
+        assert!(error.to_string().contains("row 2 has a cosine of 0.25"), "{error}");
+        a.merge(&of(2..4, 0.5 + 1e-6)).unwrap();
         assert!(a.expect_complete().is_ok());
-        assert!(a.merge(&Partials::new(5, |_| true, 0..5, "b".into())).is_err());
     }
 }

@@ -3,7 +3,9 @@
 use crate::batch::Pairs;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::identity::Identity;
 use crate::loss::Loss;
+use crate::mask::Keys;
 use crate::options::Options;
 use std::ops::Range;
 
@@ -132,10 +134,9 @@ impl<'a> Problem<'a> {
         self
     }
 
-    /// Whether gradients of logits of bf16 batches may be rounded to f16: enough terms average the rounding errors out. In a smaller
-    /// batch launches, not products, decide how long it takes, so it takes 22 bits as f16 batches do.
-    pub(crate) fn averages_rounding(&self) -> bool {
-        self.dtype == DType::BF16 && self.pairs.rows() >= 256
+    /// What results of this problem must have in common with those of another to be of the same. O(M + N).
+    pub(crate) fn identity(&self) -> Identity {
+        Identity::new(self.loss, &self.pairs, &Keys::new(&self.pairs), &self.options, self.dtype, self.dim)
     }
 
     /// M, N, d.

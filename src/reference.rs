@@ -123,6 +123,9 @@ pub fn loss_and_gradients(loss: &Loss, batch: &Batch<'_>, options: &Options, ups
         }
         evaluation.loss += weight * evaluation.row_losses[i];
     }
+    for metrics in [&mut evaluation.query_to_passage, &mut evaluation.passage_to_query] {
+        *metrics = Metrics::from_sums(metrics.precision_at_1, metrics.mrr);
+    }
     drop(cosines); // the transposed gradients take its place in memory
 
     // [4] From cosines to directions: s = x̂·ŷ gives G·ŷ to x̂ and G·x̂ to ŷ.
@@ -226,7 +229,7 @@ impl Directions {
         let mut unit = Matrix::zeros(x.rows(), x.dim())?;
         let mut norms = Vec::with_capacity(x.rows());
         for row in 0..x.rows() {
-            let values = x.row_to_f64(row);
+            let values = x.row_to_f64(row)?;
             if let Some(column) = values.iter().position(|v| !v.is_finite()) {
                 return Err(Error::NonFinite { tower, row, column, value: values[column] });
             }

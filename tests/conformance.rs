@@ -1,6 +1,6 @@
 //! One table: every backend × every type it takes × every case, against the definition in f64 on the same embeddings.
 //!
-//! A backend enters by its line in `samtone::backend::all`. One that cannot run on this machine is reported as ignored;
+//! A backend enters by its line in `samtone::backend::all`. One that cannot run on this machine is reported as ignored, with the reason;
 //! the environment variable `SAMTONE_REQUIRE`, names separated by commas, turns that into a failure. With `SAMTONE_TRACE` set, each
 //! case is announced on standard error before it runs, so that one that never ends is known by name.
 //!
@@ -8,9 +8,11 @@
 //! runs in one type on each emulator, in turn; in the others it is ignored, and runs with `cuda-emulated --include-ignored`. CI also runs
 //! golden files in every type, by `examples/evaluate`.
 
+#[path = "conformance/edges.rs"]
+mod edges;
 mod support;
 
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::{Arguments, Failed};
 use samtone::backend::{self, Backend};
 use samtone::{Block, DType, Error, Group, Loss, NoNegative, Scope};
 use std::process::ExitCode;
@@ -20,10 +22,12 @@ use support::case::{Expected, golden};
 use support::compare::{against_definition, verdict};
 use support::data::{Kind, Source, duplicate_ids, problem};
 use support::problem::Problem;
+use support::report::{self, Listed};
 
 /// What a case asks, for embeddings of a type (its values may depend on the range of the type) and a seed to add.
 type Make = Arc<dyn Fn(DType, u64) -> Result<Problem, String> + Send + Sync>;
 
+#[derive(Clone)]
 struct Case {
     name: String,
     upstream: f64,
@@ -49,7 +53,7 @@ fn main() -> ExitCode {
     let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
     let required: Vec<_> = required.split(',').map(str::trim).filter(|name| !name.is_empty()).collect();
     match trials(&backends::all(), &required) {
-        Ok(trials) => libtest_mimic::run(&arguments, trials).exit_code(),
+        Ok(trials) => report::run(&arguments, trials),
         Err(e) => {
             eprintln!("{e}");
             ExitCode::FAILURE
@@ -57,60 +61,54 @@ fn main() -> ExitCode {
     }
 }
 
-fn trials(backends: &[&'static dyn Backend], required: &[&str]) -> Result<Vec<Trial>, String> {
+fn trials(backends: &[&'static dyn Backend], required: &[&str]) -> Result<Vec<Listed>, String> {
     let mut trials = vec![
-        Trial::test("absent backends are ignored unless required", absent_backends),
-        Trial::test("a wrong backend fails every output", wrong_backend),
+        Listed::new(OF_THE_TABLE, "absent backends are ignored unless required", absent_backends),
+        Listed::new(OF_THE_TABLE, "a wrong backend fails every output", wrong_backend),
     ];
     // Demanded of tests/emulator and of tests/shaders.rs, and no backends.
     let elsewhere = |name: &str| matches!(name, "emulator" | "spirv-val" | "tint");
     for name in required.iter().filter(|name| !elsewhere(name) && !backends.iter().any(|b| b.name() == **name)) {
         let message = format!("SAMTONE_REQUIRE names `{name}`, which is not in this build");
-        trials.push(Trial::test(format!("{name} is in this build"), move || Err(message.into())));
+        trials.push(Listed::new(OF_THE_TABLE, format!("{name} is in this build"), move || Err(message.into())));
     }
-    let trace = std::env::var_os("SAMTONE_TRACE").is_some();
+    let presences: Vec<_> = backends.iter().map(|&backend| presence(backend, required)).collect();
     for (number, case) in cases()?.into_iter().enumerate() {
         for dtype in DType::ALL {
             // One judgement serves all backends, and is computed by the first that asks.
             let judge = Arc::new(OnceLock::new());
-            for &backend in backends.iter().filter(|b| b.dtypes().contains(&dtype)) {
+            let taking = backends.iter().zip(&presences).filter(|(backend, _)| backend.dtypes().contains(&dtype));
+            for (&backend, presence) in taking {
                 let (make, judge, upstream) = (case.make.clone(), judge.clone(), case.upstream);
                 let name = format!("{} {dtype}: {}", backend.name(), case.name);
-                let is_spared = case.is_spared(number, backend, dtype);
-                let trial = trial(name.clone(), backend, required, move || {
-                    if trace {
-                        let line = format!("begins: {name}\n"); // written at once, whatever other threads write
-                        eprint!("{line}");
-                    }
+                let spared = case.is_spared(number, backend, dtype).then(|| {
+                    "each case runs in one type of three, in turn; in all: `-- cuda-emulated --include-ignored`"
+                        .to_string()
+                });
+                let run = move || {
                     let (problem, want) = judge.get_or_init(|| judgement(&make, dtype, upstream)).as_ref()?;
                     conforms(backend, problem, want, dtype, upstream)
+                };
+                let group = backend.name();
+                trials.push(match presence.clone() {
+                    Presence::Runs => Listed::new(group, name, run).ignored(spared),
+                    Presence::Ignored(reason) => Listed::new(group, name, run).ignored(Some(reason)),
+                    Presence::Missed(message) => Listed::new(group, name, move || Err(message.into())).ignored(spared),
                 });
-                let is_ignored = is_spared || trial.has_ignored_flag();
-                trials.push(trial.with_ignored_flag(is_ignored));
             }
         }
     }
     Ok(trials)
 }
 
-/// A trial that runs where `backend` can, is ignored where it cannot, and fails if it then is required.
-fn trial(
-    name: String,
-    backend: &dyn Backend,
-    required: &[&str],
-    run: impl FnOnce() -> Result<(), Failed> + Send + 'static,
-) -> Trial {
-    match presence(backend, required) {
-        Presence::Runs => Trial::test(name, run),
-        Presence::Ignored => Trial::test(name, run).with_ignored_flag(true),
-        Presence::Missed(message) => Trial::test(name, move || Err(message.into())),
-    }
-}
+/// The group of what checks this table itself.
+const OF_THE_TABLE: &str = "this table";
 
-#[derive(Debug, PartialEq)]
+/// Trials run where a backend can, are ignored where it cannot, and fail if it then is required.
+#[derive(Debug, Clone, PartialEq)]
 enum Presence {
     Runs,
-    Ignored,
+    Ignored(String),
     Missed(String),
 }
 
@@ -120,7 +118,7 @@ fn presence(backend: &dyn Backend, required: &[&str]) -> Presence {
         Err(reason) if required.contains(&backend.name()) => {
             Presence::Missed(format!("SAMTONE_REQUIRE names `{}`: {reason}", backend.name()))
         }
-        Err(_) => Presence::Ignored,
+        Err(reason) => Presence::Ignored(reason.to_string()),
     }
 }
 
@@ -249,6 +247,7 @@ fn cases() -> Result<Vec<Case>, String> {
             add(true, format!("{name} with {option}"), optional);
         }
     }
+    cases.extend(edges::cases()?);
     Ok(cases)
 }
 
@@ -415,7 +414,11 @@ fn absent_backends() -> Result<(), Failed> {
     let present = StandIn { present: true, wrong: None };
     let got = [presence(&present, &["stand-in"]), presence(&absent, &["cpu"]), presence(&absent, &["cpu", "stand-in"])];
     match got {
-        [Presence::Runs, Presence::Ignored, Presence::Missed(why)] if why.contains("without the device") => Ok(()),
+        [Presence::Runs, Presence::Ignored(reason), Presence::Missed(why)]
+            if reason.contains("without the device") && why.contains("without the device") =>
+        {
+            Ok(())
+        }
         other => Err(format!("{other:?}").into()),
     }
 }

@@ -24,11 +24,12 @@ mod slices;
 #[path = "cuda_driver/stand_ins.rs"]
 mod stand_ins;
 
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::Arguments;
 use samtone::cuda::{self, Device};
 use samtone::{Error, backend};
 use stand_ins::Driver;
 use std::process::ExitCode;
+use support::report::{self, Listed, is_required};
 
 /// In place of a filter, has the folder of the emulated driver printed, for programs that are to find it on the loader's path.
 const PRINT_EMULATED: &str = "print-emulated-driver";
@@ -97,9 +98,7 @@ fn main() -> ExitCode {
             }
         };
     }
-    let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
-    let required = |name: &str| required.split(',').any(|r| r.trim() == name);
-    libtest_mimic::run(&arguments, trials(&required)).exit_code()
+    report::run(&arguments, trials())
 }
 
 /// Panics end the process, also where somebody would catch them.
@@ -142,21 +141,22 @@ fn on_devices() -> impl Iterator<Item = Check> {
     raw::CHECKS.iter().chain(kernels::CHECKS).chain(more.into_iter().flatten()).copied()
 }
 
-fn trials(required: &dyn Fn(&str) -> bool) -> Vec<Trial> {
+fn trials() -> Vec<Listed> {
     let mut trials = Vec::new();
-    let mut add = |name: String,
-                   missing: Option<String>,
-                   required: bool,
-                   run: Box<dyn FnOnce() -> Result<(), String> + Send>| {
-        trials.push(match missing {
-            None => Trial::test(name, move || Ok(run()?)),
-            Some(reason) if required => Trial::test(name, move || Err(format!("it is required, but {reason}").into())),
-            Some(_) => Trial::test(name, || Ok(())).with_ignored_flag(true),
-        });
-    };
+    let mut add =
+        |name: String, missing: Option<String>, required: bool, run: Box<dyn FnOnce() -> Result<(), String> + Send>| {
+            let group = name.split_once(": ").map_or("no driver", |(group, _)| group).to_string();
+            trials.push(match missing {
+                None => Listed::new(group, name, move || Ok(run()?)),
+                Some(reason) if required => {
+                    Listed::new(group, name, move || Err(format!("it is required, but {reason}").into()))
+                }
+                Some(reason) => Listed::new(group, name, || Ok(())).ignored(Some(reason)),
+            });
+        };
     let no_gpu = cuda::available().err().map(text);
     for (name, run) in on_devices().chain(kernels::ON_GPUS.iter().copied()) {
-        add(format!("gpu: {name}"), no_gpu.clone(), required("cuda"), Box::new(run));
+        add(format!("gpu: {name}"), no_gpu.clone(), is_required("cuda"), Box::new(run));
     }
     let emulated = Driver::emulated();
     let no_emulator = emulated.as_ref().err().cloned();
@@ -165,15 +165,15 @@ fn trials(required: &dyn Fn(&str) -> bool) -> Vec<Trial> {
     };
     for (name, _) in on_devices() {
         let run = child(name, "", emulated.clone());
-        add(format!("emulated: {name}"), no_emulator.clone(), required("emulator"), run);
+        add(format!("emulated: {name}"), no_emulator.clone(), is_required("emulator"), run);
     }
     for (name, settings, _) in told() {
         let run = child(name, settings, emulated.clone());
-        add(format!("emulated: {name}"), no_emulator.clone(), required("emulator"), run);
+        add(format!("emulated: {name}"), no_emulator.clone(), is_required("emulator"), run);
     }
     let elsewhere = (!cfg!(target_os = "linux")).then(|| "the loader's path needs Linux".to_string());
     add(ABSENT[0].0.into(), elsewhere, false, child(ABSENT[0].0, "", Driver::broken()));
-    add(ABSENT[1].0.into(), no_emulator, required("emulator"), child(ABSENT[1].0, "", Driver::partial()));
+    add(ABSENT[1].0.into(), no_emulator, is_required("emulator"), child(ABSENT[1].0, "", Driver::partial()));
     // In this process, whatever it finds.
     add(
         "the probe answers".into(),

@@ -3,9 +3,11 @@
 //!
 //! Without a C++ compiler the trials are reported as ignored; `cuda-emulated` in `SAMTONE_REQUIRE` turns that into a failure.
 
+#[path = "cuda_plans/fallbacks.rs"]
+mod fallbacks;
 mod support;
 
-use libtest_mimic::{Failed, Trial};
+use libtest_mimic::Failed;
 use samtone::backend::{self, Backend};
 use samtone::cuda::{Arithmetic, GradientOutput, Plan, Problem as Planned, Tile};
 use samtone::{Block, DType, EmbeddingsMut, Error, GradientBuffers, Group, Loss, Options, Pairs, ZeroNorm};
@@ -15,10 +17,12 @@ use support::compare::{against_definition, verdict};
 use support::cuda_emulated::{self, Check, CudaEmulated, Emulated, Run, clusters, run_checks};
 use support::data::{Kind, duplicate_ids, problem};
 use support::problem::{Buffer, Outputs, Problem};
+use support::report::Listed;
 
 fn main() -> ExitCode {
-    let checks: [(&str, Check); 11] = [
+    let checks: [(&str, Check); 12] = [
         ("every arithmetic and tile", arithmetics),
+        ("every arithmetic and tile at a small temperature", fallbacks::fallbacks),
         ("a tight workspace makes waves", waves),
         ("shards together give the whole", shards),
         ("forward and backward apart give the bits of the fused call", apart),
@@ -30,7 +34,7 @@ fn main() -> ExitCode {
         ("the last block adds up many", many_rows),
         ("every barrier is needed", barriers),
     ];
-    run_checks(checks, vec![Trial::test("plans run on another device", another_device)])
+    run_checks(checks, vec![Listed::new("others", "plans run on another device", another_device)])
 }
 
 /// The executable that the environment names is the one that is started, and it failing is a failure.
@@ -151,6 +155,9 @@ struct DeviceSum {
 fn shards(how: &'static CudaEmulated) -> Result<(), Failed> {
     let mut problem = sized(Kind::Random, Loss::samtone_both(), (70, 90, 24))?.rounded(DType::F16);
     problem.positives = Some((0..70).map(|i| (i * 5 + 1) % 60).collect());
+    // Queries are passages of other rows, and of other shards.
+    (problem.query_ids, problem.passage_ids) = (Some((0..70).collect()), Some((0..90).map(|j| j * 7 % 80).collect()));
+    problem.shared_ids = true;
     let (query, passage) = (Buffer::new(DType::F16, &problem.query), Buffer::new(DType::F16, &problem.passage));
     let batch = problem.batch(&query, &passage)?;
     let ranges = [0..13, 13..64, 64..70];

@@ -5,7 +5,7 @@
 
 mod support;
 
-use libtest_mimic::{Failed, Trial};
+use libtest_mimic::Failed;
 use samtone::backend;
 use samtone::cuda::{Launch, Plan, Problem as Planned, Tile};
 use samtone::{DType, Loss, Options, Scope};
@@ -15,6 +15,7 @@ use support::compare::{against_definition, verdict};
 use support::cuda_emulated::{Check, CudaEmulated, Emulated, Run, clusters, run_checks};
 use support::data::{Kind, Source, problem};
 use support::problem::{Buffer, Outputs, Problem};
+use support::report::Listed;
 use support::skipped::{Outcome, Shares, expect_near};
 
 type With = fn(&mut Problem) -> samtone::Result<()>;
@@ -32,7 +33,7 @@ fn main() -> ExitCode {
         ("a lax threshold is noticed", lax),
         ("the same bits under every order, and every barrier is needed", orders),
     ];
-    run_checks(checks, vec![Trial::test("other backends compute every tile", others)])
+    run_checks(checks, vec![Listed::new("others", "other backends compute every tile", others)])
 }
 
 fn keep<'a>(p: Planned<'a>) -> Planned<'a> {

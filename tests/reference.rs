@@ -420,3 +420,21 @@ fn buffers_may_be_strided_and_narrow() -> Outcome {
     }
     Ok(())
 }
+
+/// Weights that add up to 1 within an ulp must not show in metrics: 49 times 1/49 is 0.9999999999999999.
+#[test]
+fn metrics_are_1_where_all_positives_win() -> Outcome {
+    let mut source = Source::new(11);
+    for rows in (1..=64).chain([343, 1000]) {
+        let mut problem = problem(Loss::bidirectional(), Kind::Random, (rows, rows, 16), 0.05, rows as u64, 0.0)?;
+        problem.passage.clone_from(&problem.query);
+        for weights in [None, Some((0..rows).map(|_| source.uniform(0.001, 3.0) as f32).collect())] {
+            let problem = Problem { weights, ..problem.clone() }.rounded(DType::F32);
+            for backend in ["reference", "cpu"] {
+                let got = problem.run(samtone::backend::by_name(backend)?, DType::F32, 1.0)?;
+                assert_eq!(got.metrics(), [1.0; 4], "{rows} rows by {backend}");
+            }
+        }
+    }
+    Ok(())
+}

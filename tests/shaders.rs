@@ -7,11 +7,15 @@
 
 #[path = "shaders/plans.rs"]
 mod plans;
+#[path = "support/report.rs"]
+#[allow(dead_code)]
+mod report;
 #[path = "shaders/translate.rs"]
 mod translate;
 
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::Arguments;
 use naga::valid::Capabilities;
+use report::{Listed, is_required};
 use samtone::wgpu::{self, ALIGNMENT, Binding, Dispatch, Module, Products, Slot, Variant};
 use samtone::{DType, Loss, Options, Pairs, Problem};
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,17 +37,15 @@ const CHECKS: [(&str, Check); 9] = [
 ];
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
-    let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
-    let mut trials: Vec<_> = CHECKS.into_iter().map(|(name, check)| Trial::test(name, move || Ok(check()?))).collect();
+    let listed = |name: &str, check: Check| Listed::new("shaders", name, move || Ok(check()?));
+    let mut trials: Vec<_> = CHECKS.into_iter().map(|(name, check)| listed(name, check)).collect();
     let tools: [(&str, &str, Check); 2] = [("spirv-val", "--version", spirv_val), ("tint", "--help", tint)];
     for (tool, version, check) in tools {
-        let missing = Command::new(tool).arg(version).output().is_err();
-        let required = required.split(',').any(|name| name.trim() == tool);
-        let trial = Trial::test(format!("{tool} agrees"), move || Ok(check()?));
-        trials.push(trial.with_ignored_flag(missing && !required));
+        let missing = Command::new(tool).arg(version).output().err().filter(|_| !is_required(tool));
+        let reason = missing.map(|error| format!("`{tool}` does not run here: {error}"));
+        trials.push(listed(&format!("{tool} agrees"), check).ignored(reason));
     }
-    libtest_mimic::run(&arguments, trials).exit_code()
+    report::run(&Arguments::from_args(), trials)
 }
 
 fn demand(condition: bool, otherwise: impl FnOnce() -> String) -> Result<(), String> {

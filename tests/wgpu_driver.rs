@@ -14,25 +14,23 @@ mod refused;
 #[path = "wgpu_driver/steps.rs"]
 mod steps;
 
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::Arguments;
 use std::process::ExitCode;
 use support::case::Expected;
 use support::compare::{against_definition, verdict};
 use support::data::{self, Kind};
 use support::problem::{Outputs, Problem};
+use support::report::{self, Listed, is_required};
 
 /// A check by name; an error says what it found.
 pub type Check = (&'static str, fn() -> Result<(), String>);
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
-    let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
-    let required = required.split(',').any(|name| name.trim() == "wgpu");
-    let ignored = call::engine().is_err() && !required;
+    let absent = call::engine().err().filter(|_| !is_required("wgpu"));
     let checks = [steps::CHECKS, memory::CHECKS, refused::CHECKS].concat();
-    let trials =
-        checks.into_iter().map(|(name, check)| Trial::test(name, move || Ok(check()?)).with_ignored_flag(ignored));
-    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+    let listed =
+        checks.into_iter().map(|(name, check)| Listed::new("wgpu", name, move || Ok(check()?)).ignored(absent.clone()));
+    report::run(&Arguments::from_args(), listed.collect())
 }
 
 /// An error with this text, unless the condition holds.

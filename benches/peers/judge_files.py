@@ -28,15 +28,11 @@ SUFFIXES = ("query.bf16", "passage.bf16", "query_gradient.f32", "passage_gradien
 def load(path: pathlib.Path, rows: int, dim: int) -> torch.Tensor:
     dtype = torch.bfloat16 if path.suffix == ".bf16" else torch.float32
     if path.stat().st_size != rows * dim * dtype.itemsize:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes; {rows} x {dim} of {dtype} are {rows * dim * dtype.itemsize}"
-        )
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; {rows} x {dim} of {dtype} are {rows * dim * dtype.itemsize}")
     return torch.from_file(str(path), size=rows * dim, dtype=dtype).view(rows, dim)
 
 
-def judged(
-    folder: pathlib.Path, rows: int, dim: int, device: torch.device, loss: str = "samtone_query"
-) -> tuple[float, int]:
+def judged(folder: pathlib.Path, rows: int, dim: int, device: torch.device, loss: str = "samtone_query") -> tuple[float, int]:
     """The error, and of how many rows."""
     query, passage, *gradients = (load(folder / f"{rows}-{dim}-{name}", rows, dim).to(device) for name in SUFFIXES)
     sample = sampled_rows(rows, device)

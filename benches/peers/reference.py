@@ -100,11 +100,19 @@ class Judge:
         wanted = torch.arange(self.size, device=positive.device) if rows is None else rows
         of_query = of_positive[wanted, None] * self.passage[wanted]
         of_passage = of_positive[wanted, None] * self.query[wanted]
-        for out, mine, theirs in ((of_query, "QP", "PQ"), (of_query, "QQ", "QQ"), (of_passage, "PQ", "QP"), (of_passage, "PP", "PP")):
+        for out, mine, theirs in (
+            (of_query, "QP", "PQ"),
+            (of_query, "QQ", "QQ"),
+            (of_passage, "PQ", "QP"),
+            (of_passage, "PP", "PP"),
+        ):
             if mine in by_row or theirs in by_row:
                 self.add(out, wanted, self.blocks[mine], (weights[mine], weights[theirs]), loss)
         of_query, of_passage = (g.mul_(1.0 / (loss.temperature * self.size)) for g in (of_query, of_passage))
-        gradients = (self.to_raw(of_query, wanted, self.raw[0], self.query), self.to_raw(of_passage, wanted, self.raw[1], self.passage))
+        gradients = (
+            self.to_raw(of_query, wanted, self.raw[0], self.query),
+            self.to_raw(of_passage, wanted, self.raw[1], self.passage),
+        )
         return Reference(total.mean().item(), gradients, rows)
 
     def add(self, out: torch.Tensor, wanted: torch.Tensor, towers: tuple, weights: tuple, loss: Loss) -> None:
@@ -126,9 +134,7 @@ class Judge:
             factors += tile
             out[part] += mask_own(factors, rows, 0.0) @ right
 
-    def to_raw(
-        self, of_direction: torch.Tensor, wanted: torch.Tensor, raw: torch.Tensor, unit: torch.Tensor
-    ) -> torch.Tensor:
+    def to_raw(self, of_direction: torch.Tensor, wanted: torch.Tensor, raw: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
         """(g - x (x.g)) / |x|, for unit rows x."""
         unit, norms = unit[wanted], raw[wanted].norm(dim=1, keepdim=True)
         tangent = of_direction - unit * (unit * of_direction).sum(dim=1, keepdim=True)

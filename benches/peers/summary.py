@@ -13,6 +13,7 @@ import pathlib
 import sys
 from dataclasses import replace
 
+from losses import LOSSES
 from table import (
     FOOTNOTES,
     OTHER_LOSS,
@@ -75,15 +76,18 @@ def checks_section(folder: pathlib.Path, checks: list[dict]) -> list[str]:
     return lines
 
 
-def cell(row: Measured | None, times: dict[tuple, float]) -> str:
-    """Milliseconds, times the bare products of the same operations, gradient error; what is known of them."""
+def cell(row: Measured | None, products: dict[tuple, float], own: dict[tuple, float]) -> str:
+    """Milliseconds, times bare products, times our own step, gradient error: what is known of them."""
     if row is None:
         return ""
     if row.ms is None:
         return "–"
     parts = [f"{digits(row.ms)} ms"]
-    if (ratio := times.get((row.shape, row.engine, row.loss_name))) is not None:
-        parts.append(f"{ratio:.2f} ×")
+    if (ratio := products.get((row.shape, row.engine, row.loss_name))) is not None:
+        parts.append(f"{ratio:.2f} P")
+    mine = own.get((row.shape, LOSSES[row.loss_name].own)) if row.loss_name else None
+    if mine and not row.engine.startswith(SAMTONE):
+        parts.append(f"{row.ms / mine:.2f} S")
     if row.error is not None:
         parts.append(f"{row.error:.1e}")
     return ", ".join(parts)
@@ -100,17 +104,23 @@ def steps_section(folder: pathlib.Path) -> list[str]:
     shapes = sorted({row.shape for row in rows})
     if not rows:
         return []
-    times = {(row.shape, row.engine, row.loss_name): row.ms for row in over_products(rows)}
+    products = {(row.shape, row.engine, row.loss_name): row.ms for row in over_products(rows)}
+    own = {(row.shape, row.loss_name): row.ms for row in rows if row.is_ours}
     found: dict[tuple[str, str], dict[Shape, Measured]] = {}
     for row in rows:
         found.setdefault((row.engine, row.loss_name), {})[row.shape] = row
-    lines = ["## Steps", "", "Milliseconds, times the bare bf16 products of as many operations, gradient error against float64.", ""]
+    lines = [
+        "## Steps",
+        "",
+        "Milliseconds; P: times the bare bf16 products of as many operations; S: times our own step of this loss; gradient error.",
+        "",
+    ]
     lines += ["| engine | " + " | ".join(f"B = {size}, d = {dim}" for size, dim in shapes) + " |"]
     lines += ["|---|" + "---|" * len(shapes)]
     for (engine, loss), by_shape in found.items():
         title = engine + OTHER_LOSS.get(loss, "")
         title = f"**{title}**" if engine == SAMTONE else title
-        lines.append("| " + " | ".join([title, *(cell(by_shape.get(shape), times) for shape in shapes)]) + " |")
+        lines.append("| " + " | ".join([title, *(cell(by_shape.get(shape), products, own) for shape in shapes)]) + " |")
     failed = [f"{row.engine} at B = {row.shape[0]}: {row.note[:WIDEST]}" for row in peers if row.ms is None]
     if failed:
         lines += ["", f"– did not run: {'; '.join(failed[:6])}{'; …' if len(failed) > 6 else ''}."]
@@ -126,7 +136,10 @@ def environment(folder: pathlib.Path) -> tuple[str, list[str]]:
     start = next((k for k, line in enumerate(said) if line.startswith("name, ")), None)
     device = said[start + 1].split(", ") if start is not None and start + 1 < len(said) else ["an unknown GPU"]
     labels = said[start].split(", ")[1:] if start is not None else []
-    about = [f"{known.get('date', 'no date')[:10]}, samtone {known.get('commit', 'unknown')}", f"PyTorch {known.get('torch', 'none')}"]
+    about = [
+        f"{known.get('date', 'no date')[:10]}, samtone {known.get('commit', 'unknown')}",
+        f"PyTorch {known.get('torch', 'none')}",
+    ]
     about += [f"{label.split(' [')[0].replace('_', ' ')} {value}" for label, value in zip(labels, device[1:])]
     peers = folder / "peers-env.txt"
     if peers.exists():
@@ -136,7 +149,12 @@ def environment(folder: pathlib.Path) -> tuple[str, list[str]]:
 
 def summary(folder: pathlib.Path, checks: list[dict]) -> str:
     device, about = environment(folder)
-    lines = [f"# One step and its checks: {device}", "", ", ".join(about) + ". Made by `benches/peers/summary.py` from the files beside it.", ""]
+    lines = [
+        f"# One step and its checks: {device}",
+        "",
+        ", ".join(about) + ". Made by `benches/peers/summary.py` from the files beside it.",
+        "",
+    ]
     return "\n".join([*lines, *checks_section(folder, checks), *steps_section(folder)]).rstrip() + "\n"
 
 

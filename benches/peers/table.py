@@ -225,7 +225,10 @@ def main() -> int:
     size, dim = (int(part) for part in arguments.error_shape.split(","))
     charts = {
         "time.svg": against_batch(
-            over_products(rows), "Time of a step, forward and backward", "times the bare bf16 products of the same operations", "ms"
+            over_products(rows),
+            "Time of a step, forward and backward",
+            "times the bare bf16 products of the same operations",
+            "ms",
         ),
         "memory.svg": against_batch(
             [row for row in rows if row.engine not in PRODUCTS], "Memory beyond inputs and gradients", "MiB", "extra_mib"

@@ -90,7 +90,13 @@ class Judged(unittest.TestCase):
         whole, reference.CHUNK_BYTES = reference.CHUNK_BYTES, 8 * 70 * 9
         self.addCleanup(setattr, reference, "CHUNK_BYTES", whole)
         judge = Judge(*inputs.narrow)
-        written = {"samtone_query": samtone_query, "samtone_query_joint": joint, "qwen3": qwen3, "qwen3_cold": qwen3, "clip": clip}
+        written = {
+            "samtone_query": samtone_query,
+            "samtone_query_joint": joint,
+            "qwen3": qwen3,
+            "qwen3_cold": qwen3,
+            "clip": clip,
+        }
         self.assertEqual(set(written), set(LOSSES))
         for name, function in written.items():
             exact = dense(function, inputs, LOSSES[name].temperature)
@@ -233,9 +239,7 @@ class TritonKernels(unittest.TestCase):
                 self.judge(lambda q, p, b=blocks: Fused(q, p, TEMPERATURE, b), torch.bfloat16, 5e-3)
         self.judge(lambda q, p: Fused(q, p, TEMPERATURE, Blocks(16, 24)), torch.bfloat16, 5e-3, self.KINDS)
         # Probabilities below 6e-11 vanish in f16, so not "solved".
-        self.judge(
-            lambda q, p: Fused(q, p, TEMPERATURE, Blocks(16, 24), torch.float16), torch.bfloat16, 5e-4, self.KINDS[:3]
-        )
+        self.judge(lambda q, p: Fused(q, p, TEMPERATURE, Blocks(16, 24), torch.float16), torch.bfloat16, 5e-4, self.KINDS[:3])
 
     def test_blocks_higher_than_wide_are_refused(self) -> None:
         from fused import Blocks, Fused

@@ -82,7 +82,10 @@ class Record(unittest.TestCase):
     def test_another_loss_is_compared_with_our_step_of_that_loss(self) -> None:
         made_up(self.folder)
         with open(self.folder / "peers.csv", "a", newline="") as file:
-            rows = ({"rows": 8192, "dim": 64, "engine": f"memeff {loss}", "loss_name": loss, "milliseconds": "30"} for loss in ("qwen3", "clip"))
+            rows = (
+                {"rows": 8192, "dim": 64, "engine": f"memeff {loss}", "loss_name": loss, "milliseconds": "30"}
+                for loss in ("qwen3", "clip")
+            )
             csv.DictWriter(file, run.COLUMNS).writerows(rows)
         (self.folder / "step-qwen3.txt").write_text(OWN.replace("5.0000", "10.0000"))
         (self.folder / "samtone-errors-qwen3.csv").write_text("rows,dim,gradient_error\n8192,64,2.5e-4\n")
@@ -162,8 +165,9 @@ class Summary(unittest.TestCase):
         self.assertIn("| first | **conformance-bf16** | FAILED: exit code 101 (9 s) | cuda bf16: gte: loss is 2 |", text)
         self.assertIn("| first | **step-clip** | FAILED: ended after 20 s (20 s) |  |", text)
         # 5 ms where bare products of as many operations take 4.
-        self.assertIn("| **samtone** | 0.5 ms, 5.00 × |  | 5 ms, 1.25 ×, 1.5e-04 |", text)
-        self.assertIn("| samtone, cosines kept | 0.5 ms, 5.00 × |  | 5 ms, 1.25 × |", text)
+        self.assertIn("| **samtone** | 0.5 ms, 5.00 P |  | 5 ms, 1.25 P, 1.5e-04 |", text)
+        self.assertIn("| samtone, cosines kept | 0.5 ms, 5.00 P |  | 5 ms, 1.25 P |", text)
+        self.assertIn("| eager f32 | 2 ms, 20.00 P, 4.00 S, 1.0e-06 | 7 ms | 20 ms, 5.00 P, 4.00 S, 2.0e-06 |", text)
         self.assertIn("| eager autocast |  |  | – |", text)
         self.assertIn("eager autocast at B = 8192: OutOfMemoryError: no room", text)
         self.assertLess(len(text.splitlines()), 50)

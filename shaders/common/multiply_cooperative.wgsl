@@ -53,11 +53,9 @@ fn multiply(place: Place, thread: Thread, invocation: Invocation) -> Totals {
     return out;
 }
 
-// Element of the matrix of gradients of a super-block: f16, and what that leaves, where there is a second plane.
+// Element of the matrix of gradients of a super-block: f16, and in the second plane what that leaves.
 fn store_gradient(at: u32, g: f32) {
     let high = f16(g);
     gradients[at] = high;
-    if params.plane != 0u {
-        gradients[params.plane + at] = f16(g - f32(high));
-    }
+    gradients[params.plane + at] = f16(g - f32(high));
 }

@@ -12,7 +12,7 @@ struct Params {
     sums_stride: u32,
     dim: u32,
     accumulate: u32,      // add to what is there
-    plane: u32,           // numbers from the first to the second plane of ĝ; 0: one plane
+    plane: u32,           // cooperative: numbers from the first to the second plane of ĝ
 }
 
 @group(0) @binding(0) var<uniform> params: Params;

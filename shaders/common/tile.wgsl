@@ -38,7 +38,7 @@ struct Params {
     results: u32,
     gradient: u32,        // f32 from the start of `scratch`
     dots: u32,
-    plane: u32,           // cooperative: numbers from the first to the second plane of the gradients; 0: one plane
+    plane: u32,           // cooperative: numbers from the first to the second plane of the gradients
     beta_head: f32,
     beta_middle: f32,
     beta_tail: f32,

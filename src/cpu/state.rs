@@ -7,11 +7,12 @@ use crate::batch::{Batch, Tower};
 use crate::combine::{self, Combined, Rows};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::identity::Identity;
 use crate::loss::Loss;
 use crate::mask::{COSINE_TIE, Keys, may_mask, threshold};
 use crate::options::Options;
 use crate::order::{Order, Space};
-use crate::partials::Partials;
+use crate::partials::{Partials, SAME_COSINE, expect_positives};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -32,9 +33,26 @@ pub(super) struct State {
     pub beta: Beta,
     /// s⁺ᵢ of every row.
     pub positive: Vec<f64>,
+    /// What a batch and partials must be of to be used with this state.
+    pub identity: Identity,
+    dim: usize,
     weight: Vec<f64>,
-    shape: (usize, usize, usize, DType),
-    description: String,
+}
+
+/// Norms of both towers, and s⁺ᵢ of every row.
+fn measure(batch: &Batch<'_>, options: &Options) -> Result<([Norms; 2], Vec<f64>)> {
+    let query = Norms::new(Tower::Query, batch.query(), options.zero_norm())?;
+    let passage = Norms::new(Tower::Passage, batch.passage(), options.zero_norm())?;
+    let mut positive = vec![0.0; batch.rows()];
+    positive.par_iter_mut().enumerate().for_each(|(i, s)| {
+        let n = batch.positive(i);
+        *s = dot(batch.query(), i, batch.passage(), n) * query.inverse[i] * passage.inverse[n];
+    });
+    Ok(([query, passage], positive))
+}
+
+fn identity(loss: &Loss, batch: &Batch<'_>, keys: &Keys, options: &Options) -> Identity {
+    Identity::new(loss, batch.pairs(), keys, options, batch.dtype(), batch.dim())
 }
 
 impl State {
@@ -46,15 +64,8 @@ impl State {
             let allowed = format!("a non-empty range within 0..{}", batch.rows());
             return Err(Error::invalid("rows", format!("{rows:?}"), allowed));
         }
-        let query_norms = Norms::new(Tower::Query, batch.query(), options.zero_norm())?;
-        let passage_norms = Norms::new(Tower::Passage, batch.passage(), options.zero_norm())?;
+        let ([query_norms, passage_norms], positive) = measure(batch, options)?;
         let order = Order::new(batch);
-        let mut positive = vec![0.0; batch.rows()];
-        positive.par_iter_mut().enumerate().for_each(|(i, s)| {
-            let n = batch.positive(i);
-            *s = dot(batch.query(), i, batch.passage(), n) * query_norms.inverse[i] * passage_norms.inverse[n];
-        });
-
         let keys = Keys::new(batch);
         let anchors = |rows: &[u32]| Anchors::new(rows, &keys.rows, &positive, options.margin());
         let all_rows: Vec<u32> = (0..batch.rows() as u32).collect();
@@ -85,38 +96,41 @@ impl State {
             query_side,
             passage_side,
             positive,
+            identity: identity(loss, batch, &keys, options),
+            dim: batch.dim(),
             weight: batch.normalized_weights(),
-            shape: (batch.rows(), batch.passages(), batch.dim(), batch.dtype()),
-            description: batch.describe(),
         })
     }
 
-    /// An error unless `batch` has the shape and type the state was made from.
+    /// An error unless `batch` is the one that the state was made from: as a problem, and by norms and cosines of the positives,
+    /// which are the same to the bit for the same embeddings.
     pub(super) fn expect_batch(&self, batch: &Batch<'_>) -> Result<()> {
-        if self.shape != (batch.rows(), batch.passages(), batch.dim(), batch.dtype()) {
-            return Err(Error::StateMismatch { saved: self.description.clone(), given: batch.describe() });
-        }
-        // The order of the passages follows the positives; with others the two halves of the gradient would not fit.
+        // Of other positives, the row can be named.
         let order = &self.order;
-        let mut anchors = (0..order.anchors).chain(order.passages..order.len());
-        if let Some(k) = anchors.find(|&k| batch.positive(order.anchor_row[k] as usize) != order.passage(k)) {
-            let row = order.anchor_row[k] as usize;
-            let describe = |n: usize| format!("a batch where row {row} has passage {n} as its positive");
-            let (saved, given) = (describe(order.passage(k)), describe(batch.positive(row)));
-            return Err(Error::StateMismatch { saved, given });
+        if (batch.rows(), batch.passages()) == (self.positive.len(), order.passages) {
+            let mut anchors = (0..order.anchors).chain(order.passages..order.len());
+            if let Some(k) = anchors.find(|&k| batch.positive(order.anchor_row[k] as usize) != order.passage(k)) {
+                let row = order.anchor_row[k] as usize;
+                let describe = |n: usize| format!("a batch where row {row} has passage {n} as its positive");
+                let (saved, given) = (describe(order.passage(k)), describe(batch.positive(row)));
+                return Err(Error::StateMismatch { saved, given });
+            }
         }
-        Ok(())
-    }
-
-    /// What partials must have in common to be merged and used here.
-    pub(super) fn origin(&self) -> String {
-        let (temperature, margin) = (self.options.temperature(), self.options.margin());
-        let margin = margin.map_or_else(|| "no margin".into(), |m| format!("margin {m}"));
-        format!("{}, {}, temperature {temperature}, {margin}", self.description, self.loss)
+        self.identity.expect(&identity(&self.loss, batch, &Keys::new(batch), &self.options))?;
+        let (norms, positive) = measure(batch, &self.options)?;
+        let towers = [(Tower::Query, &self.query_norms), (Tower::Passage, &self.passage_norms)];
+        for ((tower, saved), given) in towers.into_iter().zip(&norms) {
+            let mut rows = saved.inverse.iter().zip(&given.inverse).enumerate();
+            if let Some((row, (a, b))) = rows.find(|(_, (a, b))| a != b) {
+                let sentence = |inverse: f64| format!("a {tower} embedding in row {row} of norm {}", 1.0 / inverse);
+                return Err(Error::StateMismatch { saved: sentence(*a), given: sentence(*b) });
+            }
+        }
+        expect_positives(&self.positive, &positive, 0.0)
     }
 
     pub(super) fn dim(&self) -> usize {
-        self.shape.2
+        self.dim
     }
 
     /// The embeddings behind a space of indices.
@@ -145,7 +159,8 @@ impl State {
     }
 
     pub(super) fn combine(&self, partials: &Partials) -> Result<Combined> {
-        partials.expect_origin(&self.origin())?;
+        partials.expect_problem(&self.identity)?;
+        expect_positives(&partials.positive, &self.positive, SAME_COSINE)?;
         let beta = self.options.beta();
         let positive_logit: Vec<f64> = self.positive.iter().map(|s| beta * s).collect();
         let (weight, no_negative) = (self.weight.as_slice(), self.options.no_negative());

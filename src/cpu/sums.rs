@@ -63,7 +63,13 @@ fn visit(call: Call<'_>, id: TileId, x: &mut [f32], panels: &mut [Vec<f32>; 2]) 
 /// All sums of the shard. `store`, if given, has room for every tile and receives their cosines.
 pub(super) fn partials(call: Call<'_>, mut store: Option<&mut [f32]>, pool: &Pool) -> Result<Partials> {
     let Call { state, batch, plan } = call;
-    let mut out = Partials::new(batch.rows(), |b| state.loss.uses(b), state.rows.clone(), state.origin());
+    let mut out = Partials::new(
+        batch.rows(),
+        |b| state.loss.uses(b),
+        state.rows.clone(),
+        state.identity.clone(),
+        state.positive.clone(),
+    );
     let len = plan.tile_len();
     pool.prepare(plan.workers, if store.is_some() { 0 } else { len }, plan.panel_len())?;
     let per_wave = plan.sum_wave();

@@ -31,7 +31,7 @@ impl Norms {
         for (row, value) in inverse.iter_mut().enumerate() {
             if !value.is_finite() {
                 // Squares of finite f32 numbers stay finite in f64, so the row itself holds NaN or an infinity.
-                let bad = x.row_to_f64(row).into_iter().enumerate().find(|(_, v)| !v.is_finite());
+                let bad = x.row_to_f64(row)?.into_iter().enumerate().find(|(_, v)| !v.is_finite());
                 let (column, value) = bad.unwrap_or((0, *value));
                 return Err(Error::NonFinite { tower, row, column, value });
             }
@@ -69,7 +69,12 @@ pub(super) fn dot(x: Embeddings<'_>, x_row: usize, y: Embeddings<'_>, y_row: usi
         (Data::F32(a), Data::F32(b)) => {
             lanes(a[x_range].iter().zip(&b[y_range]), |(a, b)| f64::from(*a) * f64::from(*b))
         }
-        _ => x.row_to_f64(x_row).iter().zip(y.row_to_f64(y_row)).map(|(a, b)| a * b).sum(),
+        _ => {
+            let widened = |m: Embeddings<'_>, range: Range<usize>| -> Vec<f64> {
+                for_each_dtype!(Data, m.data(), d => d[range].iter().map(|v| v.to_f64()).collect())
+            };
+            widened(x, x_range).iter().zip(widened(y, y_range)).map(|(a, b)| a * b).sum()
+        }
     }
 }
 

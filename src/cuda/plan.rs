@@ -267,11 +267,16 @@ mod tests {
         ] {
             for change in [
                 |p| p,
+                |p: Problem<'_>| p.with_arithmetic(Arithmetic::F16),
                 |p: Problem<'_>| p.with_arithmetic(Arithmetic::Exact),
                 |p: Problem<'_>| {
                     p.with_architecture(Architecture::Sm90a { multiprocessors: 132 }).with_tile(Tile::Cluster)
                 },
-            ] as [fn(Problem<'_>) -> Problem<'_>; 3]
+                |p: Problem<'_>| {
+                    let clusters = p.with_architecture(Architecture::Sm90a { multiprocessors: 132 });
+                    clusters.with_tile(Tile::Cluster).with_arithmetic(Arithmetic::F16)
+                },
+            ] as [fn(Problem<'_>) -> Problem<'_>; 5]
             {
                 let skipping = Options::new(0.01).unwrap().with_tile_skipping(1e-3).unwrap();
                 let plan = plan_with(&skipping, rows, dtype, change);
@@ -314,7 +319,7 @@ mod tests {
             assert_eq!(plan(rows, dtype, |p| p).waves, [1, 1], "{dtype}");
             assert!(plan(16_384, dtype, |p| p).waves > [1, 1], "{dtype}");
         }
-        let tight = Options::new(0.01).unwrap().with_workspace_bytes(3 << 20);
+        let tight = Options::new(0.01).unwrap().with_workspace_bytes(5 << 20);
         let two = plan_with(&tight, 1024, DType::BF16, |p| p);
         assert_eq!(two.waves, [2, 2], "{two}");
         assert_eq!(
@@ -376,6 +381,6 @@ mod tests {
     fn operations_are_twelve_for_each_pair_and_dimension() {
         let (rows, plan) = (16_384_f64, plan(16_384, DType::BF16, |p| p.with_cosines(Cosines::Recomputed)));
         approx::assert_relative_eq!(plan.flops(), 12.0 * rows * rows * 768.0, max_relative = 1e-3);
-        assert!(plan.to_string().contains("gradient_product_f16_128"), "{plan}");
+        assert!(plan.to_string().contains("gradient_product_f16x2_128"), "{plan}");
     }
 }

@@ -126,6 +126,7 @@ fn constants_are_the_same() {
         let results = ["LOSS", "PRECISION_QP", "MRR_QP", "PRECISION_PQ", "MRR_PQ", "GRAD_TAU", "GRAD_LOG_BETA"];
         results.iter().zip(0..).for_each(|(name, k)| same(combine, name, f64::from(k)));
         assert!(constant(combine, variant, "BETA_SUM + 2") <= RESULT_WORDS as f64);
+        assert!(constant(combine, variant, "UPSTREAM + SCALED_WORDS") <= constant(combine, variant, "BETA_SUM"));
     }
 }
 

@@ -91,11 +91,6 @@ impl<'a> Dispatches<'a> {
         self.parts.variant.products != Products::Fma
     }
 
-    /// Planes of f16 of the gradients of logits, where they are that.
-    fn planes(&self) -> usize {
-        if self.parts.problem.averages_rounding() { 1 } else { 2 }
-    }
-
     /// `count` pieces of work in parts that `most` of which can be bound at once.
     pub(super) fn split(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
         let end = range.end;
@@ -155,7 +150,7 @@ impl<'a> Dispatches<'a> {
             results: 0,
             gradient: Self::first_gradient(s, tile) as u32,
             dots: 0,
-            plane: if self.cooperative() && self.planes() == 2 { s.elements(tile) as u32 } else { 0 },
+            plane: if self.cooperative() { s.elements(tile) as u32 } else { 0 },
             beta_head,
             beta_middle,
             beta_tail,
@@ -258,8 +253,7 @@ impl<'a> Dispatches<'a> {
         for s in blocks.iter().zip(graded).filter(|(_, graded)| **graded).map(|(s, _)| s) {
             let (params, bindings) = self.tiles(s)?;
             let start = 4 * u64::from(params.gradient);
-            let planes_bytes = if self.cooperative() { 2 * self.planes() } else { 4 };
-            let bytes = start + (s.elements(tile) * planes_bytes) as u64;
+            let bytes = start + 4 * s.elements(tile) as u64; // f32, or two planes of f16
             // Dots and gradients: one array, or two of different types.
             let scratch = match self.cooperative() {
                 false => vec![self.recorder.whole(5, Slot::Scratch, bytes)?],
@@ -311,11 +305,7 @@ impl<'a> Dispatches<'a> {
         let Some(sums) = self.sums[space] else { return Ok(()) };
         let (dim, tile) = (self.parts.problem.dim, self.parts.variant.tile());
         let range = &s.ranges[edge];
-        let (vector_bytes, plane) = match (self.cooperative(), self.planes()) {
-            (false, _) => (16, 0),
-            (true, 1) => (8, 0),
-            (true, _) => (8, s.elements(tile) as u32),
-        };
+        let (vector_bytes, plane) = if self.cooperative() { (8, s.elements(tile) as u32) } else { (16, 0) };
         let gradients = self.recorder.window(1, Slot::Scratch, gradient, vector_bytes)?;
         let other = self.towers[other];
         let (packed, packed_base) = self.packed_tiles(2, &other, &s.ranges[1 - edge])?;

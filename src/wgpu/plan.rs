@@ -8,6 +8,7 @@ use super::schedule::{ALIGNMENT, Dispatch, Slot};
 use super::shaders::{Products, Variant};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::identity::Identity;
 use crate::order::{Occurrences, Order};
 use crate::problem::Problem;
 use crate::regions;
@@ -39,7 +40,7 @@ pub(super) struct Facts {
     pub beta: f64,
     pub upstream: f64,
     pub zero_is_error: bool,
-    pub origin: String,
+    pub identity: Identity,
     pub rows: std::ops::Range<usize>,
     pub uses: [bool; 4],
     /// Type, row stride and dimension of the embeddings of each tower.
@@ -152,10 +153,9 @@ impl Plan {
             beta: problem.options.beta(),
             upstream: problem.upstream,
             zero_is_error: problem.options.zero_norm() == crate::options::ZeroNorm::Error,
-            origin: format!("{title}, {:?}", problem.options),
+            identity: problem.identity(),
             rows: problem.rows.clone(),
-            uses: crate::loss::Block::ALL
-                .map(|b| problem.loss.uses(b) || matches!(b, crate::loss::Block::QP | crate::loss::Block::PQ)),
+            uses: crate::loss::Block::ALL.map(|b| problem.loss.uses(b)),
             #[cfg(feature = "wgpu")]
             raw: problem.row_strides.map(|stride| (problem.dtype, stride, d)),
         };

@@ -132,10 +132,10 @@ impl Plan {
         let metrics = |block: Block| {
             let above = |i: usize| state.word(self.sum(block, i) + 3);
             let sum = |f: fn(u32) -> f64| (0..m).map(|i| weights[i] * f(above(i))).sum();
-            Metrics {
-                precision_at_1: sum(|above| f64::from(u8::from(above == 0))),
-                mrr: sum(|above| 1.0 / (1.0 + f64::from(above))),
-            }
+            Metrics::from_sums(
+                sum(|above| f64::from(u8::from(above == 0))),
+                sum(|above| 1.0 / (1.0 + f64::from(above))),
+            )
         };
         Ok(Evaluation {
             loss: row_losses.iter().zip(weights).map(|(l, w)| l * w).sum(),
@@ -153,7 +153,7 @@ impl Plan {
     pub fn temperature(&self, state: &[u8]) -> Result<TemperatureGradient> {
         let state = self.state(state)?;
         let sum = state.float(BETA_SUM) + state.float(BETA_SUM + 1);
-        let upstream = self.facts.upstream * state.float(UPSTREAM);
+        let upstream = self.facts.upstream * state.scaled(UPSTREAM);
         let grad_beta = upstream * times_power_of_two(sum, state.int(SHIFT));
         Ok(TemperatureGradient::from_beta(grad_beta, self.facts.beta))
     }
@@ -171,7 +171,8 @@ impl Plan {
         let state = self.state(state)?;
         let (facts, m) = (&self.facts, self.facts.weights.len());
         let uses = |b: Block| facts.uses[b.index()];
-        let mut partials = Partials::new(m, uses, facts.rows.clone(), facts.origin.clone());
+        let positive = (0..m).map(|i| self.layout.positive + 2 * i).map(|at| state.float(at) + state.float(at + 1));
+        let mut partials = Partials::new(m, uses, facts.rows.clone(), facts.identity.clone(), positive.collect());
         for (block, sums) in Block::ALL.into_iter().zip(&mut partials.sums) {
             for (row, sum) in sums.iter_mut().enumerate() {
                 let at = self.sum(block, row);
@@ -191,7 +192,7 @@ impl Plan {
     /// # Errors
     /// [`Error::InvalidArgument`] for partials that do not cover all rows, [`Error::StateMismatch`] for those of another call.
     pub fn write_partials(&self, partials: &Partials) -> Result<(Range<u64>, Vec<u8>)> {
-        partials.expect_origin(&self.facts.origin)?;
+        partials.expect_problem(&self.facts.identity)?;
         partials.expect_complete()?;
         let m = self.facts.weights.len();
         let mut words = Vec::with_capacity(SUM_WORDS * 4 * m);
@@ -217,7 +218,7 @@ fn normalized((sum, exponent): (f64, i32)) -> (f64, i32) {
         return (0.0, 0);
     }
     let own = ((sum.to_bits() >> 52) & 0x7ff) as i32 - 1023;
-    (times_power_of_two(sum, -own), exponent + own)
+    (times_power_of_two(sum, -own), exponent.saturating_add(own))
 }
 
 const _: () = assert!(BETA_SUM + 2 <= RESULT_WORDS);

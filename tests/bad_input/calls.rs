@@ -113,8 +113,8 @@ fn upstream_gradients() -> Outcome {
     let (loss, batch, options) = (Loss::samtone_query(), batch(&q, &p)?, Options::new(0.05)?);
     let forward = cpu::forward(&loss, &batch, &options)?;
     let shard = Shard::new(&loss, &batch, &options, 0..M)?;
-    for upstream in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-        let value = upstream.to_string();
+    for upstream in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, f64::MAX, -3.5e38] {
+        let value = format!("{upstream:?}");
         for backend in present() {
             let error = refused(backend, &loss, &batch, &options, upstream);
             expect_invalid(Err::<(), _>(error), "upstream", &value, "a finite number");
@@ -232,6 +232,45 @@ fn a_state_used_with_another_batch() -> Outcome {
         assert!(matches!(forward.backward_into(other, 1.0, buffers), Err(Error::StateMismatch { .. })));
         assert!(dq.iter().chain(&dp).all(|v| *v == PATTERN));
     }
+    // Other annotations, by name.
+    let owners = [-1, -1, -1, -1, 0, 1];
+    for (part, other) in [
+        ("`weights`", batch.with_weights(&[1.0, 1.0, 1.0, 0.5])?),
+        ("`query_ids`", batch.with_query_ids(&[1, 2, 1, 3])?),
+        ("`passage_ids`", batch.with_passage_ids(&[1, 2, 3, 4, 5, 1])?),
+        ("`owners`", batch.with_hard_negative_owners(&owners, Scope::Own)?),
+    ] {
+        let error = forward.backward(&other, 1.0).err().ok_or(format!("other {part} were accepted"))?;
+        assert!(
+            matches!(&error, Error::StateMismatch { saved, given } if saved.contains(part) && given.contains(part)),
+            "{error}"
+        );
+    }
+    // The same shape with other embeddings: of another norm, of another direction, or none at all.
+    let refused = |tower: Tower, change: &dyn Fn(&mut [f32])| -> samtone::Result<Error> {
+        let (mut q, mut p) = (q.clone(), p.clone());
+        change(if tower == Tower::Query { &mut q[6..9] } else { &mut p[6..9] }); // row 2
+        let other = Batch::new(Embeddings::new(&q, M, D)?, Embeddings::new(&p, N, D)?)?;
+        let (mut dq, mut dp) = (vec![PATTERN; M * D], vec![PATTERN; N * D]);
+        let buffers = GradientBuffers {
+            query: Some(EmbeddingsMut::new(&mut dq, M, D)?),
+            passage: Some(EmbeddingsMut::new(&mut dp, N, D)?),
+        };
+        let error = forward.backward_into(&other, 1.0, buffers).expect_err("other embeddings were accepted");
+        assert!(dq.iter().chain(&dp).all(|v| *v == PATTERN));
+        Ok(error)
+    };
+    for tower in [Tower::Query, Tower::Passage] {
+        let error = refused(tower, &|row| row[1] *= 2.0)?.to_string();
+        assert!(error.contains(&format!("a {tower} embedding in row 2 of norm")), "{error}");
+        let error = refused(tower, &|row| row.iter_mut().for_each(|v| *v = -*v))?.to_string();
+        assert!(error.contains("row 2 has a cosine of"), "{error}");
+        assert_eq!(refused(tower, &|row| row.fill(0.0))?, Error::ZeroNorm { tower, row: 2 });
+        for value in [f32::NAN, f32::INFINITY] {
+            let error = refused(tower, &|row| row[1] = value)?;
+            assert!(matches!(error, Error::NonFinite { row: 2, column: 1, tower: t, .. } if t == tower), "{error}");
+        }
+    }
     // The right batch still works.
     let fused = samtone::loss_and_gradients(&loss, &batch, &options, 1.0)?;
     assert_eq!(forward.backward(&batch, 1.0)?, fused.gradients);
@@ -285,22 +324,44 @@ fn partials_that_do_not_fit_together() -> Outcome {
     merged.merge(&second.partials()?)?;
     assert_eq!(first.evaluate(&merged)?, second.evaluate(&merged)?);
 
-    // Another batch, loss, temperature or margin: to merge, to evaluate, to differentiate.
+    // Another problem: to merge, to evaluate, to differentiate.
     let foreign = |loss: &Loss, batch: &Batch<'_>, options: &Options| {
         Shard::new(loss, batch, options, 0..batch.rows()).and_then(|s| s.partials())
     };
     let fewer_queries = Batch::new(Embeddings::new(&q[..9], 3, D)?, Embeddings::new(&p, N, D)?)?;
     let fewer_passages = Batch::new(Embeddings::new(&q, M, D)?, Embeddings::new(&p[..15], 5, D)?)?;
+    let half: Vec<bf16> = q.iter().chain(&p).map(|&v| bf16::from_f32(v)).collect();
+    let rounded = Batch::new(Embeddings::new(&half[..12], M, D)?, Embeddings::new(&half[12..], N, D)?)?;
+    let moved: Vec<f32> = q.iter().enumerate().map(|(k, v)| if k == 7 { v + 0.1 } else { *v }).collect();
+    let moved = Batch::new(Embeddings::new(&moved, M, D)?, batch.passage())?;
+    let namesake = Loss::custom("samtone_query", vec![Group::new(1.0, &[Block::QP, Block::QQ], 1)?])?;
+    let ids = batch.with_query_ids(&[1, 2, 3, 4])?.with_passage_ids(&[5, 6, 7, 8, 9, 10])?; // all different, as by default
+    let owners = [-1, -1, -1, -1, 0, 1];
+    let own = "the loss 1·{qp, qq} + 1·{pq}";
+    let lists =
+        ["`positives` with", "`weights` with", "`query_ids` with", "`passage_ids` with", "exclusive `owners` with"];
+    let [positives, weights, query_ids, passage_ids, exclusive] = lists;
     let cases = [
-        ("3 queries", foreign(&loss, &fewer_queries, &options)?),
-        ("5 passages", foreign(&loss, &fewer_passages, &options)?),
-        ("temperature 0.06", foreign(&loss, &batch, &Options::new(0.06)?)?),
-        ("margin 0.1", foreign(&loss, &batch, &options.with_margin(0.1)?)?),
-        ("info_nce", foreign(&Loss::info_nce(), &batch, &options)?),
-        ("samtone_both", foreign(&Loss::samtone_both(), &batch, &options)?),
-        ("qwen3", foreign(&Loss::qwen3(), &batch, &options)?),
+        ("4 queries x 6 passages", "3 queries", foreign(&loss, &fewer_queries, &options)?),
+        ("4 queries x 6 passages", "5 passages", foreign(&loss, &fewer_passages, &options)?),
+        ("dimension 3, f32", "dimension 3, bf16", foreign(&loss, &rounded, &options)?),
+        ("temperature 0.05", "temperature 0.06", foreign(&loss, &batch, &Options::new(0.06)?)?),
+        ("margin none", "margin 0.1", foreign(&loss, &batch, &options.with_margin(0.1)?)?),
+        ("`zero_norm` Error", "ZeroGradient", foreign(&loss, &batch, &options.with_zero_norm(ZeroNorm::ZeroGradient))?),
+        ("`no_negative` Error", "Zero", foreign(&loss, &batch, &options.with_no_negative(NoNegative::Zero))?),
+        (own, "the loss 1·{qp}", foreign(&Loss::info_nce(), &batch, &options)?),
+        (own, "1·{pq, pp}", foreign(&Loss::samtone_both(), &batch, &options)?),
+        (own, "1·{qp, qq, pp}", foreign(&Loss::qwen3(), &batch, &options)?),
+        (own, "the loss 1·{qp, qq},", foreign(&namesake, &batch, &options)?),
+        (positives, positives, foreign(&loss, &batch.with_positives(&[0, 1, 2, 4])?, &options)?),
+        (weights, weights, foreign(&loss, &batch.with_weights(&[1.0, 1.0, 1.0, 0.5])?, &options)?),
+        (query_ids, query_ids, foreign(&loss, &batch.with_query_ids(&[1, 2, 1, 3])?, &options)?),
+        (passage_ids, passage_ids, foreign(&loss, &batch.with_passage_ids(&[1, 2, 3, 4, 5, 1])?, &options)?),
+        ("`shared_ids` false", "`shared_ids` true", foreign(&loss, &ids.with_shared_ids(true)?, &options)?),
+        (exclusive, exclusive, foreign(&loss, &batch.with_hard_negative_owners(&owners, Scope::Own)?, &options)?),
+        ("row 2 has a cosine of", "row 2 has a cosine of", foreign(&loss, &moved, &options)?),
     ];
-    for (what, foreign) in &cases {
+    for (own, what, foreign) in &cases {
         let mut merging = gap.clone();
         let errors = [merging.merge(foreign).err(), first.evaluate(foreign).err(), first.gradients(foreign, 1.0).err()];
         assert_eq!(merging, gap, "a refused merge left something");
@@ -308,10 +369,14 @@ fn partials_that_do_not_fit_together() -> Outcome {
             let error = error.ok_or(format!("partials of {what} were accepted"))?;
             assert!(matches!(error, Error::StateMismatch { .. }), "{error}");
             let sentence = error.to_string();
-            let own = "4 queries x 6 passages of dimension 3, f32, samtone_query";
-            assert!(sentence.contains(own) && sentence.contains(what), "{sentence}");
+            let (saved, given) = sentence.split_once("but is used with").ok_or("no two values")?;
+            assert!(saved.contains(what) && given.contains(own), "{sentence}");
         }
     }
+    // What says the same in other words is the same problem, whatever its bounds.
+    let same = foreign(&loss, &ids, &options.with_workspace_bytes(1 << 20).with_tile_skipping(0.1)?)?;
+    let (got, want) = (first.evaluate(&same)?.loss, first.evaluate(&merged)?.loss);
+    assert!((got - want).abs() <= 1e-8 * want, "{got} instead of {want}");
     still_works();
     Ok(())
 }

@@ -61,6 +61,19 @@ fn sizes_that_overflow() {
 }
 
 #[test]
+fn rows_that_are_not_there() -> Outcome {
+    // Of two rows, a stride apart that is larger than they: what lies behind the last one is none.
+    let x = [1.0_f32, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0];
+    let matrix = Embeddings::with_row_stride(&x[..], 2, 2, 3)?;
+    assert_eq!(matrix.row_to_f64(1)?, [4.0, 5.0]);
+    // Times the stride, the last ones are 0 and 1 where numbers wrap around.
+    for row in [2, usize::MAX, usize::MAX / 2, usize::MAX / 3, usize::MAX / 3 + 1] {
+        expect_invalid(matrix.row_to_f64(row), "row", &row.to_string(), "0 to 1");
+    }
+    Ok(())
+}
+
+#[test]
 fn towers_that_do_not_fit_together() -> Outcome {
     let (q, p) = towers();
     let query = Embeddings::new(&q, M, D)?;
@@ -152,18 +165,22 @@ fn temperature_and_margin() -> Outcome {
 #[test]
 fn losses() -> Outcome {
     use Block::{PQ, QP};
-    for coefficient in [-1.0, f64::NAN, f64::INFINITY] {
+    for coefficient in [-1.0, f64::NAN, f64::INFINITY, f64::MAX, 1.1e30, 0.9e-30, 1e-300, -1e-300] {
         let group = Group::new(coefficient, &[QP], 1);
-        expect_invalid(group, "coefficient", &coefficient.to_string(), "a finite number of at least 0");
+        expect_invalid(group, "coefficient", &format!("{coefficient:?}"), "0, or a number from 1e-30 to 1e30");
     }
+    assert!([0.0, -0.0, 1e-30, 1e30].into_iter().all(|c| Group::new(c, &[QP], 1).is_ok()));
+    let many = vec![Group::new(1.0, &[QP], 1)?; Loss::MAX_GROUPS + 1];
+    expect_invalid(Loss::custom("many", many), "groups", "65537 groups", "1 to 65536");
     expect_invalid(Group::new(1.0, &[], 1), "blocks", "[]", "one to four different blocks");
     expect_invalid(Group::new(1.0, &[QP, PQ, QP], 1), "blocks", "[QP, PQ, QP]", "one to four different blocks");
     expect_invalid(Group::new(1.0, &[QP], 3), "positive_copies", "3", "0, 1 or 2");
     expect_invalid(Loss::custom("none", Vec::new()), "groups", "[]", "at least one with a coefficient above 0");
     let idle = vec![Group::new(0.0, &[QP], 1)?];
     expect_invalid(Loss::custom("idle", idle), "groups", "0.0", "at least one with a coefficient above 0");
-    for alpha in [-0.1, 1.1, f64::NAN, f64::INFINITY] {
-        expect_invalid(Loss::pair(alpha), "alpha", &alpha.to_string(), "a number from 0 to 1");
+    for alpha in [-0.1, 1.1, f64::NAN, f64::INFINITY, 1e-31, f64::MIN_POSITIVE] {
+        let allowed = "a number from 0 to 1, and 0 or at least 1e-30";
+        expect_invalid(Loss::pair(alpha), "alpha", &format!("{alpha:?}"), allowed);
     }
     assert!(Loss::pair(0.0).is_ok() && Loss::pair(1.0).is_ok());
     for (known, _) in Loss::PRESETS {

@@ -4,6 +4,7 @@ use super::memory::{Driver, Memory};
 use super::support::case::Expected;
 use super::support::compare::{against_definition, verdict};
 use super::support::data::{self, Kind};
+use super::support::foreign;
 use super::support::problem::{Buffer, Outputs, Problem};
 use super::{Check, demand, text};
 use samtone::backend;
@@ -447,6 +448,15 @@ fn shards() -> Result<(), String> {
             }
         }
         let merged = merged.ok_or("no shards")?;
+        // SAFETY: as below.
+        foreign::all_refused(&problem, |other| unsafe {
+            let shard = &shards[0];
+            shard.device.write_partials(&shard.readout, other, &shard.pointers, shard.stream)
+        })?;
+        foreign::all_refused(&problem, |other| merged.clone().merge(other))?;
+        let moved = foreign::other_embeddings(&problem).map_err(text)?;
+        let error = merged.clone().merge(&moved).err().map(|e| e.to_string()).unwrap_or_default();
+        demand(error.contains("row 0 has a cosine of"), &error)?;
         let mut sum =
             Outputs { grad_query: vec![], grad_passage: vec![0.0; whole.grad_passage.len()], ..whole.clone() };
         (sum.temperature.tau, sum.temperature.log_beta) = (0.0, 0.0);

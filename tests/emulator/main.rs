@@ -11,9 +11,13 @@ mod hopper_faults;
 mod instructions;
 mod kernels;
 mod pipeline;
+#[path = "../support/report.rs"]
+#[allow(dead_code)]
+mod report;
 
 use emulator::{Compiler, Device};
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::Arguments;
+use report::{Listed, is_required};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -40,11 +44,8 @@ impl Emulators {
 type Check = Box<dyn FnOnce(&Emulators) -> Result<(), String> + Send>;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
-    let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
-    let required = required.split(',').any(|name| name.trim() == "emulator");
     let emulators = Arc::new(Emulators { compiler: Compiler::find(), built: Mutex::default() });
-    let absent = emulators.compiler.is_err();
+    let absent = emulators.compiler.as_ref().err().filter(|_| !is_required("emulator")).cloned();
     let checks = [
         kernels::checks(),
         instructions::checks(),
@@ -54,9 +55,9 @@ fn main() -> ExitCode {
         pipeline::checks(),
     ];
     let checks = checks.into_iter().flatten();
-    let trials = checks.map(|(name, check): (String, Check)| {
+    let listed = checks.map(|(name, check): (String, Check)| {
         let emulators = emulators.clone();
-        Trial::test(name, move || Ok(check(&emulators)?)).with_ignored_flag(absent && !required)
+        Listed::new("emulator", name, move || Ok(check(&emulators)?)).ignored(absent.clone())
     });
-    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+    report::run(&Arguments::from_args(), listed.collect())
 }

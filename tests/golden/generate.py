@@ -31,16 +31,23 @@ def keys(M, N, positives, query_ids, passage_ids):
     """Two keys for every row and column; a pair that agrees in either key is never a negative."""
     qid = np.arange(M) if query_ids is None else np.asarray(query_ids)
     pid = np.arange(N) if passage_ids is None else np.asarray(passage_ids)
-    owner_qid = np.full(N, -1)
+    owner_qid = np.full(N, np.iinfo(np.int64).min)  # nobody's
+    for i in reversed(range(M)):
+        for n in range(N):  # copies of a positive, which are nobody's positive themselves
+            if n not in positives and pid[n] == pid[positives[i]]:
+                owner_qid[n] = qid[i]
     for i in reversed(range(M)):
         owner_qid[positives[i]] = qid[i]  # the lowest row that owns the passage wins
     return qid, pid[positives], owner_qid, pid
 
 
-def keep_masks(M, N, positives, query_ids, passage_ids, hard_owner, scope):
+def keep_masks(M, N, positives, query_ids, passage_ids, hard_owner, scope, shared_ids=False):
     rq, rp, cq, cp = keys(M, N, positives, query_ids, passage_ids)
     to_query = (rq[:, None] != rq[None, :]) & (rp[:, None] != rp[None, :])
     to_passage = (rq[:, None] != cq[None, :]) & (rp[:, None] != cp[None, :])
+    if shared_ids:  # query ids and passage ids name the same texts: nobody's own text, nor its positive's, is its negative
+        to_passage &= rq[:, None] != cp[None, :]
+        to_query &= rp[:, None] != rq[None, :]
     k = {"qp": to_passage.copy(), "pp": to_passage.copy(), "qq": to_query, "pq": to_query}
     if hard_owner is not None:  # -1: nobody's, seen by all; i: the hard negative of row i
         own = np.asarray(hard_owner)
@@ -74,7 +81,7 @@ def row_losses(q, p, tau, groups, positives, keep, margin):
 
 
 def make(name, preset, rng, M, N, d, tau, *, positives=None, weights=None, query_ids=None, passage_ids=None,
-         hard_owner=None, scope="all", margin=None, data="random"):
+         hard_owner=None, scope="all", margin=None, data="random", shared_ids=False):
     positives = np.arange(M) if positives is None else np.asarray(positives)
     q = rng.normal(size=(M, d)) * rng.uniform(0.2, 5.0, size=(M, 1))
     p = rng.normal(size=(N, d)) * rng.uniform(0.2, 5.0, size=(N, 1))
@@ -87,14 +94,14 @@ def make(name, preset, rng, M, N, d, tau, *, positives=None, weights=None, query
         base = rng.normal(size=(1, d)) * 5
         q, p = base + rng.normal(size=(M, d)), -base + rng.normal(size=(N, d))
     w = np.ones(M) if weights is None else np.asarray(weights, float)
-    keep = keep_masks(M, N, positives, query_ids, passage_ids, hard_owner, scope)
+    keep = keep_masks(M, N, positives, query_ids, passage_ids, hard_owner, scope, shared_ids)
     groups = PRESETS[preset]
     rows = lambda q, p, t: row_losses(q, p, t, groups, positives, keep, margin)
     f = lambda q, p, t: jnp.sum(jnp.asarray(w) * rows(q, p, t)) / w.sum()
     loss, (dq, dp, dt) = jax.value_and_grad(f, (0, 1, 2))(q, p, tau)
     assert np.isfinite(loss) and np.isfinite(dq).all() and np.isfinite(dp).all()
     lst = lambda a: None if a is None else np.asarray(a).tolist()
-    return dict(name=name, preset=preset,
+    return dict(name=name, preset=preset, **({"shared_ids": True} if shared_ids else {}),
                 groups=[dict(coefficient=c, blocks=b, positive_copies=e) for c, b, e in groups],
                 rows=M, passages=N, dim=d, temperature=tau, q=lst(q), p=lst(p), positives=lst(positives),
                 weights=lst(weights), query_ids=lst(query_ids), passage_ids=lst(passage_ids),
@@ -116,6 +123,13 @@ def main():
     cases += [make(f"{p}_margin", p, rng, 8, 8, 4, 0.05, margin=0.1) for p in ("samtone_query", "samtone_both", "qwen3")]
     cases += [make("samtone_query_single_row", "samtone_query", rng, 1, 1, 3, 0.05),
               make("samtone_both_every_negative_masked", "samtone_both", rng, 4, 4, 3, 0.05, query_ids=[1, 1, 1, 1])]
+    rng.bit_generator.advance(7522)  # the files come from a longer list, with other cases in between
+    chain = dict(query_ids=[10, 11, 12, 13, 14, 11], passage_ids=[11, 12, 13, 14, 10, 15, 11, 12, 20, 13], shared_ids=True)
+    cases += [make(f"{p}_shared_ids", p, rng, 6, 10, 7, 0.1, **chain) for p in ("info_nce", "bidirectional", "samtone_query", "samtone_both", "gte", "qwen3")]
+    cases += [make("samtone_both_shared_ids_hard_negatives", "samtone_both", rng, 6, 10, 7, 0.1, hard_owner=[-1] * 6 + [0, 1, 2, 3], scope="own", **chain),
+              make("samtone_query_shared_ids_same_texts", "samtone_query", rng, 5, 5, 6, 0.1, query_ids=[1, 2, 3, 4, 5], passage_ids=[1, 2, 3, 4, 5], shared_ids=True),
+              make("samtone_both_copies_of_positives", "samtone_both", rng, 4, 9, 6, 0.1, query_ids=[7, 7, 8, 9], passage_ids=[1, 2, 3, 4, 2, 1, 5, 3, 2],
+                   hard_owner=[-1] * 4 + [0, 2, 3, 1, 2], scope="all")]
     for c in cases:
         with open(f"{out}/{c['name']}.json", "w") as f:
             json.dump(c, f)

@@ -108,7 +108,9 @@ pub fn against_definition(
     let mean: f64 = weights.iter().zip(&missing).map(|(w, s)| w * s).sum();
     let spread = weights.iter().zip(&missing).map(|(w, s)| (w * s).powi(2)).sum::<f64>().sqrt();
     let relative = tolerance.gradient * (0.01 * beta).max(1.0);
-    let noise = upstream.abs() * (2.0 * logit * spread + beta * tolerance.probability);
+    // A loss of small coefficients has small gradients.
+    let all: f64 = problem.loss.groups().iter().map(|g| g.coefficient()).sum();
+    let noise = upstream.abs() * (2.0 * logit * spread + beta * tolerance.probability * all.min(1.0));
     // ∂L/∂β is a sum of G·s that cancels like the gradient itself; τ and log β only rescale it.
     let beta_noise = upstream.abs() * 4.0 * tolerance.cosine * mean;
     let (tau, log_beta) = (want.grad_tau, -want.grad_tau / beta);

@@ -1,7 +1,8 @@
 //! The CUDA backend's plans, run launch by launch on the emulator: what a GPU would do, on any machine.
 
 use super::emulator::{self, Compiler, Device};
-use libtest_mimic::{Arguments, Failed, Trial};
+use super::report::{self, Listed, is_required};
+use libtest_mimic::{Arguments, Failed};
 use samtone::backend::Backend;
 use samtone::batch::{Data, DataMut};
 use samtone::cuda::{
@@ -20,18 +21,16 @@ pub type Check = fn(&'static CudaEmulated) -> std::result::Result<(), Failed>;
 
 /// Runs every check for both architectures, after `trials`. Without a C++ compiler they are reported as ignored, unless `SAMTONE_REQUIRE`
 /// names the backend.
-pub fn run_checks<const N: usize>(checks: [(&str, Check); N], mut trials: Vec<Trial>) -> ExitCode {
-    let arguments = Arguments::from_args();
-    let required = std::env::var("SAMTONE_REQUIRE").unwrap_or_default();
+pub fn run_checks<const N: usize>(checks: [(&str, Check); N], mut trials: Vec<Listed>) -> ExitCode {
     for how in [&CudaEmulated::SM80, &CudaEmulated::SM90A] {
-        let is_required = required.split(',').any(|name| name.trim() == how.name());
-        let absent = how.available().is_err() && !is_required;
-        let trial = |(name, check): (&str, Check)| {
-            Trial::test(format!("{}: {name}", how.name()), move || check(how)).with_ignored_flag(absent)
+        let absent = how.available().err().filter(|_| !is_required(how.name())).map(|reason| reason.to_string());
+        let listed = |(name, check): (&str, Check)| {
+            let run = move || check(how);
+            Listed::new(how.name(), format!("{}: {name}", how.name()), run).ignored(absent.clone())
         };
-        trials.extend(checks.map(trial));
+        trials.extend(checks.map(listed));
     }
-    libtest_mimic::run(&arguments, trials).exit_code()
+    report::run(&Arguments::from_args(), trials)
 }
 
 /// Whether its kernels are those of clusters, with squares of 256 x 256.
@@ -210,7 +209,7 @@ impl Emulated {
         {
             if status[k] != NONE {
                 let row = status[k] as usize;
-                let bad = x.row_to_f64(row).into_iter().enumerate().find(|(_, v)| !v.is_finite());
+                let bad = x.row_to_f64(row)?.into_iter().enumerate().find(|(_, v)| !v.is_finite());
                 let (column, value) = bad.ok_or_else(|| failure(format!("{tower} row {row} is finite")))?;
                 return Err(Error::NonFinite { tower, row, column, value });
             }
@@ -315,7 +314,11 @@ impl Backend for CudaEmulated {
     }
 
     fn available(&self) -> Result<()> {
-        executable().map(drop).map_err(failure)
+        executable().map(drop).map_err(|why| Error::Unsupported {
+            backend: self.name(),
+            what: format!("this machine: {why}"),
+            allowed: "Linux with g++ from 11 on, or a like compiler that `CXX` names".into(),
+        })
     }
 
     fn loss_and_gradients_into(

@@ -7,6 +7,8 @@ pub mod compare;
 pub mod cuda_emulated;
 pub mod data;
 pub mod emulator;
+pub mod foreign;
 pub mod problem;
+pub mod report;
 pub mod skipped;
 pub mod tolerance;

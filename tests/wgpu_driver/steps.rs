@@ -1,6 +1,8 @@
 //! Calls: types and strides, in parts, frozen, sharded, from threads.
 
 use super::call::{Call, Spec, f32_output};
+use super::support::foreign;
+use super::support::problem::Buffer;
 use super::{Check, compare, demand, sample, sized, text};
 use samtone::half::{bf16, f16};
 use samtone::wgpu::{Capabilities, Engine, Products, wgpu};
@@ -16,7 +18,8 @@ pub const CHECKS: &[Check] = &[
     ("warming up runs every shader and changes nothing", warm),
     ("a frozen tower is left out", frozen),
     ("shards together give the whole", shards),
-    ("partials of another call are refused", foreign_partials),
+    ("partials of another problem are refused", foreign_partials),
+    ("partials of the CPU merge with those of a device", with_cpu),
     ("two threads with a step each do not disturb each other", threads),
     ("the same bits on every run", determinism),
     ("results on the device are those of the host", results_on_device),
@@ -152,7 +155,10 @@ fn frozen() -> Result<(), String> {
 fn shards() -> Result<(), String> {
     let mut shared = sample(Loss::samtone_both(), 9)?;
     shared.positives = Some((0..shared.rows).map(|i| (i * i % 40) as u32).collect());
-    for mut problem in [sample(Loss::samtone_both(), 9)?, shared, sample(Loss::clip(), 9)?] {
+    let mut chain = sample(Loss::samtone_both(), 9)?; // queries are passages of other rows, and of other shards
+    (chain.query_ids, chain.passage_ids) = (Some((0..70).collect()), Some((0..93).map(|j| j * 7 % 80).collect()));
+    chain.shared_ids = true;
+    for mut problem in [sample(Loss::samtone_both(), 9)?, shared, chain, sample(Loss::clip(), 9)?] {
         problem.name.push_str(" in shards");
         let ends = [0, 1, 23, 70];
         let calls = ends
@@ -203,7 +209,38 @@ fn foreign_partials() -> Result<(), String> {
     let other = sample(Loss::info_nce(), 10)?;
     let other = Call::new(&other, Spec::new(&other, DType::F32))?;
     let foreign = other.step.write_partials(&partials).err().map(text).unwrap_or_default();
-    demand(foreign.contains("saved state"), || foreign.clone())
+    demand(foreign.contains("saved state"), || foreign.clone())?;
+    // Each part, to be used and to be merged; other embeddings show when they are merged.
+    foreign::all_refused(&problem, |other| shard.step.write_partials(other))?;
+    foreign::all_refused(&problem, |other| partials.clone().merge(other))?;
+    let moved = foreign::other_embeddings(&problem).map_err(text)?;
+    let error = partials.clone().merge(&moved).err().map(text).unwrap_or_default();
+    demand(error.contains("row 0 has a cosine of"), || error.clone())
+}
+
+/// Sums of different backends belong together: shards here, and one on the CPU.
+fn with_cpu() -> Result<(), String> {
+    let mut problem = sample(Loss::samtone_both(), 9)?;
+    problem.passage_ids = Some((0..problem.passages as i64).map(|j| j % 90).collect());
+    let [query, passage] = [&problem.query, &problem.passage].map(|x| Buffer::new(DType::F32, x));
+    let batch = problem.batch(&query, &passage).map_err(text)?;
+    let cpu = samtone::cpu::Shard::new(&problem.loss, &batch, &problem.options, 0..31).map_err(text)?;
+    let mut merged = cpu.partials().map_err(text)?;
+    let call = Call::new(&problem, Spec { rows: 31..70, ..Spec::new(&problem, DType::F32) })?;
+    call.submit(|encoder| call.step.partials(encoder, &call.buffers()))?;
+    merged.merge(&call.step.read_partials(&call.buffers()).map_err(text)?).map_err(text)?;
+    call.step.write_partials(&merged).map_err(text)?;
+    call.submit(|encoder| {
+        call.step.combine(encoder)?;
+        call.step.backward(encoder, &call.buffers())
+    })?;
+    let (mut sum, own) = (call.outputs()?, cpu.gradients(&merged, 1.0).map_err(text)?);
+    let of_cpu = |x: &[f32]| x.iter().map(|&v| f64::from(v)).collect::<Vec<_>>();
+    sum.grad_query = [of_cpu(&own.query), sum.grad_query].concat();
+    sum.grad_passage.iter_mut().zip(of_cpu(&own.passage)).for_each(|(a, b)| *a += b);
+    sum.temperature.tau += own.temperature.tau;
+    sum.temperature.log_beta += own.temperature.log_beta;
+    compare(&sum, &problem, DType::F32, 1.0)
 }
 
 fn threads() -> Result<(), String> {

@@ -155,7 +155,7 @@ mod tests {
             let is_there = matches!(rows.data(), Data::F32(data) if storage.contains(&data.as_ptr().cast()));
             assert_eq!(is_there, in_place, "{:?}", tensor.layout());
             let want: Vec<f32> = tensor.clone().into_data().try_to_vec().unwrap();
-            let got: Vec<f32> = (0..rows.rows()).flat_map(|i| rows.row_to_f64(i)).map(|x| x as f32).collect();
+            let got: Vec<f32> = (0..rows.rows()).flat_map(|i| rows.row_to_f64(i).unwrap()).map(|x| x as f32).collect();
             assert_eq!(got, want, "{:?}", tensor.layout());
         }
     }

@@ -134,7 +134,7 @@ mod tests {
             let (storage, layout) = read.storage_and_layout();
             let rows = embeddings(&storage, layout).unwrap();
             for (i, row) in tensor.to_vec2::<f32>().unwrap().into_iter().enumerate() {
-                assert_eq!(rows.row_to_f64(i), row.into_iter().map(f64::from).collect::<Vec<_>>());
+                assert_eq!(rows.row_to_f64(i).unwrap(), row.into_iter().map(f64::from).collect::<Vec<_>>());
             }
         }
     }

@@ -53,7 +53,7 @@ def train(folder: Path, device: str = "cpu") -> tuple[list[float], float]:
         optimizer.step()
         curve.append(evaluation.loss.item())
         print(f"step {step:2}  loss {curve[-1]:.6f}  P@1 {evaluation.query_to_passage.precision_at_1.item():.3f}")
-    return curve, -math.log(criterion.current_temperature())
+    return curve, -math.log(criterion.temperature)
 
 
 def main() -> None:

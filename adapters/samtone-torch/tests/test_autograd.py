@@ -399,7 +399,7 @@ def test_modules_hold_loss_and_temperature() -> None:
     assert torch.equal(constant(q, p), samtone.samtone_loss(q, p, loss="qwen3", temperature=0.05, margin=0.1))
     for learnable in ("tau", "log_beta"):
         module = samtone.SamToNeLoss(temperature=0.05, learnable=learnable)
-        assert list(module.state_dict()) == [learnable] and module.current_temperature() == pytest.approx(0.05)
+        assert list(module.state_dict()) == [learnable] and module.temperature == pytest.approx(0.05)
         module(q, p).backward()
         want = judge.judge(judge.of_preset("samtone_query", q, p, temperature=0.05)).gradients[learnable]
         assert getattr(module, learnable).grad.item() == pytest.approx(want.item(), rel=1e-4)

@@ -262,7 +262,7 @@ def test_tensors_without_memory_have_results_without_memory() -> None:
         (lambda: samtone.Loss.custom("a", []), "`groups` is an empty list"),
         (
             lambda: samtone.Loss.custom("a", [samtone.Group(-1.0, ["qp"])]),
-            "`coefficient` is -1; allowed: a finite number",
+            "`coefficient` is -1.0; allowed: 0, or a number from 1e-30 to 1e30",
         ),
         (
             lambda: samtone.Loss.custom("a", [samtone.Group(1.0, [])]),

@@ -110,9 +110,9 @@ def test_gte_with_hard_negatives_differs_as_the_table_says() -> None:
 def test_symmetric_and_cached_classes_of_sentence_transformers(cached: bool) -> None:
     """The classes themselves, with a model and features: equal gradients of its parameters."""
     from samtone.sentence_transformers import CachedSamToNeLoss
+    from sentence_models import Encoder
+    from sentence_models import columns as texts
     from sentence_transformers.sentence_transformer import losses
-    from test_sentence_transformers import Encoder
-    from test_sentence_transformers import columns as texts
 
     model = Encoder().double()
     if cached:

@@ -6,6 +6,7 @@ use crate::batch::Tower;
 use crate::cuda::{Plan, Problem, Slot};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
+use crate::identity::Identity;
 use crate::loss::{Block, Loss};
 use crate::options::ZeroNorm;
 use crate::output::{Evaluation, Metrics, TemperatureGradient};
@@ -50,8 +51,9 @@ pub struct Readout {
     row_losses: Range<usize>,
     sums: Range<usize>,
     above: Range<usize>,
-    /// What partials of this problem have in common with those they may be merged with.
-    origin: String,
+    positive: Range<usize>,
+    /// What partials must be of to be merged with those of this problem.
+    identity: Identity,
 }
 
 /// What a status names.
@@ -78,7 +80,6 @@ impl Readout {
             })
         };
         let (dtype, options) = (problem.dtype, problem.options);
-        let margin = options.margin().map_or_else(|| "no margin".into(), |m| format!("margin {m}"));
         Ok(Self {
             loss: problem.loss.clone(),
             zero_norm: options.zero_norm(),
@@ -93,11 +94,8 @@ impl Readout {
             row_losses: place("row_losses", rows * 8)?,
             sums: place("sums", Block::ALL.len() * rows * EXP_SUM_BYTES)?,
             above: place("above", 2 * rows * 4)?,
-            origin: format!(
-                "{rows} queries x {passages} passages of dimension {dim}, {dtype}, {}, temperature {}, {margin}",
-                problem.loss,
-                options.temperature()
-            ),
+            positive: place("positive", rows * 8)?,
+            identity: problem.identity(),
         })
     }
 
@@ -168,9 +166,10 @@ impl Readout {
         TemperatureGradient { tau: results[GRAD_TAU], log_beta: results[GRAD_LOG_BETA] }
     }
 
-    /// Partials from the arrays `sums` and `above`.
-    fn partials(&self, sums: &[u8], above: &[u8]) -> Partials {
-        let mut out = Partials::new(self.rows, |b| self.loss.uses(b), self.shard.clone(), self.origin.clone());
+    /// Partials from the arrays `sums`, `above` and `positive`.
+    fn partials(&self, sums: &[u8], above: &[u8], positive: &[u8]) -> Partials {
+        let (uses, positive) = (|b| self.loss.uses(b), numbers(positive, f64::from_le_bytes).collect());
+        let mut out = Partials::new(self.rows, uses, self.shard.clone(), self.identity.clone(), positive);
         for (block, rows) in out.sums.iter_mut().zip(sums.chunks(self.rows * EXP_SUM_BYTES)) {
             for (sum, bytes) in block.iter_mut().zip(rows.chunks(EXP_SUM_BYTES)) {
                 let exponent = numbers(&bytes[8..], i32::from_le_bytes).next().unwrap_or(0);
@@ -274,7 +273,7 @@ impl Device {
         unsafe {
             self.head(readout, pointers, stream)?;
             let array = |range: &Range<usize>| self.download(pointers.state + range.start as u64, range.len(), stream);
-            Ok(readout.partials(&array(&readout.sums)?, &array(&readout.above)?))
+            Ok(readout.partials(&array(&readout.sums)?, &array(&readout.above)?, &array(&readout.positive)?))
         }
     }
 
@@ -293,7 +292,7 @@ impl Device {
         pointers: &Pointers,
         stream: Stream,
     ) -> Result<()> {
-        merged.expect_origin(&readout.origin)?;
+        merged.expect_problem(&readout.identity)?;
         merged.expect_complete()?;
         let (sums, above) = readout.encode(merged);
         // SAFETY: the caller's promise; both arrays are in the state.
@@ -448,13 +447,15 @@ mod tests {
             .flat_map(u64::to_le_bytes)
             .collect();
         let above: Vec<u8> = [5_u32, 0, 1, 2].iter().flat_map(|count| count.to_le_bytes()).collect();
-        let partials = readout.partials(&sums, &above);
+        let positive: Vec<u8> = [0.25, -1.0].iter().flat_map(|s: &f64| s.to_le_bytes()).collect();
+        let partials = readout.partials(&sums, &above, &positive);
+        assert_eq!(partials.positive, [0.25, -1.0]);
         assert_eq!(partials.sums[Block::PQ.index()][1], ExpSum::new(1.375, -7));
         assert_eq!(partials.sums[Block::PP.index()], [], "a block that the loss does not use");
         assert_eq!(partials.above, [[5, 0], [1, 2]]);
         let (encoded, counts) = readout.encode(&partials);
         assert_eq!((encoded.len(), counts), (sums.len(), above.clone()));
-        let again = readout.partials(&encoded, &above);
+        let again = readout.partials(&encoded, &above, &positive);
         for (sum, same) in partials.sums.iter().flatten().zip(again.sums.iter().flatten()) {
             assert!((sum.ln() - same.ln()).abs() < 1e-14, "{sum:?} {same:?}");
         }

@@ -4,13 +4,17 @@
     2. one call of the loss on all of them: loss, and the gradient of every embedding
     3. every chunk is encoded again, with gradients, and its embeddings pass theirs on to the towers
 
-Towers with dropout draw the same masks in both encodings, because the random state of the first is kept for the second.
+Towers with dropout draw the same masks in both encodings, because the random state of the first is kept for the second. A tower
+must leave its chunk as it found it, since it gets the chunk twice.
+
+A tower in DistributedDataParallel averages gradients over processes once in a step, with its last chunk. So processes may have
+different numbers of rows and chunks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -41,10 +45,15 @@ class RandomState:
 
 
 class Chunks:
-    """Inputs of one tower in chunks, encoded now without gradients and later with them."""
+    """Inputs of one tower in chunks, encoded now without gradients and later with them.
 
-    def __init__(self, encode: Encode, chunks: Iterable[Any]) -> None:
+    `module` is what encodes them, if that is not `encode` itself; where it has a `no_sync`, gradients are averaged over
+    processes.
+    """
+
+    def __init__(self, encode: Encode, chunks: Iterable[Any], module: Any = None) -> None:
         self.encode = encode
+        self.module: Any = encode if module is None else module
         self.inputs: Sequence[Any] = list(chunks)
         self.states: list[RandomState] = []
         rows = []
@@ -55,13 +64,37 @@ class Chunks:
         self.sizes = [len(row) for row in rows]
         self.embeddings = torch.cat(rows).requires_grad_(torch.is_grad_enabled())
 
-    def backward(self, gradient: Tensor) -> None:
-        """Encodes every chunk again and passes the gradients of its embeddings on to the tower."""
-        for chunk, state, rows in zip(self.inputs, self.states, gradient.split(self.sizes)):
-            with torch.enable_grad(), state.again():
-                embeddings = self.encode(chunk)
-            if embeddings.requires_grad:
-                embeddings.backward(rows)
+    def again(self, index: int) -> Tensor:
+        """Encodes a chunk for the second time, with gradients."""
+        with torch.enable_grad(), self.states[index].again():
+            return self.encode(self.inputs[index])
+
+
+def backward(towers: Sequence[Chunks], gradients: Sequence[Tensor], together: bool = False) -> None:
+    """Encodes every chunk again and passes the gradients of its embeddings on to the towers.
+
+    A module that averages gradients over processes does so with the last chunk that it encodes. It waits for a gradient of each of
+    its parameters then, so where towers use different parameters of it, the last chunks of all of them are needed `together`.
+    """
+    chunks = [(tower, index) for tower in towers for index in range(len(tower.sizes))]
+    rows = [part for tower, gradient in zip(towers, gradients) for part in gradient.split(tower.sizes)]
+    final = {id(tower.module): place for place, (tower, _) in enumerate(chunks)}
+    held: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for place, (tower, index) in enumerate(chunks):
+        module = id(tower.module)
+        last = final[module] == place
+        averaged = hasattr(tower.module, "no_sync")
+        quiet: AbstractContextManager[Any] = tower.module.no_sync() if averaged and not last else nullcontext()
+        with quiet:
+            pairs = [(tower.again(index), rows[place])]
+            if averaged and together and index == len(tower.sizes) - 1:
+                held.setdefault(module, []).extend(pairs)
+                if not last:
+                    continue
+                pairs = held[module]
+            pairs = [(embeddings, upstream) for embeddings, upstream in pairs if embeddings.requires_grad]
+            if pairs:
+                torch.autograd.backward([x for x, _ in pairs], [x for _, x in pairs])
 
 
 def step(
@@ -89,7 +122,6 @@ def step(
         queries, passages = Chunks(*query), Chunks(*passage)
         value = loss(queries.embeddings, passages.embeddings)
         (value * scale).backward()
-    for tower in (queries, passages):
-        if tower.embeddings.grad is not None:
-            tower.backward(tower.embeddings.grad)
+    towers = [tower for tower in (queries, passages) if tower.embeddings.grad is not None]
+    backward(towers, [tower.embeddings.grad for tower in towers if tower.embeddings.grad is not None])
     return value.detach()

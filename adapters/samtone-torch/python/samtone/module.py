@@ -45,7 +45,7 @@ class SamToNeLoss(nn.Module):
         temperature = number("temperature", temperature, "a number")
         options = options_of(hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, False, no_negative)
         Options(self.loss.spec, temperature, False, *options).native()  # refused here rather than in the first step
-        self.temperature = temperature
+        self._temperature = temperature
         self.learnable = learnable
         if learnable == "tau":
             self.tau = nn.Parameter(torch.tensor(temperature, dtype=torch.float32))
@@ -61,13 +61,14 @@ class SamToNeLoss(nn.Module):
     def extra_repr(self) -> str:
         """For `print`."""
         learned = f", learnable={self.learnable!r}" if self.learnable else ""
-        return f"{self.loss.spec!r}, temperature={self.temperature}{learned}"
+        return f"{self.loss.spec!r}, temperature={self.temperature:.6g}{learned}"
 
-    def current_temperature(self) -> float:
-        """tau as it is now."""
+    @property
+    def temperature(self) -> float:
+        """tau as it is now, learned or not."""
         if self.learnable == "tau":
             return float(self.tau.item())
-        return math.exp(-float(self.log_beta.item())) if self.learnable else self.temperature
+        return math.exp(-float(self.log_beta.item())) if self.learnable else self._temperature
 
     def forward(self, query: Tensor, passage: Tensor, **batch: Any) -> Tensor:
         """The loss, a scalar. `batch` is what `samtone_loss` takes of a batch: `query_ids`, `passage_ids`, `shared_ids`,
@@ -76,7 +77,7 @@ class SamToNeLoss(nn.Module):
 
     def evaluate(self, query: Tensor, passage: Tensor, **batch: Any) -> Evaluation:
         """The loss with row losses and metrics."""
-        temperature: dict[str, Any] = {"temperature": self.temperature}
+        temperature: dict[str, Any] = {"temperature": self._temperature}
         if self.learnable is not None:
             name = "temperature" if self.learnable == "tau" else "log_beta"
             temperature = {name: self.tau if self.learnable == "tau" else self.log_beta}

@@ -1,0 +1,50 @@
+//! What kernels do where one exponential cannot serve all sums, or all gradients, of a tile: at small temperatures.
+
+use super::{Run, compare, run_with, sized};
+use crate::support::cuda_emulated::{CudaEmulated, clusters};
+use crate::support::problem::Problem;
+use libtest_mimic::Failed;
+use samtone::cuda::{Arithmetic, Cosines, Tile};
+use samtone::{DType, Loss, Options};
+
+/// Rows with a negative at a cosine near 1 beside rows whose largest is far lower: at τ = 0.004 the coefficients of neighbouring rows
+/// are 2^100 apart.
+fn uneven(loss: Loss) -> Result<Problem, Failed> {
+    let mut problem = sized(super::Kind::Random, loss, (140, 160, 24))?;
+    let d = problem.dim;
+    for i in 0..problem.rows {
+        let near = if i % 2 == 0 {
+            problem.query[i * d..][..d].to_vec()
+        } else {
+            problem.passage[(i - 1) * d..][..d].to_vec()
+        };
+        problem.passage[i * d..][..d].iter_mut().zip(near).for_each(|(x, near)| *x = near + 0.05 * *x);
+    }
+    problem.options = Options::new(0.004)?;
+    Ok(problem)
+}
+
+pub fn fallbacks(how: &'static CudaEmulated) -> Result<(), Failed> {
+    use Arithmetic::{Exact, F16, F16x2, F16x3};
+    let of: &[(Arithmetic, DType, Tile)] = if clusters(how) {
+        &[(F16, DType::BF16, Tile::Cluster), (F16x2, DType::F16, Tile::Cluster), (F16x3, DType::F32, Tile::Cluster)]
+    } else {
+        &[
+            (F16, DType::BF16, Tile::Small),
+            (F16, DType::BF16, Tile::Large),
+            (F16x2, DType::F16, Tile::Large),
+            (F16x3, DType::F32, Tile::Large),
+            (Exact, DType::F32, Tile::Small),
+        ]
+    };
+    for &(arithmetic, dtype, tile) in of {
+        let problem = uneven(Loss::samtone_both())?.rounded(dtype);
+        for cosines in [Cosines::Kept, Cosines::Recomputed] {
+            let got = run_with(&problem, dtype, Run::default(), |p| {
+                Ok(how.problem(p).with_arithmetic(arithmetic).with_tile(tile).with_cosines(cosines))
+            })?;
+            compare(&got, &problem, dtype).map_err(|e| format!("{arithmetic:?} {tile:?} {cosines:?}: {e:?}"))?;
+        }
+    }
+    Ok(())
+}
