@@ -282,7 +282,7 @@ def test_tensors_without_memory_have_results_without_memory() -> None:
         (lambda: samtone.Loss.pair("x"), "`alpha` is 'x'; allowed: a number from 0 to 1"),
         (
             lambda: samtone.Loss.custom("a", [samtone.Group("x", ["qp"])]),
-            "`coefficient` is 'x'; allowed: a finite number",
+            "`coefficient` is 'x'; allowed: 0, or a number from 1e-30 to 1e30",
         ),
         (
             lambda: samtone.SamToNeLoss(torch.nn.Linear(2, 2)),

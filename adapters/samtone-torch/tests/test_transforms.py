@@ -9,7 +9,7 @@ import judge
 import pytest
 import samtone
 import torch
-from samtone import _native
+from samtone import _native, ops
 from test_loss import MASKS, embeddings
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -290,6 +290,22 @@ def test_compiled_transforms(way: str, backend: str) -> None:
     got = torch.compile(TRANSFORMED[way], backend=backend, fullgraph=True)(*x)
     for a, b in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(want)):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_code_outside_of_transforms_computes_what_is_needed() -> None:
+    """It has the operation of plain calls, for which large gradients on CUDA come in turn."""
+    seen: list[tuple[str, Any]] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend((str(x.target), x.args[-1]) for x in graph.graph.nodes if str(x.target).startswith("samtone"))
+        return graph
+
+    q, p, beta = arguments()
+    for f in (loss, grad(loss)):
+        torch._dynamo.reset()
+        torch.compile(f, backend=backend, fullgraph=True)(q.requires_grad_(), p, beta)
+    everything = ops.QUERY | ops.PASSAGE | ops.TEMPERATURE | ops.AT_ONCE
+    assert seen == [("samtone.forward.default", ops.QUERY), ("samtone.transformed.default", everything)]
 
 
 @pytest.mark.parametrize("way", ["hessian", "grad of grad", "jvp of grad", "grad of jvp", "jacfwd of jacfwd"])

@@ -66,7 +66,7 @@ class Loss:
         """
         if "|" in name:
             raise refused("name", repr(name), "names without |")
-        c = "a finite number of at least 0"
+        c = "0, or a number from 1e-30 to 1e30"
         parts = [
             f"{number('coefficient', g.coefficient, c)!r}:{'+'.join(g.blocks)}:{g.positive_copies}" for g in groups
         ]
