@@ -410,7 +410,7 @@ mod tests {
             candidates: Candidates {
                 query_key: keys(7, 9),
                 passage_key: keys(8, 9),
-                swapped: seed % 2 == 0,
+                swapped: seed.is_multiple_of(2),
                 owner: padded(owner, 0),
             },
         }

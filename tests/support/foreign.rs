@@ -31,16 +31,41 @@ fn others(problem: &Problem) -> Result<Vec<(&'static str, Problem)>> {
         p.loss = namesake.clone();
         Ok(())
     })?;
-    with("temperature 0.3", &|p| Ok(p.options = Options::new(0.3)?))?;
-    with("margin 0.7", &|p| Ok(p.options = p.options.with_margin(0.7)?))?;
-    with("`zero_norm`", &|p| Ok(p.options = p.options.with_zero_norm(ZeroNorm::ZeroGradient)))?;
-    with("`no_negative`", &|p| Ok(p.options = p.options.with_no_negative(NoNegative::Zero)))?;
-    with("`positives`", &|p| Ok(p.positives = Some((0..m as u32).rev().collect())))?;
-    with("`weights`", &|p| Ok(p.weights = Some((0..m).map(|i| if i == 3 { 0.5 } else { 1.0 }).collect())))?;
-    with("`query_ids`", &|p| Ok(p.query_ids = Some((0..m as i64).map(|i| i / 2).collect())))?;
-    with("`passage_ids`", &|p| Ok(p.passage_ids = Some((0..n as i64).map(|i| i / 2).collect())))?;
+    with("temperature 0.3", &|p| {
+        p.options = Options::new(0.3)?;
+        Ok(())
+    })?;
+    with("margin 0.7", &|p| {
+        p.options = p.options.with_margin(0.7)?;
+        Ok(())
+    })?;
+    with("`zero_norm`", &|p| {
+        p.options = p.options.with_zero_norm(ZeroNorm::ZeroGradient);
+        Ok(())
+    })?;
+    with("`no_negative`", &|p| {
+        p.options = p.options.with_no_negative(NoNegative::Zero);
+        Ok(())
+    })?;
+    with("`positives`", &|p| {
+        p.positives = Some((0..m as u32).rev().collect());
+        Ok(())
+    })?;
+    with("`weights`", &|p| {
+        p.weights = Some((0..m).map(|i| if i == 3 { 0.5 } else { 1.0 }).collect());
+        Ok(())
+    })?;
+    with("`query_ids`", &|p| {
+        p.query_ids = Some((0..m as i64).map(|i| i / 2).collect());
+        Ok(())
+    })?;
+    with("`passage_ids`", &|p| {
+        p.passage_ids = Some((0..n as i64).map(|i| i / 2).collect());
+        Ok(())
+    })?;
     with("exclusive `owners`", &|p| {
-        Ok(p.owners = Some(((0..n).map(|j| if j + 1 == n { 0 } else { -1 }).collect(), Scope::Own)))
+        p.owners = Some(((0..n).map(|j| if j + 1 == n { 0 } else { -1 }).collect(), Scope::Own));
+        Ok(())
     })?;
     Ok(others)
 }
