@@ -138,6 +138,9 @@ struct DeviceSum {
 fn shards(how: &'static CudaEmulated) -> Result<(), Failed> {
     let mut problem = sized(Kind::Random, Loss::samtone_both(), (70, 90, 24))?.rounded(DType::F16);
     problem.positives = Some((0..70).map(|i| (i * 5 + 1) % 60).collect());
+    // Queries are passages of other rows, and of other shards.
+    (problem.query_ids, problem.passage_ids) = (Some((0..70).collect()), Some((0..90).map(|j| j * 7 % 80).collect()));
+    problem.shared_ids = true;
     let (query, passage) = (Buffer::new(DType::F16, &problem.query), Buffer::new(DType::F16, &problem.passage));
     let batch = problem.batch(&query, &passage)?;
     let ranges = [0..13, 13..64, 64..70];
