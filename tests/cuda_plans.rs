@@ -120,7 +120,7 @@ fn waves(how: &'static CudaEmulated) -> Result<(), Failed> {
     // A super-block of one tile or square, and one of several; of clusters, whose squares are four tiles, a larger batch.
     let clusters = clusters(how);
     let (shape, bounds) =
-        if clusters { ((300, 400, 40), [140_000, 600_000]) } else { ((200, 270, 40), [70_000, 300_000]) };
+        if clusters { ((300, 400, 40), [270_000, 1_200_000]) } else { ((200, 270, 40), [70_000, 300_000]) };
     let mut problem = sized(Kind::Random, Loss::gte(), shape)?.rounded(DType::BF16);
     let shared = |i| ((i * 7 + 3) % (shape.0 * 3 / 4)) as u32; // rows that share, and passages that are nobody's
     problem.positives = Some((0..shape.0).map(shared).collect());
@@ -469,7 +469,7 @@ fn barriers(how: &'static CudaEmulated) -> Result<(), Failed> {
     // squares for each.
     let shape = if clusters { (257, 300, 320) } else { (66, 70, 256) };
     let mut problem = sized(Kind::Random, Loss::samtone_both(), shape)?.rounded(DType::BF16);
-    problem.options = Options::new(0.05)?.with_workspace_bytes(if clusters { 600_000 } else { 100_000 });
+    problem.options = Options::new(0.05)?.with_workspace_bytes(if clusters { 1_200_000 } else { 100_000 });
     let want = run_with(&problem, DType::BF16, Run::default(), |p| Ok(how.problem(p)))?;
     let mut survivors = Vec::new();
     for (module, label) in labels.iter().flat_map(|(module, labels)| labels.iter().map(move |label| (*module, *label)))
