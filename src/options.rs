@@ -86,7 +86,7 @@ impl Options {
     ///
     /// The tighter the bound, the more pieces the work is cut into, and a plan lists the pieces on the host. So the least that works
     /// grows with the square of the batch, once there are more than 262,144 tiles on the CPU or 16,384 super-blocks on a GPU: a
-    /// smaller bound is [`Error::WorkspaceTooSmall`](crate::Error::WorkspaceTooSmall), which names the least.
+    /// smaller bound is [`WorkspaceTooSmall`](crate::Error::WorkspaceTooSmall), which names the least.
     pub fn with_workspace_bytes(mut self, bytes: usize) -> Self {
         self.workspace_bytes = Some(bytes);
         self
