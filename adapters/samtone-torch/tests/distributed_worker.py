@@ -1,6 +1,6 @@
 """One of several processes of test_distributed.py: its part of a batch, the recipe of docs/distributed.md, and its gradients in a file.
 
-python distributed_worker.py RANK PROCESSES STORE OUT LOSS
+python distributed_worker.py RANK STORE OUT LOSS
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
+PROCESSES = 2
 ROWS, HARD, WIDTH, DIM = 12, 4, 20, 16
 
 
@@ -64,8 +65,8 @@ def distributed_loss(query: Tensor, passage: Tensor, passage_ids: Tensor, **opti
 
 
 def main() -> None:
-    rank, processes = int(sys.argv[1]), int(sys.argv[2])
-    store, out, name = sys.argv[3:6]
+    rank, processes = int(sys.argv[1]), PROCESSES
+    store, out, name = sys.argv[2:5]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     towers = Towers()
     model = DistributedDataParallel(towers)

@@ -6,28 +6,29 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import samtone
 import torch
 from conftest import missing
-from distributed_worker import HARD, ROWS, Towers, batch
+from distributed_worker import HARD, PROCESSES, ROWS, Towers, batch
 from torch import Tensor
-
-PROCESSES = 2
 
 needs_gloo = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="PyTorch has no gloo"
 )
 
 
-def spread(folder: Path, name: str) -> list[list[Tensor]]:
-    """Loss and gradients of each process."""
-    worker = Path(__file__).with_name("distributed_worker.py")
-    arguments = [str(PROCESSES), str(folder / "store"), str(folder / "out"), name]
+def spread(folder: Path, name: str, script: str = "distributed_worker.py") -> list[Any]:
+    """What each process has left in its file: of distributed_worker.py, loss and gradients."""
+    worker = Path(__file__).with_name(script)
+    arguments = [str(folder / "store"), str(folder / "out"), name]
     command = [sys.executable, str(worker)]
     processes = [
-        subprocess.Popen([*command, str(rank), *arguments], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
         for rank in range(PROCESSES)
     ]
     try:

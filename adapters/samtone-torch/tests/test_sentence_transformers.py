@@ -37,6 +37,7 @@ def test_columns_are_the_batch_they_describe(negatives: int, mask: bool, scope: 
     if mask:
         options["query_ids"] = [number[t] for t in texts[0]]
         options["passage_ids"] = [number[t] for column in texts[1:] for t in column]
+        options["shared_ids"] = True
     if negatives:
         options |= {"hard_negative_owners": [-1] * 6 + list(range(6)) * negatives, "hard_negative_scope": scope}
     want = samtone.samtone_loss(
@@ -75,7 +76,7 @@ def test_cached_under_autocast_encodes_both_times_in_its_type() -> None:
 def test_model_cards_have_every_option() -> None:
     options = {
         "temperature": 0.1, "learnable": "tau", "mask_duplicates": False, "hard_negative_scope": "own", "margin": 0.2,
-        "zero_norm": "zero_gradient", "workspace_bytes": 1 << 24, "tile_skipping": 1e-3,
+        "zero_norm": "zero_gradient", "no_negative": "zero", "workspace_bytes": 1 << 24, "tile_skipping": 1e-3,
     }  # fmt: skip
     for make in (SamToNeLoss, CachedSamToNeLoss):
         assert options.items() <= make(Encoder(), "clip", **options).get_config_dict().items()

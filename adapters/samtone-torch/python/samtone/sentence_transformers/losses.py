@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .. import _native
 from ..grad_cache import Chunks, backward
 from ..loss import Loss
 from ..module import SamToNeLoss as Criterion
@@ -29,11 +30,15 @@ class SamToNeLoss(nn.Module):
         temperature: tau. Default: 0.01, as SamToNe uses.
         scale: Instead of `temperature`, 1/tau, as MultipleNegativesRankingLoss calls it (its default is 20).
         learnable: None, ``"log_beta"`` or ``"tau"``: the temperature as a parameter of this module.
-        mask_duplicates: Whether equal texts are never negatives of each other, by their tokens: repeated anchors in all
-            blocks, repeated passages, be they positives or hard negatives, too. Inputs without tokens are not compared.
+        mask_duplicates: Whether equal inputs are never negatives of each other, by all their features: repeated anchors in all
+            blocks, repeated passages, be they positives or hard negatives, too, and anchors that are passages of other rows
+            (`shared_ids` of `samtone.samtone_loss`).
         hard_negative_scope: ``"all"``: hard negatives are everyone's, as in MultipleNegativesRankingLoss. ``"own"``: only
             their anchor sees them.
-        margin, zero_norm, workspace_bytes, tile_skipping: As in `samtone.samtone_loss`.
+        zero_norm, no_negative: As in `samtone.samtone_loss`. None: embeddings of norm zero, such as that of an empty text in
+            StaticEmbedding, and rows without a negative, such as a last batch of one row with ``"decoupled"``, contribute nothing,
+            with one warning where the loss is on the CPU. On a GPU there is none, because the host would wait for it in each step.
+        margin, workspace_bytes, tile_skipping: As in `samtone.samtone_loss`.
 
     In distributed training each process takes negatives from its own batch.
     """
@@ -49,7 +54,8 @@ class SamToNeLoss(nn.Module):
         mask_duplicates: bool = True,
         hard_negative_scope: str = "all",
         margin: float | None = None,
-        zero_norm: str = "error",
+        zero_norm: str | None = None,
+        no_negative: str | None = None,
         workspace_bytes: int | None = None,
         tile_skipping: float | None = None,
     ) -> None:
@@ -67,11 +73,17 @@ class SamToNeLoss(nn.Module):
             learnable=learnable,
             hard_negative_scope=hard_negative_scope,
             margin=margin,
-            zero_norm=zero_norm,
+            zero_norm="zero_gradient" if zero_norm is None else zero_norm,
+            no_negative="zero" if no_negative is None else no_negative,
             workspace_bytes=workspace_bytes,
             tile_skipping=tile_skipping,
         )
         self.mask_duplicates = mask_duplicates
+        # Policies that nobody asked for: what they leave out is said once.
+        policies = {"zero_norm": zero_norm, "no_negative": no_negative}
+        self._unsaid = {name for name, policy in policies.items() if policy is None}
+        if all(group.positive_copies > 0 for group in self.criterion.loss.groups):
+            self._unsaid.discard("no_negative")  # the positive alone is a softmax
 
     @property
     def temperature(self) -> float:
@@ -115,7 +127,7 @@ class SamToNeLoss(nn.Module):
         if ids is None:
             return {}
         rows = Column(columns[0]).rows
-        return {"query_ids": ids[:rows], "passage_ids": ids[rows:]}
+        return {"query_ids": ids[:rows], "passage_ids": ids[rows:], "shared_ids": True}
 
     def loss_of(self, embeddings: list[Tensor], batch: dict[str, Any]) -> Tensor:
         """The loss of the columns' embeddings."""
@@ -133,8 +145,34 @@ class SamToNeLoss(nn.Module):
         group = processes_of(self.model)
         learned = self.criterion.named_parameters() if group is not None else ()
         averaged = {name: Averaged.apply(x, group) for name, x in learned}
-        value: Tensor = functional_call(self.criterion, averaged, (embeddings[0], torch.cat(embeddings[1:])), batch)
-        return value
+        inputs = (embeddings[0], torch.cat(embeddings[1:]))
+
+        def evaluate() -> Tensor:
+            value: Tensor = functional_call(self.criterion, averaged, inputs, batch)
+            return value
+
+        if inputs[0].device.type != "cpu":
+            return evaluate()
+        for name, x in zip(("query", "passage"), inputs):
+            if "zero_norm" in self._unsaid and not x.detach().any(dim=1).all():
+                self._say("zero_norm", f"an embedding of norm zero in `{name}`")
+        if "no_negative" not in self._unsaid:
+            return evaluate()
+        self.criterion.no_negative = "error"
+        try:
+            return evaluate()
+        except _native.SamtoneError as error:
+            self.criterion.no_negative = "zero"
+            value = evaluate()  # any other error comes again
+            self._say("no_negative", f"a row without a negative ({error})")
+            return value
+        finally:
+            self.criterion.no_negative = "zero"
+
+    def _say(self, policy: str, what: str) -> None:
+        """Warns of what contributes nothing, once for each policy that nobody asked for."""
+        self._unsaid.remove(policy)
+        warnings.warn(f'{what} contributes nothing to the loss; `{policy}="error"` refuses it', stacklevel=4)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss of the columns' embeddings, for losses that encode by themselves, as SpladeLoss does. They pass no inputs, so
@@ -164,6 +202,7 @@ class SamToNeLoss(nn.Module):
             "hard_negative_scope": self.criterion.hard_negative_scope,
             "margin": self.criterion.margin,
             "zero_norm": self.criterion.zero_norm,
+            "no_negative": self.criterion.no_negative,
             "workspace_bytes": self.criterion.workspace_bytes,
             "tile_skipping": self.criterion.tile_skipping,
         }
@@ -243,6 +282,12 @@ class CachedSamToNeLoss(SamToNeLoss):
                 "`SamToNeLoss` does the same without this warning",
                 stacklevel=2,
             )
+            if "calculate_loss" in vars(self):
+                raise refused(
+                    "loss",
+                    "a CachedSamToNeLoss in MatryoshkaLoss in AdaptiveLayerLoss",
+                    "a SamToNeLoss there, which is the same",
+                )
             return super().forward(features)
         columns = [Column(column) for column in features]
         batch = self.batch(features)

@@ -1,0 +1,61 @@
+"""The losses for sentence-transformers in two processes: one all-reduce in a step, whatever the number of chunks, and one
+temperature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trainer_worker as worker
+from sentence_models import needs_sentence_transformers
+from test_distributed import needs_gloo, spread
+
+pytestmark = needs_gloo
+
+
+KINDS = ["plain", "cached", "routes", "towers"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process finds, kind by kind."""
+    return spread(tmp_path_factory.mktemp("kinds"), ",".join(KINDS), "trainer_worker.py")
+
+
+def alone(kind: str) -> list[torch.Tensor]:
+    """The mean over processes of the gradients of their rows."""
+    sums: list[torch.Tensor] = []
+    for rank in range(worker.PROCESSES):
+        model = worker.model_of(kind)
+        loss = worker.loss_of("cached" if kind == "towers" else kind, model)
+        worker.gradients(kind, model, loss, rank)
+        parameters = dict.fromkeys([*model.parameters(), *loss.parameters()])
+        got = [x.grad for x in parameters if x.grad is not None]
+        sums = [a + b for a, b in zip(sums, got)] if sums else got
+    return [x / worker.PROCESSES for x in sums]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_all_reduce_in_a_step_and_the_mean_of_gradients(kind: str, results: list[dict[str, Any]]) -> None:
+    want, (one, other) = alone(kind), (result[kind] for result in results)
+    for result in (one, other):
+        assert result["reduced"] == worker.STEPS
+        got = [x for x in result["first"] if x is not None]
+        # The temperature of `grad_cache.step` is in the keeping of whoever calls it.
+        count = len(want) - 1 if kind == "towers" else len(want)
+        for a, b in list(zip(got, want, strict=True))[:count]:
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), (a, b)
+    count = len(one["after"]) - (kind == "towers")
+    for a, b in list(zip(one["after"], other["after"]))[:count]:
+        assert torch.equal(a, b)
+
+
+@needs_sentence_transformers
+def test_the_trainer_has_one_temperature(tmp_path: Path) -> None:
+    results = spread(tmp_path, "trainer", "trainer_worker.py")
+    assert all(result["wrapped"] for result in results), "the trainer has not wrapped the model, so this tests nothing"
+    assert results[0]["after"][0].item() != pytest.approx(2.302585, rel=1e-3), "the temperature is not learned"
+    for a, b in zip(results[0]["after"], results[1]["after"]):
+        assert torch.equal(a, b)

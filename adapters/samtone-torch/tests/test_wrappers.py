@@ -1,0 +1,132 @@
+"""Losses of sentence-transformers around ours: MatryoshkaLoss, AdaptiveLayerLoss, SpladeLoss. What they give around the plain class
+is what docs/migration.md says; around the cached class it is the same."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samtone import SamtoneError
+from samtone.sentence_transformers import CachedSamToNeLoss, SamToNeLoss
+from sentence_models import (
+    TEXTS,
+    close,
+    features_of,
+    needs_sentence_transformers,
+    parameters_after,
+    static_model,
+    theirs,
+    transformer_model,
+)
+
+pytestmark = needs_sentence_transformers
+OPTIONS: dict[str, Any] = {"temperature": 0.1, "learnable": "log_beta"}
+
+
+def batch(model: Any, negatives: int = 1) -> list[dict[str, Any]]:
+    return [features_of(model, TEXTS[name]) for name in list(TEXTS)[: 2 + negatives]]
+
+
+def matryoshka(model: Any, loss: Any) -> Any:
+    width = 16
+    return theirs()[0].MatryoshkaLoss(model, loss, [width, width // 2, width // 4], [1.0, 0.5, 0.25])
+
+
+def adaptive(model: Any, loss: Any) -> Any:
+    return theirs()[0].AdaptiveLayerLoss(model, loss, n_layers_per_step=-1)
+
+
+def both(model: Any, loss: Any) -> Any:
+    return theirs()[0].Matryoshka2dLoss(model, loss, [16, 8], n_layers_per_step=-1, n_dims_per_step=-1)
+
+
+@pytest.mark.parametrize("wrap", [matryoshka, adaptive])
+@pytest.mark.parametrize("static", [False, True])
+def test_around_the_cached_class(wrap: Callable[[Any, Any], Any], static: bool, tmp_path: Path) -> None:
+    if static and wrap is not matryoshka:
+        pytest.skip("needs layers")
+    torch.manual_seed(11)
+    model = static_model() if static else transformer_model(tmp_path)
+    want = parameters_after(wrap(model, SamToNeLoss(model, **OPTIONS)), model, batch(model), 3.0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        cached = wrap(model, CachedSamToNeLoss(model, mini_batch_size=4, **OPTIONS))
+        close(parameters_after(cached, model, batch(model), 3.0), want, len(want))
+    at_once = [str(w.message) for w in said if "the batch is encoded at once" in str(w.message)]
+    assert bool(at_once) == (wrap is not matryoshka or not _offers_gradient_cache())
+    if at_once:
+        assert ("AdaptiveLayerLoss" if wrap is adaptive else "MatryoshkaLoss") in at_once[0]
+
+
+def test_the_cached_class_under_two_wrappers_is_refused(tmp_path: Path) -> None:
+    """AdaptiveLayerLoss has it encode at once, and MatryoshkaLoss inside has replaced what only chunks go through."""
+    if not _offers_gradient_cache():
+        pytest.skip("this version replaces the model's `forward` alone")
+    model = transformer_model(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(SamtoneError, match="MatryoshkaLoss in AdaptiveLayerLoss"):
+            both(model, CachedSamToNeLoss(model, mini_batch_size=4, **OPTIONS))(batch(model), None)
+    both(model, SamToNeLoss(model, **OPTIONS))(batch(model), None).backward()
+
+
+def _offers_gradient_cache() -> bool:
+    """Whether MatryoshkaLoss takes cached losses other than its own."""
+    try:
+        from sentence_transformers.base.losses import uses_gradient_cache
+    except ImportError:
+        return False
+    return callable(uses_gradient_cache)
+
+
+@pytest.mark.parametrize("wrap", [matryoshka, adaptive])
+def test_around_the_plain_class_as_around_theirs(wrap: Callable[[Any, Any], Any], tmp_path: Path) -> None:
+    model = transformer_model(tmp_path)
+    want = parameters_after(
+        wrap(model, theirs()[0].MultipleNegativesRankingLoss(model, scale=10.0)), model, batch(model, 2)
+    )
+    loss = SamToNeLoss(model, "info_nce", scale=10.0, mask_duplicates=False)
+    close(parameters_after(wrap(model, loss), model, batch(model, 2)), want, len(want))
+
+
+def test_repeated_texts_are_masked_in_every_dimension(tmp_path: Path) -> None:
+    """Features of the later calls have embeddings among them, which dropout makes different for equal texts."""
+    model = transformer_model(tmp_path)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    seen = []
+
+    class Watched(SamToNeLoss):
+        def batch(self, columns: Any) -> Any:
+            seen.append(super().batch(columns))
+            return seen[-1]
+
+    matryoshka(model, Watched(model, temperature=0.1))(batch(model), None).backward()
+    assert len(seen) == 3 and len(set(seen[0]["query_ids"].tolist())) == 5
+    for later in seen[1:]:
+        assert all(torch.equal(later[name], seen[0][name]) for name in ("query_ids", "passage_ids"))
+
+
+def test_splade() -> None:
+    """It passes embeddings, no texts."""
+    from sentence_transformers.sparse_encoder.losses import SpladeLoss
+
+    torch.manual_seed(12)
+    model = static_model()
+    weights = {"document_regularizer_weight": 1e-3, "query_regularizer_weight": 1e-3}
+    loss = SpladeLoss(model, SamToNeLoss(model, **OPTIONS), **weights)
+    with pytest.warns(UserWarning, match="where only embeddings are passed"):
+        parts = loss(batch(model), None)
+    want = SamToNeLoss(model, **OPTIONS, mask_duplicates=False)(batch(model), None)
+    assert torch.allclose(parts["base_loss"], want)
+    sum(parts.values()).backward()
+    assert loss.loss.criterion.log_beta.grad is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SpladeLoss(model, SamToNeLoss(model, mask_duplicates=False), **weights)(batch(model), None)
