@@ -3,8 +3,6 @@
 use crate::batch::Batch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::loss::Loss;
-use crate::options::Options;
 use crate::output::{Evaluation, GradientBuffers, TemperatureGradient};
 use crate::{cpu, reference};
 
@@ -25,9 +23,7 @@ pub trait Backend: Sync {
     /// [`reference::loss_and_gradients_into`] for formulas and errors.
     fn loss_and_gradients_into(
         &self,
-        loss: &Loss,
         batch: &Batch<'_>,
-        options: &Options,
         upstream: f64,
         buffers: GradientBuffers<'_>,
     ) -> Result<(Evaluation, TemperatureGradient)>;
@@ -47,13 +43,11 @@ impl Backend for Reference {
 
     fn loss_and_gradients_into(
         &self,
-        loss: &Loss,
         batch: &Batch<'_>,
-        options: &Options,
         upstream: f64,
         buffers: GradientBuffers<'_>,
     ) -> Result<(Evaluation, TemperatureGradient)> {
-        reference::loss_and_gradients_into(loss, batch, options, upstream, buffers)
+        reference::loss_and_gradients_into(batch, upstream, buffers)
     }
 }
 
@@ -71,13 +65,11 @@ impl Backend for Cpu {
 
     fn loss_and_gradients_into(
         &self,
-        loss: &Loss,
         batch: &Batch<'_>,
-        options: &Options,
         upstream: f64,
         buffers: GradientBuffers<'_>,
     ) -> Result<(Evaluation, TemperatureGradient)> {
-        cpu::loss_and_gradients_into(loss, batch, options, upstream, buffers)
+        cpu::loss_and_gradients_into(batch, upstream, buffers)
     }
 }
 

@@ -1,8 +1,9 @@
 //! The inputs of a loss and all their validation. Whatever holds a [`Batch`] may rely on its shapes and indices.
 
+use crate::call::Call;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
-pub use crate::pairs::{Pairs, Scope};
+use crate::pairs::Pairs;
 use half::{bf16, f16};
 use std::fmt;
 
@@ -245,7 +246,7 @@ pub(crate) fn copy_rows<T>(values: impl Iterator<Item = T>, to: &mut [T], dim: u
     to.chunks_mut(row_stride).flat_map(|row| row.iter_mut().take(dim)).zip(values).for_each(|(to, value)| *to = value);
 }
 
-/// A validated batch: the embeddings of M queries and N ≥ M passages, and their [`Pairs`], whose methods it has too.
+/// A validated batch: the embeddings of M queries and N ≥ M passages, joined with the [`Call`] that says what is to be computed.
 #[derive(Debug, Clone, Copy)]
 pub struct Batch<'a> {
     query: Embeddings<'a>,
@@ -253,17 +254,12 @@ pub struct Batch<'a> {
     pairs: Pairs<'a>,
 }
 
-impl<'a> std::ops::Deref for Batch<'a> {
-    type Target = Pairs<'a>;
-
-    fn deref(&self) -> &Pairs<'a> {
-        &self.pairs
-    }
-}
-
 impl<'a> Batch<'a> {
-    /// q (M × d) against p (N × d), N ≥ M, both of one type; row i's positive is passage i, every other pair is a negative.
-    pub fn new(query: Embeddings<'a>, passage: Embeddings<'a>) -> Result<Self> {
+    /// q (M × d) against p (N × d), N ≥ M, both of one type.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for towers that do not fit together, and for whatever is wrong with `call`.
+    pub fn new(call: &'a Call, query: Embeddings<'a>, passage: Embeddings<'a>) -> Result<Self> {
         if query.dim() != passage.dim() {
             return Err(Error::invalid(
                 "passage",
@@ -271,7 +267,6 @@ impl<'a> Batch<'a> {
                 format!("the dimension of the queries, {}", query.dim()),
             ));
         }
-        let pairs = Pairs::new(query.rows(), passage.rows())?;
         if query.dtype() != passage.dtype() {
             return Err(Error::invalid(
                 "passage",
@@ -279,37 +274,27 @@ impl<'a> Batch<'a> {
                 format!("the type of the queries, {}", query.dtype()),
             ));
         }
-        Ok(Self { query, passage, pairs })
+        Ok(Self { query, passage, pairs: call.pairs(query.rows(), passage.rows())? })
     }
 
-    /// [`Pairs::with_positives`].
-    pub fn with_positives(self, positives: &'a [u32]) -> Result<Self> {
-        Ok(Self { pairs: self.pairs.with_positives(positives)?, ..self })
+    /// What is to be computed.
+    pub fn call(&self) -> &'a Call {
+        self.pairs.call()
     }
 
-    /// [`Pairs::with_weights`].
-    pub fn with_weights(self, weights: &'a [f32]) -> Result<Self> {
-        Ok(Self { pairs: self.pairs.with_weights(weights)?, ..self })
+    /// Who belongs to whom.
+    pub fn pairs(&self) -> &Pairs<'a> {
+        &self.pairs
     }
 
-    /// [`Pairs::with_query_ids`].
-    pub fn with_query_ids(self, ids: &'a [i64]) -> Result<Self> {
-        Ok(Self { pairs: self.pairs.with_query_ids(ids)?, ..self })
+    /// M, the number of queries.
+    pub fn rows(&self) -> usize {
+        self.query.rows()
     }
 
-    /// [`Pairs::with_passage_ids`].
-    pub fn with_passage_ids(self, ids: &'a [i64]) -> Result<Self> {
-        Ok(Self { pairs: self.pairs.with_passage_ids(ids)?, ..self })
-    }
-
-    /// [`Pairs::with_shared_ids`].
-    pub fn with_shared_ids(self, shared: bool) -> Result<Self> {
-        Ok(Self { pairs: self.pairs.with_shared_ids(shared)?, ..self })
-    }
-
-    /// [`Pairs::with_hard_negative_owners`].
-    pub fn with_hard_negative_owners(self, owners: &'a [i32], scope: Scope) -> Result<Self> {
-        Ok(Self { pairs: self.pairs.with_hard_negative_owners(owners, scope)?, ..self })
+    /// N, the number of passages.
+    pub fn passages(&self) -> usize {
+        self.passage.rows()
     }
 
     /// q.
@@ -320,11 +305,6 @@ impl<'a> Batch<'a> {
     /// p.
     pub fn passage(&self) -> Embeddings<'a> {
         self.passage
-    }
-
-    /// Who belongs to whom.
-    pub fn pairs(&self) -> &Pairs<'a> {
-        &self.pairs
     }
 
     /// d.

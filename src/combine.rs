@@ -10,9 +10,9 @@
 //!
 //! Everything is f64 and in the log domain: at τ = 0.01 both D and exp(−ℓ) leave the range of f32 on ordinary data.
 
+use crate::call::NoNegative;
 use crate::error::{Error, Result};
 use crate::loss::{Block, Loss};
-use crate::options::NoNegative;
 use crate::output::{Evaluation, Metrics};
 use crate::partials::Partials;
 

@@ -5,12 +5,12 @@
 //! every shard, workspace, tile and share of skipped tiles. Lists are digests of what they mean, not of how they were given:
 //! ids count only by which of them are equal, and defaults are the lists they stand for.
 
-use crate::batch::Pairs;
+use crate::call::{NoNegative, ZeroNorm};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::loss::{Group, Loss, write_groups};
+use crate::loss::{Group, write_groups};
 use crate::mask::Keys;
-use crate::options::{NoNegative, Options, ZeroNorm};
+use crate::pairs::Pairs;
 use std::fmt;
 
 /// Everything that a result depends on, but its embeddings.
@@ -36,31 +36,24 @@ pub(crate) struct Identity {
 }
 
 impl Identity {
-    pub(crate) fn new(
-        loss: &Loss,
-        pairs: &Pairs<'_>,
-        keys: &Keys,
-        options: &Options,
-        dtype: DType,
-        dim: usize,
-    ) -> Self {
-        let (rows, passages) = (pairs.rows(), pairs.passages());
+    pub(crate) fn new(pairs: &Pairs<'_>, keys: &Keys, dtype: DType, dim: usize) -> Self {
+        let (rows, passages, call) = (pairs.rows(), pairs.passages(), pairs.call());
         let owners = pairs.exclusive_owners();
         Self {
             rows,
             passages,
             dim,
             dtype,
-            groups: loss.groups().iter().filter(|g| g.coefficient() > 0.0).map(Group::in_order).collect(),
-            temperature: options.temperature(),
-            margin: options.margin(),
-            zero_norm: options.zero_norm(),
-            no_negative: options.no_negative(),
+            groups: call.loss().groups().iter().filter(|g| g.coefficient() > 0.0).map(Group::in_order).collect(),
+            temperature: call.temperature(),
+            margin: call.margin(),
+            zero_norm: call.zero_norm(),
+            no_negative: call.no_negative(),
             positives: (0..rows).map(|i| pairs.positive(i) as u64).collect(),
             weights: (0..rows).map(|i| (pairs.weight(i) + 0.0).to_bits()).collect(), // + 0: no negative zero
             query_ids: keys.rows.iter().map(|key| key.query.into()).collect(),
             passage_ids: keys.passages.iter().map(|key| key.passage.into()).collect(),
-            shared_ids: pairs.shared_ids(),
+            shared_ids: call.shared_ids(),
             owners: (0..passages).map(|n| owners.map_or(-1, |o| i64::from(o[n])) as u64).collect(),
         }
     }
@@ -139,52 +132,52 @@ impl fmt::Display for Digest {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::loss::Block;
-    use crate::pairs::Scope;
+    use crate::call::{Call, Scope};
+    use crate::loss::{Block, Loss};
 
-    fn of(loss: &Loss, pairs: &Pairs<'_>, options: &Options) -> Identity {
-        Identity::new(loss, pairs, &Keys::new(pairs), options, DType::F32, 8)
+    fn sized(call: &Call, passages: usize) -> Identity {
+        let pairs = call.pairs(3, passages).unwrap();
+        Identity::new(&pairs, &Keys::new(&pairs), DType::F32, 8)
+    }
+
+    fn of(call: &Call) -> Identity {
+        sized(call, 4)
     }
 
     #[test]
     fn what_means_the_same_is_the_same() {
-        let (loss, options) = (Loss::samtone_query(), Options::new(0.05).unwrap());
-        let plain = Pairs::new(3, 4).unwrap();
-        let spelled = plain.with_positives(&[0, 1, 2]).unwrap().with_weights(&[1.0; 3]).unwrap();
-        let spelled = spelled.with_query_ids(&[9, -4, 7]).unwrap().with_passage_ids(&[3, 2, 1, 0]).unwrap();
-        let spelled = spelled.with_hard_negative_owners(&[0, 1, 2, 0], Scope::All).unwrap();
         let groups = vec![
             Group::new(1.0, &[Block::QQ, Block::QP], 1).unwrap(),
             Group::new(0.0, &[Block::PP], 2).unwrap(),
             Group::new(1.0, &[Block::PQ], 1).unwrap(),
         ];
-        let other_words = Loss::custom("mine", groups).unwrap();
-        let bounded = options.with_workspace_bytes(1 << 20).with_tile_skipping(0.01).unwrap();
-        assert_eq!(of(&loss, &plain, &options), of(&other_words, &spelled, &bounded));
+        let spelled = Call::new(Loss::custom("mine", groups).unwrap(), 0.05).with_margin(f64::INFINITY);
+        let spelled = spelled.with_positives([0, 1, 2]).with_weights([1.0; 3]);
+        let spelled = spelled.with_query_ids([9, -4, 7]).with_passage_ids([3, 2, 1, 0]);
+        let spelled = spelled.with_hard_negative_owners([0, 1, 2, 0], Scope::All);
+        let spelled = spelled.with_workspace_bytes(1 << 20).with_tile_skipping(0.01);
+        assert_eq!(of(&Call::new(Loss::samtone_query(), 0.05)), of(&spelled));
     }
 
     #[test]
     fn the_part_that_differs_is_named() {
-        let (loss, options) = (Loss::samtone_query(), Options::new(0.05).unwrap());
-        let pairs =
-            Pairs::new(3, 4).unwrap().with_query_ids(&[1, 2, 3]).unwrap().with_passage_ids(&[4, 5, 6, 7]).unwrap();
-        let own = of(&loss, &pairs, &options);
+        let call = Call::new(Loss::samtone_query(), 0.05).with_query_ids([1, 2, 3]).with_passage_ids([4, 5, 6, 7]);
+        let own = of(&call);
+        let but = |change: &dyn Fn(Call) -> Call| of(&change(call.clone()));
+        let info_nce = Call::new(Loss::info_nce(), 0.05).with_query_ids([1, 2, 3]).with_passage_ids([4, 5, 6, 7]);
         let cases = [
-            ("the loss 1·{qp}", of(&Loss::info_nce(), &pairs, &options)),
-            ("temperature 0.06", of(&loss, &pairs, &Options::new(0.06).unwrap())),
-            ("margin -0.1", of(&loss, &pairs, &options.with_margin(-0.1).unwrap())),
-            ("`zero_norm` ZeroGradient", of(&loss, &pairs, &options.with_zero_norm(ZeroNorm::ZeroGradient))),
-            ("`no_negative` Zero", of(&loss, &pairs, &options.with_no_negative(NoNegative::Zero))),
-            ("`positives`", of(&loss, &pairs.with_positives(&[0, 2, 1]).unwrap(), &options)),
-            ("`weights`", of(&loss, &pairs.with_weights(&[1.0, 1.0, 2.0]).unwrap(), &options)),
-            ("`query_ids`", of(&loss, &pairs.with_query_ids(&[1, 2, 1]).unwrap(), &options)),
-            ("`passage_ids`", of(&loss, &pairs.with_passage_ids(&[4, 5, 6, 4]).unwrap(), &options)),
-            ("`shared_ids` true", of(&loss, &pairs.with_shared_ids(true).unwrap(), &options)),
-            (
-                "exclusive `owners`",
-                of(&loss, &pairs.with_hard_negative_owners(&[-1, -1, -1, 2], Scope::Own).unwrap(), &options),
-            ),
-            ("3 queries x 5 passages of dimension 8, f32", of(&loss, &Pairs::new(3, 5).unwrap(), &options)),
+            ("the loss 1·{qp}", of(&info_nce)),
+            ("temperature 0.06", but(&|c| c.with_temperature(0.06))),
+            ("margin -0.1", but(&|c| c.with_margin(-0.1))),
+            ("`zero_norm` ZeroGradient", but(&|c| c.with_zero_norm(ZeroNorm::ZeroGradient))),
+            ("`no_negative` Zero", but(&|c| c.with_no_negative(NoNegative::Zero))),
+            ("`positives`", but(&|c| c.with_positives([0, 2, 1]))),
+            ("`weights`", but(&|c| c.with_weights([1.0, 1.0, 2.0]))),
+            ("`query_ids`", but(&|c| c.with_query_ids([1, 2, 1]))),
+            ("`passage_ids`", but(&|c| c.with_passage_ids([4, 5, 6, 4]))),
+            ("`shared_ids` true", but(&|c| c.with_shared_ids(true))),
+            ("exclusive `owners`", but(&|c| c.with_hard_negative_owners([-1, -1, -1, 2], Scope::Own))),
+            ("3 queries x 5 passages of dimension 8, f32", sized(&call.clone().with_passage_ids([4, 5, 6, 7, 8]), 5)),
             ("f16", Identity { dtype: DType::F16, ..own.clone() }),
             ("dimension 9", Identity { dim: 9, ..own.clone() }),
         ];

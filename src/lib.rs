@@ -18,6 +18,7 @@
 
 pub mod backend;
 pub mod batch;
+pub mod call;
 mod candidates;
 mod combine;
 pub mod cpu;
@@ -27,7 +28,6 @@ pub mod error;
 mod identity;
 pub mod loss;
 pub mod mask;
-pub mod options;
 mod order;
 pub mod output;
 mod pairs;
@@ -38,13 +38,14 @@ mod regions;
 mod super_blocks;
 pub mod wgpu;
 
-pub use batch::{Batch, Data, DataMut, Embeddings, EmbeddingsMut, Pairs, Scope, Tower};
+pub use batch::{Batch, Data, DataMut, Embeddings, EmbeddingsMut, Tower};
+pub use call::{Call, NoNegative, Scope, ZeroNorm};
 pub use cpu::loss_and_gradients;
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use loss::{Block, Group, Loss};
-pub use options::{NoNegative, Options, ZeroNorm};
 pub use output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, Metrics, TemperatureGradient};
+pub use pairs::Pairs;
 pub use partials::{ExpSum, Partials};
 pub use problem::{GradientOutput, Problem};
 

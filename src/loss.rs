@@ -112,34 +112,35 @@ type Row = (f64, &'static [Block], u8);
 pub struct Loss {
     name: String,
     groups: Vec<Group>,
+    margin: Option<f64>,
 }
 
 /// α of PAIR as its authors use it.
 pub const PAIR_ALPHA: f64 = 0.1;
 
 impl Loss {
-    /// Every preset: its name and its groups as (coefficient, blocks, copies of the positive).
-    pub const PRESETS: &'static [(&'static str, &'static [Row])] = {
+    /// Every preset: its name, its groups as (coefficient, blocks, copies of the positive), and its margin.
+    pub const PRESETS: &'static [(&'static str, &'static [Row], Option<f64>)] = {
         use Block::{PP, PQ, QP, QQ};
         &[
-            ("info_nce", &[(1.0, &[QP], 1)]),
-            ("bidirectional", &[(1.0, &[QP], 1), (1.0, &[PQ], 1)]),
-            ("clip", &[(0.5, &[QP], 1), (0.5, &[PQ], 1)]),
-            ("samtone_query", &[(1.0, &[QP, QQ], 1), (1.0, &[PQ], 1)]),
-            ("samtone_passage", &[(1.0, &[QP], 1), (1.0, &[PQ, PP], 1)]),
-            ("samtone_both", &[(1.0, &[QP, QQ], 1), (1.0, &[PQ, PP], 1)]),
-            ("samtone_query_one_way", &[(1.0, &[QP, QQ], 1)]),
-            ("pair", &[(1.0 - PAIR_ALPHA, &[QP], 1), (PAIR_ALPHA, &[PP], 1)]),
-            ("gte", &[(1.0, &[QP, QQ, PQ, PP], 2)]),
-            ("qwen3", &[(1.0, &[QP, QQ, PP], 1)]),
-            ("decoupled", &[(1.0, &[QP], 0)]),
+            ("info_nce", &[(1.0, &[QP], 1)], None),
+            ("bidirectional", &[(1.0, &[QP], 1), (1.0, &[PQ], 1)], None),
+            ("clip", &[(0.5, &[QP], 1), (0.5, &[PQ], 1)], None),
+            ("samtone_query", &[(1.0, &[QP, QQ], 1), (1.0, &[PQ], 1)], None),
+            ("samtone_passage", &[(1.0, &[QP], 1), (1.0, &[PQ, PP], 1)], None),
+            ("samtone_both", &[(1.0, &[QP, QQ], 1), (1.0, &[PQ, PP], 1)], None),
+            ("samtone_query_one_way", &[(1.0, &[QP, QQ], 1)], None),
+            ("pair", &[(1.0 - PAIR_ALPHA, &[QP], 1), (PAIR_ALPHA, &[PP], 1)], None),
+            ("gte", &[(1.0, &[QP, QQ, PQ, PP], 2)], None),
+            ("qwen3", &[(1.0, &[QP, QQ, PP], 1)], Some(0.1)),
+            ("decoupled", &[(1.0, &[QP], 0)], None),
         ]
     };
 
     /// The preset of that name; an error that lists all names otherwise.
     pub fn by_name(name: &str) -> Result<Self> {
-        let Some((name, rows)) = Self::PRESETS.iter().find(|(n, _)| *n == name) else {
-            let names: Vec<_> = Self::PRESETS.iter().map(|(n, _)| *n).collect();
+        let Some((name, rows, margin)) = Self::PRESETS.iter().find(|(n, ..)| *n == name) else {
+            let names: Vec<_> = Self::PRESETS.iter().map(|(n, ..)| *n).collect();
             return Err(Error::invalid("name", format!("{name:?}"), names.join(", ")));
         };
         let groups = rows.iter().map(|&(coefficient, blocks, positive_copies)| Group {
@@ -147,7 +148,7 @@ impl Loss {
             blocks: blocks.to_vec(),
             positive_copies,
         });
-        Ok(Self { name: (*name).into(), groups: groups.collect() })
+        Ok(Self { name: (*name).into(), groups: groups.collect(), margin: *margin })
     }
 
     /// Most groups of a loss.
@@ -169,7 +170,7 @@ impl Loss {
                 "one group or more, at least one with a coefficient above 0",
             ));
         }
-        Ok(Self { name: name.into(), groups })
+        Ok(Self { name: name.into(), groups, margin: None })
     }
 
     /// PAIR (Ren et al. 2021): (1−α)·{QP} + α·{PP}, α from 0 to 1, and 0 or at least 1e-30; the authors use α = 0.1.
@@ -190,6 +191,11 @@ impl Loss {
     /// The softmax groups.
     pub fn groups(&self) -> &[Group] {
         &self.groups
+    }
+
+    /// The margin that belongs to the loss, if it has one; [`Call::with_margin`](crate::Call::with_margin) overrides it.
+    pub fn margin(&self) -> Option<f64> {
+        self.margin
     }
 
     /// Whether any group with a coefficient above 0 contains `block`.
@@ -229,7 +235,7 @@ presets! {
     samtone_query_one_way;
     /// GTE (Li et al. 2023): 1·{QP, QQ, PQ, PP} with two copies of the positive, one for each direction.
     gte;
-    /// Qwen3-Embedding (2025): 1·{QP, QQ, PP}; its false-negative mask is a margin of 0.1.
+    /// Qwen3-Embedding (2025): 1·{QP, QQ, PP}, with a margin of 0.1 that masks false negatives.
     qwen3;
     /// Decoupled contrastive learning: 1·{QP} without the positive in the denominator.
     decoupled;
@@ -262,7 +268,7 @@ mod tests {
     #[test]
     fn every_preset_has_a_constructor() {
         let by_constructor: Vec<_> = CONSTRUCTORS.iter().map(|(name, make)| (*name, make())).collect();
-        for (name, _) in Loss::PRESETS {
+        for (name, ..) in Loss::PRESETS {
             let preset = Loss::by_name(name).unwrap();
             assert!(!preset.groups().is_empty());
             match *name {

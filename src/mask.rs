@@ -19,9 +19,8 @@
 //! Two optional comparisons follow: a hard negative that belongs to another row ([`Scope::Own`](crate::Scope::Own)), and a
 //! cosine above s⁺ᵢ + margin.
 
-use crate::batch::Pairs;
-use crate::options::Options;
 use crate::order::Order;
+use crate::pairs::Pairs;
 use std::collections::HashMap;
 
 /// Cosines closer than this count as equal wherever a negative is compared with the positive (margin, ranks).
@@ -89,7 +88,7 @@ impl Keys {
         let (rows, passages) = (pairs.rows(), pairs.passages());
         let mut seen = HashMap::with_capacity(pairs.query_ids().map_or(0, <[i64]>::len));
         let query = number(pairs.query_ids(), rows, 0, &mut seen);
-        if !pairs.shared_ids() {
+        if !pairs.call().shared_ids() {
             seen.clear();
         }
         // Passages are numbered from M on, queries below: at most M + N - 1 < 2^32 - 1 by the limits of `Pairs`, so that
@@ -114,9 +113,9 @@ impl Keys {
 
 /// Whether pairs of different indices of a call can be masked at all. Default keys mask a pair only where both indices are the
 /// same: the order of the passages sees to it.
-pub(crate) fn may_mask(pairs: &Pairs<'_>, order: &Order, options: &Options) -> bool {
+pub(crate) fn may_mask(pairs: &Pairs<'_>, order: &Order) -> bool {
     let ids = pairs.query_ids().is_some() || pairs.passage_ids().is_some(); // also where ids are shared
-    ids || order.len() != order.passages || options.margin().is_some() || pairs.exclusive_owners().is_some()
+    ids || order.len() != order.passages || pairs.call().margin().is_some() || pairs.exclusive_owners().is_some()
 }
 
 /// The highest cosine that row keeps, given that of its positive: s⁺ + margin, with the slack of [`COSINE_TIE`];
@@ -128,13 +127,16 @@ pub fn threshold(positive_cosine: f64, margin: Option<f64>) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::{Batch, Embeddings};
+    use crate::call::Call;
+    use crate::loss::Loss;
+
+    fn keys(rows: usize, passages: usize, annotate: impl FnOnce(Call) -> Call) -> Keys {
+        Keys::new(&annotate(Call::new(Loss::gte(), 0.1)).pairs(rows, passages).unwrap())
+    }
 
     #[test]
     fn keys_follow_the_rule() {
-        let (q, p) = ([1.0_f32; 4], [1.0_f32; 6]);
-        let batch = Batch::new(Embeddings::new(&q[..], 4, 1).unwrap(), Embeddings::new(&p[..], 6, 1).unwrap()).unwrap();
-        let plain = Keys::new(&batch);
+        let plain = keys(4, 6, |call| call);
         for i in 0..4 {
             for j in 0..6 {
                 assert_eq!(plain.rows[i].drops_passage(plain.passages[j]), i == j, "({i}, {j}) with default ids");
@@ -145,8 +147,7 @@ mod tests {
         }
 
         // Rows 0 and 2 share passage 5; passages 1 and 3 carry the same text.
-        let batch = batch.with_positives(&[5, 1, 5, 0]).unwrap().with_passage_ids(&[7, 8, 9, 8, 10, 11]).unwrap();
-        let keys = Keys::new(&batch);
+        let keys = keys(4, 6, |call| call.with_positives([5, 1, 5, 0]).with_passage_ids([7, 8, 9, 8, 10, 11]));
         assert!(keys.rows[0].drops_query(keys.rows[2]), "rows that share a positive");
         assert!(keys.rows[1].drops_passage(keys.passages[3]), "a copy of the positive's text");
         assert!(!keys.rows[0].drops_passage(keys.passages[3]), "another row's duplicate is a negative");
@@ -158,8 +159,7 @@ mod tests {
     #[test]
     fn a_copy_of_a_positive_belongs_to_its_query() {
         // Rows 0 and 1 ask the same; passage 3 is a mined hard negative with the text of row 0's positive.
-        let batch = Pairs::new(3, 5).unwrap().with_query_ids(&[7, 7, 8]).unwrap();
-        let keys = Keys::new(&batch.with_passage_ids(&[1, 2, 3, 1, 4]).unwrap());
+        let keys = keys(3, 5, |call| call.with_query_ids([7, 7, 8]).with_passage_ids([1, 2, 3, 1, 4]));
         assert!(keys.rows[1].drops_passage(keys.passages[3]), "row 0's positive answers row 1's query too");
         assert!(!keys.rows[2].drops_passage(keys.passages[3]));
         assert_eq!(keys.passages[4].query, Key::NOBODY);
@@ -168,9 +168,9 @@ mod tests {
     #[test]
     fn shared_ids_drop_the_own_text_in_the_other_tower() {
         // (X0, X1), (X1, X2), (X2, X3): passage 0 has the text of query 1, and query 1 that of row 0's positive.
-        let batch = Pairs::new(3, 3).unwrap().with_query_ids(&[0, 1, 2]).unwrap().with_passage_ids(&[1, 2, 3]).unwrap();
         for shared in [false, true] {
-            let keys = Keys::new(&batch.with_shared_ids(shared).unwrap());
+            let ids = |call: Call| call.with_query_ids([0, 1, 2]).with_passage_ids([1, 2, 3]);
+            let keys = keys(3, 3, |call| ids(call).with_shared_ids(shared));
             for i in 0..3 {
                 for j in 0..3 {
                     let own = i == j;

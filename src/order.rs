@@ -119,11 +119,8 @@ impl Occurrences {
 impl Order {
     /// The order for row i with passage `positives[i]` of `passages`.
     pub(crate) fn of_positives(positives: &[u32], passages: usize) -> Self {
-        use crate::batch::{Batch, Embeddings};
-        let (q, p) = (vec![1.0_f32; positives.len()], vec![1.0_f32; passages]);
-        let embeddings = |x| Embeddings::new(x, <[f32]>::len(x), 1).unwrap();
-        let batch = Batch::new(embeddings(&q[..]), embeddings(&p[..])).unwrap();
-        Self::new(&batch.with_positives(positives).unwrap())
+        let call = crate::Call::new(crate::Loss::info_nce(), 1.0).with_positives(positives);
+        Self::new(&call.pairs(positives.len(), passages).unwrap())
     }
 }
 

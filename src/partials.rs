@@ -157,11 +157,10 @@ pub(crate) fn expect_positives(saved: &[f64], given: &[f64], slack: f64) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::Pairs;
+    use crate::call::Call;
     use crate::dtype::DType;
     use crate::loss::Loss;
     use crate::mask::Keys;
-    use crate::options::Options;
 
     #[test]
     fn merging_neither_overflows_nor_loses_the_smaller_term() {
@@ -182,8 +181,9 @@ mod tests {
     #[test]
     fn a_row_is_merged_once() {
         let of = |covered: Range<usize>, positive: f64| {
-            let (loss, pairs, options) = (Loss::gte(), Pairs::new(4, 5).unwrap(), Options::new(0.1).unwrap());
-            let identity = Identity::new(&loss, &pairs, &Keys::new(&pairs), &options, DType::F16, 3);
+            let call = Call::new(Loss::gte(), 0.1);
+            let pairs = call.pairs(4, 5).unwrap();
+            let identity = Identity::new(&pairs, &Keys::new(&pairs), DType::F16, 3);
             Partials::new(4, |_| true, covered, identity, vec![0.5, 0.5, positive, 0.5])
         };
         let mut a = of(0..2, 0.5);

@@ -1,12 +1,11 @@
 //! What a GPU backend plans for, validated: everything but the embeddings.
 
-use crate::batch::Pairs;
+use crate::call::Call;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::identity::Identity;
-use crate::loss::Loss;
 use crate::mask::Keys;
-use crate::options::Options;
+use crate::pairs::Pairs;
 use std::ops::Range;
 
 /// Where a tower's gradient goes.
@@ -21,9 +20,7 @@ pub struct GradientOutput {
 /// Everything that decides what a call launches, but no embedding.
 #[derive(Debug, Clone)]
 pub struct Problem<'a> {
-    pub(crate) loss: &'a Loss,
     pub(crate) pairs: Pairs<'a>,
-    pub(crate) options: Options,
     pub(crate) dtype: DType,
     pub(crate) dim: usize,
     pub(crate) row_strides: [usize; 2],
@@ -32,14 +29,17 @@ pub struct Problem<'a> {
     pub(crate) cuda: crate::cuda::Choice,
     pub(crate) upstream: f64,
     pub(crate) device_upstream: bool,
+    /// That of the call, unless CUDA's `with_room_for` raised it.
+    pub(crate) workspace_bytes: Option<usize>,
 }
 
 impl<'a> Problem<'a> {
-    /// Embeddings of type `dtype` (f32, f16 or bf16) and dimension `dim`, contiguous; gradients of both towers as contiguous f32.
+    /// What [`Call::pairs`] gives, on embeddings of type `dtype` (f32, f16 or bf16) and dimension `dim`, contiguous; gradients of
+    /// both towers as contiguous f32.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for f64; [`Error::InvalidArgument`] for a dimension of 0 or above 2²⁰, or more than 2²⁶ passages.
-    pub fn new(loss: &'a Loss, pairs: &Pairs<'a>, options: &Options, dtype: DType, dim: usize) -> Result<Self> {
+    pub fn new(pairs: Pairs<'a>, dtype: DType, dim: usize) -> Result<Self> {
         const MAX_DIM: usize = 1 << 20;
         const MAX_PASSAGES: usize = 1 << 26;
         if dtype == DType::F64 {
@@ -53,9 +53,7 @@ impl<'a> Problem<'a> {
         }
         let gradient = Some(GradientOutput { dtype: DType::F32, row_stride: dim });
         Ok(Self {
-            loss,
-            pairs: *pairs,
-            options: *options,
+            pairs,
             dtype,
             dim,
             row_strides: [dim; 2],
@@ -64,6 +62,7 @@ impl<'a> Problem<'a> {
             cuda: crate::cuda::Choice::default(),
             upstream: 1.0,
             device_upstream: false,
+            workspace_bytes: pairs.call().workspace_bytes(),
         })
     }
 
@@ -136,7 +135,12 @@ impl<'a> Problem<'a> {
 
     /// What results of this problem must have in common with those of another to be of the same. O(M + N).
     pub(crate) fn identity(&self) -> Identity {
-        Identity::new(self.loss, &self.pairs, &Keys::new(&self.pairs), &self.options, self.dtype, self.dim)
+        Identity::new(&self.pairs, &Keys::new(&self.pairs), self.dtype, self.dim)
+    }
+
+    /// What is to be computed.
+    pub(crate) fn call(&self) -> &'a Call {
+        self.pairs.call()
     }
 
     /// M, N, d.

@@ -11,12 +11,13 @@
 //! backends use.
 
 use crate::batch::{Batch, Embeddings, EmbeddingsMut, Tower, for_each_dtype};
+use crate::call::{NoNegative, ZeroNorm};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
-use crate::loss::{Block, Loss};
+use crate::loss::Block;
 use crate::mask::{COSINE_TIE, Key, Keys, threshold};
-use crate::options::{NoNegative, Options, ZeroNorm};
 use crate::output::{Evaluation, GradientBuffers, Metrics, TemperatureGradient, check_upstream};
+use crate::pairs::Pairs;
 use rayon::prelude::*;
 
 /// Everything the reference computes, in f64.
@@ -41,14 +42,12 @@ pub struct ReferenceOutput {
 /// As [`loss_and_gradients`], and [`Error::InvalidArgument`] for a buffer whose shape is not M × d (query) or N × d
 /// (passage). On an error no buffer has been written to.
 pub fn loss_and_gradients_into(
-    loss: &Loss,
     batch: &Batch<'_>,
-    options: &Options,
     upstream: f64,
     buffers: GradientBuffers<'_>,
 ) -> Result<(Evaluation, TemperatureGradient)> {
     buffers.expect_shapes(batch.rows(), batch)?;
-    let output = loss_and_gradients(loss, batch, options, upstream)?;
+    let output = loss_and_gradients(batch, upstream)?;
     for (buffer, gradient) in [(buffers.query, &output.grad_query), (buffers.passage, &output.grad_passage)] {
         if let Some(mut buffer) = buffer {
             write_rows(&mut buffer, gradient);
@@ -64,13 +63,14 @@ pub fn loss_and_gradients_into(
 /// embedding without a direction; [`Error::NoNegative`] for a row of weight above 0 with an empty softmax
 /// unless the options say [`NoNegative::Zero`];
 /// [`Error::OutOfMemory`] where the dense matrices do not fit.
-pub fn loss_and_gradients(loss: &Loss, batch: &Batch<'_>, options: &Options, upstream: f64) -> Result<ReferenceOutput> {
+pub fn loss_and_gradients(batch: &Batch<'_>, upstream: f64) -> Result<ReferenceOutput> {
     check_upstream(upstream)?;
-    let (beta, weights) = (options.beta(), batch.normalized_weights());
+    let (call, pairs) = (batch.call(), batch.pairs());
+    let (loss, beta, weights) = (call.loss(), call.beta(), pairs.normalized_weights());
 
     // [1] Directions and norms.
-    let query = Directions::new(batch.query(), Tower::Query, options.zero_norm())?;
-    let passage = Directions::new(batch.passage(), Tower::Passage, options.zero_norm())?;
+    let query = Directions::new(batch.query(), Tower::Query, call.zero_norm())?;
+    let passage = Directions::new(batch.passage(), Tower::Passage, call.zero_norm())?;
 
     // [2] Cosines. The metrics need S whatever the loss.
     let cosines = [
@@ -80,7 +80,7 @@ pub fn loss_and_gradients(loss: &Loss, batch: &Batch<'_>, options: &Options, ups
     ];
 
     // [3] Softmax of every row and group: row losses, ranks, and G = ∂L/∂s in the shape of the cosines.
-    let negatives = Negatives { batch, options, keys: Keys::new(batch) };
+    let negatives = Negatives { pairs, keys: Keys::new(pairs) };
     let mut gradient = [cosines[0].zeros_like()?, cosines[1].zeros_like()?, cosines[2].zeros_like()?];
     let mut grad_beta = 0.0;
     let mut evaluation = Evaluation {
@@ -90,9 +90,9 @@ pub fn loss_and_gradients(loss: &Loss, batch: &Batch<'_>, options: &Options, ups
         passage_to_query: Metrics { precision_at_1: 0.0, mrr: 0.0 },
     };
     for (i, &weight) in weights.iter().enumerate() {
-        let at_positive = (i, batch.positive(i));
+        let at_positive = (i, pairs.positive(i));
         let positive = cosines[S][at_positive];
-        let kept = Block::ALL.map(|block| negatives.kept(loss, block, i, positive, &cosines));
+        let kept = Block::ALL.map(|block| negatives.kept(block, i, positive, &cosines));
 
         for (block, metrics) in
             [(Block::QP, &mut evaluation.query_to_passage), (Block::PQ, &mut evaluation.passage_to_query)]
@@ -106,7 +106,7 @@ pub fn loss_and_gradients(loss: &Loss, batch: &Batch<'_>, options: &Options, ups
             let terms: Vec<Negative> = group.blocks().iter().flat_map(|b| &kept[b.index()]).copied().collect();
             let mut probabilities: Vec<f64> = terms.iter().map(|n| beta * (n.cosine - positive)).collect();
             let Some(row_loss) = softmax(&mut probabilities, group.positive_copies()) else {
-                if weight > 0.0 && options.no_negative() == NoNegative::Error {
+                if weight > 0.0 && call.no_negative() == NoNegative::Error {
                     return Err(Error::NoNegative { loss: loss.name().into(), group: g, row: i });
                 }
                 continue;
@@ -167,24 +167,23 @@ struct Negative {
 
 /// The mask rule applied to one row at a time.
 struct Negatives<'a> {
-    batch: &'a Batch<'a>,
-    options: &'a Options,
+    pairs: &'a Pairs<'a>,
     keys: Keys,
 }
 
 impl Negatives<'_> {
     /// The negatives that row `i` keeps in `block`; none in a block that neither the loss nor the metrics need.
-    fn kept(&self, loss: &Loss, block: Block, i: usize, positive: f64, cosines: &[Matrix; 3]) -> Vec<Negative> {
+    fn kept(&self, block: Block, i: usize, positive: f64, cosines: &[Matrix; 3]) -> Vec<Negative> {
         let ranked = matches!(block, Block::QP | Block::PQ);
-        if !ranked && !loss.uses(block) {
+        if !ranked && !self.pairs.call().loss().uses(block) {
             return Vec::new();
         }
-        let own = self.batch.positive(i);
+        let own = self.pairs.positive(i);
         let passages = block.candidates_are_passages();
         let candidates = if passages { &self.keys.passages } else { &self.keys.rows };
         let drops = if passages { Key::drops_passage } else { Key::drops_query };
-        let owners = self.batch.exclusive_owners().filter(|_| passages);
-        let highest = threshold(positive, self.options.margin());
+        let owners = self.pairs.exclusive_owners().filter(|_| passages);
+        let highest = threshold(positive, self.pairs.call().margin());
         let negative = |j: usize| {
             let (matrix, at) = match block {
                 Block::QP => (S, (i, j)),

@@ -107,7 +107,7 @@ mod tests {
     }
 
     fn losses() -> impl Iterator<Item = Loss> {
-        Loss::PRESETS.iter().map(|(name, _)| Loss::by_name(name).unwrap())
+        Loss::PRESETS.iter().map(|(name, ..)| Loss::by_name(name).unwrap())
     }
 
     /// A pair of indices of a region as one of its edges sees it.

@@ -120,7 +120,7 @@ fn edges(region: &Region, cuts: &[Vec<usize>; 2], step: usize, longest: usize) -
 /// The shortest edge, a multiple of `step`, of which a plan has at most [`MAX_SUPER_BLOCKS`].
 pub(crate) fn least_edge(problem: &Problem<'_>, order: &Order, step: usize) -> usize {
     let m = problem.pairs.rows();
-    let (regions, cuts) = (regions(problem.loss, &problem.rows, order, m), cuts(&problem.rows, order, m));
+    let (regions, cuts) = (regions(problem.call().loss(), &problem.rows, order, m), cuts(&problem.rows, order, m));
     let count = |longest: usize| -> usize {
         let of = |region: &Region| {
             let [rows, cols] = edges(region, &cuts, step, longest).map(|parts| parts.len());
@@ -179,22 +179,21 @@ pub(crate) fn super_blocks(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::Pairs;
+    use crate::call::Call;
     use crate::dtype::DType;
-    use crate::options::Options;
 
     #[test]
     fn the_least_edge_is_that_of_not_too_many_super_blocks() {
-        let (options, losses) = (Options::new(0.1).unwrap(), [Loss::info_nce(), Loss::gte()]);
-        let wide = Pairs::new(4, 1 << 22).unwrap();
         let shared: Vec<u32> = (0..20_000).map(|i| i / 3).collect();
-        let shared = Pairs::new(20_000, 30_000).unwrap().with_positives(&shared).unwrap();
-        for (pairs, rows) in [(Pairs::new(65_536, 65_536).unwrap(), 0..65_536), (wide, 0..4), (shared, 5..19_000)] {
-            for loss in &losses {
-                let problem =
-                    Problem::new(loss, &pairs, &options, DType::F32, 1).unwrap().with_rows(rows.clone()).unwrap();
+        for loss in [Loss::info_nce(), Loss::gte()] {
+            let plain = Call::new(loss, 0.1);
+            let shared = plain.clone().with_positives(&*shared);
+            let (large, wide) = (plain.pairs(65_536, 65_536).unwrap(), plain.pairs(4, 1 << 22).unwrap());
+            let shared = shared.pairs(20_000, 30_000).unwrap();
+            for (pairs, rows) in [(large, 0..65_536), (wide, 0..4), (shared, 5..19_000)] {
+                let problem = Problem::new(pairs, DType::F32, 1).unwrap().with_rows(rows.clone()).unwrap();
                 let (order, m) = (Order::new(&pairs), pairs.rows());
-                let (regions, cuts) = (regions(loss, &rows, &order, m), cuts(&rows, &order, m));
+                let (regions, cuts) = (regions(plain.loss(), &rows, &order, m), cuts(&rows, &order, m));
                 let count = |edge: usize| super_blocks(&problem, &regions, &cuts, 64, edge).len();
                 let edge = least_edge(&problem, &order, 64);
                 assert!(
@@ -205,8 +204,9 @@ mod tests {
                 assert!([2, 3, 10].iter().all(|times| count(edge * times) <= MAX_SUPER_BLOCKS));
             }
         }
-        let (loss, small) = (Loss::gte(), Pairs::new(5000, 6000).unwrap());
-        let problem = Problem::new(&loss, &small, &options, DType::F32, 1).unwrap();
+        let call = Call::new(Loss::gte(), 0.1);
+        let small = call.pairs(5000, 6000).unwrap();
+        let problem = Problem::new(small, DType::F32, 1).unwrap();
         assert_eq!(least_edge(&problem, &Order::new(&small), 128), 128, "what small bounds are for");
     }
 }

@@ -4,7 +4,7 @@
 //! block of the outputs collects its tiles in the order of the list, each by one worker. No two workers ever add to the same
 //! number, and the order of every addition is that of the list: same bits for any number of threads and any workspace.
 
-use super::Call;
+use super::Task;
 use super::epilogue::{Coefficients, Edges, gradient_tile};
 use super::matmul::{MatRef, multiply};
 use super::plan::{Plan, TileId};
@@ -98,13 +98,13 @@ pub(super) struct GradientSums {
 
 /// `stored`: the workspace holds the cosines of every tile from the first pass. `wanted`: which towers need gradients.
 pub(super) fn gradients(
-    call: Call<'_>,
+    task: Task<'_>,
     combined: &Combined,
     stored: bool,
     wanted: [bool; 2],
     workspace: &mut Workspace,
 ) -> Result<GradientSums> {
-    let Call { state, plan, .. } = call;
+    let Task { state, plan, .. } = task;
     // The largest share becomes about 1. A power of two, so that no bit changes but the exponent.
     let shift = (combined.log_magnitude * std::f64::consts::LOG2_E).round();
     let shift = if shift.is_finite() { shift } else { 0.0 };
@@ -142,9 +142,9 @@ pub(super) fn gradients(
         let dots: Vec<f64> = (jobs.into_par_iter().with_min_len(min_len))
             .map(|(x, id)| {
                 if !stored {
-                    pool.with(|s| products(call, id, x, &mut s.panels));
+                    pool.with(|s| products(task, id, x, &mut s.panels));
                 }
-                let (tile, masked) = view(call, id);
+                let (tile, masked) = view(task, id);
                 gradient_tile(x, &tile, &edges(id), masked, !stored)
             })
             .collect();
@@ -166,7 +166,7 @@ pub(super) fn gradients(
         let slots = &*slots;
         outputs.into_par_iter().with_min_len(min_len).for_each(|output| {
             let terms = &terms[output.space as usize][output.block];
-            pool.with(|scratch| collect(call, slots, terms, output, &mut scratch.panels[0]));
+            pool.with(|scratch| collect(task, slots, terms, output, &mut scratch.panels[0]));
         });
     }
     Ok(GradientSums { query, passage, beta, scale: shift.exp2() })
@@ -204,8 +204,8 @@ fn terms(plan: &Plan, tiles: impl Iterator<Item = (usize, TileId)>) -> [Vec<Vec<
     terms
 }
 
-fn collect(call: Call<'_>, slots: &[f32], terms: &[Term], output: Output<'_>, scratch: &mut Vec<f32>) {
-    let Call { state, batch, plan } = call;
+fn collect(task: Task<'_>, slots: &[f32], terms: &[Term], output: Output<'_>, scratch: &mut Vec<f32>) {
+    let Task { state, batch, plan } = task;
     let len = plan.tile_len();
     for term in terms {
         let [rows, cols] = plan.ranges(term.id);

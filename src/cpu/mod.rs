@@ -31,8 +31,6 @@ pub(crate) use workspace::reserve;
 use crate::batch::Batch;
 use crate::combine::Combined;
 use crate::error::Result;
-use crate::loss::Loss;
-use crate::options::Options;
 use crate::output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, TemperatureGradient, check_upstream};
 use crate::partials::Partials;
 use state::State;
@@ -43,7 +41,7 @@ pub const DEFAULT_WORKSPACE_BYTES: usize = 256 << 20;
 
 /// What every pass works on.
 #[derive(Clone, Copy)]
-struct Call<'a> {
+struct Task<'a> {
     state: &'a State,
     batch: &'a Batch<'a>,
     plan: &'a Plan,
@@ -58,13 +56,8 @@ struct Call<'a> {
 /// [`Error::ZeroNorm`](crate::Error::ZeroNorm) by row, [`Error::NoNegative`](crate::Error::NoNegative),
 /// [`Error::WorkspaceTooSmall`](crate::Error::WorkspaceTooSmall), [`Error::OutOfMemory`](crate::Error::OutOfMemory), and
 /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for an upstream gradient that is not finite.
-pub fn loss_and_gradients(
-    loss: &Loss,
-    batch: &Batch<'_>,
-    options: &Options,
-    upstream: f64,
-) -> Result<LossAndGradients> {
-    let compute = |buffers: GradientBuffers<'_>| loss_and_gradients_into(loss, batch, options, upstream, buffers);
+pub fn loss_and_gradients(batch: &Batch<'_>, upstream: f64) -> Result<LossAndGradients> {
+    let compute = |buffers: GradientBuffers<'_>| loss_and_gradients_into(batch, upstream, buffers);
     let (evaluation, gradients) = Gradients::computed(batch.rows(), batch, compute)?;
     Ok(LossAndGradients { evaluation, gradients })
 }
@@ -75,13 +68,11 @@ pub fn loss_and_gradients(
 /// As [`loss_and_gradients`], and [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a buffer of another shape.
 /// Buffers are written only when nothing can fail any more.
 pub fn loss_and_gradients_into(
-    loss: &Loss,
     batch: &Batch<'_>,
-    options: &Options,
     upstream: f64,
     buffers: GradientBuffers<'_>,
 ) -> Result<(Evaluation, TemperatureGradient)> {
-    Workspace::new().loss_and_gradients_into(loss, batch, options, upstream, buffers)
+    Workspace::new().loss_and_gradients_into(batch, upstream, buffers)
 }
 
 impl Workspace {
@@ -91,40 +82,38 @@ impl Workspace {
     /// As the function; the workspace stays usable.
     pub fn loss_and_gradients_into(
         &mut self,
-        loss: &Loss,
         batch: &Batch<'_>,
-        options: &Options,
         upstream: f64,
         buffers: GradientBuffers<'_>,
     ) -> Result<(Evaluation, TemperatureGradient)> {
         check_upstream(upstream)?;
         buffers.expect_shapes(batch.rows(), batch)?;
-        let state = State::new(loss, batch, options, 0..batch.rows())?;
+        let state = State::new(batch, 0..batch.rows())?;
         let plan = Plan::of(&state, batch)?;
-        let call = Call { state: &state, batch, plan: &plan };
+        let task = Task { state: &state, batch, plan: &plan };
         let stored = plan.stored;
         if stored {
             workspace::reserve(&mut self.tiles, plan.slots * plan.tile_len(), "tiles of logits")?;
         }
         let store = stored.then_some(self.tiles.as_mut_slice());
-        let combined = state.combine(&sums::partials(call, store, &self.pool)?)?;
-        let temperature = self.backward(call, &combined, stored, upstream, buffers)?;
+        let combined = state.combine(&sums::partials(task, store, &self.pool)?)?;
+        let temperature = self.backward(task, &combined, stored, upstream, buffers)?;
         Ok((combined.evaluation, temperature))
     }
 
     fn backward(
         &mut self,
-        call: Call<'_>,
+        task: Task<'_>,
         combined: &Combined,
         stored: bool,
         upstream: f64,
         buffers: GradientBuffers<'_>,
     ) -> Result<TemperatureGradient> {
         let wanted = [buffers.query.is_some(), buffers.passage.is_some()];
-        let sums = gradient::gradients(call, combined, stored, wanted, self)?;
-        let beta = call.state.options.beta();
+        let sums = gradient::gradients(task, combined, stored, wanted, self)?;
+        let beta = task.batch.call().beta();
         let temperature = TemperatureGradient::from_beta(upstream * sums.beta * sums.scale, beta);
-        project::project(call, combined, &sums, upstream, buffers);
+        project::project(task, combined, &sums, upstream, buffers);
         self.recycle(sums);
         Ok(temperature)
     }
@@ -134,11 +123,11 @@ impl Workspace {
 ///
 /// # Errors
 /// As [`loss_and_gradients`].
-pub fn forward(loss: &Loss, batch: &Batch<'_>, options: &Options) -> Result<Forward> {
-    let state = State::new(loss, batch, options, 0..batch.rows())?;
+pub fn forward(batch: &Batch<'_>) -> Result<Forward> {
+    let state = State::new(batch, 0..batch.rows())?;
     let plan = Plan::of(&state, batch)?;
-    let call = Call { state: &state, batch, plan: &plan };
-    let combined = state.combine(&sums::partials(call, None, &Workspace::new().pool)?)?;
+    let task = Task { state: &state, batch, plan: &plan };
+    let combined = state.combine(&sums::partials(task, None, &Workspace::new().pool)?)?;
     Ok(Forward { state, combined })
 }
 
@@ -179,8 +168,8 @@ impl Forward {
         self.state.expect_batch(batch)?;
         buffers.expect_shapes(batch.rows(), batch)?;
         let plan = Plan::of(&self.state, batch)?;
-        let call = Call { state: &self.state, batch, plan: &plan };
-        Workspace::new().backward(call, &self.combined, false, upstream, buffers)
+        let task = Task { state: &self.state, batch, plan: &plan };
+        Workspace::new().backward(task, &self.combined, false, upstream, buffers)
     }
 }
 
@@ -201,14 +190,14 @@ impl<'a> Shard<'a> {
     /// # Errors
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a range that is empty or beyond the batch; otherwise as
     /// [`loss_and_gradients`].
-    pub fn new(loss: &Loss, batch: &Batch<'a>, options: &Options, rows: Range<usize>) -> Result<Self> {
-        let state = State::new(loss, batch, options, rows)?;
+    pub fn new(batch: &Batch<'a>, rows: Range<usize>) -> Result<Self> {
+        let state = State::new(batch, rows)?;
         let plan = Plan::of(&state, batch)?;
         Ok(Self { state, batch: *batch, plan })
     }
 
-    fn call(&self) -> Call<'_> {
-        Call { state: &self.state, batch: &self.batch, plan: &self.plan }
+    fn task(&self) -> Task<'_> {
+        Task { state: &self.state, batch: &self.batch, plan: &self.plan }
     }
 
     /// The shard's share of every row's sums, O(M) numbers.
@@ -216,7 +205,7 @@ impl<'a> Shard<'a> {
     /// # Errors
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
     pub fn partials(&self) -> Result<Partials> {
-        sums::partials(self.call(), None, &Workspace::new().pool)
+        sums::partials(self.task(), None, &Workspace::new().pool)
     }
 
     /// Loss, row losses and metrics of the whole batch, from the merged partials of all shards.
@@ -238,7 +227,7 @@ impl<'a> Shard<'a> {
         let combined = self.state.combine(merged)?;
         let rows = self.state.rows.len();
         let compute = |buffers: GradientBuffers<'_>| {
-            Ok(((), Workspace::new().backward(self.call(), &combined, false, upstream, buffers)?))
+            Ok(((), Workspace::new().backward(self.task(), &combined, false, upstream, buffers)?))
         };
         Gradients::computed(rows, &self.batch, compute).map(|((), gradients)| gradients)
     }

@@ -6,8 +6,6 @@ use super::state::State;
 use super::tower::Panels;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
-use crate::loss::Loss;
-use crate::options::Options;
 use crate::order::Space;
 use crate::regions::{Region, cuts, regions};
 use std::fmt;
@@ -87,8 +85,8 @@ impl Plan {
     ///
     /// # Errors
     /// As the call itself: invalid or unsupported inputs, and [`Error::WorkspaceTooSmall`].
-    pub fn new(loss: &Loss, batch: &Batch<'_>, options: &Options) -> Result<Self> {
-        let state = State::new(loss, batch, options, 0..batch.rows())?;
+    pub fn new(batch: &Batch<'_>) -> Result<Self> {
+        let state = State::new(batch, 0..batch.rows())?;
         Self::of(&state, batch)
     }
 
@@ -102,7 +100,7 @@ impl Plan {
         let least = (MIN_TILE..MAX_TILE).step_by(MIN_TILE).find(few).unwrap_or(MAX_TILE);
         // Sixteen tiles at the least where the batch allows, so that a small batch still has work for every core.
         let mut tile = m.div_ceil(4).next_multiple_of(MIN_TILE).clamp(64, MAX_TILE).max(least);
-        let bound = state.options.workspace_bytes().unwrap_or(DEFAULT_WORKSPACE_BYTES);
+        let bound = batch.call().workspace_bytes().unwrap_or(DEFAULT_WORKSPACE_BYTES);
         let direct = [Space::Query, Space::Passage].iter().all(|&s| Panels::is_direct(&state.panels(s, batch)));
         let panel = |tile: usize| if direct { 0 } else { tile * width };
         let panel_bytes = |tile: usize| PANELS * panel(tile) * size_of::<f32>();
@@ -258,25 +256,27 @@ impl Plan {
 mod tests {
     use super::*;
     use crate::batch::Embeddings;
+    use crate::call::Call;
+    use crate::loss::Loss;
 
     #[test]
     fn lists_of_tiles_are_bounded() {
         let ones = vec![1.0_f32; 65_536];
         let x = Embeddings::new(&ones, 65_536, 1).unwrap();
-        let wide = Batch::new(Embeddings::new(&ones[..4], 4, 1).unwrap(), x).unwrap();
-        let square = Batch::new(x, x).unwrap();
-        let plan = |batch: &Batch<'_>, bytes: usize| {
-            Plan::new(&Loss::samtone_both(), batch, &Options::new(0.1).unwrap().with_workspace_bytes(bytes))
+        let four = Embeddings::new(&ones[..4], 4, 1).unwrap();
+        let plan = |query, bytes: usize| {
+            let call = Call::new(Loss::samtone_both(), 0.1).with_workspace_bytes(bytes);
+            Plan::new(&Batch::new(&call, query, x).unwrap())
         };
-        let Err(Error::WorkspaceTooSmall { given: 2048, needed, rows: 65_536, .. }) = plan(&square, 2048) else {
+        let Err(Error::WorkspaceTooSmall { given: 2048, needed, rows: 65_536, .. }) = plan(x, 2048) else {
             panic!("16.8 million tiles were accepted")
         };
-        let least = plan(&square, needed).unwrap();
+        let least = plan(x, needed).unwrap();
         assert!(least.tiles.len() <= MAX_TILES && least.tiles.len() > MAX_TILES / 2, "{least}");
         assert_eq!(count_tiles(&least.regions, &least.grids), least.tiles.len());
-        assert!(plan(&square, needed - 1).is_err());
-        assert!(plan(&square, 3 * needed).unwrap().tiles.len() <= MAX_TILES);
+        assert!(plan(x, needed - 1).is_err());
+        assert!(plan(x, 3 * needed).unwrap().tiles.len() <= MAX_TILES);
         // Few tiles of the smallest edge, and as small a workspace as ever.
-        assert_eq!(plan(&wide, 2048).unwrap().tile(), MIN_TILE);
+        assert_eq!(plan(four, 2048).unwrap().tile(), MIN_TILE);
     }
 }

@@ -3,7 +3,7 @@
 //! With u the sum over negatives from the gradient pass, already divided by ‖x‖: ∂L/∂x = β (I − x̂x̂ᵀ)(u + Σ D_i ŷ/‖x‖),
 //! where ŷ is the other side of each positive pair that x belongs to.
 
-use super::Call;
+use super::Task;
 use super::gradient::{Accumulator, GradientSums};
 use super::tower::{Norms, lanes};
 use crate::batch::{Embeddings, EmbeddingsMut, for_each_dtype};
@@ -15,21 +15,21 @@ use rayon::prelude::*;
 
 /// Writes the gradients; nothing can fail any more.
 pub(super) fn project(
-    call: Call<'_>,
+    task: Task<'_>,
     combined: &Combined,
     sums: &GradientSums,
     upstream: f64,
     buffers: GradientBuffers<'_>,
 ) {
-    let Call { state, batch, .. } = call;
-    let factor = upstream * state.options.beta();
+    let Task { state, batch, .. } = task;
+    let factor = upstream * batch.call().beta();
     let scale = sums.scale;
     if let (Some(out), Some(sums)) = (buffers.query, &sums.query) {
         let (own, other) = (&state.query_norms, &state.passage_norms);
         write(out, |row, gradient| {
             let i = state.rows.start + row;
             add_sum(gradient, sums, i, scale, own.shift.as_ref().map_or(0, |s| s[i]));
-            let n = batch.positive(i);
+            let n = batch.pairs().positive(i);
             add_scaled(gradient, batch.passage(), n, combined.diagonal[i] * other.inverse[n] * own.inverse[i]);
             tangent(gradient, batch.query(), i, own, factor);
         });

@@ -4,13 +4,13 @@ use super::epilogue::{Anchors, Candidates, Side};
 use super::simd::{Beta, LANES};
 use super::tower::{Norms, Panels, dot};
 use crate::batch::{Batch, Tower};
+use crate::call::NoNegative;
 use crate::combine::{self, Combined, Rows};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::identity::Identity;
 use crate::loss::Loss;
 use crate::mask::{COSINE_TIE, Keys, may_mask, threshold};
-use crate::options::Options;
 use crate::order::{Order, Space};
 use crate::partials::{Partials, SAME_COSINE, expect_positives};
 use rayon::prelude::*;
@@ -20,7 +20,6 @@ use std::ops::Range;
 #[derive(Debug, Clone)]
 pub(super) struct State {
     pub loss: Loss,
-    pub options: Options,
     /// Rows of the shard; all of them for one device.
     pub rows: Range<usize>,
     pub query_norms: Norms,
@@ -36,27 +35,29 @@ pub(super) struct State {
     /// What a batch and partials must be of to be used with this state.
     pub identity: Identity,
     dim: usize,
+    inverse_temperature: f64,
+    no_negative: NoNegative,
     weight: Vec<f64>,
 }
 
 /// Norms of both towers, and s⁺ᵢ of every row.
-fn measure(batch: &Batch<'_>, options: &Options) -> Result<([Norms; 2], Vec<f64>)> {
-    let query = Norms::new(Tower::Query, batch.query(), options.zero_norm())?;
-    let passage = Norms::new(Tower::Passage, batch.passage(), options.zero_norm())?;
+fn measure(batch: &Batch<'_>) -> Result<([Norms; 2], Vec<f64>)> {
+    let query = Norms::new(Tower::Query, batch.query(), batch.call().zero_norm())?;
+    let passage = Norms::new(Tower::Passage, batch.passage(), batch.call().zero_norm())?;
     let mut positive = vec![0.0; batch.rows()];
     positive.par_iter_mut().enumerate().for_each(|(i, s)| {
-        let n = batch.positive(i);
+        let n = batch.pairs().positive(i);
         *s = dot(batch.query(), i, batch.passage(), n) * query.inverse[i] * passage.inverse[n];
     });
     Ok(([query, passage], positive))
 }
 
-fn identity(loss: &Loss, batch: &Batch<'_>, keys: &Keys, options: &Options) -> Identity {
-    Identity::new(loss, batch.pairs(), keys, options, batch.dtype(), batch.dim())
+fn identity(batch: &Batch<'_>, keys: &Keys) -> Identity {
+    Identity::new(batch.pairs(), keys, batch.dtype(), batch.dim())
 }
 
 impl State {
-    pub(super) fn new(loss: &Loss, batch: &Batch<'_>, options: &Options, rows: Range<usize>) -> Result<Self> {
+    pub(super) fn new(batch: &Batch<'_>, rows: Range<usize>) -> Result<Self> {
         if batch.dtype() == DType::F64 {
             return Err(Error::dtype("cpu", DType::F64, "f32, f16 and bf16; the reference takes f64"));
         }
@@ -64,10 +65,11 @@ impl State {
             let allowed = format!("a non-empty range within 0..{}", batch.rows());
             return Err(Error::invalid("rows", format!("{rows:?}"), allowed));
         }
-        let ([query_norms, passage_norms], positive) = measure(batch, options)?;
-        let order = Order::new(batch);
-        let keys = Keys::new(batch);
-        let anchors = |rows: &[u32]| Anchors::new(rows, &keys.rows, &positive, options.margin());
+        let ([query_norms, passage_norms], positive) = measure(batch)?;
+        let (call, pairs) = (batch.call(), batch.pairs());
+        let order = Order::new(pairs);
+        let keys = Keys::new(pairs);
+        let anchors = |rows: &[u32]| Anchors::new(rows, &keys.rows, &positive, call.margin());
         let all_rows: Vec<u32> = (0..batch.rows() as u32).collect();
         let query_side = Side {
             inverse: padded((0..batch.rows()).map(|i| query_norms.panel_inverse(i)), 0.0),
@@ -75,7 +77,7 @@ impl State {
             candidates: Candidates::queries(&keys.rows),
         };
         let index = || (0..order.len()).map(|k| order.passage(k));
-        let owners = batch.exclusive_owners();
+        let owners = pairs.exclusive_owners();
         let passage_side = Side {
             inverse: padded(index().map(|n| passage_norms.panel_inverse(n)), 0.0),
             anchors: anchors(&order.anchor_row),
@@ -85,20 +87,21 @@ impl State {
             ),
         };
         Ok(Self {
-            loss: loss.clone(),
-            options: *options,
+            loss: call.loss().clone(),
             rows,
-            masked: may_mask(batch, &order, options),
-            beta: Beta::new(options.beta()),
+            masked: may_mask(pairs, &order),
+            beta: Beta::new(call.beta()),
             query_norms,
             passage_norms,
             order,
             query_side,
             passage_side,
             positive,
-            identity: identity(loss, batch, &keys, options),
+            identity: identity(batch, &keys),
             dim: batch.dim(),
-            weight: batch.normalized_weights(),
+            inverse_temperature: call.beta(),
+            no_negative: call.no_negative(),
+            weight: pairs.normalized_weights(),
         })
     }
 
@@ -109,15 +112,16 @@ impl State {
         let order = &self.order;
         if (batch.rows(), batch.passages()) == (self.positive.len(), order.passages) {
             let mut anchors = (0..order.anchors).chain(order.passages..order.len());
-            if let Some(k) = anchors.find(|&k| batch.positive(order.anchor_row[k] as usize) != order.passage(k)) {
+            if let Some(k) = anchors.find(|&k| batch.pairs().positive(order.anchor_row[k] as usize) != order.passage(k))
+            {
                 let row = order.anchor_row[k] as usize;
                 let describe = |n: usize| format!("a batch where row {row} has passage {n} as its positive");
-                let (saved, given) = (describe(order.passage(k)), describe(batch.positive(row)));
+                let (saved, given) = (describe(order.passage(k)), describe(batch.pairs().positive(row)));
                 return Err(Error::StateMismatch { saved, given });
             }
         }
-        self.identity.expect(&identity(&self.loss, batch, &Keys::new(batch), &self.options))?;
-        let (norms, positive) = measure(batch, &self.options)?;
+        self.identity.expect(&identity(batch, &Keys::new(batch.pairs())))?;
+        let (norms, positive) = measure(batch)?;
         let towers = [(Tower::Query, &self.query_norms), (Tower::Passage, &self.passage_norms)];
         for ((tower, saved), given) in towers.into_iter().zip(&norms) {
             let mut rows = saved.inverse.iter().zip(&given.inverse).enumerate();
@@ -161,9 +165,8 @@ impl State {
     pub(super) fn combine(&self, partials: &Partials) -> Result<Combined> {
         partials.expect_problem(&self.identity)?;
         expect_positives(&partials.positive, &self.positive, SAME_COSINE)?;
-        let beta = self.options.beta();
-        let positive_logit: Vec<f64> = self.positive.iter().map(|s| beta * s).collect();
-        let (weight, no_negative) = (self.weight.as_slice(), self.options.no_negative());
+        let positive_logit: Vec<f64> = self.positive.iter().map(|s| self.inverse_temperature * s).collect();
+        let (weight, no_negative) = (self.weight.as_slice(), self.no_negative);
         combine::combine(&self.loss, &Rows { positive_logit: &positive_logit, weight, no_negative }, partials)
     }
 }

@@ -1,6 +1,6 @@
 //! First pass: tiles of cosines → sums of exponentials and ranks of every row.
 
-use super::Call;
+use super::Task;
 use super::epilogue::{Tile, TileSums, sum_tile};
 use super::matmul::multiply;
 use super::plan::TileId;
@@ -11,8 +11,8 @@ use crate::partials::Partials;
 use rayon::prelude::*;
 
 /// x ← X_rows · Y_colsᵀ, products of raw embeddings.
-pub(super) fn products(call: Call<'_>, id: TileId, x: &mut [f32], panels: &mut [Vec<f32>; 2]) {
-    let Call { state, batch, plan } = call;
+pub(super) fn products(task: Task<'_>, id: TileId, x: &mut [f32], panels: &mut [Vec<f32>; 2]) {
+    let Task { state, batch, plan } = task;
     let [row_space, col_space] = plan.region(id).spaces;
     let [rows, cols] = plan.ranges(id);
     let (left, right) = (state.panels(row_space, batch), state.panels(col_space, batch));
@@ -28,8 +28,8 @@ pub(super) fn products(call: Call<'_>, id: TileId, x: &mut [f32], panels: &mut [
 }
 
 /// The epilogue's view of a tile, and whether any of its pairs can be masked.
-pub(super) fn view(call: Call<'_>, id: TileId) -> (Tile<'_>, bool) {
-    let Call { state, plan, .. } = call;
+pub(super) fn view(task: Task<'_>, id: TileId) -> (Tile<'_>, bool) {
+    let Task { state, plan, .. } = task;
     let [row_space, col_space] = plan.region(id).spaces;
     let [rows, cols] = plan.ranges(id);
     // Default keys mask a pair only where both indices are the same: the order of the passages sees to it.
@@ -47,10 +47,10 @@ pub(super) fn view(call: Call<'_>, id: TileId) -> (Tile<'_>, bool) {
     (tile, masked)
 }
 
-fn visit(call: Call<'_>, id: TileId, x: &mut [f32], panels: &mut [Vec<f32>; 2]) -> TileSums {
-    products(call, id, x, panels);
-    let (tile, masked) = view(call, id);
-    let plan = call.plan;
+fn visit(task: Task<'_>, id: TileId, x: &mut [f32], panels: &mut [Vec<f32>; 2]) -> TileSums {
+    products(task, id, x, panels);
+    let (tile, masked) = view(task, id);
+    let plan = task.plan;
     let cols = plan.region(id).sum_cols && !plan.on_diagonal(id);
     match (masked, cols) {
         (true, true) => sum_tile::<true, true>(x, &tile),
@@ -61,8 +61,8 @@ fn visit(call: Call<'_>, id: TileId, x: &mut [f32], panels: &mut [Vec<f32>; 2]) 
 }
 
 /// All sums of the shard. `store`, if given, has room for every tile and receives their cosines.
-pub(super) fn partials(call: Call<'_>, mut store: Option<&mut [f32]>, pool: &Pool) -> Result<Partials> {
-    let Call { state, batch, plan } = call;
+pub(super) fn partials(task: Task<'_>, mut store: Option<&mut [f32]>, pool: &Pool) -> Result<Partials> {
+    let Task { state, batch, plan } = task;
     let mut out = Partials::new(
         batch.rows(),
         |b| state.loss.uses(b),
@@ -80,7 +80,7 @@ pub(super) fn partials(call: Call<'_>, mut store: Option<&mut [f32]>, pool: &Poo
                 .par_chunks_mut(len)
                 .zip(wave)
                 .with_min_len(min_len)
-                .map(|(x, &id)| pool.with(|s| visit(call, id, x, &mut s.panels)))
+                .map(|(x, &id)| pool.with(|s| visit(task, id, x, &mut s.panels)))
                 .collect(),
             None => wave
                 .par_iter()
@@ -88,21 +88,21 @@ pub(super) fn partials(call: Call<'_>, mut store: Option<&mut [f32]>, pool: &Poo
                 .map(|&id| {
                     pool.with(|s| {
                         let Scratch { tile, panels } = s;
-                        visit(call, id, tile, panels)
+                        visit(task, id, tile, panels)
                     })
                 })
                 .collect(),
         };
         // One thread merges, in the order of the tiles: O(edge) work for each against O(edge²·d) above.
         for (&id, sums) in wave.iter().zip(&sums) {
-            merge(&mut out, call, id, sums);
+            merge(&mut out, task, id, sums);
         }
     }
     Ok(out)
 }
 
-fn merge(out: &mut Partials, call: Call<'_>, id: TileId, tile: &TileSums) {
-    let Call { state, plan, .. } = call;
+fn merge(out: &mut Partials, task: Task<'_>, id: TileId, tile: &TileSums) {
+    let Task { state, plan, .. } = task;
     let region = plan.region(id);
     let edges = [(&tile.rows, &tile.rows_above), (&tile.cols, &tile.cols_above)];
     for (edge, (sums, above)) in edges.into_iter().enumerate() {

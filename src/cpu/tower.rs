@@ -3,9 +3,9 @@
 use super::matmul::MatRef;
 use super::simd::{widen_bf16, widen_f16};
 use crate::batch::{Data, Embeddings, Tower, for_each_dtype};
+use crate::call::ZeroNorm;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
-use crate::options::ZeroNorm;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use std::ops::Range;

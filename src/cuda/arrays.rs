@@ -105,7 +105,7 @@ impl Launches<'_> {
         let row_keys: Vec<[u32; 2]> = keys.rows.iter().map(|k| [k.query, k.passage]).collect();
         let row_keys = self.side_array("row_keys", &row_keys);
         let weights = self.side_array("weights", &pairs.normalized_weights());
-        let groups: Vec<[u64; 2]> = (problem.loss.groups().iter())
+        let groups: Vec<[u64; 2]> = (problem.call().loss().groups().iter())
             .map(|g| {
                 let blocks = g.blocks().iter().fold(0_u64, |bits, b| bits | 1 << b.index());
                 [g.coefficient().to_bits(), blocks | u64::from(g.positive_copies()) << 32]
@@ -162,7 +162,7 @@ impl Launches<'_> {
     /// Gives every square that may be skipped its place; none if the options ask for no skipping, or there is no such square.
     fn skipping(&mut self) -> Option<Skipping> {
         let Layouts { problem, tile, division, .. } = self.layouts;
-        let share = problem.options.tile_skipping()?;
+        let share = problem.call().tile_skipping()?;
         let mut squares = 0;
         for block in division.backward.iter().flatten().filter(|s| s.knows_shares()) {
             self.first_squares.insert(block.number, squares);
@@ -171,7 +171,7 @@ impl Launches<'_> {
         // Of a row in all its blocks, itself and its positive among them, so that shares of tiles add up to η at the most.
         let (m, n, _) = problem.shape();
         let candidates = |block: &Block| if matches!(block, Block::QP | Block::PP) { n } else { m };
-        let met: usize = Block::ALL.iter().filter(|b| problem.loss.uses(**b)).map(candidates).sum();
+        let met: usize = Block::ALL.iter().filter(|b| problem.call().loss().uses(**b)).map(candidates).sum();
         (squares > 0).then(|| Skipping {
             masses: self.layout.add(Slot::State, "square_masses", 16 * squares),
             skipped: self.layout.add(Slot::State, "skipped", 4 * squares),

@@ -132,7 +132,7 @@ impl<'a> Launches<'a> {
 
     fn towers(&self, towers: &[TowerArrays; 2]) -> Argument {
         let Layouts { problem, order, .. } = &self.layouts;
-        let masked = crate::mask::may_mask(&problem.pairs, order, &problem.options);
+        let masked = crate::mask::may_mask(&problem.pairs, order);
         let tower = |argument: Argument, t: &TowerArrays| {
             argument.pointer(at(t.packed)).u64(t.plane).u64(t.panel).pointer(at(t.inverse)).pointer(at(t.candidates))
         };
@@ -141,7 +141,7 @@ impl<'a> Launches<'a> {
 
     /// β·log₂e as two floats whose sum is exact to 2⁻⁴⁸.
     fn beta(&self) -> Argument {
-        let exact = self.layouts.problem.options.beta() * std::f64::consts::LOG2_E;
+        let exact = self.layouts.problem.call().beta() * std::f64::consts::LOG2_E;
         let high = exact as f32;
         Argument::new().f32(high).f32((exact - f64::from(high)) as f32)
     }

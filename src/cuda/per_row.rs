@@ -4,7 +4,7 @@ use super::arrays::{Common, Part, Sums, TowerArrays};
 use super::launches::{Launches, MAX_CUTS, REDUCE_BYTES, REDUCE_THREADS, at};
 use super::problem::{Arithmetic, Tile};
 use super::schedule::{Address, Argument, Launch};
-use crate::options::{NoNegative, ZeroNorm};
+use crate::call::{NoNegative, ZeroNorm};
 
 /// Warps, and so rows, of a block of `prepare` and `project`.
 pub(super) const ROWS_PER_BLOCK: usize = 8;
@@ -57,7 +57,7 @@ impl Launches<'_> {
                 .pointer(at(common.positive))
                 .pointer(at(common.anchors))
                 .pointer(at(common.ticket))
-                .f64(problem.options.margin().unwrap_or(f64::INFINITY))
+                .f64(problem.call().margin().unwrap_or(f64::INFINITY))
                 .flag(with_positives)
                 .u32(0_u32);
             Launch::new("prepare", "prepare", [blocks as u32, 1], REDUCE_THREADS)
@@ -68,7 +68,7 @@ impl Launches<'_> {
     }
 
     fn zero_is_error(&self) -> bool {
-        self.layouts.problem.options.zero_norm() == ZeroNorm::Error
+        self.layouts.problem.call().zero_norm() == ZeroNorm::Error
     }
 
     /// Merges the partials of a wave, and combines the sums if `complete`.
@@ -97,13 +97,13 @@ impl Launches<'_> {
             .pointer(at(common.block_results))
             .pointer(at(common.status))
             .pointer(at(common.ticket))
-            .f64(problem.options.beta())
+            .f64(problem.call().beta())
             .u32(m)
-            .u32(problem.loss.groups().len())
+            .u32(problem.call().loss().groups().len())
             .u32(towers[0].indices)
             .u32(towers[1].indices)
             .flag(self.zero_is_error())
-            .flag(problem.options.no_negative() == NoNegative::Error)
+            .flag(problem.call().no_negative() == NoNegative::Error)
             .flag(!complete)
             .u32(0_u32);
         Launch::new("combine", "combine", [m.div_ceil(COMBINED_ROWS) as u32, 1], REDUCE_THREADS)
@@ -160,7 +160,7 @@ impl Launches<'_> {
             .pointer(at(common.anchor_row))
             .pointer(common.upstream)
             .pointer(at(common.status))
-            .f64(problem.options.beta())
+            .f64(problem.call().beta())
             .f64(problem.upstream)
             .u32(rows.start)
             .u32(rows.end)

@@ -90,11 +90,11 @@ impl Plan {
             let edge = least_edge(problem, &order, tile.step());
             bounded_bytes(edge, edge, problem.arithmetic())
         };
-        let given = problem.options.workspace_bytes().unwrap_or(DEFAULT_WORKSPACE_BYTES);
+        let given = problem.workspace_bytes.unwrap_or(DEFAULT_WORKSPACE_BYTES);
         let tile = problem.tile(|tile| needed(tile) <= given)?;
         let needed = needed(tile);
         // Without a bound of the caller's, batches beyond a million pairs take what they need.
-        let bound = problem.options.workspace_bytes().unwrap_or(given.max(needed));
+        let bound = problem.workspace_bytes.unwrap_or(given.max(needed));
         if needed > bound {
             return Err(Error::WorkspaceTooSmall { given, needed, rows: m, passages: n, dim: d });
         }
@@ -127,7 +127,7 @@ impl Plan {
             flops: layouts.division.flops(d),
             title: format!(
                 "cuda {}, {} queries x {} passages of dimension {}, {}",
-                problem.loss.name(),
+                problem.call().loss().name(),
                 m,
                 n,
                 d,
@@ -241,19 +241,22 @@ impl fmt::Display for Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::Pairs;
+    use crate::call::Call;
+    use crate::call::Call;
     use crate::cuda::{Architecture, Cosines};
     use crate::dtype::DType;
     use crate::loss::Loss;
-    use crate::options::Options;
 
     fn plan(rows: usize, dtype: DType, change: fn(Problem<'_>) -> Problem<'_>) -> Plan {
-        plan_with(&Options::new(0.01).unwrap(), rows, dtype, change)
+        plan_with(&call(), rows, dtype, change)
     }
 
-    fn plan_with(options: &Options, rows: usize, dtype: DType, change: fn(Problem<'_>) -> Problem<'_>) -> Plan {
-        let (loss, pairs) = (Loss::samtone_query(), Pairs::new(rows, rows).unwrap());
-        Plan::new(&change(Problem::new(&loss, &pairs, options, dtype, 768).unwrap())).unwrap()
+    fn call() -> Call {
+        Call::new(Loss::samtone_query(), 0.01)
+    }
+
+    fn plan_with(call: &Call, rows: usize, dtype: DType, change: fn(Problem<'_>) -> Problem<'_>) -> Plan {
+        Plan::new(&change(Problem::new(call.pairs(rows, rows).unwrap(), dtype, 768).unwrap())).unwrap()
     }
 
     #[test]
@@ -282,7 +285,7 @@ mod tests {
                 |p: Problem<'_>| clusters(p).with_arithmetic(Arithmetic::F16),
             ] as [fn(Problem<'_>) -> Problem<'_>; 5]
             {
-                let skipping = Options::new(0.01).unwrap().with_tile_skipping(1e-3).unwrap();
+                let skipping = call().with_tile_skipping(1e-3);
                 let plan = plan_with(&skipping, rows, dtype, change);
                 for launch in plan.forward().iter().chain(plan.backward()).chain(plan.backward_alone()) {
                     assert_eq!(
@@ -323,7 +326,7 @@ mod tests {
             assert_eq!(plan(rows, dtype, |p| p).waves, [1, 1], "{dtype}");
             assert!(plan(16_384, dtype, |p| p).waves > [1, 1], "{dtype}");
         }
-        let tight = Options::new(0.01).unwrap().with_workspace_bytes(5 << 20);
+        let tight = call().with_workspace_bytes(5 << 20);
         let two = plan_with(&tight, 1024, DType::BF16, |p| p);
         assert_eq!(two.waves, [2, 2], "{two}");
         assert_eq!(
@@ -342,7 +345,7 @@ mod tests {
                 "project"
             ]
         );
-        let skipping = Options::new(0.01).unwrap().with_tile_skipping(1e-3).unwrap();
+        let skipping = call().with_tile_skipping(1e-3);
         assert_eq!(launches(&plan_with(&skipping, 1024, DType::BF16, |p| p)).len(), 9);
     }
 
@@ -354,10 +357,9 @@ mod tests {
             (DType::BF16, |p| p.with_cosines(Cosines::Kept)),
             (DType::BF16, |p| p.with_architecture(Architecture::Sm90a { multiprocessors: 132 })),
         ] {
-            let (loss, pairs) = (Loss::samtone_query(), Pairs::new(65_536, 65_536).unwrap());
             let plan = |bytes: usize| {
-                let options = Options::new(0.01).unwrap().with_workspace_bytes(bytes);
-                Plan::new(&change(Problem::new(&loss, &pairs, &options, dtype, 1).unwrap()))
+                let call = call().with_workspace_bytes(bytes);
+                Plan::new(&change(Problem::new(call.pairs(65_536, 65_536).unwrap(), dtype, 1).unwrap()))
             };
             let Err(Error::WorkspaceTooSmall { needed, rows: 65_536, .. }) = plan(100 << 10) else {
                 panic!("a million super-blocks were accepted")
@@ -385,7 +387,7 @@ mod tests {
 
     #[test]
     fn skipping_costs_nothing_unless_asked_for_and_little_then() {
-        let skipping = Options::new(0.01).unwrap().with_tile_skipping(1e-3).unwrap();
+        let skipping = call().with_tile_skipping(1e-3);
         for (change, edge) in [((|p| p) as fn(Problem<'_>) -> Problem<'_>, 128), (|p| p.with_tile(Tile::Small), 64)] {
             let (without, with) = (plan(4096, DType::BF16, change), plan_with(&skipping, 4096, DType::BF16, change));
             assert!(without.array("skipped").is_none() && without.array("square_masses").is_none());
@@ -399,8 +401,8 @@ mod tests {
                 assert_eq!(with.slot_bytes(slot), without.slot_bytes(slot));
             }
         }
-        let (loss, pairs) = (Loss::info_nce(), Pairs::new(4096, 5000).unwrap());
-        let problem = Problem::new(&loss, &pairs, &skipping, DType::BF16, 64).unwrap();
+        let skipping = Call::new(Loss::info_nce(), 0.01).with_tile_skipping(1e-3);
+        let problem = Problem::new(skipping.pairs(4096, 5000).unwrap(), DType::BF16, 64).unwrap();
         let clusters = problem.with_architecture(Architecture::Sm90a { multiprocessors: 132 });
         assert_eq!(Plan::new(&clusters).unwrap().array("skipped").unwrap().bytes, 4 * 16 * (16 + 4));
     }

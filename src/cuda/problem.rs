@@ -3,7 +3,6 @@
 use super::waves::bounded_bytes;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::options::Options;
 use crate::problem::Problem;
 use crate::super_blocks::Tiling;
 
@@ -118,13 +117,11 @@ impl Tile {
         }
     }
 
-    /// The options with a workspace bound, if there is one, in bytes, of at least what one super-block of this tile takes in any
-    /// arithmetic: for whoever chooses the tile and not the bound.
-    pub fn with_room(self, options: Options) -> Options {
-        let least = [Arithmetic::F16, Arithmetic::F16x2, Arithmetic::F16x3, Arithmetic::Exact]
-            .map(|arithmetic| bounded_bytes(self.step(), self.step(), arithmetic));
-        let least = least.into_iter().max().unwrap_or(0);
-        options.workspace_bytes().map_or(options, |bytes| options.with_workspace_bytes(bytes.max(least)))
+    /// What one super-block of this tile takes of the bounded workspace in any arithmetic, in bytes.
+    fn room(self) -> usize {
+        let arithmetics = [Arithmetic::F16, Arithmetic::F16x2, Arithmetic::F16x3, Arithmetic::Exact];
+        let bytes = arithmetics.map(|arithmetic| bounded_bytes(self.step(), self.step(), arithmetic));
+        bytes.into_iter().max().unwrap_or(0)
     }
 
     pub(super) const fn tiling(self) -> Tiling {
@@ -220,6 +217,13 @@ impl Problem<'_> {
     /// [`Architecture::Sm90a`]; [`Arithmetic::Exact`] has [`Tile::Small`] alone and takes that.
     pub fn with_tile(mut self, tile: Tile) -> Self {
         self.cuda.tile = Some(tile);
+        self
+    }
+
+    /// A workspace bound, if there is one, of at least what one super-block of `tile` takes in any arithmetic: for whoever chooses
+    /// the tile and not the bound.
+    pub fn with_room_for(mut self, tile: Tile) -> Self {
+        self.workspace_bytes = self.workspace_bytes.map(|bytes| bytes.max(tile.room()));
         self
     }
 

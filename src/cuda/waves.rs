@@ -82,10 +82,10 @@ impl Division {
     /// Waves of at most `wave_bytes`, and what fits beside them kept.
     fn new(problem: &Problem<'_>, order: &Order, tile: Tile, bound: usize, wave_bytes: usize, keeps: Cosines) -> Self {
         let (m, arithmetic) = (problem.pairs.rows(), problem.arithmetic());
-        let regions = regions::regions(problem.loss, &problem.rows, order, m);
+        let regions = regions::regions(problem.call().loss(), &problem.rows, order, m);
         let longest = longest_edge(arithmetic, tile, wave_bytes);
         let blocks = super_blocks(problem, &regions, &regions::cuts(&problem.rows, order, m), tile.step(), longest);
-        let with_coefficients = |s: &&SuperBlock| s.has_coefficients(problem.loss);
+        let with_coefficients = |s: &&SuperBlock| s.has_coefficients(problem.call().loss());
         let forward = waves(blocks.iter().cloned(), tile, arithmetic, wave_bytes);
         let backward = waves(blocks.iter().filter(with_coefficients).cloned(), tile, arithmetic, wave_bytes);
         let wave = |wave: &Wave| wave.iter().map(|s| bytes_of(s, tile, arithmetic)).sum::<usize>();
@@ -232,18 +232,16 @@ impl Launches<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::Pairs;
+    use crate::call::Call;
     use crate::cuda::{Architecture, DEFAULT_WORKSPACE_BYTES, Plan};
     use crate::dtype::DType;
     use crate::loss::Loss;
-    use crate::options::Options;
 
     type Change = fn(Problem<'_>) -> Problem<'_>;
 
     fn plan(rows: usize, dim: usize, workspace: usize, change: Change) -> Plan {
-        let (loss, pairs) = (Loss::samtone_query(), Pairs::new(rows, rows).unwrap());
-        let options = Options::new(0.01).unwrap().with_workspace_bytes(workspace);
-        Plan::new(&change(Problem::new(&loss, &pairs, &options, DType::BF16, dim).unwrap())).unwrap()
+        let call = Call::new(Loss::samtone_query(), 0.01).with_workspace_bytes(workspace);
+        Plan::new(&change(Problem::new(call.pairs(rows, rows).unwrap(), DType::BF16, dim).unwrap())).unwrap()
     }
 
     const KINDS: [Change; 5] = [
@@ -299,9 +297,9 @@ mod tests {
             for rows in [1, 65, 2048, 3000, 5000] {
                 for workspace in [(1 << 20) - 1, 4 << 20, 20 << 20, 50_000_001, 100 << 20, 400 << 20] {
                     for cosines in [Cosines::Kept, Cosines::Recomputed] {
-                        let (loss, pairs) = (Loss::samtone_both(), Pairs::new(rows, rows + 7).unwrap());
-                        let options = Options::new(0.01).unwrap().with_workspace_bytes(workspace);
-                        let problem = Problem::new(&loss, &pairs, &options, DType::BF16, 64).unwrap();
+                        let call = Call::new(Loss::samtone_both(), 0.01).with_workspace_bytes(workspace);
+                        let pairs = call.pairs(rows, rows + 7).unwrap();
+                        let problem = Problem::new(pairs, DType::BF16, 64).unwrap();
                         let plan = Plan::new(&change(problem).with_cosines(cosines)).unwrap();
                         let bounded: u64 = (plan.arrays().iter())
                             .filter(|a| ["partials", "counts", "gradients", "dots", "cosines"].contains(&a.name))
@@ -323,10 +321,10 @@ mod tests {
     /// What the waves leave over is used.
     #[test]
     fn the_next_super_block_would_not_fit() {
-        let (loss, pairs) = (Loss::samtone_query(), Pairs::new(4096, 4096).unwrap());
+        let call = Call::new(Loss::samtone_query(), 0.01);
+        let pairs = call.pairs(4096, 4096).unwrap();
         for workspace in [30 << 20, 60 << 20, 90 << 20] {
-            let options = Options::new(0.01).unwrap();
-            let problem = Problem::new(&loss, &pairs, &options, DType::BF16, 768).unwrap();
+            let problem = Problem::new(pairs, DType::BF16, 768).unwrap();
             let problem = problem.with_cosines(Cosines::Kept);
             let (order, tile) = (Order::new(&pairs), Tile::Large);
             let division = Division::best(&problem, &order, tile, workspace, 1 << 20);

@@ -7,12 +7,11 @@ use super::layout::{LANES, RESULT_WORDS, STAGE, STATUS_BYTES};
 use super::plan::Plan;
 use super::uniforms::{Combine, Prepare, Product, Project, Tiles};
 use super::{Capabilities, Module, Variant, readout};
-use crate::batch::Pairs;
+use crate::call::Call;
 use crate::candidates::NONE;
 use crate::dtype::DType;
 use crate::loss::{Block, Loss};
 use crate::mask::COSINE_TIE;
-use crate::options::Options;
 use crate::problem::Problem;
 use naga::{Literal, ScalarKind, TypeInner};
 
@@ -134,8 +133,8 @@ fn constants_are_the_same() {
 #[test]
 fn arrays_have_the_sizes_that_shaders_count_in() {
     let (m, n) = (70, 90);
-    let (loss, pairs, options) = (Loss::samtone_both(), Pairs::new(m, n).unwrap(), Options::new(0.05).unwrap());
-    let problem = Problem::new(&loss, &pairs, &options, DType::F32, 8).unwrap();
+    let call = Call::new(Loss::samtone_both(), 0.05);
+    let problem = Problem::new(call.pairs(m, n).unwrap(), DType::F32, 8).unwrap();
     let plan = Plan::new(&problem, &Capabilities::default()).unwrap();
     let layout = &plan.layout;
     let words = |name: &str| constant(Module::Combine, plan.variant(), name) as usize;

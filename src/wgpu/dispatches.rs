@@ -6,8 +6,8 @@ use super::plan::Parts;
 use super::schedule::{Binding, Dispatch, Slot};
 use super::shaders::{Module, Products};
 use super::uniforms::{Combine, Product, Tiles, scaled, split};
+use crate::call::{NoNegative, ZeroNorm};
 use crate::error::Result;
-use crate::options::{NoNegative, ZeroNorm};
 use crate::order::Space;
 use crate::super_blocks::SuperBlock;
 use std::ops::Range;
@@ -106,7 +106,7 @@ impl<'a> Dispatches<'a> {
         let (left, row_base) = self.packed_tiles(1, &row_tower, &s.ranges[0])?;
         let (right, col_base) = self.packed_tiles(2, &col_tower, &s.ranges[1])?;
         let [triangle, ranks, counted] = s.flags().map(u32::from);
-        let masked = crate::mask::may_mask(&problem.pairs, &self.parts.order, &problem.options);
+        let masked = crate::mask::may_mask(&problem.pairs, &self.parts.order);
         let [row_partials, _] = s.partials(tile);
         let candidates = s.spaces.map(|space| layout.candidates[space as usize] / 4);
         let norms = s.spaces.map(|space| layout.norms[space as usize] as u32);
@@ -165,7 +165,7 @@ impl<'a> Dispatches<'a> {
 
     /// β·log₂e in three parts.
     fn beta(&self) -> [f32; 3] {
-        split(self.parts.problem.options.beta() * std::f64::consts::LOG2_E)
+        split(self.parts.problem.call().beta() * std::f64::consts::LOG2_E)
     }
 
     pub(super) fn combine_params(&self) -> Combine {
@@ -179,17 +179,17 @@ impl<'a> Dispatches<'a> {
             positive: layout.positive as u32,
             weights: layout.weights,
             groups: layout.groups,
-            group_count: problem.loss.groups().len() as u32,
+            group_count: problem.call().loss().groups().len() as u32,
             coefficients: layout.coefficients as u32,
             diagonal: layout.diagonal as u32,
             row_losses: layout.row_losses as u32,
             group_results: layout.group_results as u32,
             workgroups: m.div_ceil(LANES) as u32,
-            zero_is_error: (problem.options.zero_norm() == ZeroNorm::Error).into(),
-            empty_is_error: (problem.options.no_negative() == NoNegative::Error).into(),
+            zero_is_error: (problem.call().zero_norm() == ZeroNorm::Error).into(),
+            empty_is_error: (problem.call().no_negative() == NoNegative::Error).into(),
             factor,
             factor_exponent,
-            beta: problem.options.beta() as f32,
+            beta: problem.call().beta() as f32,
             beta_head,
             beta_middle,
             beta_tail,

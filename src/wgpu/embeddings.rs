@@ -77,7 +77,7 @@ impl Dispatches<'_> {
                 positive: layout.positive as u32,
                 anchors: layout.anchors as u32,
                 // No cosine is above 4.
-                margin: problem.options.margin().map_or(4.0, |m| (m + COSINE_TIE).clamp(-8.0, 8.0) as f32),
+                margin: problem.call().margin().map_or(4.0, |m| (m + COSINE_TIE).clamp(-8.0, 8.0) as f32),
                 ..Prepare::default()
             };
             let bindings = [self.side(2)?, self.state(3)?, left, right];
@@ -90,7 +90,7 @@ impl Dispatches<'_> {
     pub(super) fn projection(&mut self) -> Result<()> {
         let problem = self.parts.problem;
         let (layout, rows) = (self.layout, problem.rows.clone());
-        let (factor, factor_exponent) = scaled(problem.upstream * problem.options.beta());
+        let (factor, factor_exponent) = scaled(problem.upstream * problem.call().beta());
         for k in 0..2 {
             let Some(sums) = self.sums[k] else { continue };
             let (own, other) = (self.towers[k], self.towers[1 - k]);

@@ -74,7 +74,7 @@ impl Layout {
         layout.row_keys = append(&mut side, &keys.rows.iter().map(|k| [k.query, k.passage]).collect::<Vec<_>>());
         let weights = pairs.normalized_weights().into_iter().map(scaled);
         layout.weights = append(&mut side, &weights.map(|(w, e)| [w.to_bits(), e as u32]).collect::<Vec<_>>());
-        let groups = problem.loss.groups().iter().map(|g| {
+        let groups = problem.call().loss().groups().iter().map(|g| {
             let blocks = g.blocks().iter().fold(0_u32, |bits, b| bits | 1 << b.index());
             [(g.coefficient() as f32).to_bits(), blocks, u32::from(g.positive_copies())]
         });

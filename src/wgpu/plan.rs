@@ -111,7 +111,7 @@ impl Plan {
         let needed = needed(problem, &order, tile);
         let bound = bound(problem, capabilities, needed);
         if needed > bound {
-            return Err(match problem.options.workspace_bytes() {
+            return Err(match problem.workspace_bytes {
                 Some(given) if needed > given as u64 => {
                     Error::WorkspaceTooSmall { given, needed: needed as usize, rows: m, passages: n, dim: d }
                 }
@@ -133,9 +133,9 @@ impl Plan {
         }
         let longest = (longest.min(bindable) as usize / tile).max(1) * tile;
 
-        let regions = regions::regions(problem.loss, &problem.rows, &order, m);
+        let regions = regions::regions(problem.call().loss(), &problem.rows, &order, m);
         let blocks = super_blocks(problem, &regions, &regions::cuts(&problem.rows, &order, m), tile, longest);
-        let graded = blocks.iter().map(|s| s.has_coefficients(problem.loss)).collect();
+        let graded = blocks.iter().map(|s| s.has_coefficients(problem.call().loss())).collect();
         let parts = Parts {
             problem,
             occurrences: Occurrences::new(&order),
@@ -146,17 +146,20 @@ impl Plan {
             graded,
         };
         let dispatches = Dispatches::new(&parts)?;
-        let title =
-            format!("wgpu {}, {m} queries x {n} passages of dimension {d}, {}", problem.loss.name(), problem.dtype);
+        let title = format!(
+            "wgpu {}, {m} queries x {n} passages of dimension {d}, {}",
+            problem.call().loss().name(),
+            problem.dtype
+        );
         let facts = Facts {
             weights: problem.pairs.normalized_weights(),
-            loss: problem.loss.name().into(),
-            beta: problem.options.beta(),
+            loss: problem.call().loss().name().into(),
+            beta: problem.call().beta(),
             upstream: problem.upstream,
-            zero_is_error: problem.options.zero_norm() == crate::options::ZeroNorm::Error,
+            zero_is_error: problem.call().zero_norm() == crate::call::ZeroNorm::Error,
             identity: problem.identity(),
             rows: problem.rows.clone(),
-            uses: crate::loss::Block::ALL.map(|b| problem.loss.uses(b)),
+            uses: crate::loss::Block::ALL.map(|b| problem.call().loss().uses(b)),
             #[cfg(feature = "wgpu")]
             raw: problem.row_strides.map(|stride| (problem.dtype, stride, d)),
         };
@@ -258,7 +261,7 @@ impl fmt::Display for Plan {
 /// What the scratch may take: the caller's bound, or without one the default or what is `needed`; and what can be bound at once.
 fn bound(problem: &Problem<'_>, capabilities: &Capabilities, needed: u64) -> u64 {
     let default = needed.max(super::DEFAULT_WORKSPACE_BYTES as u64);
-    let bound = problem.options.workspace_bytes().map_or(default, |b| b as u64);
+    let bound = problem.workspace_bytes.map_or(default, |b| b as u64);
     bound.min(capabilities.max_binding_bytes).min(capabilities.max_buffer_bytes)
 }
 
@@ -284,18 +287,16 @@ fn flops(parts: &Parts<'_>) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::Pairs;
+    use crate::call::Call;
     use crate::loss::Loss;
-    use crate::options::Options;
 
     /// Bounds that mean more super-blocks than a plan may have are refused with the least that works.
     #[test]
     fn dispatches_are_bounded() {
-        let (loss, pairs) = (Loss::samtone_query(), Pairs::new(65_536, 65_536).unwrap());
         for device in [Capabilities::default(), Capabilities { workgroup_bytes: 32 << 10, ..Capabilities::default() }] {
             let plan = |bytes: usize| {
-                let options = Options::new(0.05).unwrap().with_workspace_bytes(bytes);
-                Plan::new(&Problem::new(&loss, &pairs, &options, DType::F32, 1).unwrap(), &device)
+                let call = Call::new(Loss::samtone_query(), 0.05).with_workspace_bytes(bytes);
+                Plan::new(&Problem::new(call.pairs(65_536, 65_536).unwrap(), DType::F32, 1).unwrap(), &device)
             };
             let Err(Error::WorkspaceTooSmall { needed, rows: 65_536, .. }) = plan(100 << 10) else {
                 panic!("a million super-blocks were accepted")
@@ -311,8 +312,8 @@ mod tests {
     fn small_batches_take_small_tiles() {
         let device = Capabilities { workgroup_bytes: 32 << 10, ..Capabilities::default() };
         let tile = |m, n, device| {
-            let (loss, pairs, options) = (Loss::info_nce(), Pairs::new(m, n).unwrap(), Options::new(0.05).unwrap());
-            let problem = Problem::new(&loss, &pairs, &options, DType::F32, 16).unwrap();
+            let call = Call::new(Loss::info_nce(), 0.05);
+            let problem = Problem::new(call.pairs(m, n).unwrap(), DType::F32, 16).unwrap();
             Plan::new(&problem, &device).unwrap().variant().tile()
         };
         assert_eq!([tile(2047, 2047, device), tile(2048, 2048, device), tile(512, 2048, device)], [64, 128, 128]);

@@ -171,8 +171,8 @@ mod tests {
     use crate::{DType, Loss, Options, Pairs};
 
     fn plan() -> Plan {
-        let (loss, pairs, options) = (Loss::samtone_both(), Pairs::new(3, 4).unwrap(), Options::new(0.1).unwrap());
-        Plan::new(&Problem::new(&loss, &pairs, &options, DType::F32, 8).unwrap()).unwrap()
+        let call = Call::new(Loss::samtone_both(), 0.1);
+        Plan::new(&Problem::new(call.pairs(3, 4).unwrap(), DType::F32, 8).unwrap()).unwrap()
     }
 
     fn pointers() -> Pointers {

@@ -10,8 +10,6 @@ use crate::batch::{Batch, DataMut, Embeddings, EmbeddingsMut, copy_rows, for_eac
 use crate::cuda::{Architecture, Cosines, GradientOutput, Plan, Problem, Slot, Tile};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
-use crate::loss::Loss;
-use crate::options::Options;
 use crate::output::{Evaluation, GradientBuffers, TemperatureGradient, check_upstream};
 use std::sync::{Mutex, PoisonError};
 
@@ -69,23 +67,21 @@ impl Backend for Cuda {
 
     fn loss_and_gradients_into(
         &self,
-        loss: &Loss,
         batch: &Batch<'_>,
-        options: &Options,
         upstream: f64,
         buffers: GradientBuffers<'_>,
     ) -> Result<(Evaluation, TemperatureGradient)> {
         check_upstream(upstream)?;
         buffers.expect_shapes(batch.rows(), batch)?;
         let GradientBuffers { query, passage } = buffers;
-        let options = &if self.clusters { Tile::Cluster.with_room(*options) } else { *options };
-        let problem = Problem::new(loss, batch.pairs(), options, batch.dtype(), batch.dim())?
+        let problem = Problem::new(*batch.pairs(), batch.dtype(), batch.dim())?
             .with_row_strides(batch.query().row_stride(), batch.passage().row_stride())?
             .with_gradients(output(&query), output(&passage))?
             .with_upstream(upstream)?;
         let device = &device()?;
         let problem = problem.on(device.architecture());
-        let problem = if self.clusters { problem.with_tile(Tile::Cluster) } else { problem };
+        let problem =
+            if self.clusters { problem.with_tile(Tile::Cluster).with_room_for(Tile::Cluster) } else { problem };
         let problem = if self.kept { problem.with_cosines(Cosines::Kept) } else { problem };
         let plan = Plan::new(&problem)?;
         let readout = Readout::new(&problem, &plan)?;

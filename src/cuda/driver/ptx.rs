@@ -183,10 +183,9 @@ mod tests {
     #[test]
     fn plans_launch_entries_with_the_parameters_of_the_ptx() {
         let positives = [2, 2, 0, 5, 4];
-        let plain = Pairs::new(5, 7).unwrap();
-        let shared = plain.with_positives(&positives).unwrap();
-        let options = Options::new(0.05).unwrap().with_tile_skipping(0.01).unwrap();
-        for (loss, pairs) in [(Loss::samtone_both(), plain), (Loss::samtone_query(), shared)] {
+        let plain = Call::new(Loss::samtone_both(), 0.05).with_tile_skipping(0.01);
+        let shared = Call::new(Loss::samtone_query(), 0.05).with_tile_skipping(0.01).with_positives(positives);
+        for call in [plain, shared] {
             for (arithmetic, tile) in [
                 (Arithmetic::F16, Tile::Small),
                 (Arithmetic::F16, Tile::Large),
@@ -199,7 +198,7 @@ mod tests {
                 (Arithmetic::F16x2, Tile::Cluster),
                 (Arithmetic::F16x3, Tile::Cluster),
             ] {
-                let problem = Problem::new(&loss, &pairs, &options, DType::F32, 24).unwrap();
+                let problem = Problem::new(call.pairs(5, 7).unwrap(), DType::F32, 24).unwrap();
                 let problem = problem.with_architecture(Architecture::Sm90a { multiprocessors: 132 });
                 let problem = problem.with_arithmetic(arithmetic).with_tile(tile).with_cosines(Cosines::Kept);
                 let plan = Plan::new(&problem).unwrap();
@@ -215,16 +214,15 @@ mod tests {
     /// What every device and driver takes: blocks of threads, at least one, and the shared memory of the device that has least.
     #[test]
     fn plans_launch_what_every_device_takes() {
-        let (options, crowded) = (Options::new(0.05).unwrap().with_tile_skipping(0.01).unwrap(), [0, 0, 0]);
         let only = |block| Loss::custom("only", vec![Group::new(1.0, &[block], 1).unwrap()]).unwrap();
-        let presets = Loss::PRESETS.iter().map(|(name, _)| Loss::by_name(name).unwrap());
+        let presets = Loss::PRESETS.iter().map(|(name, ..)| Loss::by_name(name).unwrap());
         for loss in presets.chain([Block::QP, Block::PQ, Block::QQ, Block::PP].map(only)) {
-            let shared = Pairs::new(3, 3).unwrap();
-            let shared = shared.with_positives(&crowded).unwrap();
-            for pairs in [Pairs::new(1, 1).unwrap(), Pairs::new(3, 200).unwrap(), shared] {
+            let plain = Call::new(loss, 0.05).with_tile_skipping(0.01);
+            let crowded = plain.clone().with_positives([0, 0, 0]);
+            for pairs in [plain.pairs(1, 1), plain.pairs(3, 200), crowded.pairs(3, 3)].map(Result::unwrap) {
                 for rows in [0..pairs.rows(), pairs.rows() - 1..pairs.rows()] {
                     for tile in [Tile::Small, Tile::Large, Tile::Cluster] {
-                        let problem = Problem::new(&loss, &pairs, &options, DType::BF16, 1).unwrap();
+                        let problem = Problem::new(pairs, DType::BF16, 1).unwrap();
                         let problem = problem.with_rows(rows.clone()).unwrap().with_tile(tile);
                         let problem = problem.with_architecture(Architecture::Sm90a { multiprocessors: 132 });
                         let problem = problem.with_cosines(Cosines::Kept);

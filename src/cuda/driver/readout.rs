@@ -3,12 +3,12 @@
 use super::arguments::{Pointers, Stream};
 use super::device::Device;
 use crate::batch::Tower;
+use crate::call::ZeroNorm;
 use crate::cuda::{Plan, Problem, Slot};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::identity::Identity;
 use crate::loss::{Block, Loss};
-use crate::options::ZeroNorm;
 use crate::output::{Evaluation, Metrics, TemperatureGradient};
 use crate::partials::{ExpSum, Partials};
 use half::{bf16, f16};
@@ -79,10 +79,10 @@ impl Readout {
                 given: format!("a problem of {rows} queries"),
             })
         };
-        let (dtype, options) = (problem.dtype, problem.options);
+        let (dtype, call) = (problem.dtype, problem.call());
         Ok(Self {
-            loss: problem.loss.clone(),
-            zero_norm: options.zero_norm(),
+            loss: call.loss().clone(),
+            zero_norm: call.zero_norm(),
             rows,
             passages,
             shard: problem.rows.clone(),
@@ -400,9 +400,8 @@ mod tests {
     use crate::{Options, Pairs};
 
     fn readout(zero_norm: ZeroNorm) -> Readout {
-        let (loss, pairs) = (Loss::samtone_query(), Pairs::new(2, 3).unwrap());
-        let options = Options::new(0.1).unwrap().with_zero_norm(zero_norm);
-        let problem = Problem::new(&loss, &pairs, &options, DType::F16, 4).unwrap();
+        let call = Call::new(Loss::samtone_query(), 0.1).with_zero_norm(zero_norm);
+        let problem = Problem::new(call.pairs(2, 3).unwrap(), DType::F16, 4).unwrap();
         Readout::new(&problem, &Plan::new(&problem).unwrap()).unwrap()
     }
 

@@ -7,8 +7,6 @@ use crate::backend::Backend;
 use crate::batch::{Batch, Embeddings, EmbeddingsMut, copy_rows, for_each_dtype};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
-use crate::loss::Loss;
-use crate::options::Options;
 use crate::output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, TemperatureGradient, check_upstream};
 use crate::problem::{GradientOutput, Problem};
 use crate::wgpu::{Capabilities, Plan, Slot};
@@ -71,15 +69,9 @@ fn engine() -> Result<Engine> {
 /// # Errors
 /// [`Error::WgpuUnavailable`] where no device is; [`Error::Wgpu`] if it was lost, and the next call takes a new one; and those of
 /// [`cpu::loss_and_gradients`](crate::cpu::loss_and_gradients).
-pub fn loss_and_gradients(
-    loss: &Loss,
-    batch: &Batch<'_>,
-    options: &Options,
-    upstream: f64,
-) -> Result<LossAndGradients> {
+pub fn loss_and_gradients(batch: &Batch<'_>, upstream: f64) -> Result<LossAndGradients> {
     let backend = Wgpu::new();
-    let compute =
-        |buffers: GradientBuffers<'_>| backend.loss_and_gradients_into(loss, batch, options, upstream, buffers);
+    let compute = |buffers: GradientBuffers<'_>| backend.loss_and_gradients_into(batch, upstream, buffers);
     let (evaluation, gradients) = Gradients::computed(batch.rows(), batch, compute)?;
     Ok(LossAndGradients { evaluation, gradients })
 }
@@ -99,9 +91,7 @@ impl Backend for Wgpu {
 
     fn loss_and_gradients_into(
         &self,
-        loss: &Loss,
         batch: &Batch<'_>,
-        options: &Options,
         upstream: f64,
         buffers: GradientBuffers<'_>,
     ) -> Result<(Evaluation, TemperatureGradient)> {
@@ -112,7 +102,7 @@ impl Backend for Wgpu {
         let output = |x: &Option<EmbeddingsMut<'_>>| {
             x.as_ref().map(|x| GradientOutput { dtype: DType::F32, row_stride: x.dim() })
         };
-        let problem = Problem::new(loss, batch.pairs(), options, batch.dtype(), batch.dim())?
+        let problem = Problem::new(*batch.pairs(), batch.dtype(), batch.dim())?
             .with_row_strides(batch.query().row_stride(), batch.passage().row_stride())?
             .with_gradients(output(&query), output(&passage))?
             .with_upstream(upstream)?;

@@ -3,10 +3,10 @@
 use super::backend::run;
 use super::engine::Engine;
 use crate::batch::{Batch, Embeddings, EmbeddingsMut};
+use crate::call::Call;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::loss::Loss;
-use crate::options::Options;
 use crate::output::GradientBuffers;
 use crate::problem::Problem;
 use crate::wgpu::{Capabilities, Plan, Products};
@@ -41,9 +41,9 @@ fn gradients(engine: &Engine, capabilities: &Capabilities) -> Result<Vec<f32>> {
     // Numbers without a pattern that a transposed fragment would keep.
     let number = |k: usize| f16::from_f32(((k * k % 8191) * 7919 % 8191) as f32 / 4096.0 - 1.0);
     let (q, p): (Vec<_>, Vec<_>) = (0..ROWS * DIM).map(|k| (number(k + 1), number(3 * k + 100_003))).unzip();
-    let batch = Batch::new(Embeddings::new(&q, ROWS, DIM)?, Embeddings::new(&p, ROWS, DIM)?)?;
-    let (loss, options) = (Loss::samtone_both(), Options::new(0.05)?);
-    let problem = Problem::new(&loss, batch.pairs(), &options, DType::F16, DIM)?;
+    let call = Call::new(Loss::samtone_both(), 0.05);
+    let batch = Batch::new(&call, Embeddings::new(&q, ROWS, DIM)?, Embeddings::new(&p, ROWS, DIM)?)?;
+    let problem = Problem::new(*batch.pairs(), DType::F16, DIM)?;
     let (mut of_q, mut of_p) = (vec![f32::NAN; ROWS * DIM], vec![f32::NAN; ROWS * DIM]);
     let buffers = GradientBuffers {
         query: Some(EmbeddingsMut::new(&mut of_q, ROWS, DIM)?),

@@ -5,8 +5,6 @@ use super::{DeviceBatch, Shape, Upstream, allocate};
 use crate::cuda::driver::device::Device;
 use crate::dtype::Element;
 use crate::error::Result;
-use crate::loss::Loss;
-use crate::options::Options;
 use crate::output::{Evaluation, TemperatureGradient};
 use cudarc::driver::{CudaSlice, CudaStream, CudaView};
 use std::sync::Arc;
@@ -71,13 +69,11 @@ impl DeviceLossAndGradients {
 pub fn loss_and_gradients<T: Element>(
     device: &Device,
     stream: &Arc<CudaStream>,
-    loss: &Loss,
     batch: &DeviceBatch<'_, T>,
-    options: &Options,
     upstream: f64,
 ) -> Result<DeviceLossAndGradients> {
     // Not by way of the device's f32, so that nothing is rounded.
-    let mut step = Step::new(device, stream, &batch.problem(loss, options)?.with_upstream(upstream)?)?;
+    let mut step = Step::new(device, stream, &batch.problem()?.with_upstream(upstream)?)?;
     let (rows, passages) = (batch.pairs.rows(), batch.pairs.passages());
     let mut gradients = DeviceGradients::new(stream, rows, passages, batch.dim)?;
     step.loss_and_gradients(&batch.query, &batch.passage, gradients.slices(), 1.0)?;
@@ -89,14 +85,8 @@ pub fn loss_and_gradients<T: Element>(
 ///
 /// # Errors
 /// As [`Step::new`] and [`Step::forward`]. What is wrong with the embeddings is found by [`Forward::evaluation`].
-pub fn forward<T: Element>(
-    device: &Device,
-    stream: &Arc<CudaStream>,
-    loss: &Loss,
-    batch: &DeviceBatch<'_, T>,
-    options: &Options,
-) -> Result<Forward> {
-    let mut step = Step::new(device, stream, &batch.problem(loss, options)?)?;
+pub fn forward<T: Element>(device: &Device, stream: &Arc<CudaStream>, batch: &DeviceBatch<'_, T>) -> Result<Forward> {
+    let mut step = Step::new(device, stream, &batch.problem()?)?;
     step.forward(&batch.query, &batch.passage)?;
     step.release_workspace();
     Ok(Forward { step, shape: batch.shape() })

@@ -16,17 +16,15 @@ pub use step::{GradientSlices, GraphBuffers, Step, StepGraph};
 use super::arguments::Stream;
 use super::codes;
 use super::device::{Device, allocation_error};
-use crate::batch::Pairs;
 use crate::cuda::Problem;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
-use crate::loss::Loss;
-use crate::options::Options;
+use crate::pairs::Pairs;
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, DeviceRepr, DriverError};
 use std::fmt;
 use std::sync::Arc;
 
-/// A batch whose embeddings are on a device: q (M × d), p (N × d), row-major, and who belongs to whom.
+/// A batch whose embeddings are on a device: q (M × d), p (N × d), row-major, and what is to be computed of them.
 #[derive(Debug)]
 pub struct DeviceBatch<'a, T> {
     query: CudaView<'a, T>,
@@ -110,12 +108,9 @@ impl<'a, T: Element> DeviceBatch<'a, T> {
     ///
     /// # Errors
     /// As [`Problem::new`] and [`Problem::with_row_strides`].
-    pub fn problem<'b>(&self, loss: &'b Loss, options: &Options) -> Result<Problem<'b>>
-    where
-        'a: 'b,
-    {
+    pub fn problem(&self) -> Result<Problem<'a>> {
         let [query, passage] = self.row_strides;
-        Problem::new(loss, &self.pairs, options, T::DTYPE, self.dim)?.with_row_strides(query, passage)
+        Problem::new(self.pairs, T::DTYPE, self.dim)?.with_row_strides(query, passage)
     }
 }
 

@@ -6,8 +6,6 @@ use super::{DeviceBatch, Upstream};
 use crate::cuda::driver::device::Device;
 use crate::dtype::Element;
 use crate::error::Result;
-use crate::loss::Loss;
-use crate::options::Options;
 use crate::output::{Evaluation, TemperatureGradient};
 use crate::partials::Partials;
 use cudarc::driver::CudaStream;
@@ -34,12 +32,10 @@ impl<'a, T: Element> Shard<'a, T> {
     pub fn new(
         device: &Device,
         stream: &Arc<CudaStream>,
-        loss: &Loss,
         batch: &'a DeviceBatch<'a, T>,
-        options: &Options,
         rows: Range<usize>,
     ) -> Result<Self> {
-        let problem = batch.problem(loss, options)?.with_rows(rows.clone())?;
+        let problem = batch.problem()?.with_rows(rows.clone())?;
         Ok(Self { step: Step::new(device, stream, &problem)?, batch, rows })
     }
 
