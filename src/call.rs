@@ -93,6 +93,12 @@ impl Call {
         }
     }
 
+    /// Another loss, and its margin unless [`Call::with_margin`] was called.
+    pub fn with_loss(mut self, loss: Loss) -> Self {
+        self.loss = loss;
+        self
+    }
+
     /// Another temperature, as of a step of a training that learns it.
     pub fn with_temperature(mut self, temperature: f64) -> Self {
         self.temperature = temperature;

@@ -242,7 +242,6 @@ impl fmt::Display for Plan {
 mod tests {
     use super::*;
     use crate::call::Call;
-    use crate::call::Call;
     use crate::cuda::{Architecture, Cosines};
     use crate::dtype::DType;
     use crate::loss::Loss;

@@ -150,7 +150,7 @@ fn arrays_have_the_sizes_that_shaders_count_in() {
         ("RESULT_WORDS", m.div_ceil(LANES), layout.group_results, layout.state_words),
         ("CANDIDATE_WORDS", m, layout.candidates[0] as usize, layout.candidates[1] as usize),
         ("CANDIDATE_WORDS", n, layout.candidates[1] as usize, layout.row_keys as usize),
-        ("GROUP_WORDS", loss.groups().len(), layout.groups as usize, plan.side.len() / 4),
+        ("GROUP_WORDS", call.loss().groups().len(), layout.groups as usize, plan.side.len() / 4),
     ] {
         assert_eq!(words(name) * count, end - start, "{name}");
     }

@@ -66,8 +66,8 @@ pub fn plan(backend: &dyn Backend, problem: &Problem, dtype: DType) -> Option<St
     let clusters = matches!(backend.name(), "cuda-clusters" | "cuda-emulated-sm90a");
     let (query, passage) = (Buffer::new(dtype, &problem.query), Buffer::new(dtype, &problem.passage));
     let batch = problem.batch(&query, &passage).ok()?;
-    let options = if clusters { Tile::Cluster.with_room(problem.options) } else { problem.options };
-    let planned = cuda::Problem::new(&problem.loss, batch.pairs(), &options, dtype, problem.dim).ok()?;
+    let planned = cuda::Problem::new(*batch.pairs(), dtype, problem.dim).ok()?;
+    let planned = if clusters { planned.with_room_for(Tile::Cluster) } else { planned };
     let planned = match backend.name() {
         "cuda-emulated" => CudaEmulated::SM80.problem(planned),
         "cuda-emulated-sm90a" => CudaEmulated::SM90A.problem(planned),

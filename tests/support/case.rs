@@ -2,7 +2,7 @@
 //! file and the field.
 
 use super::problem::{Outputs, Problem};
-use samtone::{Block, Group, Loss, Options, Scope};
+use samtone::{Block, Call, Group, Loss, Scope};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
@@ -114,10 +114,9 @@ impl File {
     fn into_case(self) -> Result<Case, String> {
         let (m, n, d) = (self.rows, self.passages, self.dim);
         let loss = self.loss_of_groups()?;
-        let mut options = Options::new(self.temperature).map_err(|e| format!("field `temperature`: {e}"))?;
-        if let Some(margin) = self.margin {
-            options = options.with_margin(margin).map_err(|e| format!("field `margin`: {e}"))?;
-        }
+        // A file without a margin has none, whatever the margin of its preset.
+        let call = Call::new(loss, self.temperature).with_margin(self.margin.unwrap_or(f64::INFINITY));
+        let mut call = call.with_shared_ids(self.shared_ids.unwrap_or(false));
         if self.row_losses.len() != m {
             return Err(format!("field `row_losses`: {} numbers; allowed: {m}, as `rows` says", self.row_losses.len()));
         }
@@ -129,27 +128,33 @@ impl File {
             grad_tau: self.grad_temperature,
             metrics: None,
         };
+        if let Some(positives) = self.positives {
+            call = call.with_positives(positives);
+        }
+        if let Some(weights) = self.weights {
+            call = call.with_weights(exact_weights(&weights)?);
+        }
+        if let Some(ids) = self.query_ids {
+            call = call.with_query_ids(ids);
+        }
+        if let Some(ids) = self.passage_ids {
+            call = call.with_passage_ids(ids);
+        }
+        if let Some(owners) = self.hard_negative_owner {
+            let scope = match self.hard_negative_scope {
+                FileScope::All => Scope::All,
+                FileScope::Own => Scope::Own,
+            };
+            call = call.with_hard_negative_owners(owners, scope);
+        }
         let problem = Problem {
             name: self.name,
-            loss,
+            call,
             rows: m,
             passages: n,
             dim: d,
             query: matrix("q", &self.q, ("rows", m), d)?,
             passage: matrix("p", &self.p, ("passages", n), d)?,
-            positives: self.positives,
-            weights: self.weights.map(|w| exact_weights(&w)).transpose()?,
-            query_ids: self.query_ids,
-            passage_ids: self.passage_ids,
-            shared_ids: self.shared_ids.unwrap_or(false),
-            owners: self.hard_negative_owner.map(|owners| {
-                let scope = match self.hard_negative_scope {
-                    FileScope::All => Scope::All,
-                    FileScope::Own => Scope::Own,
-                };
-                (owners, scope)
-            }),
-            options,
         };
         problem.check().map_err(|e| e.to_string())?;
         Ok(Case { problem, expected })
@@ -164,7 +169,7 @@ impl File {
         let groups = self.groups.iter().enumerate().map(group).collect::<Result<Vec<_>, _>>()?;
         let loss = Loss::custom(&self.preset, groups).map_err(|e| format!("field `groups`: {e}"))?;
         match Loss::by_name(&self.preset) {
-            Ok(preset) if preset != loss => Err(format!(
+            Ok(preset) if preset.groups() != loss.groups() => Err(format!(
                 "field `groups`: {loss}, but the preset of that name is {preset}; allowed: the same groups, or another name"
             )),
             _ => Ok(loss),

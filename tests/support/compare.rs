@@ -101,7 +101,7 @@ pub fn against_definition(
     upstream: f64,
 ) -> Vec<Check> {
     let tolerance = Tolerance::of(dtype);
-    let beta = problem.options.beta();
+    let beta = problem.call.beta();
     let logit = 2.0 * beta * tolerance.cosine;
     let weights = problem.normalized_weights();
     let missing: Vec<f64> = want.row_losses.iter().map(|&l| missing_probability(problem, l)).collect();
@@ -109,7 +109,7 @@ pub fn against_definition(
     let spread = weights.iter().zip(&missing).map(|(w, s)| (w * s).powi(2)).sum::<f64>().sqrt();
     let relative = tolerance.gradient * (0.01 * beta).max(1.0);
     // A loss of small coefficients has small gradients.
-    let all: f64 = problem.loss.groups().iter().map(|g| g.coefficient()).sum();
+    let all: f64 = problem.call.loss().groups().iter().map(|g| g.coefficient()).sum();
     let noise = upstream.abs() * (2.0 * logit * spread + beta * tolerance.probability * all.min(1.0));
     // ∂L/∂β is a sum of G·s that cancels like the gradient itself; τ and log β only rescale it.
     let beta_noise = upstream.abs() * 4.0 * tolerance.cosine * mean;
@@ -133,7 +133,7 @@ pub fn against_definition(
 /// An upper bound of Σ_g c_g (1 − probability of the positive) of a row: with D the sum of the negatives relative to the
 /// positive, D/(e + D) ≤ log(1 + D/e), which is the loss of the group less the log e that it has without negatives.
 fn missing_probability(problem: &Problem, row_loss: f64) -> f64 {
-    let groups = || problem.loss.groups().iter().filter(|g| g.coefficient() > 0.0);
+    let groups = || problem.call.loss().groups().iter().filter(|g| g.coefficient() > 0.0);
     let all: f64 = groups().map(|g| g.coefficient()).sum();
     let least: f64 = groups().map(|g| g.coefficient() * f64::from(g.positive_copies()).ln()).sum();
     if least.is_finite() { all.min((row_loss - least).max(0.0)) } else { all }

@@ -9,8 +9,8 @@ use samtone::cuda::{
     Address, Architecture, Array, ArrayId, Cosines, GradientOutput, Launch, Plan, Problem, Slot, Tile,
 };
 use samtone::{
-    Batch, DType, Embeddings, EmbeddingsMut, Error, Evaluation, GradientBuffers, Loss, Metrics, Options, Result,
-    TemperatureGradient, Tower,
+    Batch, DType, Embeddings, EmbeddingsMut, Error, Evaluation, GradientBuffers, Metrics, Result, TemperatureGradient,
+    Tower,
 };
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -202,7 +202,7 @@ impl Emulated {
     }
 
     /// The error that the status names, if any; rows and columns are looked up in `batch`.
-    pub fn check_status(&mut self, batch: &Batch<'_>, loss: &Loss, options: &Options) -> Result<()> {
+    pub fn check_status(&mut self, batch: &Batch<'_>) -> Result<()> {
         let status: Vec<u32> = self.download("status")?;
         for (k, (tower, x)) in
             [(Tower::Query, batch.query()), (Tower::Passage, batch.passage())].into_iter().enumerate()
@@ -213,13 +213,13 @@ impl Emulated {
                 let (column, value) = bad.ok_or_else(|| failure(format!("{tower} row {row} is finite")))?;
                 return Err(Error::NonFinite { tower, row, column, value });
             }
-            if status[2 + k] != NONE && options.zero_norm() == samtone::ZeroNorm::Error {
+            if status[2 + k] != NONE && batch.call().zero_norm() == samtone::ZeroNorm::Error {
                 return Err(Error::ZeroNorm { tower, row: status[2 + k] as usize });
             }
         }
         if status[4] != NONE {
             let (row, group) = (status[4] as usize, status[5] as usize);
-            return Err(Error::NoNegative { loss: loss.name().into(), group, row });
+            return Err(Error::NoNegative { loss: batch.call().loss().name().into(), group, row });
         }
         Ok(())
     }
@@ -277,9 +277,7 @@ pub fn output(out: &Option<EmbeddingsMut<'_>>) -> Option<GradientOutput> {
 /// Loss and gradients of a whole batch by the plan of `problem`.
 pub fn run(
     problem: &Problem<'_>,
-    loss: &Loss,
     batch: &Batch<'_>,
-    options: &Options,
     buffers: GradientBuffers<'_>,
     how: Run,
 ) -> Result<(Evaluation, TemperatureGradient)> {
@@ -288,7 +286,7 @@ pub fn run(
     emulated.upload_embeddings("passage", batch.passage())?;
     emulated.launch(Plan::forward)?;
     emulated.launch(Plan::backward)?;
-    emulated.check_status(batch, loss, options)?;
+    emulated.check_status(batch)?;
     emulated.fetch("query_gradient", buffers.query)?;
     emulated.fetch("passage_gradient", buffers.passage)?;
     Ok((emulated.evaluation()?, emulated.temperature()?))
@@ -296,8 +294,8 @@ pub fn run(
 
 /// Kept cosines for one half of all cases and recomputed ones for the other: by type, so that every case has both, and by loss and
 /// shape, so that every type has.
-fn alternating(loss: &Loss, batch: &Batch<'_>) -> Cosines {
-    let (rows, passages) = (batch.rows(), batch.passages());
+fn alternating(batch: &Batch<'_>) -> Cosines {
+    let (loss, rows, passages) = (batch.call().loss(), batch.rows(), batch.passages());
     match (batch.dtype() as usize + loss.name().len() + rows + passages) % 2 {
         0 => Cosines::Kept,
         _ => Cosines::Recomputed,
@@ -323,18 +321,16 @@ impl Backend for CudaEmulated {
 
     fn loss_and_gradients_into(
         &self,
-        loss: &Loss,
         batch: &Batch<'_>,
-        options: &Options,
         upstream: f64,
         buffers: GradientBuffers<'_>,
     ) -> Result<(Evaluation, TemperatureGradient)> {
-        let options = &if self.clusters { Tile::Cluster.with_room(*options) } else { *options };
-        let problem = Problem::new(loss, batch.pairs(), options, batch.dtype(), batch.dim())?
+        let problem = Problem::new(*batch.pairs(), batch.dtype(), batch.dim())?
             .with_row_strides(batch.query().row_stride(), batch.passage().row_stride())?
             .with_gradients(output(&buffers.query), output(&buffers.passage))?
             .with_upstream(upstream)?
-            .with_cosines(alternating(loss, batch));
-        run(&self.problem(problem), loss, batch, options, buffers, Run::default())
+            .with_cosines(alternating(batch));
+        let problem = if self.clusters { problem.with_room_for(Tile::Cluster) } else { problem };
+        run(&self.problem(problem), batch, buffers, Run::default())
     }
 }

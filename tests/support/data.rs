@@ -3,7 +3,7 @@
 use super::problem::Problem;
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
-use samtone::{Loss, Options};
+use samtone::{Call, Loss};
 
 /// How the rows of the two towers lie to each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,7 +162,7 @@ pub fn duplicate_ids(count: usize) -> Vec<i64> {
     (0..count).map(|i| (i % duplicates_of(count)) as i64 * 10 - 3).collect()
 }
 
-/// A problem without options: row i's positive is passage i.
+/// A problem without options or margin: row i's positive is passage i.
 pub fn problem(
     loss: Loss,
     kind: Kind,
@@ -175,18 +175,11 @@ pub fn problem(
     let (query, passage) = towers(kind, &mut Source::new(seed), (rows, passages, dim), &identity, decades);
     Ok(Problem {
         name: format!("{} {} {rows}x{passages}x{dim} τ={temperature}", loss.name(), kind.name()),
-        loss,
+        call: Call::new(loss, temperature).with_margin(f64::INFINITY),
         rows,
         passages,
         dim,
         query,
         passage,
-        positives: None,
-        weights: None,
-        query_ids: None,
-        passage_ids: None,
-        shared_ids: false,
-        owners: None,
-        options: Options::new(temperature)?,
     })
 }

@@ -1,72 +1,39 @@
 //! Partial sums of other problems, each of which differs in one part from a given one.
 
 use super::problem::{Buffer, Problem};
-use samtone::{Block, DType, Error, Group, Loss, NoNegative, Options, Partials, Result, Scope, ZeroNorm, cpu};
+use samtone::{Block, Call, DType, Error, Group, Loss, NoNegative, Partials, Result, Scope, ZeroNorm, cpu};
 use std::ops::Range;
 
 /// Partials of f32 embeddings by the CPU.
 pub fn partials(problem: &Problem, rows: Range<usize>) -> Result<Partials> {
     let [query, passage] = [&problem.query, &problem.passage].map(|x| Buffer::new(DType::F32, x));
     let batch = problem.batch(&query, &passage)?;
-    cpu::Shard::new(&problem.loss, &batch, &problem.options, rows)?.partials()
+    cpu::Shard::new(&batch, rows)?.partials()
 }
 
 /// Problems like `problem`, and how an error must call the part in which each differs.
 fn others(problem: &Problem) -> Result<Vec<(&'static str, Problem)>> {
     let mut others = Vec::new();
-    let mut with = |part, change: &dyn Fn(&mut Problem) -> Result<()>| -> Result<()> {
-        let mut other = problem.clone();
-        change(&mut other)?;
-        others.push((part, other));
-        Ok(())
-    };
     let (m, n, d) = (problem.rows, problem.passages, problem.dim);
-    let namesake = Loss::custom(problem.loss.name(), vec![Group::new(0.25, &[Block::QP], 2)?])?;
-    with("passages of dimension", &|p| {
-        p.passages -= 1;
-        p.passage.truncate((n - 1) * d);
-        Ok(())
-    })?;
-    with("the loss 0.25·{qp} (e = 2)", &move |p| {
-        p.loss = namesake.clone();
-        Ok(())
-    })?;
-    with("temperature 0.3", &|p| {
-        p.options = Options::new(0.3)?;
-        Ok(())
-    })?;
-    with("margin 0.7", &|p| {
-        p.options = p.options.with_margin(0.7)?;
-        Ok(())
-    })?;
-    with("`zero_norm`", &|p| {
-        p.options = p.options.with_zero_norm(ZeroNorm::ZeroGradient);
-        Ok(())
-    })?;
-    with("`no_negative`", &|p| {
-        p.options = p.options.with_no_negative(NoNegative::Zero);
-        Ok(())
-    })?;
-    with("`positives`", &|p| {
-        p.positives = Some((0..m as u32).rev().collect());
-        Ok(())
-    })?;
-    with("`weights`", &|p| {
-        p.weights = Some((0..m).map(|i| if i == 3 { 0.5 } else { 1.0 }).collect());
-        Ok(())
-    })?;
-    with("`query_ids`", &|p| {
-        p.query_ids = Some((0..m as i64).map(|i| i / 2).collect());
-        Ok(())
-    })?;
-    with("`passage_ids`", &|p| {
-        p.passage_ids = Some((0..n as i64).map(|i| i / 2).collect());
-        Ok(())
-    })?;
-    with("exclusive `owners`", &|p| {
-        p.owners = Some(((0..n).map(|j| if j + 1 == n { 0 } else { -1 }).collect(), Scope::Own));
-        Ok(())
-    })?;
+    let mut fewer = problem.clone();
+    fewer.passages -= 1;
+    fewer.passage.truncate((n - 1) * d);
+    others.push(("passages of dimension", fewer));
+    let mut with = |part, change: &dyn Fn(Call) -> Call| others.push((part, problem.clone().with(change)));
+    let namesake = Loss::custom(problem.call.loss().name(), vec![Group::new(0.25, &[Block::QP], 2)?])?;
+    with("the loss 0.25·{qp} (e = 2)", &|call| call.with_loss(namesake.clone()));
+    with("temperature 0.3", &|call| call.with_temperature(0.3));
+    with("margin 0.7", &|call| call.with_margin(0.7));
+    with("`zero_norm`", &|call| call.with_zero_norm(ZeroNorm::ZeroGradient));
+    with("`no_negative`", &|call| call.with_no_negative(NoNegative::Zero));
+    with("`positives`", &|call| call.with_positives((0..m as u32).rev().collect::<Vec<_>>()));
+    let weights: Vec<f32> = (0..m).map(|i| if i == 3 { 0.5 } else { 1.0 }).collect();
+    with("`weights`", &|call| call.with_weights(&*weights));
+    let halves = |count: usize| (0..count as i64).map(|i| i / 2).collect::<Vec<_>>();
+    with("`query_ids`", &|call| call.with_query_ids(halves(m)));
+    with("`passage_ids`", &|call| call.with_passage_ids(halves(n)));
+    let owners: Vec<i32> = (0..n).map(|j| if j + 1 == n { 0 } else { -1 }).collect();
+    with("exclusive `owners`", &|call| call.with_hard_negative_owners(&*owners, Scope::Own));
     Ok(others)
 }
 

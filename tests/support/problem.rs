@@ -1,10 +1,10 @@
-//! A loss, a batch that owns its data, and options: what a backend is asked to compute.
+//! A call and the embeddings that belong to it: what a backend is asked to compute.
 
 use samtone::backend::Backend;
 use samtone::half::{bf16, f16};
 use samtone::mask::COSINE_TIE;
 use samtone::{
-    Batch, DType, Element, Embeddings, EmbeddingsMut, Evaluation, GradientBuffers, Loss, Options, Result, Scope,
+    Batch, Call, DType, Element, Embeddings, EmbeddingsMut, Evaluation, GradientBuffers, Pairs, Result,
     TemperatureGradient,
 };
 
@@ -12,19 +12,12 @@ use samtone::{
 #[derive(Debug, Clone)]
 pub struct Problem {
     pub name: String,
-    pub loss: Loss,
+    pub call: Call,
     pub rows: usize,
     pub passages: usize,
     pub dim: usize,
     pub query: Vec<f64>,
     pub passage: Vec<f64>,
-    pub positives: Option<Vec<u32>>,
-    pub weights: Option<Vec<f32>>,
-    pub query_ids: Option<Vec<i64>>,
-    pub passage_ids: Option<Vec<i64>>,
-    pub shared_ids: bool,
-    pub owners: Option<(Vec<i32>, Scope)>,
-    pub options: Options,
 }
 
 /// Results of a call, widened to f64.
@@ -93,31 +86,20 @@ impl Buffer {
 }
 
 impl Problem {
-    /// The batch over embeddings of this problem's shape, with its ids, weights, positives and owners.
-    pub fn batch<'a>(&'a self, query: &'a Buffer, passage: &'a Buffer) -> Result<Batch<'a>> {
-        self.over(query.embeddings(self.rows, self.dim)?, passage.embeddings(self.passages, self.dim)?)
+    /// The same problem with another call.
+    pub fn with(self, change: impl FnOnce(Call) -> Call) -> Self {
+        Self { call: change(self.call), ..self }
     }
 
-    /// The same over embeddings that live elsewhere.
-    pub fn over<'a>(&'a self, query: Embeddings<'a>, passage: Embeddings<'a>) -> Result<Batch<'a>> {
-        let mut batch = Batch::new(query, passage)?;
-        if let Some(positives) = &self.positives {
-            batch = batch.with_positives(positives)?;
-        }
-        if let Some(weights) = &self.weights {
-            batch = batch.with_weights(weights)?;
-        }
-        if let Some(ids) = &self.query_ids {
-            batch = batch.with_query_ids(ids)?;
-        }
-        if let Some(ids) = &self.passage_ids {
-            batch = batch.with_passage_ids(ids)?;
-        }
-        batch = batch.with_shared_ids(self.shared_ids)?;
-        if let Some((owners, scope)) = &self.owners {
-            batch = batch.with_hard_negative_owners(owners, *scope)?;
-        }
-        Ok(batch)
+    /// Who belongs to whom.
+    pub fn pairs(&self) -> Result<Pairs<'_>> {
+        self.call.pairs(self.rows, self.passages)
+    }
+
+    /// The batch over embeddings of this problem's shape.
+    pub fn batch<'a>(&'a self, query: &'a Buffer, passage: &'a Buffer) -> Result<Batch<'a>> {
+        let (query, passage) = (query.embeddings(self.rows, self.dim)?, passage.embeddings(self.passages, self.dim)?);
+        Batch::new(&self.call, query, passage)
     }
 
     /// An error unless the parts fit together.
@@ -157,26 +139,26 @@ impl Problem {
         };
         let (query, passage) = (unit(&self.query), unit(&self.passage));
         let cosine = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(a, b)| a * b).sum::<f64>();
+        let Ok(pairs) = self.pairs() else { return false };
         (0..self.rows).all(|i| {
-            let own = &passage[self.positives.as_ref().map_or(i, |p| p[i] as usize)];
+            let own = &passage[pairs.positive(i)];
             let positive = cosine(&query[i], own);
             let far = |s: f64, edge: f64| (s - edge - COSINE_TIE).abs() >= slack;
             let clear = |anchor: &[f64], candidates: &[Vec<f64>], ranked: bool| {
-                candidates.iter().map(|c| cosine(anchor, c)).all(|s| {
-                    (!ranked || far(s, positive)) && self.options.margin().is_none_or(|m| far(s, positive + m))
-                })
+                candidates
+                    .iter()
+                    .map(|c| cosine(anchor, c))
+                    .all(|s| (!ranked || far(s, positive)) && self.call.margin().is_none_or(|m| far(s, positive + m)))
             };
             let towers =
-                self.options.margin().is_none() || (clear(&query[i], &query, false) && clear(own, &passage, false));
+                self.call.margin().is_none() || (clear(&query[i], &query, false) && clear(own, &passage, false));
             towers && clear(&query[i], &passage, true) && clear(own, &query, true)
         })
     }
 
-    /// w̃ = w / Σw.
+    /// w̃ = w / Σw; nothing for a problem that no backend takes.
     pub fn normalized_weights(&self) -> Vec<f64> {
-        let weights = self.weights.clone().unwrap_or_else(|| vec![1.0; self.rows]);
-        let total: f64 = weights.iter().map(|&w| f64::from(w)).sum();
-        weights.iter().map(|&w| f64::from(w) / total).collect()
+        self.pairs().map(|pairs| pairs.normalized_weights()).unwrap_or_default()
     }
 
     /// Runs `backend` on embeddings of type `dtype`. Gradients are taken in f64 for f64 embeddings, else in f32, and start
@@ -191,8 +173,7 @@ impl Problem {
             query: Some(grad_query.embeddings_mut(self.rows, self.dim)?),
             passage: Some(grad_passage.embeddings_mut(self.passages, self.dim)?),
         };
-        let (evaluation, temperature) =
-            backend.loss_and_gradients_into(&self.loss, &batch, &self.options, upstream, buffers)?;
+        let (evaluation, temperature) = backend.loss_and_gradients_into(&batch, upstream, buffers)?;
         Ok(Outputs { evaluation, grad_query: grad_query.to_f64(), grad_passage: grad_passage.to_f64(), temperature })
     }
 }

@@ -62,8 +62,10 @@ fn candidates(problem: &Problem, block: Block) -> usize {
 
 impl<'a> Shares<'a> {
     pub fn new(problem: &'a Problem) -> Self {
-        assert!(problem.positives.is_none() && problem.owners.is_none() && problem.options.margin().is_none());
-        let (m, beta) = (problem.rows, problem.options.beta());
+        let pairs = problem.pairs().expect("a valid problem");
+        assert!((0..problem.rows).all(|i| pairs.positive(i) == i));
+        assert!(pairs.exclusive_owners().is_none() && problem.call.margin().is_none());
+        let (m, beta) = (problem.rows, problem.call.beta());
         let unit = |x: &[f64]| -> Vec<Vec<f64>> {
             x.chunks(problem.dim)
                 .map(|row| {
@@ -73,13 +75,13 @@ impl<'a> Shares<'a> {
                 .collect()
         };
         let (query, passage) = (unit(&problem.query), unit(&problem.passage));
-        let query_id = |i: usize| problem.query_ids.as_ref().map_or(i as i64, |ids| ids[i]);
-        let passage_id = |j: usize| problem.passage_ids.as_ref().map_or(j as i64, |ids| ids[j]);
+        let query_id = |i: usize| pairs.query_ids().map_or(i as i64, |ids| ids[i]);
+        let passage_id = |j: usize| pairs.passage_ids().map_or(j as i64, |ids| ids[j]);
         // That of the row that owns it, or of the lowest whose positive it is a copy of.
         let lowest = |j: usize| (0..m).find(|&i| passage_id(i) == passage_id(j));
         let query_key = |j: usize| if j < m { Some(j) } else { lowest(j) }.map(query_id);
         let query_keys: Vec<Option<i64>> = (0..problem.passages).map(query_key).collect();
-        let weights = problem.normalized_weights();
+        let weights = pairs.normalized_weights();
         let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(a, b)| a * b).sum::<f64>();
         let mut derivatives = Block::ALL.map(|block| vec![0.0; m * candidates(problem, block)]);
         let mut totals = vec![0.0; m];
@@ -96,7 +98,7 @@ impl<'a> Shares<'a> {
                         let crossed =
                             if passages { passage_id(j) == query_id(i) } else { query_id(j) == passage_id(i) };
                         let s = dot(anchor, if passages { &passage[j] } else { &query[j] });
-                        if same_query || same_passage || problem.shared_ids && crossed {
+                        if same_query || same_passage || problem.call.shared_ids() && crossed {
                             0.0
                         } else {
                             (beta * (s - positive)).exp()
@@ -104,7 +106,7 @@ impl<'a> Shares<'a> {
                     })
                     .collect()
             });
-            for group in problem.loss.groups().iter().filter(|g| g.coefficient() > 0.0) {
+            for group in problem.call.loss().groups().iter().filter(|g| g.coefficient() > 0.0) {
                 let blocks = || group.blocks().iter().map(|b| b.index());
                 let negatives: f64 = blocks().map(|b| exponentials[b].iter().sum::<f64>()).sum();
                 let denominator = f64::from(group.positive_copies()) + negatives;
@@ -125,7 +127,7 @@ impl<'a> Shares<'a> {
 
     /// Super-blocks with coefficients in the order of a plan that is one wave.
     fn super_blocks(&self) -> Vec<SuperBlock> {
-        let (m, n, loss) = (self.problem.rows, self.problem.passages, &self.problem.loss);
+        let (m, n, loss) = (self.problem.rows, self.problem.passages, self.problem.call.loss());
         let (rows, others) = (0..m, m..n);
         let mut all = Vec::new();
         if loss.uses(Block::QP) || loss.uses(Block::PQ) {
@@ -207,7 +209,7 @@ impl<'a> Shares<'a> {
 
     /// How many squares rows would spare one by one, mirror images counted once: an upper bound of what can be skipped.
     pub fn spared(&self, step: usize, share: f64) -> usize {
-        let used = Block::ALL.into_iter().filter(|b| self.problem.loss.uses(*b));
+        let used = Block::ALL.into_iter().filter(|b| self.problem.call.loss().uses(*b));
         let met: usize = used.map(|b| candidates(self.problem, b)).sum();
         let mut kept = std::collections::HashSet::new();
         let mut all = std::collections::HashSet::new();
@@ -222,7 +224,7 @@ impl<'a> Shares<'a> {
 
     /// The smallest η at which a square can be skipped, when all rows of a square are alike.
     pub fn smallest_threshold(&self, step: usize) -> f64 {
-        let used = Block::ALL.into_iter().filter(|b| self.problem.loss.uses(*b));
+        let used = Block::ALL.into_iter().filter(|b| self.problem.call.loss().uses(*b));
         let met: usize = used.map(|b| candidates(self.problem, b)).sum();
         let mut thresholds: Vec<(usize, f64)> = Vec::new();
         self.for_each_square(step, |square, row, sum, candidates| {
@@ -242,12 +244,12 @@ pub fn expect_near(problem: &Problem, got: &Outcome, full: &Outcome, share: f64)
     if got.outputs.evaluation != full.outputs.evaluation {
         return Err("skipping changed loss or metrics".into());
     }
-    let (beta, dim) = (problem.options.beta(), problem.dim);
+    let (beta, dim) = (problem.call.beta(), problem.dim);
     let length = |x: &mut dyn Iterator<Item = f64>| x.map(|v| v * v).sum::<f64>().sqrt();
     let derivatives: f64 = full.diagonal.iter().map(|d| d.abs()).sum();
     // Sums of f32 in another order: skipped terms no longer round what comes after them.
     let rounding = 2e-5;
-    let queries_only_anchor = Block::ALL.iter().all(|b| problem.loss.uses(*b) == (*b == Block::QP));
+    let queries_only_anchor = Block::ALL.iter().all(|b| problem.call.loss().uses(*b) == (*b == Block::QP));
     let (diagonal, mut error, mut noise) = (&full.diagonal, 0.0, 0.0);
     for (tower, x, got, full) in [
         (0, &problem.query, &got.outputs.grad_query, &full.outputs.grad_query),

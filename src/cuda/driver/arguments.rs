@@ -168,7 +168,7 @@ fn resolve(address: Address, arrays: &[Array], slots: &Pointers) -> u64 {
 mod tests {
     use super::*;
     use crate::cuda::{Argument, ArrayId, Problem};
-    use crate::{DType, Loss, Options, Pairs};
+    use crate::{Call, DType, Loss};
 
     fn plan() -> Plan {
         let call = Call::new(Loss::samtone_both(), 0.1);

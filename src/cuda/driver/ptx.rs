@@ -114,7 +114,7 @@ pub(super) fn driver_for(ptx: (u32, u32)) -> (u32, u32) {
 mod tests {
     use super::*;
     use crate::cuda::{Architecture, Arithmetic, Cosines, Plan, Problem, Tile};
-    use crate::{Block, DType, Group, Loss, Options, Pairs};
+    use crate::{Block, Call, DType, Group, Loss};
     use std::path::Path;
 
     #[test]

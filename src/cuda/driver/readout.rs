@@ -397,7 +397,7 @@ impl Device {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Options, Pairs};
+    use crate::Call;
 
     fn readout(zero_norm: ZeroNorm) -> Readout {
         let call = Call::new(Loss::samtone_query(), 0.1).with_zero_norm(zero_norm);
