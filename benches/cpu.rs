@@ -9,7 +9,7 @@ use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
 use inputs::Towers;
 use samtone::half::bf16;
-use samtone::{Batch, Loss, Options, cpu};
+use samtone::{Batch, Call, Loss, cpu};
 use std::time::Duration;
 
 /// B × d: both ends of each range, and the shape of the record in benches/record.
@@ -24,10 +24,11 @@ fn shapes(c: &mut Criterion) {
     for (rows, dim) in SHAPES {
         let towers = Towers::new(rows, dim, SEED);
         let rounded = towers.rounded::<bf16>();
+        let call = Call::new(Loss::samtone_query(), TEMPERATURE);
         let mut group = group(c, "samtone_query");
-        for batch in [towers.batch(), rounded.batch()] {
+        for batch in [towers.batch(&call), rounded.batch(&call)] {
             let batch = batch.expect("towers of equal shape are a batch");
-            bench(&mut group, format!("{}/{rows}x{dim}", batch.dtype()), &Loss::samtone_query(), &batch);
+            bench(&mut group, format!("{}/{rows}x{dim}", batch.dtype()), &batch);
         }
         group.finish();
     }
@@ -36,11 +37,13 @@ fn shapes(c: &mut Criterion) {
 fn presets(c: &mut Criterion) {
     let (rows, dim) = PRESET_SHAPE;
     let towers = Towers::new(rows, dim, SEED);
-    let batch = towers.batch().expect("towers of equal shape are a batch");
     let mut group = group(c, "presets");
-    for (name, _) in Loss::PRESETS {
+    for (name, ..) in Loss::PRESETS {
         let loss = Loss::by_name(name).expect("a name of the table");
-        bench(&mut group, format!("{name}/{rows}x{dim}"), &loss, &batch);
+        // None has a margin, so that only the groups differ.
+        let call = Call::new(loss, TEMPERATURE).with_margin(f64::INFINITY);
+        let batch = towers.batch(&call).expect("towers of equal shape are a batch");
+        bench(&mut group, format!("{name}/{rows}x{dim}"), &batch);
     }
     group.finish();
 }
@@ -53,12 +56,11 @@ fn group<'a>(c: &'a mut Criterion, name: &str) -> BenchmarkGroup<'a, WallTime> {
     group
 }
 
-fn bench(group: &mut BenchmarkGroup<'_, WallTime>, name: String, loss: &Loss, batch: &Batch<'_>) {
-    let options = Options::new(TEMPERATURE).expect("a valid temperature");
-    let plan = cpu::Plan::new(loss, batch, &options).expect("a plan for a valid batch");
+fn bench(group: &mut BenchmarkGroup<'_, WallTime>, name: String, batch: &Batch<'_>) {
+    let plan = cpu::Plan::new(batch).expect("a plan for a valid batch");
     group.throughput(Throughput::Elements(plan.flops() as u64));
     group.bench_function(BenchmarkId::from_parameter(name), |b| {
-        b.iter(|| samtone::loss_and_gradients(loss, batch, &options, 1.0).expect("a valid batch"));
+        b.iter(|| samtone::loss_and_gradients(batch, 1.0).expect("a valid batch"));
     });
 }
 

@@ -12,7 +12,7 @@ use inputs::Towers;
 use samtone::cuda::cudarc::driver::{CudaContext, CudaEvent, CudaStream, sys};
 use samtone::cuda::{Device, GradientSlices, Problem, Step};
 use samtone::half::{bf16, f16};
-use samtone::{DType, Element, Loss, Options, Pairs};
+use samtone::{Call, DType, Element, Loss};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -55,8 +55,8 @@ fn bench<T: Element>(
     let views = [query, passage].map(|x| unsafe { x.transmute::<T>(rows * dim) });
     let [Some(query), Some(passage)] = &views else { anyhow::bail!("bytes that are not {rows} x {dim} elements") };
     let mut gradients = [stream.alloc_zeros::<f32>(rows * dim)?, stream.alloc_zeros::<f32>(rows * dim)?];
-    let (loss, pairs) = (Loss::samtone_query(), Pairs::new(rows, rows)?);
-    let problem = Problem::new(&loss, &pairs, &Options::new(TEMPERATURE)?, T::DTYPE, dim)?;
+    let call = Call::new(Loss::samtone_query(), TEMPERATURE);
+    let problem = Problem::new(call.pairs(rows, rows)?, T::DTYPE, dim)?;
     let mut step = Step::new(device, &stream, &problem)?;
     let flops = step.plan().flops();
     let mut time = |count: u64| -> anyhow::Result<Duration> {

@@ -9,7 +9,7 @@
 //!     --tile small|large|cluster
 //!     --workspace MIB                 the bound
 //!     --loss NAME                     a preset; otherwise samtone_query
-//!     --temperature T --margin M      otherwise 0.01, and no margin
+//!     --temperature T --margin M      otherwise 0.01, and the margin of the loss
 //!     --write FOLDER
 //!     --quick
 //!
@@ -30,7 +30,7 @@ use samtone::cuda::cudarc::driver::sys::CUevent_flags;
 use samtone::cuda::cudarc::driver::{CudaContext, CudaStream};
 use samtone::cuda::{Architecture, Cosines, Device, GradientSlices, Problem, Slot, Step, Tile};
 use samtone::half::bf16;
-use samtone::{DType, Loss, Options, Pairs};
+use samtone::{Call, DType, Loss};
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -69,8 +69,7 @@ fn enqueued(
 
 /// What the command line says.
 struct Settings {
-    loss: Loss,
-    options: Options,
+    call: Call,
     quick: bool,
     folder: Option<PathBuf>,
     cosines: Option<Cosines>,
@@ -81,10 +80,8 @@ struct Settings {
 
 impl Settings {
     fn read(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Self> {
-        let (mut temperature, mut margin, mut workspace) = (0.01, None, None);
         let mut settings = Self {
-            loss: Loss::samtone_query(),
-            options: Options::new(temperature)?,
+            call: Call::new(Loss::samtone_query(), 0.01),
             quick: false,
             folder: None,
             cosines: None,
@@ -110,23 +107,17 @@ impl Settings {
                 ("tile", "small") => settings.tile = Some(Tile::Small),
                 ("tile", "large") => settings.tile = Some(Tile::Large),
                 ("tile", "cluster") => settings.tile = Some(Tile::Cluster),
-                ("workspace", mib) => workspace = Some(mib.parse::<usize>()? << 20),
-                ("loss", name) => settings.loss = Loss::by_name(name)?,
-                ("temperature", tau) => temperature = tau.parse()?,
-                ("margin", cosine) => margin = Some(cosine.parse()?),
+                ("workspace", mib) => settings.call = settings.call.with_workspace_bytes(mib.parse::<usize>()? << 20),
+                ("loss", name) => settings.call = settings.call.with_loss(Loss::by_name(name)?),
+                ("temperature", tau) => settings.call = settings.call.with_temperature(tau.parse()?),
+                ("margin", cosine) => settings.call = settings.call.with_margin(cosine.parse()?),
                 _ => anyhow::bail!("no option {argument} {value}"),
             }
         }
         if settings.shapes.is_empty() {
             settings.shapes = SHAPES.iter().map(|s| s.to_string()).collect();
         }
-        settings.options = Options::new(temperature)?;
-        if let Some(bytes) = workspace {
-            settings.options = settings.options.with_workspace_bytes(bytes);
-        }
-        if let Some(margin) = margin {
-            settings.options = settings.options.with_margin(margin)?;
-        }
+        settings.call.check()?;
         Ok(settings)
     }
 
@@ -171,8 +162,7 @@ fn main() -> anyhow::Result<()> {
         let views = copied.each_ref().map(|x| unsafe { x.transmute::<bf16>(rows * dim) });
         let [Some(query), Some(passage)] = &views else { anyhow::bail!("views of bf16") };
         let mut gradients = [stream.alloc_zeros::<f32>(rows * dim)?, stream.alloc_zeros::<f32>(rows * dim)?];
-        let pairs = Pairs::new(rows, rows)?;
-        let problem = Problem::new(&settings.loss, &pairs, &settings.options, DType::BF16, dim)?;
+        let problem = Problem::new(settings.call.pairs(rows, rows)?, DType::BF16, dim)?;
         let problem = settings.apply(problem, &device)?;
         let mut step = Step::new(&device, &stream, &problem)?;
         let mut times = Vec::new();

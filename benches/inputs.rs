@@ -3,7 +3,7 @@
 
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
-use samtone::{Batch, Data, Element, Embeddings, Result};
+use samtone::{Batch, Call, Data, Element, Embeddings, Result};
 
 /// Two row-major towers of the same shape.
 pub struct Towers<T> {
@@ -36,9 +36,9 @@ impl<T: Element> Towers<T>
 where
     for<'a> &'a [T]: Into<Data<'a>>,
 {
-    pub fn batch(&self) -> Result<Batch<'_>> {
+    pub fn batch<'b>(&'b self, call: &'b Call) -> Result<Batch<'b>> {
         let embeddings = |x| Embeddings::new(x, self.rows, self.dim);
-        Batch::new(embeddings(self.query.as_slice())?, embeddings(self.passage.as_slice())?)
+        Batch::new(call, embeddings(self.query.as_slice())?, embeddings(self.passage.as_slice())?)
     }
 }
 

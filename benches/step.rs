@@ -12,7 +12,7 @@ use clap::{Parser, ValueEnum};
 use inputs::Towers;
 use products::{Products, Schedule};
 use samtone::half::{bf16, f16};
-use samtone::{Batch, EmbeddingsMut, GradientBuffers, Loss, LossAndGradients, Options, cpu};
+use samtone::{Batch, Call, EmbeddingsMut, GradientBuffers, Loss, LossAndGradients, cpu};
 use serde_json::{Value, json};
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
@@ -78,15 +78,19 @@ fn main() -> Result<(), AnyError> {
         return Err("--batch, --dim and --repeats must be at least 1".into());
     }
     let towers = Towers::new(arguments.batch, arguments.dim, arguments.seed);
+    let mut call = Call::new(Loss::by_name(&arguments.preset)?, arguments.temperature);
+    if let Some(mib) = arguments.workspace_mib {
+        call = call.with_workspace_bytes(mib << 20);
+    }
     match arguments.dtype {
-        Type::F32 => Session::new(&arguments, &towers.batch()?, &towers)?.run(),
+        Type::F32 => Session::new(&arguments, &towers.batch(&call)?, &towers).run(),
         Type::F16 => {
             let rounded = towers.rounded::<f16>();
-            Session::new(&arguments, &rounded.batch()?, &towers)?.run()
+            Session::new(&arguments, &rounded.batch(&call)?, &towers).run()
         }
         Type::Bf16 => {
             let rounded = towers.rounded::<bf16>();
-            Session::new(&arguments, &rounded.batch()?, &towers)?.run()
+            Session::new(&arguments, &rounded.batch(&call)?, &towers).run()
         }
     }
 }
@@ -96,8 +100,6 @@ struct Session<'a> {
     arguments: &'a Arguments,
     batch: &'a Batch<'a>,
     towers: &'a Towers<f32>,
-    loss: Loss,
-    options: Options,
     /// Products and their fastest schedule; made when first asked for, so that they never weigh on the step's memory.
     products: Option<(Products<'a>, Schedule)>,
     steps: usize,
@@ -107,19 +109,14 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(arguments: &'a Arguments, batch: &'a Batch<'a>, towers: &'a Towers<f32>) -> Result<Self, AnyError> {
-        let loss = Loss::by_name(&arguments.preset)?;
-        let mut options = Options::new(arguments.temperature)?;
-        if let Some(mib) = arguments.workspace_mib {
-            options = options.with_workspace_bytes(mib << 20);
-        }
+    fn new(arguments: &'a Arguments, batch: &'a Batch<'a>, towers: &'a Towers<f32>) -> Self {
         let gradients = [batch.rows(), batch.passages()].map(|rows| vec![0.0; rows * batch.dim()]);
         let workspace = cpu::Workspace::new();
-        Ok(Self { arguments, batch, towers, loss, options, products: None, steps: 1, workspace, gradients })
+        Self { arguments, batch, towers, products: None, steps: 1, workspace, gradients }
     }
 
     fn run(mut self) -> Result<(), AnyError> {
-        let plan = cpu::Plan::new(&self.loss, self.batch, &self.options)?;
+        let plan = cpu::Plan::new(self.batch)?;
         let started = Instant::now();
         let (first, peak) = ALLOCATIONS.peak_during(|| self.step());
         let first = first?;
@@ -130,7 +127,7 @@ impl<'a> Session<'a> {
         let mut report = json!({
             "loss": first.evaluation.loss,
             "peak_bytes": peak,
-            "workspace_bound_bytes": self.options.workspace_bytes().unwrap_or(cpu::DEFAULT_WORKSPACE_BYTES),
+            "workspace_bound_bytes": self.batch.call().workspace_bytes().unwrap_or(cpu::DEFAULT_WORKSPACE_BYTES),
             "plan": plan.to_string(),
             "stored": plan.stores_logits(),
             "flops": plan.flops(),
@@ -138,7 +135,7 @@ impl<'a> Session<'a> {
             "batch": self.batch.rows(),
             "dim": self.batch.dim(),
             "dtype": self.batch.dtype().name(),
-            "preset": self.loss.name(),
+            "preset": self.batch.call().loss().name(),
             "version": env!("CARGO_PKG_VERSION"),
         });
         drop(first);
@@ -164,7 +161,7 @@ impl<'a> Session<'a> {
     }
 
     fn step(&self) -> samtone::Result<LossAndGradients> {
-        samtone::loss_and_gradients(&self.loss, self.batch, &self.options, 1.0)
+        samtone::loss_and_gradients(self.batch, 1.0)
     }
 
     /// Mean milliseconds of a step into memory that the caller keeps.
@@ -177,8 +174,7 @@ impl<'a> Session<'a> {
                 query: Some(EmbeddingsMut::new(query, rows, dim)?),
                 passage: Some(EmbeddingsMut::new(passage, passages, dim)?),
             };
-            let (loss, batch, options) = (&self.loss, self.batch, &self.options);
-            std::hint::black_box(self.workspace.loss_and_gradients_into(loss, batch, options, 1.0, buffers)?);
+            std::hint::black_box(self.workspace.loss_and_gradients_into(self.batch, 1.0, buffers)?);
         }
         Ok(milliseconds(started) / self.steps as f64)
     }
@@ -188,11 +184,11 @@ impl<'a> Session<'a> {
         let (products, schedule) = match self.products.take() {
             Some(ready) => self.products.insert(ready),
             None => {
-                if self.loss.name() != "samtone_query" {
+                if self.batch.call().loss().name() != "samtone_query" {
                     return Err("the bare products are those of the preset samtone_query".into());
                 }
                 let (query, passage) = (&self.towers.query, &self.towers.passage);
-                let recompute = !cpu::Plan::new(&self.loss, self.batch, &self.options)?.stores_logits();
+                let recompute = !cpu::Plan::new(self.batch)?.stores_logits();
                 let mut products = Products::new(query, passage, self.batch.rows(), self.batch.dim(), recompute);
                 let schedule = fastest(&mut products, self.steps);
                 self.products.insert((products, schedule))

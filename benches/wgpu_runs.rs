@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use samtone::half::{bf16, f16};
 use samtone::wgpu::wgpu::{self, BufferUsages};
 use samtone::wgpu::{Buffers, Engine, Plan, Slot, Variant};
-use samtone::{DType, Element, Evaluation, Loss, Options, Pairs, Problem};
+use samtone::{Call, DType, Element, Evaluation, Loss, Problem};
 use std::time::{Duration, Instant};
 
 /// Most steps that are enqueued without waiting.
@@ -33,8 +33,8 @@ pub struct Time {
 
 /// The plan for so many pairs; the variant that suits the device if none is given.
 pub fn plan(engine: &Engine, rows: usize, dim: usize, dtype: DType, variant: Option<Variant>) -> Result<Plan> {
-    let (loss, pairs) = (Loss::samtone_query(), Pairs::new(rows, rows)?);
-    let problem = Problem::new(&loss, &pairs, &Options::new(TEMPERATURE)?, dtype, dim)?;
+    let call = Call::new(Loss::samtone_query(), TEMPERATURE);
+    let problem = Problem::new(call.pairs(rows, rows)?, dtype, dim)?;
     Ok(match variant {
         Some(variant) => Plan::with_variant(&problem, engine.capabilities(), variant)?,
         None => Plan::new(&problem, engine.capabilities())?,

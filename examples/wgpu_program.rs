@@ -18,7 +18,7 @@ use rand::{RngExt, SeedableRng};
 use samtone::wgpu::wgpu::util::DeviceExt;
 use samtone::wgpu::wgpu::{self, BufferUsages};
 use samtone::wgpu::{BufferRange, Buffers, Engine, Plan, Slot, Step};
-use samtone::{Batch, DType, Embeddings, Loss, Options, Pairs, Problem, reference};
+use samtone::{Batch, Call, DType, Embeddings, Loss, Problem, reference};
 use std::io::{self, Write};
 use std::process::ExitCode;
 
@@ -173,8 +173,8 @@ fn train() -> anyhow::Result<bool> {
 
     // samtone: what to compute, on which device, on which ranges of the caller's buffers.
     let engine = Engine::new(&device, &queue);
-    let (loss, pairs, options) = (Loss::samtone_query(), Pairs::new(ROWS, ROWS)?, Options::new(TEMPERATURE)?);
-    let plan = Plan::new(&Problem::new(&loss, &pairs, &options, DType::F32, DIM)?, engine.capabilities())?;
+    let call = Call::new(Loss::samtone_query(), TEMPERATURE);
+    let plan = Plan::new(&Problem::new(call.pairs(ROWS, ROWS)?, DType::F32, DIM)?, engine.capabilities())?;
     let step = Step::new(&engine, plan)?;
     writeln!(io::stdout(), "{}", step.plan().variant())?;
     let tower = |buffer, k| BufferRange { buffer, offset: (k * tower_bytes) as u64, bytes: tower_bytes as u64 };
@@ -219,8 +219,8 @@ fn train() -> anyhow::Result<bool> {
     // The last step against the definition: its embeddings and gradients are still in their buffers.
     let (x, computed) = (floats(&embeddings)?, floats(&gradients)?);
     let (query, passage) = x.split_at(ROWS * DIM);
-    let batch = Batch::new(Embeddings::new(query, ROWS, DIM)?, Embeddings::new(passage, ROWS, DIM)?)?;
-    let exact = reference::loss_and_gradients(&loss, &batch, &options, 1.0)?;
+    let batch = Batch::new(&call, Embeddings::new(query, ROWS, DIM)?, Embeddings::new(passage, ROWS, DIM)?)?;
+    let exact = reference::loss_and_gradients(&batch, 1.0)?;
     let (of_query, of_passage) = computed.split_at(ROWS * DIM);
     let loss_error = (evaluation.loss - exact.evaluation.loss).abs() / exact.evaluation.loss;
     let errors = [loss_error, distance(of_query, &exact.grad_query), distance(of_passage, &exact.grad_passage)];

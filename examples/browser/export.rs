@@ -140,11 +140,9 @@ impl Run {
             problem.run(backends::by_name("reference")?, DType::F64, 1.0)?.into()
         };
         let [query, passage] = [&problem.query, &problem.passage].map(|x| Buffer::new(dtype, x));
-        let batch = problem.batch(&query, &passage)?;
         let gradients = Some(GradientOutput { dtype: DType::F32, row_stride: problem.dim });
-        let call = samtone::Problem::new(&problem.loss, batch.pairs(), &problem.options, dtype, problem.dim)?
-            .with_gradients(gradients, gradients)?;
-        let plan = Plan::new(&call, &device.capabilities())?;
+        let planned = samtone::Problem::new(problem.pairs()?, dtype, problem.dim)?;
+        let plan = Plan::new(&planned.with_gradients(gradients, gradients)?, &device.capabilities())?;
         let exported = export(&plan, &bytes(&query), &bytes(&passage), device);
         Ok((Self { problem, expected, judged_by_file, dtype, device: device.name, plan }, exported))
     }

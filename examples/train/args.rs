@@ -3,7 +3,7 @@
 use crate::encoder::Architecture;
 use anyhow::{Result, bail, ensure};
 use clap::{Parser, ValueEnum};
-use samtone::{Loss, Options};
+use samtone::{Call, Loss};
 use serde::Serialize;
 use std::path::PathBuf;
 
@@ -123,7 +123,7 @@ fn loss_name(name: &str) -> Result<String, samtone::Error> {
 
 fn temperature(text: &str) -> Result<f64> {
     let value: f64 = text.parse()?;
-    Options::new(value)?;
+    Call::new(Loss::info_nce(), value).check()?;
     Ok(value)
 }
 

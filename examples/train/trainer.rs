@@ -9,7 +9,7 @@ use crate::matrix::normalise_rows;
 use crate::optimizer::{Adam, RowAdagrad};
 use crate::retrieval::{Retrieval, Scores, retrieve};
 use anyhow::{Context, Result};
-use samtone::{Batch, Embeddings, EmbeddingsMut, GradientBuffers, Loss, Options, Tower, cpu};
+use samtone::{Batch, Call, Embeddings, EmbeddingsMut, GradientBuffers, Loss, Tower, cpu};
 use serde::Serialize;
 use std::collections::HashMap;
 use std::time::Instant;
@@ -183,8 +183,7 @@ pub fn train(
     args: &Args,
     progress: impl Fn(usize, &Step),
 ) -> Result<(Outcome, Towers)> {
-    let loss = Loss::by_name(&variant.loss)?;
-    let options = Options::new(args.temperature)?;
+    let call = Call::new(Loss::by_name(&variant.loss)?, args.temperature);
     let total_steps = args.steps.unwrap_or(0) as usize;
     let mut trainer = Trainer::new(initial_towers(variant.architecture, args, seed));
     let mut order = Batches::new(data.train_pairs(), args.batch as usize, seed);
@@ -198,8 +197,8 @@ pub fn train(
         let rates = (args.table_rate * decay, args.projection_rate * decay);
         let batch = order.next();
         let measured = trainer
-            .step(&loss, &options, variant.mask, data, batch, rates, &mut timing)
-            .with_context(|| format!("{} with {}, step {step}", variant.architecture.label(), loss))?;
+            .step(&call, variant.mask, data, batch, rates, &mut timing)
+            .with_context(|| format!("{} with {}, step {step}", variant.architecture.label(), call.loss()))?;
         steps.push(measured);
         progress(step + 1, &measured);
         let now = step + 1;
@@ -242,11 +241,9 @@ impl Trainer {
         Self { towers, tables, projection, workspace: cpu::Workspace::new() }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one call site; each is a different thing")]
     fn step(
         &mut self,
-        loss: &Loss,
-        options: &Options,
+        call: &Call,
         mask: Mask,
         data: &Prepared,
         batch: &[u32],
@@ -260,20 +257,23 @@ impl Trainer {
         let encoded = Instant::now();
 
         let (rows, dim) = (batch.len(), self.towers.dim);
-        let ids = data.ids.each_ref().map(|ids| batch.iter().map(|i| ids[*i as usize]).collect::<Vec<_>>());
-        let mut inputs = Batch::new(
+        let mut call = call.clone();
+        if mask == Mask::On {
+            let [of_queries, of_passages] =
+                data.ids.each_ref().map(|ids| batch.iter().map(|i| ids[*i as usize]).collect::<Vec<_>>());
+            call = call.with_query_ids(of_queries).with_passage_ids(of_passages);
+        }
+        let inputs = Batch::new(
+            &call,
             Embeddings::new(&query.embeddings, rows, dim)?,
             Embeddings::new(&passage.embeddings, rows, dim)?,
         )?;
-        if mask == Mask::On {
-            inputs = inputs.with_query_ids(&ids[0])?.with_passage_ids(&ids[1])?;
-        }
         let (mut query_gradient, mut passage_gradient) = (vec![0.0; rows * dim], vec![0.0; rows * dim]);
         let buffers = GradientBuffers {
             query: Some(EmbeddingsMut::new(&mut query_gradient, rows, dim)?),
             passage: Some(EmbeddingsMut::new(&mut passage_gradient, rows, dim)?),
         };
-        let (evaluation, _) = self.workspace.loss_and_gradients_into(loss, &inputs, options, 1.0, buffers)?;
+        let (evaluation, _) = self.workspace.loss_and_gradients_into(&inputs, 1.0, buffers)?;
         let computed = Instant::now();
 
         let mut projection_gradient = vec![0.0; self.towers.projection.len()];
