@@ -8,7 +8,7 @@ mod support;
 use libtest_mimic::Failed;
 use samtone::backend;
 use samtone::cuda::{Arithmetic, Cosines, GradientOutput, Launch, Plan, Problem as Planned, Tile};
-use samtone::{DType, Loss, Options, Scope};
+use samtone::{Call, DType, Loss, Scope};
 use std::process::ExitCode;
 use support::case::Expected;
 use support::compare::{against_definition, verdict};
@@ -17,13 +17,14 @@ use support::data::{Kind, Source, problem};
 use support::problem::{Buffer, Problem};
 use support::skipped::Outcome;
 
-type With = fn(&mut Problem) -> samtone::Result<()>;
+/// Of a call of so many queries and passages.
+type With = fn(Call, usize, usize) -> Call;
 
 fn main() -> ExitCode {
     let checks: [(&str, Check); 8] = [
         ("the same bits by every arithmetic and tile", arithmetics),
         ("the same bits for every preset", presets),
-        ("the same bits with every option", options),
+        ("the same bits with every option", calls),
         ("the same bits if some are kept", partly),
         ("the same bits of shards and with a frozen tower", shards),
         ("skipped squares are not read", skipping),
@@ -34,11 +35,11 @@ fn main() -> ExitCode {
 }
 
 /// A plan on the emulator, whose forward part has run.
-struct Call {
+struct Launched {
     device: Emulated,
 }
 
-impl Call {
+impl Launched {
     /// The parts of the plan that `change` makes of the default one.
     fn new(
         how: &CudaEmulated,
@@ -50,7 +51,7 @@ impl Call {
     ) -> Result<Self, Failed> {
         let (query, passage) = (Buffer::new(dtype, &problem.query), Buffer::new(dtype, &problem.passage));
         let batch = problem.batch(&query, &passage)?;
-        let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, dtype, problem.dim)?;
+        let planned = Planned::new(*batch.pairs(), dtype, problem.dim)?;
         let mut device = Emulated::new(Plan::new(&change(how.problem(planned))?)?, run)?;
         device.upload_embeddings("query", batch.query())?;
         device.upload_embeddings("passage", batch.passage())?;
@@ -107,7 +108,7 @@ fn expect_same(
     change: impl for<'a> Fn(Planned<'a>) -> Planned<'a>,
 ) -> Result<Outcome, Failed> {
     let call = |cosines| {
-        Call::new(how, problem, dtype, Run::default(), &[Plan::forward], |p| Ok(change(p).with_cosines(cosines)))
+        Launched::new(how, problem, dtype, Run::default(), &[Plan::forward], |p| Ok(change(p).with_cosines(cosines)))
     };
     let name = |e: Failed| format!("{}, {dtype}: {}", problem.name, e.message().unwrap_or_default());
     let keeping = call(Cosines::Kept)?.both(every).map_err(name)?;
@@ -143,7 +144,7 @@ fn arithmetics(how: &'static CudaEmulated) -> Result<(), Failed> {
 }
 
 fn presets(how: &'static CudaEmulated) -> Result<(), Failed> {
-    for (k, (name, _)) in Loss::PRESETS.iter().enumerate() {
+    for (k, (name, ..)) in Loss::PRESETS.iter().enumerate() {
         let shape = if clusters(how) { (260, 300, 24) } else { (70, 130, 24) };
         let dtype = [DType::BF16, DType::F16, DType::F32][k % 3];
         let problem = sized(Kind::ALL[k % Kind::ALL.len()], Loss::by_name(name)?, shape)?.rounded(dtype);
@@ -152,37 +153,30 @@ fn presets(how: &'static CudaEmulated) -> Result<(), Failed> {
     Ok(())
 }
 
-fn options(how: &'static CudaEmulated) -> Result<(), Failed> {
+fn calls(how: &'static CudaEmulated) -> Result<(), Failed> {
     let changes: [(&str, With); 6] = [
-        ("permuted positives", |p| {
-            p.positives = Some((0..p.rows).map(|i| ((i * 7 + 3) % p.rows) as u32).collect());
-            Ok(())
+        ("permuted positives", |call, m, _| {
+            call.with_positives((0..m).map(|i| ((i * 7 + 3) % m) as u32).collect::<Vec<_>>())
         }),
-        ("shared positives", |p| {
-            p.positives = Some((0..p.rows).map(|i| (i - i % 3) as u32).collect());
-            Ok(())
+        ("shared positives", |call, m, _| call.with_positives((0..m).map(|i| (i - i % 3) as u32).collect::<Vec<_>>())),
+        ("owners", |call, m, n| {
+            let owner = |j| if j < m { -1 } else { (j % m) as i32 };
+            call.with_hard_negative_owners((0..n).map(owner).collect::<Vec<_>>(), Scope::Own)
         }),
-        ("owners", |p| {
-            let owner = |j: usize| if j < p.rows { -1 } else { (j % p.rows) as i32 };
-            p.owners = Some(((0..p.passages).map(owner).collect(), Scope::Own));
-            Ok(())
-        }),
-        ("ids and weights", |p| {
+        ("ids and weights", |call, m, n| {
             let mut source = Source::new(5);
-            let mut ids = |len: usize| Some((0..len).map(|_| source.below(len) as i64).collect());
-            (p.query_ids, p.passage_ids) = (ids(p.rows), ids(p.passages));
-            p.shared_ids = true;
-            p.weights = Some((0..p.rows).map(|i| [1.0, 0.0, 2.5, 0.125, 1e-3][i % 5]).collect());
-            Ok(())
+            let mut ids = |len: usize| (0..len).map(|_| source.below(len) as i64).collect::<Vec<_>>();
+            let call = call.with_query_ids(ids(m)).with_passage_ids(ids(n)).with_shared_ids(true);
+            call.with_weights((0..m).map(|i| [1.0, 0.0, 2.5, 0.125, 1e-3][i % 5]).collect::<Vec<_>>())
         }),
-        ("a margin", |p| p.options.with_margin(0.05).map(|o| p.options = o)),
-        ("cold", |p| Options::new(1e-3).map(|o| p.options = o)), // an exponential for each row and column
+        ("a margin", |call, _, _| call.with_margin(0.05)),
+        ("cold", |call, _, _| call.with_temperature(1e-3)), // an exponential for each row and column
     ];
     for (k, (name, change)) in changes.into_iter().enumerate() {
         let shape = if clusters(how) { (290, 340, 24) } else { (90, 140, 24) };
         let dtype = [DType::BF16, DType::F32][k % 2];
-        let mut problem = sized(Kind::Anisotropic, Loss::samtone_both(), shape)?.rounded(dtype);
-        change(&mut problem)?;
+        let problem = sized(Kind::Anisotropic, Loss::samtone_both(), shape)?.rounded(dtype);
+        let problem = problem.with(|call| change(call, shape.0, shape.1));
         expect_same(how, &problem, dtype, keep).map_err(|e| format!("{name}: {e:?}"))?;
     }
     Ok(())
@@ -197,11 +191,11 @@ fn partly(how: &'static CudaEmulated) -> Result<(), Failed> {
     };
     let mut mixed = 0;
     for (bytes, loss) in bounds.into_iter().zip([Loss::gte(), Loss::samtone_both(), Loss::samtone_query()]) {
-        let mut problem = sized(Kind::Random, loss, shape)?.rounded(DType::BF16);
-        problem.positives = Some((0..shape.0).map(|i| ((i * 7 + 3) % (shape.0 * 3 / 4)) as u32).collect());
-        problem.options = Options::new(0.05)?.with_workspace_bytes(bytes);
+        let positives: Vec<_> = (0..shape.0).map(|i| ((i * 7 + 3) % (shape.0 * 3 / 4)) as u32).collect();
+        let problem = sized(Kind::Random, loss, shape)?.rounded(DType::BF16);
+        let problem = problem.with(|call| call.with_positives(positives).with_workspace_bytes(bytes));
         let run = Run::default();
-        let mut call = Call::new(how, &problem, DType::BF16, run, &[Plan::forward], |p| {
+        let mut call = Launched::new(how, &problem, DType::BF16, run, &[Plan::forward], |p| {
             Ok(p.with_arithmetic(Arithmetic::F16).with_cosines(Cosines::Kept))
         })?;
         let plan = call.device.plan();
@@ -222,13 +216,14 @@ fn partly(how: &'static CudaEmulated) -> Result<(), Failed> {
 
 fn shards(how: &'static CudaEmulated) -> Result<(), Failed> {
     let (shape, cuts) = if clusters(how) { ((300, 400, 24), [0, 40, 300]) } else { ((150, 190, 24), [0, 13, 150]) };
-    let mut problem = sized(Kind::Random, Loss::samtone_both(), shape)?.rounded(DType::F16);
-    problem.positives = Some((0..shape.0).map(|i| ((i * 5 + 1) % (shape.0 - 9)) as u32).collect());
-    let mut whole = Call::new(how, &problem, DType::F16, Run::default(), &[Plan::forward], |p| Ok(p))?;
+    let positives: Vec<_> = (0..shape.0).map(|i| ((i * 5 + 1) % (shape.0 - 9)) as u32).collect();
+    let problem = sized(Kind::Random, Loss::samtone_both(), shape)?.rounded(DType::F16);
+    let problem = problem.with(|call| call.with_positives(positives));
+    let mut whole = Launched::new(how, &problem, DType::F16, Run::default(), &[Plan::forward], |p| Ok(p))?;
     let (sums, above): (Vec<u8>, Vec<u8>) = (whole.device.download("sums")?, whole.device.download("above")?);
     let passages = Some(GradientOutput { dtype: DType::F32, row_stride: shape.2 });
     for (rows, frozen) in cuts.windows(2).flat_map(|rows| [(rows[0]..rows[1], false), (rows[0]..rows[1], true)]) {
-        let mut call = Call::new(how, &problem, DType::F16, Run::default(), &[Plan::partials], |p| {
+        let mut call = Launched::new(how, &problem, DType::F16, Run::default(), &[Plan::partials], |p| {
             let p = p.with_rows(rows.clone())?.with_cosines(Cosines::Kept);
             if frozen { p.with_gradients(None, passages) } else { Ok(p) }
         })?;
@@ -251,8 +246,7 @@ fn clustered(how: &CudaEmulated, loss: Loss) -> Result<Problem, Failed> {
     };
     problem.query = (0..rows).flat_map(|i| around(i / step)).collect();
     problem.passage = (0..passages).flat_map(|j| around(j % rows / step)).collect();
-    problem.options = Options::new(0.02)?.with_tile_skipping(1e-3)?;
-    Ok(problem.rounded(DType::BF16))
+    Ok(problem.rounded(DType::BF16).with(|call| call.with_temperature(0.02).with_tile_skipping(1e-3)))
 }
 
 fn skipping(how: &'static CudaEmulated) -> Result<(), Failed> {
@@ -262,8 +256,9 @@ fn skipping(how: &'static CudaEmulated) -> Result<(), Failed> {
     }
     // Of rectangles alone, squares and their cosines are in the same order.
     let problem = clustered(how, Loss::info_nce())?;
-    let mut call =
-        Call::new(how, &problem, DType::BF16, Run::default(), &[Plan::forward], |p| Ok(p.with_cosines(Cosines::Kept)))?;
+    let mut call = Launched::new(how, &problem, DType::BF16, Run::default(), &[Plan::forward], |p| {
+        Ok(p.with_cosines(Cosines::Kept))
+    })?;
     let before = call.outcome(Plan::backward)?;
     let mut cosines: Vec<f32> = call.device.download("cosines")?;
     let elements = cosines.len() / before.skipped.len();
@@ -282,8 +277,9 @@ fn skipping(how: &'static CudaEmulated) -> Result<(), Failed> {
 fn poisoned(how: &'static CudaEmulated) -> Result<(), Failed> {
     let shape = if clusters(how) { (260, 270, 24) } else { (70, 80, 24) };
     let problem = sized(Kind::Random, Loss::samtone_both(), shape)?.rounded(DType::BF16);
-    let mut call =
-        Call::new(how, &problem, DType::BF16, Run::default(), &[Plan::forward], |p| Ok(p.with_cosines(Cosines::Kept)))?;
+    let mut call = Launched::new(how, &problem, DType::BF16, Run::default(), &[Plan::forward], |p| {
+        Ok(p.with_cosines(Cosines::Kept))
+    })?;
     let right = call.outcome(Plan::backward)?;
     let len = call.device.plan().array("cosines").ok_or("nothing is kept")?.bytes as usize / 4;
     call.device.upload("cosines", &vec![0.25_f32; len])?;
@@ -311,7 +307,7 @@ fn barriers(how: &'static CudaEmulated) -> Result<(), Failed> {
     let shape = if clusters(how) { (257, 300, 24) } else { (66, 70, 24) };
     let problem = sized(Kind::Random, Loss::samtone_both(), shape)?.rounded(DType::BF16);
     let outcome = |run: Run| {
-        Call::new(how, &problem, DType::BF16, run, &[Plan::forward], |p| Ok(p.with_cosines(Cosines::Kept)))?
+        Launched::new(how, &problem, DType::BF16, run, &[Plan::forward], |p| Ok(p.with_cosines(Cosines::Kept)))?
             .outcome(Plan::backward)
     };
     let want = outcome(Run::default())?;

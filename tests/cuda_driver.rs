@@ -224,8 +224,7 @@ fn run_backend() -> Option<Result<(), Error>> {
 
 fn load_sample() -> Result<(), String> {
     let problem = raw::sample(samtone::Loss::samtone_both(), 1)?;
-    let pairs = samtone::Pairs::new(problem.rows, problem.passages).map_err(text)?;
-    let plain = cuda::Problem::new(&problem.loss, &pairs, &problem.options, samtone::DType::F32, problem.dim);
+    let plain = problem.pairs().and_then(|pairs| cuda::Problem::new(pairs, samtone::DType::F32, problem.dim));
     let plan = plain.and_then(|p| cuda::Plan::new(&p)).map_err(text)?;
     Device::first().and_then(|device| device.load(&plan)).map_err(text)
 }

@@ -10,7 +10,7 @@ mod support;
 use libtest_mimic::Failed;
 use samtone::backend::{self, Backend};
 use samtone::cuda::{Arithmetic, GradientOutput, Plan, Problem as Planned, Tile};
-use samtone::{Block, DType, EmbeddingsMut, Error, GradientBuffers, Group, Loss, Options, Pairs, ZeroNorm};
+use samtone::{Block, Call, DType, EmbeddingsMut, Error, GradientBuffers, Group, Loss, ZeroNorm};
 use std::process::{Command, ExitCode};
 use support::case::Expected;
 use support::compare::{against_definition, verdict};
@@ -69,9 +69,8 @@ fn run_with(
         query: Some(grad_query.embeddings_mut(problem.rows, problem.dim)?),
         passage: Some(grad_passage.embeddings_mut(problem.passages, problem.dim)?),
     };
-    let planned = change(Planned::new(&problem.loss, batch.pairs(), &problem.options, dtype, problem.dim)?)?;
-    let (evaluation, temperature) =
-        cuda_emulated::run(&planned, &problem.loss, &batch, &problem.options, buffers, run)?;
+    let planned = change(Planned::new(*batch.pairs(), dtype, problem.dim)?)?;
+    let (evaluation, temperature) = cuda_emulated::run(&planned, &batch, buffers, run)?;
     let [grad_query, grad_passage] = gradients.map(|g| g.to_f64());
     Ok(Outputs { evaluation, grad_query, grad_passage, temperature })
 }
@@ -121,14 +120,14 @@ fn waves(how: &'static CudaEmulated) -> Result<(), Failed> {
     let clusters = clusters(how);
     let (shape, bounds) =
         if clusters { ((300, 400, 40), [270_000, 1_200_000]) } else { ((200, 270, 40), [70_000, 300_000]) };
-    let mut problem = sized(Kind::Random, Loss::gte(), shape)?.rounded(DType::BF16);
     let shared = |i| ((i * 7 + 3) % (shape.0 * 3 / 4)) as u32; // rows that share, and passages that are nobody's
-    problem.positives = Some((0..shape.0).map(shared).collect());
+    let mut problem = sized(Kind::Random, Loss::gte(), shape)?.rounded(DType::BF16);
+    problem = problem.with(|call| call.with_positives((0..shape.0).map(shared).collect::<Vec<_>>()));
     for bytes in bounds {
-        problem.options = Options::new(0.05)?.with_workspace_bytes(bytes);
+        problem = problem.with(|call| call.with_workspace_bytes(bytes));
         let (query, passage) = (Buffer::new(DType::BF16, &problem.query), Buffer::new(DType::BF16, &problem.passage));
         let batch = problem.batch(&query, &passage)?;
-        let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::BF16, problem.dim)?;
+        let planned = Planned::new(*batch.pairs(), DType::BF16, problem.dim)?;
         let plan = Plan::new(&how.problem(planned))?;
         let products = plan.backward().iter().filter(|l| l.module.starts_with("gradient_product")).count();
         if products < 2 || plan.bounded_bytes() > bytes {
@@ -136,7 +135,7 @@ fn waves(how: &'static CudaEmulated) -> Result<(), Failed> {
         }
         compare(&run_with(&problem, DType::BF16, Run::default(), |p| Ok(how.problem(p)))?, &problem, DType::BF16)?;
     }
-    problem.options = Options::new(0.05)?.with_workspace_bytes(1000);
+    problem = problem.with(|call| call.with_workspace_bytes(1000));
     match run_with(&problem, DType::BF16, Run::default(), |p| Ok(how.problem(p))) {
         Err(Error::WorkspaceTooSmall { given: 1000, needed, .. }) if needed > 1000 => Ok(()),
         other => Err(format!("a bound of 1000 bytes gave {other:?}").into()),
@@ -153,17 +152,18 @@ struct DeviceSum {
 }
 
 fn shards(how: &'static CudaEmulated) -> Result<(), Failed> {
-    let mut problem = sized(Kind::Random, Loss::samtone_both(), (70, 90, 24))?.rounded(DType::F16);
-    problem.positives = Some((0..70).map(|i| (i * 5 + 1) % 60).collect());
-    // Queries are passages of other rows, and of other shards.
-    (problem.query_ids, problem.passage_ids) = (Some((0..70).collect()), Some((0..90).map(|j| j * 7 % 80).collect()));
-    problem.shared_ids = true;
+    let problem = sized(Kind::Random, Loss::samtone_both(), (70, 90, 24))?.rounded(DType::F16).with(|call| {
+        let call = call.with_positives((0..70).map(|i| (i * 5 + 1) % 60).collect::<Vec<_>>());
+        // Queries are passages of other rows, and of other shards.
+        let (query, passage): (Vec<_>, Vec<_>) = ((0..70).collect(), (0..90).map(|j| j * 7 % 80).collect());
+        call.with_query_ids(query).with_passage_ids(passage).with_shared_ids(true)
+    });
     let (query, passage) = (Buffer::new(DType::F16, &problem.query), Buffer::new(DType::F16, &problem.passage));
     let batch = problem.batch(&query, &passage)?;
     let ranges = [0..13, 13..64, 64..70];
     let mut devices = Vec::new();
     for range in &ranges {
-        let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::F16, problem.dim)?;
+        let planned = Planned::new(*batch.pairs(), DType::F16, problem.dim)?;
         let planned = how.problem(planned.with_rows(range.clone())?);
         let mut device = Emulated::new(Plan::new(&planned)?, Run::default())?;
         device.upload_embeddings("query", batch.query())?;
@@ -206,7 +206,7 @@ fn apart(how: &'static CudaEmulated) -> Result<(), Failed> {
     let fused = run_with(&problem, DType::BF16, Run::default(), |p| how.problem(p).with_upstream(2.0))?;
     let (query, passage) = (Buffer::new(DType::BF16, &problem.query), Buffer::new(DType::BF16, &problem.passage));
     let batch = problem.batch(&query, &passage)?;
-    let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::BF16, problem.dim)?;
+    let planned = Planned::new(*batch.pairs(), DType::BF16, problem.dim)?;
     let mut device = Emulated::new(Plan::new(&how.problem(planned).with_device_upstream())?, Run::default())?;
     device.upload_embeddings("query", batch.query())?;
     device.upload_embeddings("passage", batch.passage())?;
@@ -245,13 +245,13 @@ fn outputs(how: &'static CudaEmulated) -> Result<(), Failed> {
         [(DType::F32, 23, 1e-7), (DType::F32, 24, 1e-7), (DType::F16, 19, 1e-3), (DType::BF16, 20, 8e-3)]
     {
         let mut gradients = [20, 33].map(|rows| Buffer::new(dtype, &vec![-7.0; rows * stride]));
-        let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::F32, problem.dim)?;
+        let planned = Planned::new(*batch.pairs(), DType::F32, problem.dim)?;
         let output = Some(GradientOutput { dtype, row_stride: stride });
         let planned = how.problem(planned.with_gradients(output, output)?);
         let [q, p] = &mut gradients;
         let buffers =
             GradientBuffers { query: Some(strided(q, 20, 19, stride)?), passage: Some(strided(p, 33, 19, stride)?) };
-        cuda_emulated::run(&planned, &problem.loss, &batch, &problem.options, buffers, Run::default())?;
+        cuda_emulated::run(&planned, &batch, buffers, Run::default())?;
         for (got, want) in gradients.iter().zip([&exact.grad_query, &exact.grad_passage]) {
             let largest = want.iter().fold(0.0_f64, |m, v| m.max(v.abs()));
             for (row, want) in got.to_f64().chunks(stride).zip(want.chunks(problem.dim)) {
@@ -270,14 +270,13 @@ fn frozen(how: &'static CudaEmulated) -> Result<(), Failed> {
     let all = run_with(&problem, DType::F16, Run::default(), |p| Ok(how.problem(p)))?;
     let (query, passage) = (Buffer::new(DType::F16, &problem.query), Buffer::new(DType::F16, &problem.passage));
     let batch = problem.batch(&query, &passage)?;
-    let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::F16, problem.dim)?;
+    let planned = Planned::new(*batch.pairs(), DType::F16, problem.dim)?;
     let planned = planned.with_gradients(None, Some(GradientOutput { dtype: DType::F32, row_stride: 16 }))?;
     let planned = how.problem(planned);
     let mut gradient = Buffer::new(DType::F32, &vec![f64::NAN; problem.passage.len()]);
     let buffers = GradientBuffers { query: None, passage: Some(gradient.embeddings_mut(33, 16)?) };
-    let (_, temperature) =
-        cuda_emulated::run(&planned, &problem.loss, &batch, &problem.options, buffers, Run::default())?;
-    let whole = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::F16, problem.dim)?;
+    let (_, temperature) = cuda_emulated::run(&planned, &batch, buffers, Run::default())?;
+    let whole = Planned::new(*batch.pairs(), DType::F16, problem.dim)?;
     let whole = Plan::new(&how.problem(whole))?;
     if gradient.to_f64() != all.grad_passage
         || temperature != all.temperature
@@ -289,8 +288,8 @@ fn frozen(how: &'static CudaEmulated) -> Result<(), Failed> {
 }
 
 fn determinism(how: &'static CudaEmulated) -> Result<(), Failed> {
-    let mut problem = sized(Kind::Duplicates, Loss::samtone_both(), (70, 80, 40))?.rounded(DType::BF16);
-    (problem.query_ids, problem.passage_ids) = (Some(duplicate_ids(70)), Some(duplicate_ids(80)));
+    let problem = sized(Kind::Duplicates, Loss::samtone_both(), (70, 80, 40))?.rounded(DType::BF16);
+    let problem = problem.with(|call| call.with_query_ids(duplicate_ids(70)).with_passage_ids(duplicate_ids(80)));
     let first = run_with(&problem, DType::BF16, Run::default(), |p| Ok(how.problem(p)))?;
     for seed in 1..6 {
         if run_with(&problem, DType::BF16, Run { seed, ..Run::default() }, |p| Ok(how.problem(p)))? != first {
@@ -315,31 +314,32 @@ fn refused(how: &'static CudaEmulated) -> Result<(), Failed> {
         Err(Error::ZeroNorm { row: 2, .. }) => {}
         other => return Err(format!("a zero row gave {other:?}").into()),
     }
-    match with(|p| p.passage_ids = Some(vec![1; 9])) {
+    // Nobody has a negative.
+    let lonely = problem.clone().with(|call| call.with_passage_ids([1; 9]));
+    match run_with(&lonely, DType::F32, Run::default(), |p| Ok(how.problem(p))) {
         Err(Error::NoNegative { row: 0, group: 0, .. }) => {}
         other => return Err(format!("no negative gave {other:?}").into()),
     }
     let groups = [[Block::QP], [Block::QQ]].map(|blocks| Group::new(1.0, &blocks, 0));
     let loss = Loss::custom("two groups", groups.into_iter().collect::<samtone::Result<_>>()?)?;
-    let mut second = sized(Kind::Random, loss, (9, 12, 8))?; // passages of nobody are negatives of all
-    (second.query_ids, second.weights) = (Some(vec![1; 9]), Some(vec![0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0]));
+    let second = sized(Kind::Random, loss, (9, 12, 8))?; // passages of nobody are negatives of all
+    let weights = [0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0];
+    let second = second.with(|call| call.with_query_ids([1; 9]).with_weights(weights));
     match run_with(&second, DType::F32, Run::default(), |p| Ok(how.problem(p))) {
         Err(Error::NoNegative { row: 2, group: 1, .. }) => {}
         other => return Err(format!("no negative in the second group gave {other:?}").into()),
     }
     let zero = with(|p| {
         p.passage[2 * 8..3 * 8].fill(0.0);
-        p.options = p.options.with_zero_norm(ZeroNorm::ZeroGradient);
+        p.call = p.call.clone().with_zero_norm(ZeroNorm::ZeroGradient);
     })?;
     if zero.grad_passage[2 * 8..3 * 8].iter().any(|g| *g != 0.0) || !zero.evaluation.loss.is_finite() {
         return Err("a row without direction has a gradient, or there is no loss".into());
     }
     // Whoever does not look at the status must not see a number.
-    let mut lonely = problem.clone();
-    lonely.passage_ids = Some(vec![1; 9]);
     let (query, passage) = (Buffer::new(DType::F32, &problem.query), Buffer::new(DType::F32, &problem.passage));
     let batch = lonely.batch(&query, &passage)?;
-    let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::F32, 8)?;
+    let planned = Planned::new(*batch.pairs(), DType::F32, 8)?;
     let mut device = Emulated::new(Plan::new(&how.problem(planned))?, Run::default())?;
     device.upload_embeddings("query", batch.query())?;
     device.upload_embeddings("passage", batch.passage())?;
@@ -349,7 +349,7 @@ fn refused(how: &'static CudaEmulated) -> Result<(), Failed> {
     }
     let (query, passage) = (Buffer::new(DType::F32, &[f64::NAN; 72]), Buffer::new(DType::F32, &problem.passage));
     let batch = problem.batch(&query, &passage)?;
-    let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::F32, 8)?;
+    let planned = Planned::new(*batch.pairs(), DType::F32, 8)?;
     let mut device = Emulated::new(Plan::new(&how.problem(planned))?, Run::default())?;
     device.upload_embeddings("query", batch.query())?;
     device.upload_embeddings("passage", batch.passage())?;
@@ -364,8 +364,8 @@ fn refused(how: &'static CudaEmulated) -> Result<(), Failed> {
 
 /// A refused call, then a good one on the same state, as a graph does it; a part that is launched twice.
 fn again(how: &'static CudaEmulated) -> Result<(), Failed> {
-    let mut problem = sized(Kind::Random, Loss::samtone_both(), (150, 170, 16))?.rounded(DType::F32);
-    problem.options = problem.options.with_workspace_bytes(if clusters(how) { 600_000 } else { 100_000 });
+    let problem = sized(Kind::Random, Loss::samtone_both(), (150, 170, 16))?.rounded(DType::F32);
+    let problem = problem.with(|call| call.with_workspace_bytes(if clusters(how) { 600_000 } else { 100_000 }));
     let want = run_with(&problem, DType::F32, Run::default(), |p| Ok(how.problem(p)))?;
     let (mut query, mut passage) = (problem.query.clone(), problem.passage.clone());
     query[149 * 16 + 3] = f64::NAN;
@@ -374,7 +374,7 @@ fn again(how: &'static CudaEmulated) -> Result<(), Failed> {
     let of = |query: &[f64], passage: &[f64]| (Buffer::new(DType::F32, query), Buffer::new(DType::F32, passage));
     let ((good_query, good_passage), (query, passage)) = (of(&problem.query, &problem.passage), of(&query, &passage));
     let (good, bad) = (problem.batch(&good_query, &good_passage)?, problem.batch(&query, &passage)?);
-    let planned = Planned::new(&problem.loss, good.pairs(), &problem.options, DType::F32, problem.dim)?;
+    let planned = Planned::new(*good.pairs(), DType::F32, problem.dim)?;
     let mut device = Emulated::new(Plan::new(&how.problem(planned))?, Run::default())?;
     for (batch, status) in [(&bad, [149, 100, u32::MAX, 1]), (&good, [u32::MAX; 4]), (&bad, [149, 100, u32::MAX, 1])] {
         device.upload_embeddings("query", batch.query())?;
@@ -412,8 +412,8 @@ fn again(how: &'static CudaEmulated) -> Result<(), Failed> {
 /// More blocks of `combine` than it has threads: from sums that no pass has made, because products of so many rows take too long.
 fn many_rows(how: &'static CudaEmulated) -> Result<(), Failed> {
     const ROWS: usize = 16_500;
-    let (loss, pairs, options) = (Loss::info_nce(), Pairs::new(ROWS, ROWS)?, Options::new(0.1)?);
-    let problem = how.problem(Planned::new(&loss, &pairs, &options, DType::F32, 1)?);
+    let call = Call::new(Loss::info_nce(), 0.1);
+    let problem = how.problem(Planned::new(call.pairs(ROWS, ROWS)?, DType::F32, 1)?);
     let mut device = Emulated::new(Plan::new(&problem)?, Run::default())?;
     let sums = (0..4 * ROWS).map(|i| DeviceSum { sum: 1.0 + (i % 977) as f64, exponent: 3, padding: 0 });
     let above: Vec<u32> = (0..2 * ROWS).map(|i| u32::from(i % 3 != 0)).collect();
@@ -468,8 +468,8 @@ fn barriers(how: &'static CudaEmulated) -> Result<(), Failed> {
     // More stages than the ring has, and the last one in the slot where the epilogue begins. Several waves. Of clusters, several
     // squares for each.
     let shape = if clusters { (257, 300, 320) } else { (66, 70, 256) };
-    let mut problem = sized(Kind::Random, Loss::samtone_both(), shape)?.rounded(DType::BF16);
-    problem.options = Options::new(0.05)?.with_workspace_bytes(if clusters { 1_200_000 } else { 100_000 });
+    let problem = sized(Kind::Random, Loss::samtone_both(), shape)?.rounded(DType::BF16);
+    let problem = problem.with(|call| call.with_workspace_bytes(if clusters { 1_200_000 } else { 100_000 }));
     let want = run_with(&problem, DType::BF16, Run::default(), |p| Ok(how.problem(p)))?;
     let mut survivors = Vec::new();
     for (module, label) in labels.iter().flat_map(|(module, labels)| labels.iter().map(move |label| (*module, *label)))

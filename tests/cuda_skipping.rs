@@ -8,7 +8,7 @@ mod support;
 use libtest_mimic::Failed;
 use samtone::backend;
 use samtone::cuda::{Launch, Plan, Problem as Planned, Tile};
-use samtone::{DType, Loss, Options, Scope};
+use samtone::{Call, DType, Loss, Scope};
 use std::process::ExitCode;
 use support::case::Expected;
 use support::compare::{against_definition, verdict};
@@ -18,7 +18,8 @@ use support::problem::{Buffer, Outputs, Problem};
 use support::report::Listed;
 use support::skipped::{Outcome, Shares, expect_near};
 
-type With = fn(&mut Problem) -> samtone::Result<()>;
+/// Of a call of so many queries and passages.
+type With = fn(Call, usize, usize) -> Call;
 type Change = for<'a> fn(Planned<'a>) -> Planned<'a>;
 
 fn main() -> ExitCode {
@@ -27,7 +28,7 @@ fn main() -> ExitCode {
         ("more squares than a warp has lanes", long_lines),
         ("independent pairs skip nothing", independent_pairs),
         ("every preset keeps its bound, with weights and ids", presets),
-        ("masks, shared positives, waves and types", options),
+        ("masks, shared positives, waves and types", calls),
         ("the threshold is where the definition puts it", threshold),
         ("shards together", shards),
         ("a lax threshold is noticed", lax),
@@ -49,13 +50,13 @@ fn step(how: &CudaEmulated) -> usize {
 fn run_with(how: &CudaEmulated, problem: &Problem, dtype: DType, run: Run, change: Change) -> Result<Outcome, Failed> {
     let (query, passage) = (Buffer::new(dtype, &problem.query), Buffer::new(dtype, &problem.passage));
     let batch = problem.batch(&query, &passage)?;
-    let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, dtype, problem.dim)?;
+    let planned = Planned::new(*batch.pairs(), dtype, problem.dim)?;
     let mut device = Emulated::new(Plan::new(&change(how.problem(planned)))?, run)?;
     device.upload_embeddings("query", batch.query())?;
     device.upload_embeddings("passage", batch.passage())?;
     device.launch(Plan::forward)?;
     device.launch(Plan::backward)?;
-    device.check_status(&batch, &problem.loss, &problem.options)?;
+    device.check_status(&batch)?;
     Ok(Outcome::read(&mut device)?)
 }
 
@@ -63,21 +64,8 @@ fn run(how: &CudaEmulated, problem: &Problem) -> Result<Outcome, Failed> {
     run_with(how, problem, DType::BF16, Run::default(), keep)
 }
 
-/// The same without skipping.
-fn whole(problem: &Problem) -> Result<Problem, Failed> {
-    let mut options = Options::new(problem.options.temperature())?;
-    if let Some(margin) = problem.options.margin() {
-        options = options.with_margin(margin)?;
-    }
-    if let Some(bytes) = problem.options.workspace_bytes() {
-        options = options.with_workspace_bytes(bytes);
-    }
-    Ok(Problem { options, ..problem.clone() })
-}
-
-fn skipping(mut problem: Problem, share: f64) -> Result<Problem, Failed> {
-    problem.options = problem.options.with_tile_skipping(share)?;
-    Ok(problem)
+fn skipping(whole: &Problem, share: f64) -> Problem {
+    whole.clone().with(|call| call.with_tile_skipping(share))
 }
 
 /// Embeddings around as many centres as there are squares of queries; rows of a square belong to one centre, and so do their
@@ -125,8 +113,9 @@ fn clustered_batches(how: &'static CudaEmulated) -> Result<(), Failed> {
     let shape = if clusters(how) { (768, 1000, 32) } else { (256, 320, 32) };
     for (loss, tau) in [(Loss::info_nce(), 0.02), (Loss::samtone_query(), 0.01), (Loss::samtone_both(), 0.02)] {
         let share = 1e-3;
-        let problem = skipping(clustered(how, loss, shape, 0.25, tau)?, share)?;
-        let (got, full) = (run(how, &problem)?, run(how, &whole(&problem)?)?);
+        let whole = clustered(how, loss, shape, 0.25, tau)?;
+        let problem = skipping(&whole, share);
+        let (got, full) = (run(how, &problem)?, run(how, &whole)?);
         let used = Shares::new(&problem).expect_bound(&got, step(how), share)?;
         expect_near(&problem, &got, &full, share)?;
         println!("{}: {} of {} squares skipped, {used:.1e} of the bound", problem.name, got.count, got.squares);
@@ -140,7 +129,7 @@ fn clustered_batches(how: &'static CudaEmulated) -> Result<(), Failed> {
         verdict(&against_definition(&got.outputs, &reference, &problem, DType::BF16, 1.0))?;
     }
     if !clusters(how) {
-        let problem = skipping(clustered(how, Loss::samtone_query(), (256, 320, 32), 0.25, 0.02)?, 1e-3)?;
+        let problem = skipping(&clustered(how, Loss::samtone_query(), (256, 320, 32), 0.25, 0.02)?, 1e-3);
         let got = run_with(how, &problem, DType::BF16, Run::default(), |p| p.with_tile(Tile::Large))?;
         Shares::new(&problem).expect_bound(&got, 128, 1e-3)?;
         if got.count < 3.0 {
@@ -153,8 +142,9 @@ fn clustered_batches(how: &'static CudaEmulated) -> Result<(), Failed> {
 /// A product reads the words of as many squares at once as a warp has lanes.
 fn long_lines(how: &'static CudaEmulated) -> Result<(), Failed> {
     let (rows, passages) = if clusters(how) { (512, 9000) } else { (128, 2300) };
-    let problem = skipping(clustered(how, Loss::info_nce(), (rows, passages, 16), 0.1, 0.01)?, 1e-3)?;
-    let (got, full) = (run(how, &problem)?, run(how, &whole(&problem)?)?);
+    let whole = clustered(how, Loss::info_nce(), (rows, passages, 16), 0.1, 0.01)?;
+    let problem = skipping(&whole, 1e-3);
+    let (got, full) = (run(how, &problem)?, run(how, &whole)?);
     Shares::new(&problem).expect_bound(&got, step(how), 1e-3)?;
     expect_near(&problem, &got, &full, 1e-3)?;
     let along = passages.div_ceil(step(how));
@@ -168,7 +158,7 @@ fn independent_pairs(how: &'static CudaEmulated) -> Result<(), Failed> {
     let shape = if clusters(how) { (300, 520, 64) } else { (150, 200, 64) };
     for tau in [0.01, 0.05] {
         let plain = problem(Loss::samtone_both(), Kind::Random, shape, tau, 3, 0.0)?.rounded(DType::BF16);
-        let (got, full) = (run(how, &skipping(plain.clone(), 0.1)?)?, run(how, &plain)?);
+        let (got, full) = (run(how, &skipping(&plain, 0.1))?, run(how, &plain)?);
         if got.count != 0.0 || got.squares == 0.0 || got.outputs != full.outputs {
             return Err(format!("{}: {} of {} squares skipped", plain.name, got.count, got.squares).into());
         }
@@ -177,7 +167,7 @@ fn independent_pairs(how: &'static CudaEmulated) -> Result<(), Failed> {
 }
 
 fn all_presets() -> Result<Vec<Loss>, Failed> {
-    Ok(Loss::PRESETS.iter().map(|(name, _)| Loss::by_name(name)).collect::<samtone::Result<_>>()?)
+    Ok(Loss::PRESETS.iter().map(|(name, ..)| Loss::by_name(name)).collect::<samtone::Result<_>>()?)
 }
 
 fn presets(how: &'static CudaEmulated) -> Result<(), Failed> {
@@ -186,18 +176,19 @@ fn presets(how: &'static CudaEmulated) -> Result<(), Failed> {
     for (k, loss) in all_presets()?.into_iter().enumerate() {
         let seed = 20 + k as u64;
         let share = [1e-2, 1e-3, 1e-1][k % 3];
-        let mut problem = curve(loss, shape, [0.05, 0.02][k % 2], seed)?;
+        let mut whole = curve(loss, shape, [0.05, 0.02][k % 2], seed)?;
         if k % 2 == 1 {
-            problem.weights = Some((0..shape.0).map(|i| [1.0, 0.0, 2.5, 0.125, 1e-3][(i / 7) % 5]).collect());
+            let weights: Vec<_> = (0..shape.0).map(|i| [1.0, 0.0, 2.5, 0.125, 1e-3][(i / 7) % 5]).collect();
+            whole = whole.with(|call| call.with_weights(weights));
         }
         if k % 3 == 2 {
             let mut source = Source::new(seed);
-            let mut ids = |len: usize| Some((0..len).map(|_| source.below(len) as i64).collect());
-            (problem.query_ids, problem.passage_ids) = (ids(shape.0), ids(shape.1));
-            problem.shared_ids = true;
+            let mut ids = |len: usize| (0..len).map(|_| source.below(len) as i64).collect::<Vec<_>>();
+            let (query, passage) = (ids(shape.0), ids(shape.1));
+            whole = whole.with(|call| call.with_query_ids(query).with_passage_ids(passage).with_shared_ids(true));
         }
-        let problem = skipping(problem, share)?;
-        let (got, full) = (run(how, &problem)?, run(how, &whole(&problem)?)?);
+        let problem = skipping(&whole, share);
+        let (got, full) = (run(how, &problem)?, run(how, &whole)?);
         let used = Shares::new(&problem).expect_bound(&got, step(how), share)?;
         expect_near(&problem, &got, &full, share)?;
         println!("{}: {} of {} squares skipped, {used:.1e} of the bound", problem.name, got.count, got.squares);
@@ -211,41 +202,33 @@ fn presets(how: &'static CudaEmulated) -> Result<(), Failed> {
     Err(format!("{count} squares skipped, of {spared} that every row could spare").into())
 }
 
-fn options(how: &'static CudaEmulated) -> Result<(), Failed> {
+fn calls(how: &'static CudaEmulated) -> Result<(), Failed> {
     let (m, n, dim) = if clusters(how) { (600, 800, 24) } else { (160, 230, 24) };
     let share = 1e-2;
     let mut skipped = Vec::new();
     let changes: [(&str, With); 5] = [
-        ("shared positives", |p| {
-            p.positives = Some((0..p.rows).map(|i| (i - i % 3) as u32).collect());
-            Ok(())
+        ("shared positives", |call, m, _| call.with_positives((0..m).map(|i| (i - i % 3) as u32).collect::<Vec<_>>())),
+        ("owners", |call, m, n| {
+            let owner = |j| if j < m { -1 } else { (j - m) as i32 };
+            call.with_hard_negative_owners((0..n).map(owner).collect::<Vec<_>>(), Scope::Own)
         }),
-        ("owners", |p| {
-            let owner = |j: usize| if j < p.rows { -1 } else { (j - p.rows) as i32 };
-            p.owners = Some(((0..p.passages).map(owner).collect(), Scope::Own));
-            Ok(())
+        ("a margin", |call, _, _| call.with_margin(0.05)),
+        ("a row whose negatives are all masked", |call, m, _| {
+            let id = |i| if i == 3 { 0 } else { i as i64 + 1 };
+            call.with_query_ids((0..m).map(id).collect::<Vec<_>>()).with_margin(-1.9)
         }),
-        ("a margin", |p| p.options.with_margin(0.05).map(|o| p.options = o)),
-        ("a row whose negatives are all masked", |p| {
-            let id = |i: usize| if i == 3 { 0 } else { i as i64 + 1 };
-            p.query_ids = Some((0..p.rows).map(id).collect());
-            p.options.with_margin(-1.9).map(|o| p.options = o)
-        }),
-        ("waves", |p| {
-            p.options = p.options.with_workspace_bytes(if p.rows > 300 { 600_000 } else { 100_000 });
-            Ok(())
-        }),
+        ("waves", |call, m, _| call.with_workspace_bytes(if m > 300 { 600_000 } else { 100_000 })),
     ];
     for (k, (name, change)) in changes.into_iter().enumerate() {
         for dtype in [DType::BF16, DType::F16, DType::F32] {
             if clusters(how) && dtype == DType::F16 {
                 continue; // its kernels are those of bf16 below 256 queries, and tested there
             }
-            let mut problem = curve(Loss::samtone_both(), (m, n, dim), 0.02, 40 + k as u64)?;
-            change(&mut problem)?;
-            let problem = skipping(problem, share)?;
+            let whole = curve(Loss::samtone_both(), (m, n, dim), 0.02, 40 + k as u64)?;
+            let whole = whole.with(|call| change(call, m, n));
+            let problem = skipping(&whole, share);
             let got = run_with(how, &problem, dtype, Run::default(), keep)?;
-            let full = run_with(how, &whole(&problem)?, dtype, Run::default(), keep)?;
+            let full = run_with(how, &whole, dtype, Run::default(), keep)?;
             expect_near(&problem, &got, &full, share).map_err(|e| format!("{name}, {dtype}: {e}"))?;
             skipped.push((name, dtype, got.count, got.squares));
         }
@@ -265,7 +248,7 @@ fn threshold(how: &'static CudaEmulated) -> Result<(), Failed> {
         let plain = clustered(how, loss, (2 * side, 2 * side, 16), 0.0, 0.2)?;
         let smallest = Shares::new(&plain).smallest_threshold(side);
         for (factor, want) in [(0.99, false), (1.01, true)] {
-            let problem = skipping(plain.clone(), smallest * factor)?;
+            let problem = skipping(&plain, smallest * factor);
             let got = run(how, &problem)?;
             if (got.count > 0.0) != want {
                 return Err(format!("{}: {} skipped at {factor} times the threshold", plain.name, got.count).into());
@@ -289,13 +272,13 @@ struct DeviceSum {
 fn shards(how: &'static CudaEmulated) -> Result<(), Failed> {
     let (shape, share) = (if clusters(how) { (600, 700, 24) } else { (200, 260, 24) }, 1e-2);
     let cuts = [0, shape.0 / 3, shape.0];
-    let problem = skipping(curve(Loss::samtone_both(), shape, 0.02, 60)?, share)?;
-    let full = run(how, &whole(&problem)?)?;
+    let whole = curve(Loss::samtone_both(), shape, 0.02, 60)?;
+    let (problem, full) = (skipping(&whole, share), run(how, &whole)?);
     let (query, passage) = (Buffer::new(DType::BF16, &problem.query), Buffer::new(DType::BF16, &problem.passage));
     let batch = problem.batch(&query, &passage)?;
     let mut devices = Vec::new();
     for rows in cuts.windows(2) {
-        let planned = Planned::new(&problem.loss, batch.pairs(), &problem.options, DType::BF16, problem.dim)?;
+        let planned = Planned::new(*batch.pairs(), DType::BF16, problem.dim)?;
         let planned = how.problem(planned.with_rows(rows[0]..rows[1])?);
         let mut device = Emulated::new(Plan::new(&planned)?, Run::default())?;
         device.upload_embeddings("query", batch.query())?;
@@ -363,8 +346,8 @@ fn everything(launch: &mut Launch) {
 
 fn lax(how: &'static CudaEmulated) -> Result<(), Failed> {
     let (shape, share) = (if clusters(how) { (700, 700, 40) } else { (231, 301, 40) }, 1e-2);
-    let problem = skipping(curve(Loss::samtone_query(), shape, 0.05, 70)?, share)?;
-    let full = run(how, &whole(&problem)?)?;
+    let whole = curve(Loss::samtone_query(), shape, 0.05, 70)?;
+    let (problem, full) = (skipping(&whole, share), run(how, &whole)?);
     for (name, change) in
         [("1024 times", a_thousand_times_laxer as fn(&mut Launch)), ("whatever it is", everything as fn(&mut Launch))]
     {
@@ -382,7 +365,7 @@ fn lax(how: &'static CudaEmulated) -> Result<(), Failed> {
 
 fn orders(how: &'static CudaEmulated) -> Result<(), Failed> {
     let shape = if clusters(how) { (520, 530, 24) } else { (140, 200, 24) };
-    let problem = skipping(curve(Loss::samtone_both(), shape, 0.02, 80)?, 1e-2)?;
+    let problem = skipping(&curve(Loss::samtone_both(), shape, 0.02, 80)?, 1e-2);
     let first = run(how, &problem)?;
     if first.count == 0.0 {
         return Err("nothing is skipped".into());
@@ -406,7 +389,7 @@ fn orders(how: &'static CudaEmulated) -> Result<(), Failed> {
 /// Backends that skip nothing take the option, and give the same bits.
 fn others() -> Result<(), Failed> {
     let plain = problem(Loss::samtone_both(), Kind::Trained, (20, 30, 16), 0.02, 1, 0.0)?.rounded(DType::F32);
-    let skipping = skipping(plain.clone(), 0.5)?;
+    let skipping = skipping(&plain, 0.5);
     for name in ["reference", "cpu"] {
         let outputs = |p: &Problem| -> Result<Outputs, Failed> { Ok(p.run(backend::by_name(name)?, DType::F32, 1.0)?) };
         if outputs(&plain)? != outputs(&skipping)? {

@@ -17,7 +17,7 @@ use libtest_mimic::Arguments;
 use naga::valid::Capabilities;
 use report::{Listed, is_required};
 use samtone::wgpu::{self, ALIGNMENT, Binding, Dispatch, Module, Products, Slot, Variant};
-use samtone::{DType, Loss, Options, Pairs, Problem};
+use samtone::{Call, DType, Loss, Problem};
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::{Command, ExitCode};
 use translate::{Shader, needed, storage, variants};
@@ -178,8 +178,8 @@ fn bindings() -> Result<(), String> {
 fn beyond_u32() -> Result<(), String> {
     let limits = wgpu::Capabilities { max_binding_bytes: 1 << 40, max_buffer_bytes: 1 << 40, ..Default::default() };
     let plan = || {
-        let (loss, pairs, options) = (Loss::samtone_both(), Pairs::new(3, 5)?, Options::new(0.05)?);
-        let problem = Problem::new(&loss, &pairs, &options, DType::F32, 8)?.with_row_strides(1 << 30, 1 << 30)?;
+        let call = Call::new(Loss::samtone_both(), 0.05);
+        let problem = Problem::new(call.pairs(3, 5)?, DType::F32, 8)?.with_row_strides(1 << 30, 1 << 30)?;
         wgpu::Plan::new(&problem, &limits)
     };
     let plan = plan().map_err(|e| e.to_string())?;

@@ -6,7 +6,7 @@ use super::raw::{sample, with_call};
 use super::{Body, demand, text};
 use samtone::backend::{self, Backend};
 use samtone::cuda::{Architecture, Cuda, Device, Slot};
-use samtone::{Batch, DType, Embeddings, Error, GradientBuffers, Loss, Options};
+use samtone::{Batch, Call, DType, Embeddings, Error, GradientBuffers, Loss};
 
 pub const CHECKS: &[(&str, &str, Body)] = &[
     ("kernels are not loaded into a capture, which goes on", "", || {
@@ -90,7 +90,7 @@ pub const CHECKS: &[(&str, &str, Body)] = &[
         let architecture = Device::first().map_err(text)?.architecture();
         demand(architecture == Architecture::Sm90a { multiprocessors: 4 }, &format!("{architecture:?}"))?;
         Cuda::CLUSTERS.available().map_err(text)?;
-        let (loss, options) = (Loss::samtone_both(), Options::new(0.1).map_err(text)?);
+        let call = Call::new(Loss::samtone_both(), 0.1);
         let (q, p): (Vec<f32>, Vec<f32>) = (0..260).map(|i| ((i as f32 * 0.7).sin(), (i as f32 * 0.9).cos())).unzip();
         let compute = |backend: &dyn Backend, dtype: DType| {
             let (q64, p64): (Vec<f64>, Vec<f64>) =
@@ -100,8 +100,8 @@ pub const CHECKS: &[(&str, &str, Body)] = &[
                 _ => (Embeddings::new(&q, 13, 20)?, Embeddings::new(&p, 13, 20)?),
             };
             let none = GradientBuffers { query: None, passage: None };
-            let batch = Batch::new(query, passage)?;
-            backend.loss_and_gradients_into(&loss, &batch, &options, 1.0, none).map(|(e, t)| [e.loss, t.tau])
+            let batch = Batch::new(&call, query, passage)?;
+            backend.loss_and_gradients_into(&batch, 1.0, none).map(|(e, t)| [e.loss, t.tau])
         };
         let got = compute(&Cuda::CLUSTERS, DType::F32).map_err(text)?;
         let want = compute(backend::by_name("reference").map_err(text)?, DType::F64).map_err(text)?;
@@ -155,7 +155,7 @@ mod slices {
             let (query, passage) = at.upload(&problem)?;
             let pairs = Pairs::of(&problem)?;
             let batch = pairs.batch(&query, &passage)?;
-            let planned = batch.problem(&problem.loss, &problem.options).map_err(text)?;
+            let planned = batch.problem().map_err(text)?;
             let mut gradients = at.gradients(&problem)?;
             let during = |call: &mut dyn FnMut() -> samtone::Result<()>| {
                 at.stream.begin_capture(GLOBAL).map_err(debug)?;
@@ -171,7 +171,7 @@ mod slices {
             let mut step = Step::new(&at.device, &at.stream, &planned).map_err(text)?;
             step.release_workspace();
             refused("a workspace", &mut || step.forward(&query, &passage))?;
-            let forward = cuda::forward(&at.device, &at.stream, &problem.loss, &batch, &problem.options);
+            let forward = cuda::forward(&at.device, &at.stream, &batch);
             let mut forward = forward.map_err(text)?;
             refused("gradients", &mut || forward.backward(&batch, 1.0).map(drop))?;
             step.forward(&query, &passage).map_err(text)?;
@@ -191,7 +191,7 @@ mod slices {
             let problem = sample(Loss::samtone_query(), 52)?;
             let (query, passage) = at.upload(&problem)?;
             let pairs = Pairs::of(&problem)?;
-            let planned = pairs.batch(&query, &passage)?.problem(&problem.loss, &problem.options).map_err(text)?;
+            let planned = pairs.batch(&query, &passage)?.problem().map_err(text)?;
             let mut step = Step::new(&at.device, &at.stream, &planned).map_err(text)?;
             at.stream.begin_capture(GLOBAL).map_err(debug)?;
             let error = step.forward(&query, &passage).err().map(text).unwrap_or_default();
@@ -205,7 +205,7 @@ mod slices {
             let (query, passage) = at.upload(&problem)?;
             let pairs = Pairs::of(&problem)?;
             let batch = pairs.batch(&query, &passage)?;
-            let out = cuda::loss_and_gradients(&device, &at.stream, &problem.loss, &batch, &problem.options, 1.0);
+            let out = cuda::loss_and_gradients(&device, &at.stream, &batch, 1.0);
             let out = out.map_err(text)?;
             drop(device);
             // With the rest of it goes the last clone of the device.
@@ -216,21 +216,14 @@ mod slices {
         ("slices: a step for which there is no memory remains what it was", "allocations=9", || {
             let at = Place::new(0)?;
             let problem = sample(Loss::samtone_both(), 54)?;
-            let mut wide = samtone_wide()?;
-            wide.options = problem.options;
+            let wide = samtone_wide()?;
             let (query, passage) = at.upload(&problem)?; // 2
             let mut gradients = at.gradients(&problem)?; // 4
             let pairs = Pairs::of(&problem)?;
-            let planned = pairs.batch(&query, &passage)?.problem(&problem.loss, &problem.options).map_err(text)?;
+            let planned = pairs.batch(&query, &passage)?.problem().map_err(text)?;
             let mut step = Step::new(&at.device, &at.stream, &planned).map_err(text)?; // 8
             let wide = Pairs::of(&wide)?;
-            let larger = samtone::cuda::Problem::new(
-                &problem.loss,
-                &wide.pairs()?,
-                &problem.options,
-                samtone::DType::F32,
-                problem.dim,
-            );
+            let larger = cuda::Problem::new(wide.pairs()?, samtone::DType::F32, problem.dim);
             let failed = step.prepare(&larger.map_err(text)?);
             demand(matches!(failed, Err(Error::OutOfMemory { bytes, .. }) if bytes > 0), &format!("{failed:?}"))?;
             let slices = GradientSlices::both(&mut gradients.query, &mut gradients.passage);
@@ -243,7 +236,7 @@ mod slices {
             let problem = sample(Loss::samtone_both(), 55)?;
             let (query, passage) = at.upload(&problem)?;
             let pairs = Pairs::of(&problem)?;
-            let planned = pairs.batch(&query, &passage)?.problem(&problem.loss, &problem.options).map_err(text)?;
+            let planned = pairs.batch(&query, &passage)?.problem().map_err(text)?;
             let mut step = Step::new(&at.device, &at.stream, &planned).map_err(text)?;
             let launches = step.plan().forward().len();
             demand((3..5).contains(&launches), &format!("the refused launch is not of the second of {launches}"))?;
@@ -258,12 +251,10 @@ mod slices {
         }),
         ("slices: side data stay until they are copied", "late=100000", || {
             let at = Place::new(0)?;
-            let loss = Loss::info_nce();
-            let options = samtone::Options::new(0.1).map_err(text)?.with_workspace_bytes(8 << 20);
+            let call = samtone::Call::new(Loss::info_nce(), 0.1).with_workspace_bytes(8 << 20);
             // Large enough for the allocator to give the memory back to the system at once.
-            let pairs = [6000, 5000].map(|rows| samtone::Pairs::new(rows, rows));
-            let [first, second] =
-                pairs.map(|pairs| pairs.and_then(|p| cuda::Problem::new(&loss, &p, &options, samtone::DType::F32, 1)));
+            let [first, second] = [6000, 5000]
+                .map(|rows| call.pairs(rows, rows).and_then(|pairs| cuda::Problem::new(pairs, samtone::DType::F32, 1)));
             let mut step = Step::new(&at.device, &at.stream, &first.map_err(text)?).map_err(text)?;
             step.prepare(&second.map_err(text)?).map_err(text)?;
             drop(step);
@@ -277,7 +268,7 @@ mod slices {
             let mut gradients = at.gradients(&problem)?;
             context.synchronize().map_err(debug)?; // the inputs: cudarc does not order them between threads
             let pairs = Pairs::of(&problem)?;
-            let planned = pairs.batch(&query, &passage)?.problem(&problem.loss, &problem.options).map_err(text)?;
+            let planned = pairs.batch(&query, &passage)?.problem().map_err(text)?;
             let mut step = Step::new(&at.device, &at.stream, &planned).map_err(text)?;
             let elsewhere = |work: &mut (dyn FnMut() -> samtone::Result<()> + Send)| {
                 let done = std::thread::scope(|scope| scope.spawn(work).join());
@@ -305,9 +296,9 @@ mod slices {
             let (query, passage) = at.upload(&problem)?;
             let pairs = Pairs::of(&problem)?;
             let batch = pairs.batch(&query, &passage)?;
-            let mut forward =
-                cuda::forward(&at.device, &at.stream, &problem.loss, &batch, &problem.options).map_err(text)?;
-            let short = samtone::Pairs::new(37, 37).map_err(text)?;
+            let mut forward = cuda::forward(&at.device, &at.stream, &batch).map_err(text)?;
+            let short = samtone::Call::new(Loss::samtone_both(), 0.05);
+            let short = short.pairs(37, 37).map_err(text)?;
             let other = cuda::DeviceBatch::new(query.as_view(), passage.slice(..37 * 24), 24, short).map_err(text)?;
             for error in [forward.backward(&other, 1.0).err(), forward.evaluation(&other).err()] {
                 let sentence = error.map(text).unwrap_or_default();

@@ -292,7 +292,7 @@ impl Captured {
         let (query, passage) = at.upload(problem)?;
         let gradients = at.gradients(problem)?;
         let pairs = Pairs::of(problem)?;
-        let planned = pairs.batch(&query, &passage)?.problem(&problem.loss, &problem.options).map_err(text)?;
+        let planned = pairs.batch(&query, &passage)?.problem().map_err(text)?;
         let step = Step::new(&device, &at.stream, &planned).map_err(text)?;
         Ok(Self { step, query, passage, gradients })
     }

@@ -8,7 +8,7 @@ use super::support::data::{self, Kind};
 use super::support::problem::Problem;
 use super::{Check, demand, text};
 use samtone::cuda::{self, Architecture, Arithmetic, Cosines, Device, Plan, Tile};
-use samtone::{DType, Loss, Pairs, backend};
+use samtone::{Call, DType, Loss, backend};
 use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::path::Path;
@@ -135,21 +135,20 @@ impl Kernel {
     }
 
     fn changes<'a>(&self, problem: cuda::Problem<'a>) -> cuda::Problem<'a> {
-        problem.with_architecture(self.architecture).with_arithmetic(self.arithmetic).with_tile(self.tile)
+        let problem = problem.with_architecture(self.architecture).with_arithmetic(self.arithmetic);
+        problem.with_tile(self.tile).with_room_for(self.tile)
     }
 
     /// Plans that launch whatever has kernels of its own: cosines recomputed and kept, several waves, tile skipping.
     fn plans(&self) -> Result<[Plan; 3], String> {
-        let problem = sample(Loss::samtone_both(), 70)?;
-        let options = problem.options.with_tile_skipping(0.01).map_err(text)?;
-        let waves = self.tile.with_room(options.with_workspace_bytes(1));
-        let pairs = Pairs::new(problem.rows, problem.passages).map_err(text)?;
-        let plan = |cosines, options| {
-            let plain = cuda::Problem::new(&problem.loss, &pairs, &options, self.dtype, problem.dim);
+        let call = Call::new(Loss::samtone_both(), 0.05).with_tile_skipping(0.01);
+        let waves = call.clone().with_workspace_bytes(1);
+        let plan = |cosines, call: &Call| {
+            let plain = call.pairs(37, 41).and_then(|pairs| cuda::Problem::new(pairs, self.dtype, 24));
             plain.and_then(|p| Plan::new(&self.changes(p).with_cosines(cosines))).map_err(text)
         };
         let [recomputed, kept] = [Cosines::Recomputed, Cosines::Kept];
-        Ok([plan(recomputed, options)?, plan(kept, options)?, plan(recomputed, waves)?])
+        Ok([plan(recomputed, &call)?, plan(kept, &call)?, plan(recomputed, &waves)?])
     }
 
     fn conforms(&self, problem: Problem, changed: Changed) -> Result<(), String> {
@@ -160,19 +159,16 @@ impl Kernel {
     }
 
     fn judged(&self, problem: &Problem, want: &Expected, changed: Changed) -> Result<(), String> {
-        let mut problem = problem.clone();
-        match changed {
-            Changed::Nothing => {}
-            Changed::LeastWorkspace => {
-                problem.options = self.tile.with_room(problem.options.with_workspace_bytes(1));
-            }
-            Changed::Skipping => problem.options = problem.options.with_tile_skipping(1e-6).map_err(text)?,
-        }
-        with_call(&problem, self.dtype, |call, _| {
-            let call = call.replan(&problem, |p| Ok(self.changes(p)))?;
+        let asked = problem.clone().with(|call| match changed {
+            Changed::Nothing => call,
+            Changed::LeastWorkspace => call.with_workspace_bytes(1),
+            Changed::Skipping => call.with_tile_skipping(1e-6),
+        });
+        with_call(problem, self.dtype, |call, _| {
+            let call = call.replan(&asked, |p| Ok(self.changes(p)))?;
             let judged = call
                 .run(Device::loss_and_gradients)
-                .and_then(|()| verdict(&against_definition(&call.outputs()?, want, &problem, self.dtype, 0.5)));
+                .and_then(|()| verdict(&against_definition(&call.outputs()?, want, problem, self.dtype, 0.5)));
             judged.map_err(|sentence| format!("{sentence}\n{}", call.plan))
         })
     }

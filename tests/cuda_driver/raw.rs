@@ -9,7 +9,7 @@ use super::support::problem::{Buffer, Outputs, Problem};
 use super::{Check, demand, text};
 use samtone::backend;
 use samtone::cuda::{Device, GradientOutput, Plan, Pointers, Readout, SkippedSquares, Slot, Stream, Tile};
-use samtone::{Batch, DType, Error, Loss, Tower, cuda};
+use samtone::{DType, Error, Loss, Tower, cuda};
 
 pub const CHECKS: &[Check] = &[
     ("one call gives what the definition gives", || {
@@ -59,8 +59,7 @@ pub const CHECKS: &[Check] = &[
                 |call: &Call<'_>| unsafe { call.device.skipped_squares(&call.plan, &call.pointers, call.stream) };
             let error = count(call).err();
             demand(matches!(error, Some(Error::StateMismatch { .. })), &format!("without the option: {error:?}"))?;
-            let mut problem = problem.clone();
-            problem.options = problem.options.with_tile_skipping(1e-3).map_err(text)?;
+            let problem = problem.clone().with(|call| call.with_tile_skipping(1e-3));
             let call = call.replan(&problem, |p| Ok(p))?;
             call.run(Device::loss_and_gradients)?;
             let got = count(&call).map_err(text)?;
@@ -215,9 +214,9 @@ pub const CHECKS: &[Check] = &[
 
 /// Shared positives, so that passages are visited in another order than they lie in, and a ragged shape.
 pub fn sample(loss: Loss, seed: u64) -> Result<Problem, String> {
-    let mut problem = data::problem(loss, Kind::Random, (37, 41, 24), 0.05, seed, 0.0).map_err(text)?;
-    problem.positives = Some((0..37).map(|i| if i == 9 { 3 } else { i }).collect());
-    Ok(problem)
+    let problem = data::problem(loss, Kind::Random, (37, 41, 24), 0.05, seed, 0.0).map_err(text)?;
+    let positives: Vec<_> = (0..37).map(|i| if i == 9 { 3 } else { i }).collect();
+    Ok(problem.with(|call| call.with_positives(positives)))
 }
 
 /// A plan with memory for all of its slots, on a stream.
@@ -230,8 +229,6 @@ pub struct Call<'a> {
     pub stream: Stream,
     driver: &'a Driver,
     dtype: DType,
-    /// Rows and dimension of each tower's gradient.
-    batch: &'a Batch<'a>,
 }
 
 fn bytes(buffer: &Buffer) -> Vec<u8> {
@@ -262,11 +259,8 @@ fn with_call_on(
     check: impl FnOnce(&mut Call<'_>, &Driver) -> Result<(), String>,
 ) -> Result<(), String> {
     let driver = Driver::new(device)?;
-    let (query, passage) = (Buffer::new(dtype, &problem.query), Buffer::new(dtype, &problem.passage));
-    let batch = problem.batch(&query, &passage).map_err(text)?;
-    let plain = cuda::Problem::new(&problem.loss, batch.pairs(), &problem.options, dtype, problem.dim);
-    let mut call =
-        Call::new(device, &driver, stream, &batch, dtype, &plain.and_then(|p| p.with_upstream(0.5)).map_err(text)?)?;
+    let plain = problem.pairs().and_then(|pairs| cuda::Problem::new(pairs, dtype, problem.dim));
+    let mut call = Call::new(device, &driver, stream, dtype, &plain.and_then(|p| p.with_upstream(0.5)).map_err(text)?)?;
     call.write_embeddings(problem)?;
     check(&mut call, &driver)
 }
@@ -276,7 +270,6 @@ impl<'a> Call<'a> {
         device: &'a Device,
         driver: &'a Driver,
         stream: Stream,
-        batch: &'a Batch<'a>,
         dtype: DType,
         problem: &cuda::Problem<'_>,
     ) -> Result<Self, String> {
@@ -297,7 +290,7 @@ impl<'a> Call<'a> {
         };
         memory[Slot::Side as usize].write(plan.side_data())?;
         device.check_pointers(&plan, &pointers).map_err(text)?;
-        Ok(Self { device, plan, readout, memory, pointers, stream, driver, dtype, batch })
+        Ok(Self { device, plan, readout, memory, pointers, stream, driver, dtype })
     }
 
     /// Another plan for the same embeddings.
@@ -306,9 +299,9 @@ impl<'a> Call<'a> {
         problem: &Problem,
         change: impl FnOnce(cuda::Problem<'_>) -> samtone::Result<cuda::Problem<'_>>,
     ) -> Result<Self, String> {
-        let plain = cuda::Problem::new(&problem.loss, self.batch.pairs(), &problem.options, self.dtype, problem.dim);
+        let plain = problem.pairs().and_then(|pairs| cuda::Problem::new(pairs, self.dtype, problem.dim));
         let changed = plain.and_then(|p| p.with_upstream(0.5)).and_then(change).map_err(text)?;
-        let call = Self::new(self.device, self.driver, self.stream, self.batch, self.dtype, &changed)?;
+        let call = Self::new(self.device, self.driver, self.stream, self.dtype, &changed)?;
         call.write_embeddings(problem)?;
         Ok(call)
     }
@@ -413,10 +406,8 @@ fn refusals() -> Result<(), String> {
     })?;
     // Without a copy of the positive and without negatives a softmax is empty.
     let group = samtone::Group::new(1.0, &[samtone::Block::QP], 0).and_then(|g| Loss::custom("bare", vec![g]));
-    let masked = change(&|p| {
-        p.loss = group.clone().unwrap_or_else(|_| Loss::info_nce());
-        p.passage_ids = Some(vec![1; p.passages]);
-    });
+    let loss = group.unwrap_or_else(|_| Loss::info_nce());
+    let masked = good.clone().with(|call| call.with_loss(loss).with_passage_ids(vec![1; good.passages]));
     with_call(&masked, DType::F32, |call, _| {
         let error =
             call.run(Device::loss_and_gradients).and_then(|()| call.outputs().map(drop)).err().unwrap_or_default();

@@ -21,7 +21,7 @@ pub const CHECKS: &[Check] = &[
             let (query, passage) = at.upload(&problem)?;
             let pairs = Pairs::of(&problem)?;
             let batch = pairs.batch(&query, &passage)?;
-            let out = cuda::loss_and_gradients(&at.device, &at.stream, &problem.loss, &batch, &problem.options, 0.25);
+            let out = cuda::loss_and_gradients(&at.device, &at.stream, &batch, 0.25);
             let out = out.map_err(text)?;
             let (evaluation, temperature) = out.results(&batch).map_err(text)?;
             let on_device = at.stream.clone_dtoh(&out.loss().map_err(text)?).map_err(debug)?;
@@ -37,8 +37,7 @@ pub const CHECKS: &[Check] = &[
         let (query, passage) = at.upload(&problem)?;
         let pairs = Pairs::of(&problem)?;
         let batch = pairs.batch(&query, &passage)?;
-        let mut forward =
-            cuda::forward(&at.device, &at.stream, &problem.loss, &batch, &problem.options).map_err(text)?;
+        let mut forward = cuda::forward(&at.device, &at.stream, &batch).map_err(text)?;
         demand(
             matches!(forward.temperature(&batch), Err(Error::StateMismatch { .. })),
             "a temperature before backward",
@@ -56,15 +55,14 @@ pub const CHECKS: &[Check] = &[
     ("slices: a step is used again, for other pairs and shapes", || {
         let at = Place::new(0)?;
         let (first, mut second) = (sample(Loss::samtone_both(), 23)?, sample(Loss::samtone_both(), 24)?);
-        second.positives = None;
-        let mut wide = samtone_wide()?;
-        wide.options = first.options;
+        second.call = samtone::Call::new(Loss::samtone_both(), 0.05); // without its positives
+        let wide = samtone_wide()?;
         let mut step: Option<Step> = None;
         for problem in [&first, &second, &wide, &first] {
             let (query, passage) = at.upload(problem)?;
             let pairs = Pairs::of(problem)?;
             let batch = pairs.batch(&query, &passage)?;
-            let planned = batch.problem(&problem.loss, &problem.options).map_err(text)?;
+            let planned = batch.problem().map_err(text)?;
             match &mut step {
                 None => step = Some(Step::new(&at.device, &at.stream, &planned).map_err(text)?),
                 Some(step) => step.prepare(&planned).map_err(text)?,
@@ -94,7 +92,7 @@ pub const CHECKS: &[Check] = &[
         let (query, passage) = at.upload(&problem)?;
         let pairs = Pairs::of(&problem)?;
         let batch = pairs.batch(&query, &passage)?;
-        let planned = batch.problem(&problem.loss, &problem.options).map_err(text)?;
+        let planned = batch.problem().map_err(text)?;
         let mut step = Step::new(&at.device, &at.stream, &planned).map_err(text)?;
         let mut gradients = at.gradients(&problem)?;
         at.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).map_err(debug)?;
@@ -122,7 +120,7 @@ pub const CHECKS: &[Check] = &[
         let views = unsafe { (query.transmute::<f16>(query.len()), passage.transmute::<f16>(passage.len())) };
         let (query, passage) = (views.0.ok_or("query")?, views.1.ok_or("passage")?);
         let pairs = Pairs::of(&problem)?;
-        let plain = cuda::Problem::new(&problem.loss, &pairs.pairs()?, &problem.options, DType::F16, problem.dim);
+        let plain = cuda::Problem::new(pairs.pairs()?, DType::F16, problem.dim);
         let output = cuda::GradientOutput { dtype: DType::F16, row_stride: problem.dim };
         let frozen = plain.and_then(|p| p.with_gradients(None, Some(output))).map_err(text)?;
         let mut step = Step::new(&at.device, &at.stream, &frozen).map_err(text)?;
@@ -154,7 +152,7 @@ pub const CHECKS: &[Check] = &[
         let (query, passage) = at.upload(&problem)?;
         let pairs = Pairs::of(&problem)?;
         let batch = pairs.batch(&query, &passage)?;
-        let out = cuda::loss_and_gradients(&at.device, &at.stream, &problem.loss, &batch, &problem.options, 1.0);
+        let out = cuda::loss_and_gradients(&at.device, &at.stream, &batch, 1.0);
         match out.map_err(text)?.results(&batch) {
             Err(Error::NonFinite { tower: Tower::Query, row: 3, column: 1, value }) if value.is_nan() => {}
             other => return Err(format!("{other:?}")),
@@ -163,7 +161,7 @@ pub const CHECKS: &[Check] = &[
         demand(short.is_err_and(|e| e.to_string().contains("37 rows of 25")), "a batch of another shape")?;
         if cuda::device_count().map_err(text)? > 1 {
             let other = Device::new(1).map_err(text)?;
-            let out = cuda::forward(&other, &at.stream, &problem.loss, &batch, &problem.options);
+            let out = cuda::forward(&other, &at.stream, &batch);
             let error = out.err().map(text).unwrap_or_default();
             demand(error.contains("`stream` belongs to the primary context of device 0"), &error)?;
         }
@@ -179,12 +177,12 @@ pub const CHECKS: &[Check] = &[
         let ranges = [0..10, 10..29];
         let mut shards = Vec::new();
         for ((at, batch), rows) in places.iter().zip(&batches).zip(ranges) {
-            let shard = Shard::new(&at.device, &at.stream, &problem.loss, batch, &problem.options, rows);
+            let shard = Shard::new(&at.device, &at.stream, batch, rows);
             shards.push(shard.map_err(text)?);
         }
         let (query, passage) = (Buffer::new(DType::F32, &problem.query), Buffer::new(DType::F32, &problem.passage));
         let host = problem.batch(&query, &passage).map_err(text)?;
-        let cpu = samtone::cpu::Shard::new(&problem.loss, &host, &problem.options, 29..37).map_err(text)?;
+        let cpu = samtone::cpu::Shard::new(&host, 29..37).map_err(text)?;
 
         let mut merged = cpu.partials().map_err(text)?;
         demand(shards[0].evaluate(&merged).is_err(), "partials that do not cover every row")?;
@@ -223,7 +221,7 @@ pub const CHECKS: &[Check] = &[
                 .collect::<Result<_, _>>()?;
             let pairs = Pairs::of(&problem)?;
             let batch = pairs.batch(&slices[0], &slices[1])?;
-            let forward = cuda::forward(&at.device, &at.stream, &problem.loss, &batch, &problem.options);
+            let forward = cuda::forward(&at.device, &at.stream, &batch);
             let mut forward = forward.map_err(text)?;
             // What is made here is waited for over there.
             let loss = |forward: &cuda::Forward| {
@@ -315,11 +313,7 @@ impl<'a> Pairs<'a> {
     }
 
     pub fn pairs(&self) -> Result<samtone::Pairs<'a>, String> {
-        let pairs = samtone::Pairs::new(self.0.rows, self.0.passages).map_err(text)?;
-        match &self.0.positives {
-            Some(positives) => pairs.with_positives(positives).map_err(text),
-            None => Ok(pairs),
-        }
+        self.0.pairs().map_err(text)
     }
 
     pub fn batch<'b>(

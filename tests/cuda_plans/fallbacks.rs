@@ -5,7 +5,7 @@ use crate::support::cuda_emulated::{CudaEmulated, clusters};
 use crate::support::problem::Problem;
 use libtest_mimic::Failed;
 use samtone::cuda::{Arithmetic, Cosines, Tile};
-use samtone::{DType, Loss, Options};
+use samtone::{DType, Loss};
 
 /// Rows with a negative at a cosine near 1 beside rows whose largest is far lower: at τ = 0.004 the coefficients of neighbouring rows
 /// are 2^100 apart.
@@ -20,8 +20,7 @@ fn uneven(loss: Loss) -> Result<Problem, Failed> {
         };
         problem.passage[i * d..][..d].iter_mut().zip(near).for_each(|(x, near)| *x = near + 0.05 * *x);
     }
-    problem.options = Options::new(0.004)?;
-    Ok(problem)
+    Ok(problem.with(|call| call.with_temperature(0.004)))
 }
 
 pub fn fallbacks(how: &'static CudaEmulated) -> Result<(), Failed> {

@@ -1,7 +1,7 @@
 //! Plans of many kinds of calls, for what must hold of every dispatch.
 
 use samtone::wgpu::{Capabilities, Plan, Products};
-use samtone::{DType, GradientOutput, Loss, Options, Pairs, Problem, Scope};
+use samtone::{Call, DType, GradientOutput, Loss, Problem, Scope};
 
 /// A plan by what is special about it, with what it was allowed.
 pub struct Planned {
@@ -76,19 +76,19 @@ pub fn all() -> Result<Vec<Planned>, String> {
         let one = vec![n as u32 - 1; m];
         let owners: Vec<i32> = (0..n).map(|j| if j < m { -1 } else { (j % m) as i32 }).collect();
         for (k, positives) in [None, Some(&permuted), Some(&shared), Some(&one)].into_iter().enumerate() {
-            let mut pairs = Pairs::new(m, n).map_err(|e| e.to_string())?;
+            let mut call = Call::new(Loss::samtone_both(), 0.05);
             if let Some(positives) = positives {
-                pairs = pairs.with_positives(positives).map_err(|e| e.to_string())?;
+                call = call.with_positives(&**positives);
             }
             if k == 1 {
-                pairs = pairs.with_hard_negative_owners(&owners, Scope::Own).map_err(|e| e.to_string())?;
+                call = call.with_hard_negative_owners(&*owners, Scope::Own);
             }
             for (change_name, change) in CHANGES {
                 for (device, capabilities) in devices() {
                     for (loss, dtype) in [(Loss::samtone_both(), DType::F32), (Loss::info_nce(), DType::BF16)] {
-                        let options = Options::new(0.05).map_err(|e| e.to_string())?;
                         let name = format!("{} {m}x{n}x{d} {dtype}, order {k}, {change_name}, {device}", loss.name());
-                        let problem = Problem::new(&loss, &pairs, &options, dtype, d).and_then(change);
+                        let call = call.clone().with_loss(loss);
+                        let problem = call.pairs(m, n).and_then(|pairs| Problem::new(pairs, dtype, d)).and_then(change);
                         let problem = problem.map_err(|e| format!("{name}: {e}"))?;
                         match Plan::new(&problem, &capabilities) {
                             Ok(plan) => plans.push(Planned { name, plan, capabilities }),

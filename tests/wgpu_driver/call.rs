@@ -135,12 +135,11 @@ impl Spec {
     pub fn plan(&self, problem: &Problem, engine: &Engine) -> samtone::Result<Plan> {
         let [query, passage] = [&problem.query, &problem.passage].map(|x| Buffer::new(self.dtype, x));
         let batch = problem.batch(&query, &passage)?;
-        let mut planned =
-            samtone::Problem::new(&problem.loss, batch.pairs(), &problem.options, self.dtype, problem.dim)?
-                .with_row_strides(self.strides[0], self.strides[1])?
-                .with_gradients(self.outputs[0], self.outputs[1])?
-                .with_rows(self.rows.clone())?
-                .with_upstream(self.upstream)?;
+        let mut planned = samtone::Problem::new(*batch.pairs(), self.dtype, problem.dim)?
+            .with_row_strides(self.strides[0], self.strides[1])?
+            .with_gradients(self.outputs[0], self.outputs[1])?
+            .with_rows(self.rows.clone())?
+            .with_upstream(self.upstream)?;
         if self.device_upstream {
             planned = planned.with_device_upstream();
         }

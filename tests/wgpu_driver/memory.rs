@@ -5,7 +5,7 @@ use super::support::problem::{Outputs, Problem};
 use super::{Check, compare, demand, sample, sized, text};
 use samtone::wgpu::wgpu::{BufferUsages, CommandEncoderDescriptor};
 use samtone::wgpu::{BufferRange, Buffers, Capabilities, Dispatch, Engine, Plan, Slot};
-use samtone::{DType, GradientOutput, Loss, Options};
+use samtone::{DType, GradientOutput, Loss};
 
 pub const CHECKS: &[Check] = &[
     ("one buffer may hold all that is the caller's", one_buffer),
@@ -119,7 +119,9 @@ fn exact() -> Result<(), String> {
     let engine = super::call::engine()?;
     for shared in [false, true] {
         let mut problem = sized(Loss::samtone_both(), (90, 101, 35), 22)?.rounded(DType::F16);
-        problem.positives = shared.then(|| (0..problem.rows).map(|i| (i * 3 % 70) as u32).collect());
+        if shared {
+            problem = problem.with(|call| call.with_positives((0..90).map(|i| i * 3 % 70).collect::<Vec<_>>()));
+        }
         for dtype in [DType::F32, DType::F16] {
             let spec =
                 Spec { strides: [39, 36], outputs: [f32_output(37), f32_output(35)], ..Spec::new(&problem, dtype) };
@@ -132,8 +134,7 @@ fn exact() -> Result<(), String> {
 
 /// The problem with a bound on the workspace.
 fn with_workspace(problem: &Problem, bytes: usize) -> Problem {
-    let options = problem.options.with_workspace_bytes(bytes);
-    Problem { options, ..problem.clone() }
+    problem.clone().with(|call| call.with_workspace_bytes(bytes))
 }
 
 fn bound() -> Result<(), String> {
@@ -161,7 +162,9 @@ fn small_bindings() -> Result<(), String> {
     // Rows of 256 bytes: in order, a window holds 158 of them; in another order all passages are bound at once.
     for (shape, permuted) in [((190, 200, 64), false), ((200, 220, 30), true)] {
         let mut problem = sized(Loss::samtone_both(), shape, 24)?;
-        problem.positives = permuted.then(|| (0..shape.0 as u32).rev().collect());
+        if permuted {
+            problem = problem.with(|call| call.with_positives((0..shape.0 as u32).rev().collect::<Vec<_>>()));
+        }
         let spec = Spec { capabilities: Some(small), ..Spec::new(&problem, DType::F32) };
         let (plan, outputs) = on_exact_buffers(&engine, &problem, &spec)?;
         let largest = plan.forward().chain(plan.backward()).flat_map(|d| &d.bindings).map(|b| b.bytes).max();
@@ -184,9 +187,10 @@ fn shapes() -> Result<(), String> {
         ((64, 64, 64), false),
         ((129, 193, 17), false),
     ] {
-        let mut problem = sized(Loss::samtone_both(), shape, 25)?;
-        problem.options = Options::new(0.2).map_err(text)?;
-        problem.positives = one.then(|| vec![1; shape.0]);
+        let mut problem = sized(Loss::samtone_both(), shape, 25)?.with(|call| call.with_temperature(0.2));
+        if one {
+            problem = problem.with(|call| call.with_positives(vec![1; shape.0]));
+        }
         for dtype in [DType::F32, DType::BF16] {
             let problem = problem.rounded(dtype);
             let (_, outputs) = on_exact_buffers(&engine, &problem, &Spec::new(&problem, dtype))?;

@@ -5,7 +5,7 @@ use super::steps::on_device;
 use super::{Check, compare, demand, sample, sized, text};
 use samtone::wgpu::wgpu::{BufferDescriptor, BufferUsages, CommandEncoderDescriptor};
 use samtone::wgpu::{BufferRange, Buffers, Capabilities, Engine, Slot, Step, wgpu};
-use samtone::{DType, Error, GradientOutput, Loss, Options, ZeroNorm};
+use samtone::{DType, Error, GradientOutput, Loss, ZeroNorm};
 
 pub const CHECKS: &[Check] = &[
     ("buffers that are missing, small, misplaced or of another use", buffers),
@@ -112,8 +112,7 @@ fn unsupported() -> Result<(), String> {
     sentence(Spec { outputs: [wide, None], ..spec.clone() }.plan(&problem, &engine), &["`gradients.query`", "f64"])?;
     sentence(Spec { rows: 60..71, ..spec.clone() }.plan(&problem, &engine), &["`rows`", "0..70"])?;
     sentence(Spec { upstream: f64::NAN, ..spec.clone() }.plan(&problem, &engine), &["`upstream`"])?;
-    let options = problem.options.with_workspace_bytes(100);
-    let tight = super::Problem { options, ..problem };
+    let tight = problem.with(|call| call.with_workspace_bytes(100));
     sentence(spec.plan(&tight, &engine), &["workspace_bytes", "100"])
 }
 
@@ -124,8 +123,7 @@ fn limits() -> Result<(), String> {
     let with = |capabilities| Spec { capabilities: Some(capabilities), ..Spec::new(&problem, DType::F32) };
     let buffer = with(Capabilities { max_buffer_bytes: 300_000, ..device }).plan(&problem, &engine);
     sentence(buffer, &["336000 bytes", "`passage`", "buffers of 300000 bytes", "limit of this device"])?;
-    let mut permuted = problem.clone();
-    permuted.positives = Some((0..100).rev().collect());
+    let permuted = problem.clone().with(|call| call.with_positives((0..100).rev().collect::<Vec<_>>()));
     let binding = with(Capabilities { max_binding_bytes: 200_000, ..device }).plan(&permuted, &engine);
     sentence(binding, &["bytes", "`passage`", "bindings of 200000 bytes", "limit of this device"])?;
     for bytes in [0, 1, 255, 256, 20_000] {
@@ -227,7 +225,7 @@ fn zero_norm() -> Result<(), String> {
     problem.query[37 * 2..37 * 3].fill(0.0);
     let said = results(&Call::new(&problem, spec.clone())?)?.to_string();
     demand(said.contains("the query embedding in row 2 has norm zero"), || said.clone())?;
-    problem.options = Options::new(0.05).map_err(text)?.with_zero_norm(ZeroNorm::ZeroGradient);
+    let problem = problem.with(|call| call.with_zero_norm(ZeroNorm::ZeroGradient));
     let got = Call::outputs_of(&problem, spec)?;
     let of = |x: &[f64], row: usize| x[row * 37..][..37].iter().all(|v| *v == 0.0);
     demand(of(&got.grad_query, 2) && of(&got.grad_passage, 80) && !of(&got.grad_query, 1), || "gradients".into())?;
@@ -235,12 +233,11 @@ fn zero_norm() -> Result<(), String> {
 }
 
 fn no_negative() -> Result<(), String> {
-    let mut problem = sized(Loss::decoupled(), (9, 9, 16), 37)?;
     // Rows 4 … 8 share a passage id with everybody they meet.
-    problem.passage_ids = Some(vec![5; 9]);
+    let problem = sized(Loss::decoupled(), (9, 9, 16), 37)?.with(|call| call.with_passage_ids([5; 9]));
     let said = results(&Call::new(&problem, Spec::new(&problem, DType::F32))?)?.to_string();
     demand(said.contains("row 0 has no negative left in group 0"), || said.clone())?;
-    problem.weights = Some((0..9).map(|i| if i < 3 { 0.0 } else { 1.0 }).collect());
+    let problem = problem.with(|call| call.with_weights([0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]));
     let said = results(&Call::new(&problem, Spec::new(&problem, DType::F32))?)?.to_string();
     demand(said.contains("row 3 has no negative left in group 0"), || said.clone())
 }

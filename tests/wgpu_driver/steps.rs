@@ -40,8 +40,8 @@ fn types() -> Result<(), String> {
 }
 
 fn narrow() -> Result<(), String> {
-    let mut shared = sample(Loss::samtone_both(), 2)?;
-    shared.positives = Some((0..shared.rows).map(|i| (i * 7 % 50) as u32).collect());
+    let shared = sample(Loss::samtone_both(), 2)?;
+    let shared = shared.with(|call| call.with_positives((0..70).map(|i| i * 7 % 50).collect::<Vec<_>>()));
     for problem in [sample(Loss::samtone_both(), 2)?, shared] {
         let problem = problem.rounded(DType::BF16);
         let wide = Call::outputs_of(&problem, Spec::new(&problem, DType::BF16))?;
@@ -153,11 +153,13 @@ fn frozen() -> Result<(), String> {
 }
 
 fn shards() -> Result<(), String> {
-    let mut shared = sample(Loss::samtone_both(), 9)?;
-    shared.positives = Some((0..shared.rows).map(|i| (i * i % 40) as u32).collect());
-    let mut chain = sample(Loss::samtone_both(), 9)?; // queries are passages of other rows, and of other shards
-    (chain.query_ids, chain.passage_ids) = (Some((0..70).collect()), Some((0..93).map(|j| j * 7 % 80).collect()));
-    chain.shared_ids = true;
+    let shared = sample(Loss::samtone_both(), 9)?;
+    let shared = shared.with(|call| call.with_positives((0..70).map(|i| i * i % 40).collect::<Vec<_>>()));
+    // Queries are passages of other rows, and of other shards.
+    let chain = sample(Loss::samtone_both(), 9)?.with(|call| {
+        let (query, passage): (Vec<_>, Vec<_>) = ((0..70).collect(), (0..93).map(|j| j * 7 % 80).collect());
+        call.with_query_ids(query).with_passage_ids(passage).with_shared_ids(true)
+    });
     for mut problem in [sample(Loss::samtone_both(), 9)?, shared, chain, sample(Loss::clip(), 9)?] {
         problem.name.push_str(" in shards");
         let ends = [0, 1, 23, 70];
@@ -220,11 +222,11 @@ fn foreign_partials() -> Result<(), String> {
 
 /// Sums of different backends belong together: shards here, and one on the CPU.
 fn with_cpu() -> Result<(), String> {
-    let mut problem = sample(Loss::samtone_both(), 9)?;
-    problem.passage_ids = Some((0..problem.passages as i64).map(|j| j % 90).collect());
+    let problem = sample(Loss::samtone_both(), 9)?;
+    let problem = problem.with(|call| call.with_passage_ids((0..93).map(|j| j % 90).collect::<Vec<_>>()));
     let [query, passage] = [&problem.query, &problem.passage].map(|x| Buffer::new(DType::F32, x));
     let batch = problem.batch(&query, &passage).map_err(text)?;
-    let cpu = samtone::cpu::Shard::new(&problem.loss, &batch, &problem.options, 0..31).map_err(text)?;
+    let cpu = samtone::cpu::Shard::new(&batch, 0..31).map_err(text)?;
     let mut merged = cpu.partials().map_err(text)?;
     let call = Call::new(&problem, Spec { rows: 31..70, ..Spec::new(&problem, DType::F32) })?;
     call.submit(|encoder| call.step.partials(encoder, &call.buffers()))?;
