@@ -36,6 +36,7 @@ mod problem;
 pub mod reference;
 mod regions;
 mod super_blocks;
+mod temperature;
 pub mod wgpu;
 
 pub use batch::{Batch, Data, DataMut, Embeddings, EmbeddingsMut, Tower};
@@ -48,6 +49,7 @@ pub use output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, Metri
 pub use pairs::Pairs;
 pub use partials::{ExpSum, Partials};
 pub use problem::{GradientOutput, Problem};
+pub use temperature::Temperature;
 
 /// The crates whose types appear in this one's signatures.
 pub use half;

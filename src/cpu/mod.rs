@@ -28,7 +28,7 @@ pub use plan::Plan;
 pub use workspace::Workspace;
 pub(crate) use workspace::reserve;
 
-use crate::batch::Batch;
+use crate::batch::{Batch, EmbeddingsMut};
 use crate::combine::Combined;
 use crate::error::Result;
 use crate::output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, TemperatureGradient, check_upstream};
@@ -99,6 +99,31 @@ impl Workspace {
         let combined = state.combine(&sums::partials(task, store, &self.pool)?)?;
         let temperature = self.backward(task, &combined, stored, upstream, buffers)?;
         Ok((combined.evaluation, temperature))
+    }
+
+    /// The same for the towers that are wanted, query and passage, into vectors made for them: what frameworks make tensors of.
+    ///
+    /// # Errors
+    /// As the function; the workspace stays usable.
+    pub fn loss_and_wanted_gradients(
+        &mut self,
+        batch: &Batch<'_>,
+        wanted: [bool; 2],
+    ) -> Result<(Evaluation, [Option<Vec<f32>>; 2], TemperatureGradient)> {
+        let (dim, rows) = (batch.dim(), [batch.rows(), batch.passages()]);
+        let mut gradients = wanted.map(|wanted| wanted.then(Vec::new));
+        for (gradient, rows) in gradients.iter_mut().zip(rows) {
+            if let Some(gradient) = gradient {
+                reserve(gradient, rows * dim, "the gradients")?;
+            }
+        }
+        let [query, passage] = &mut gradients;
+        let buffers = GradientBuffers {
+            query: query.as_mut().map(|x| EmbeddingsMut::new(x, rows[0], dim)).transpose()?,
+            passage: passage.as_mut().map(|x| EmbeddingsMut::new(x, rows[1], dim)).transpose()?,
+        };
+        let (evaluation, temperature) = self.loss_and_gradients_into(batch, 1.0, buffers)?;
+        Ok((evaluation, gradients, temperature))
     }
 
     fn backward(
