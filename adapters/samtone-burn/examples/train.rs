@@ -8,7 +8,7 @@ use burn::module::{Module, Param};
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{Device, Int, Tensor, TensorData, module::embedding};
 use safetensors::{Dtype, SafeTensors};
-use samtone_burn::{Loss, SamToNe, Temperature};
+use samtone_burn::{Call, Loss, SamToNe, Temperature};
 use std::error::Error;
 use std::io::{self, Write};
 use std::path::Path;
@@ -36,13 +36,13 @@ pub fn train(device: &Device) -> Result<(Vec<f64>, f64), Box<dyn Error>> {
     let data = Pairs(SafeTensors::deserialize(&bytes)?);
     let device = device.clone().autodiff();
 
+    let samtone = SamToNe::new(Call::new(Loss::samtone_query(), 0.05));
     let mut model = DualEncoder {
         table: Param::from_tensor(data.floats("table", &device)?),
         projection: Param::from_tensor(data.floats("projection", &device)?),
-        log_beta: Param::from_tensor(Tensor::from_floats([20_f32.ln()], &device)),
+        log_beta: Param::from_tensor(Tensor::from_floats([samtone.call().beta().ln() as f32], &device)),
     };
     let mut optimizer = AdamWConfig::new().with_epsilon(1e-8).with_weight_decay(0.0).init();
-    let samtone = SamToNe::new(Loss::samtone_query());
     let towers = [data.tower("query")?, data.tower("passage")?];
     let mut curve = Vec::new();
     for pairs in data.batches()? {
@@ -52,11 +52,8 @@ pub fn train(device: &Device) -> Result<(Vec<f64>, f64), Box<dyn Error>> {
         };
         let [q, p] = [encode(&towers[0]), encode(&towers[1])];
         let [query_ids, passage_ids] = [towers[0].ids_of(&pairs), towers[1].ids_of(&pairs)];
-        let loss = samtone.clone().query_ids(query_ids).passage_ids(passage_ids).forward(
-            q,
-            p,
-            Temperature::LogBeta(model.log_beta.val()),
-        )?;
+        let samtone = samtone.with(|call| call.with_query_ids(query_ids).with_passage_ids(passage_ids));
+        let loss = samtone.forward(q, p, Temperature::LogBeta(model.log_beta.val()))?;
         let gradients = GradientsParams::from_grads(loss.backward(), &model);
         model = optimizer.step(0.01, model, gradients);
         curve.push(f64::from(loss.into_scalar::<f32>()));

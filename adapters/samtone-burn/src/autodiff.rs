@@ -23,7 +23,7 @@ impl<B: SamToNeBackend, C: CheckpointStrategy> SamToNeBackend for Autodiff<B, C>
         let inner = Inputs {
             query: query.primitive().clone(),
             passage: passage.primitive().clone(),
-            temperature: temperature.try_map(|tensor| Ok(tensor.into_primitive()))?,
+            temperature: temperature.try_map(|tensor| Result::Ok(tensor.into_primitive()))?,
         };
         let wanted_or_tracked = Wanted {
             query: wanted.query || tracked.query,
@@ -97,7 +97,7 @@ impl<B: Backend, const N: usize> Backward<B, N> for SamToNeStep {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Loss, Temperature};
+    use crate::{Call, Loss, Temperature};
     use burn::backend::flex::FlexTensor;
     use burn::backend::{Flex, TensorData};
 
@@ -115,9 +115,10 @@ mod tests {
             Tracking::from_inner(FlexTensor::from_data(TensorData::new(values, [4, 3])))
         };
         let (query, passage) = (tensor(0.7).require_grad(), tensor(0.9));
-        let inputs = Inputs::<Tracking> { query: query.clone(), passage, temperature: Temperature::Fixed(0.5) };
+        let inputs = Inputs::<Tracking> { query: query.clone(), passage, temperature: Temperature::Fixed };
         let wanted = Wanted { query: true, passage: true, temperature: false };
-        let outputs = Tracking::samtone(&SamToNe::new(Loss::samtone_both()), inputs, wanted).unwrap();
+        let samtone = SamToNe::new(Call::new(Loss::samtone_both(), 0.5));
+        let outputs = Tracking::samtone(&samtone, inputs, wanted).unwrap();
         let [dq, dp, dt] = outputs.gradients;
         let (dq, dp) = (dq.unwrap(), dp.unwrap());
         assert!(dt.is_none() && !dq.is_tracked() && !dp.is_tracked());

@@ -23,7 +23,7 @@ pub struct Inputs<B: Backend> {
     pub query: FloatTensor<B>,
     /// p, N × d.
     pub passage: FloatTensor<B>,
-    /// τ or log β, one number if it is a tensor.
+    /// That of the call, or a tensor that holds τ or log β, one number.
     pub temperature: Temperature<FloatTensor<B>>,
 }
 

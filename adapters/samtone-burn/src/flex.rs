@@ -6,38 +6,29 @@ use burn::backend::flex::{FlexTensor, Layout};
 use burn::backend::{Bytes, DType, Flex, Shape, TensorMetadata};
 use samtone::cpu::Workspace;
 use samtone::half::{bf16, f16};
-use samtone::{Batch, Data, Element, Embeddings, EmbeddingsMut, Error, GradientBuffers};
+use samtone::{Batch, Data, Element, Embeddings};
 use std::borrow::Cow;
 
 impl SamToNeBackend for Flex {
     fn samtone(samtone: &SamToNe, inputs: Inputs<Self>, wanted: Wanted) -> Result<Outputs<Self>> {
-        let at = inputs.temperature.try_map(|tensor| scalar(&tensor))?;
-        let options = samtone.options(&at)?;
+        let temperature = inputs.temperature.try_map(|tensor| scalar(&tensor))?;
+        let call = samtone.call().at(temperature)?;
         let (q, p) = (readable("query", &inputs.query)?, readable("passage", &inputs.passage)?);
-        let batch = Batch::new(embeddings("query", &q)?, embeddings("passage", &p)?)?;
-        let batch = samtone.annotated(batch)?;
+        let batch = Batch::new(&call, embeddings("query", &q)?, embeddings("passage", &p)?)?;
         if wanted == Wanted::default() {
-            let evaluation = samtone::cpu::forward(samtone.loss(), &batch, &options)?.evaluation().clone();
+            let evaluation = samtone::cpu::forward(&batch)?.evaluation().clone();
             return Ok(outputs(evaluation, [None, None, None]));
         }
 
-        let (rows, dim) = ([batch.rows(), batch.passages()], batch.dim());
-        let mut dq = gradient(wanted.query, rows[0] * dim)?;
-        let mut dp = gradient(wanted.passage, rows[1] * dim)?;
-        let buffers = GradientBuffers {
-            query: dq.as_mut().map(|x| EmbeddingsMut::new(x, rows[0], dim)).transpose()?,
-            passage: dp.as_mut().map(|x| EmbeddingsMut::new(x, rows[1], dim)).transpose()?,
-        };
         let mut own = Workspace::new();
         let mut shared = samtone.workspace().try_lock();
         let workspace = shared.as_deref_mut().unwrap_or(&mut own);
-        let (evaluation, temperature) =
-            workspace.loss_and_gradients_into(samtone.loss(), &batch, &options, 1.0, buffers)?;
-        let derivative = wanted.temperature.then(|| tensor(vec![at.derivative(temperature) as f32], [1]));
-        Ok(outputs(
-            evaluation,
-            [dq.map(|x| tensor(x, [rows[0], dim])), dp.map(|x| tensor(x, [rows[1], dim])), derivative],
-        ))
+        let (evaluation, [dq, dp], derivative) =
+            workspace.loss_and_wanted_gradients(&batch, [wanted.query, wanted.passage])?;
+        let [dq, dp] = [(dq, batch.rows()), (dp, batch.passages())]
+            .map(|(gradient, rows)| gradient.map(|gradient| tensor(gradient, [rows, batch.dim()])));
+        let dt = wanted.temperature.then(|| tensor(vec![temperature.derivative(derivative) as f32], [1]));
+        Ok(outputs(evaluation, [dq, dp, dt]))
     }
 }
 
@@ -48,18 +39,6 @@ fn outputs(evaluation: samtone::Evaluation, gradients: [Option<FlexTensor>; 3]) 
 /// A tensor over the memory of a vector.
 fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> FlexTensor {
     FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(Shape::from(shape)), DType::F32)
-}
-
-/// Room for a gradient of `len` numbers, if wanted, or an error instead of an abort.
-fn gradient(wanted: bool, len: usize) -> Result<Option<Vec<f32>>> {
-    if !wanted {
-        return Ok(None);
-    }
-    let mut gradient = Vec::new();
-    let bytes = len.saturating_mul(size_of::<f32>());
-    gradient.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { bytes, purpose: "the gradients" })?;
-    gradient.resize(len, 0.0);
-    Ok(Some(gradient))
 }
 
 /// Elements from row to row, if samtone can read the matrix where it lies.

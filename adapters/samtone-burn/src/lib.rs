@@ -6,8 +6,8 @@
 //!  τ or log β ────┘                        └── backward():  ∂L/∂query, ∂L/∂passage, ∂L/∂τ or ∂L/∂log β
 //! ```
 //!
-//! s are cosines of the raw embeddings: do not normalise them first. [`Loss`] has the presets and their formulas,
-//! [`SamToNe`] the shapes, options and errors. No matrix of M × N is ever made.
+//! s are cosines of the raw embeddings: do not normalise them first. [`Loss`] has the presets and their formulas, [`Call`] all
+//! options, [`SamToNe`] shapes and errors. No matrix of M × N is ever made.
 //!
 //! burn's tensors say at run time which backend they are of. [`SamToNe`] asks them, and calls [`SamToNeBackend`], which
 //! burn's backends implement here: on a concrete one it computes loss and gradients, on `Autodiff` of it, it also
@@ -24,15 +24,13 @@ mod flex;
 mod loss;
 mod report;
 mod route;
-mod temperature;
 
 pub use backend::{Inputs, Outputs, SamToNeBackend, Wanted};
-pub use loss::SamToNe;
+pub use loss::{SamToNe, Temperature};
 pub use report::Report;
-pub use temperature::Temperature;
 
 /// What calls take and give.
-pub use samtone::{Block, Error, Evaluation, Group, Loss, Metrics, NoNegative, Result, Scope, ZeroNorm};
+pub use samtone::{Block, Call, Error, Evaluation, Group, Loss, Metrics, NoNegative, Result, Scope, ZeroNorm};
 
 /// The crates whose types appear in this one's signatures.
 pub use {burn, samtone};

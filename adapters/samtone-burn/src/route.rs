@@ -31,13 +31,13 @@ pub(crate) const ALLOWED: &str = match (cfg!(feature = "wgpu"), cfg!(feature = "
 };
 
 /// The tensors of a call.
-pub(crate) struct Call {
+pub(crate) struct Tensors {
     pub query: DispatchTensor,
     pub passage: DispatchTensor,
     pub temperature: Temperature<DispatchTensor>,
 }
 
-impl Call {
+impl Tensors {
     /// The loss, which autodiff knows of if it knows of one of the tensors, and what the call found.
     pub(crate) fn run(self, samtone: &SamToNe) -> Result<(Tensor<1>, Report)> {
         let kind = match &self.query.kind {

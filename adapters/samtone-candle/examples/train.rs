@@ -6,7 +6,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var, safetensors};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
-use samtone_candle::{Loss, SamToNe, Temperature};
+use samtone_candle::{Call, Loss, SamToNe, Temperature};
 use std::collections::HashMap;
 use std::io::{self, Write};
 
@@ -31,11 +31,11 @@ pub fn train(path: &str) -> Result<Vec<f32>> {
     let data: HashMap<String, Tensor> = safetensors::load(path, &device)?;
     let encoder =
         DualEncoder { table: Var::from_tensor(&data["table"])?, projection: Var::from_tensor(&data["projection"])? };
-    let log_beta = Var::new(20f32.ln(), &device)?;
+    let samtone = SamToNe::new(Call::new(Loss::samtone_query(), 0.05));
+    let log_beta = Var::new(samtone.call().beta().ln() as f32, &device)?;
     let parameters = vec![encoder.table.clone(), encoder.projection.clone(), log_beta.clone()];
     let settings = ParamsAdamW { lr: 0.01, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 };
     let mut optimizer = AdamW::new(parameters, settings)?;
-    let samtone = SamToNe::new(Loss::samtone_query());
 
     let mut curve = Vec::new();
     for step in 0..data["batches"].dim(0)? {
@@ -43,11 +43,10 @@ pub fn train(path: &str) -> Result<Vec<f32>> {
         let of = |name: &str| data[name].index_select(&pairs, 0);
         let query = encoder.encode(&of("query_buckets")?, &of("query_weights")?)?;
         let passage = encoder.encode(&of("passage_buckets")?, &of("passage_weights")?)?;
-        let loss = samtone
-            .clone()
-            .query_ids(of("query_ids")?.to_vec1()?)
-            .passage_ids(of("passage_ids")?.to_vec1()?)
-            .forward(&query, &passage, Temperature::LogBeta(&log_beta))?;
+        let ids: [Vec<i64>; 2] = [of("query_ids")?.to_vec1()?, of("passage_ids")?.to_vec1()?];
+        let [query_ids, passage_ids] = ids;
+        let samtone = samtone.with(|call| call.with_query_ids(query_ids).with_passage_ids(passage_ids));
+        let loss = samtone.forward(&query, &passage, Temperature::LogBeta(&log_beta))?;
         optimizer.backward_step(&loss)?;
         curve.push(loss.to_dtype(DType::F32)?.to_scalar()?);
     }

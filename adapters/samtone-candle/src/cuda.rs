@@ -11,13 +11,12 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Storage, Tensor};
 use samtone::cuda::{Cosines, Device, DeviceBatch, GradientOutput, GradientSlices, Step};
 use samtone::half::{bf16, f16};
-use samtone::{Element, Evaluation, Loss, Options, Pairs};
+use samtone::{Element, Evaluation, Pairs};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// What a call computes, apart from its embeddings.
-pub(crate) struct Call<'a> {
-    pub loss: &'a Loss,
-    pub options: &'a Options,
+pub(crate) struct Task<'a> {
+    pub pairs: Pairs<'a>,
     pub temperature: Temperature<'a>,
     /// Which of ∂L/∂q, ∂L/∂p and the temperature's gradient.
     pub wanted: [bool; 3],
@@ -30,9 +29,8 @@ pub(crate) type Shared = Mutex<Option<Step>>;
 
 /// Both towers on the device, as [`readable`](crate::view::readable) gave them.
 pub(crate) fn compute(
-    call: &Call<'_>,
+    task: &Task<'_>,
     [query, passage]: [(&CudaStorage, &Layout); 2],
-    pairs: Pairs<'_>,
     shared: &Shared,
 ) -> Result<(Option<Evaluation>, Computed)> {
     let [q, p] = [Rows::of(query.1)?, Rows::of(passage.1)?];
@@ -52,29 +50,29 @@ pub(crate) fn compute(
     }
     let towers = [(query.0, q), (passage.0, p)];
     match dtype {
-        DType::F32 => typed::<f32>(call, device, towers, pairs, shared),
-        DType::F16 => typed::<f16>(call, device, towers, pairs, shared),
-        _ => typed::<bf16>(call, device, towers, pairs, shared),
+        DType::F32 => typed::<f32>(task, device, towers, shared),
+        DType::F16 => typed::<f16>(task, device, towers, shared),
+        _ => typed::<bf16>(task, device, towers, shared),
     }
 }
 
 fn typed<T: Element + CudaDType + DeviceRepr>(
-    call: &Call<'_>,
+    task: &Task<'_>,
     device: &CudaDevice,
     [query, passage]: [(&CudaStorage, Rows); 2],
-    pairs: Pairs<'_>,
     shared: &Shared,
 ) -> Result<(Option<Evaluation>, Computed)> {
     let dim = query.1.dim;
     let (q, p) = (view::<T>(query.0, &query.1)?, view::<T>(passage.0, &passage.1)?);
-    let [rows, passages] = [pairs.rows(), pairs.passages()];
-    let batch = DeviceBatch::with_row_strides(q, p, dim, [query.1.stride, passage.1.stride], pairs).map_err(refused)?;
+    let [rows, passages] = [task.pairs.rows(), task.pairs.passages()];
+    let strides = [query.1.stride, passage.1.stride];
+    let batch = DeviceBatch::with_row_strides(q, p, dim, strides, task.pairs).map_err(refused)?;
     let output = |wanted: bool| wanted.then_some(GradientOutput { dtype: samtone::DType::F32, row_stride: dim });
     let problem = batch
-        .problem(call.loss, call.options)
-        .and_then(|problem| problem.with_gradients(output(call.wanted[0]), output(call.wanted[1])))
+        .problem()
+        .and_then(|problem| problem.with_gradients(output(task.wanted[0]), output(task.wanted[1])))
         .map_err(refused)?;
-    let backward = call.wanted != [false; 3];
+    let backward = task.wanted != [false; 3];
     // What the first pass keeps of cosines is for the gradient.
     let problem = if backward { problem } else { problem.with_cosines(Cosines::Recomputed) };
 
@@ -88,8 +86,8 @@ fn typed<T: Element + CudaDType + DeviceRepr>(
         // SAFETY: the backward call writes all of it before anything on this stream reads it, or fails and it is dropped.
         wanted.then(|| unsafe { device.alloc::<f32>(rows * dim) }).transpose()
     };
-    let mut dq = room(call.wanted[0], rows)?;
-    let mut dp = room(call.wanted[1], passages)?;
+    let mut dq = room(task.wanted[0], rows)?;
+    let mut dp = room(task.wanted[1], passages)?;
     if backward {
         let slices = GradientSlices {
             query: dq.as_mut().map(CudaSlice::as_view_mut),
@@ -101,15 +99,15 @@ fn typed<T: Element + CudaDType + DeviceRepr>(
     }
     // Copies, because the next call has the step's memory.
     let loss = copy(device, &step.loss().map_err(refused)?)?.to_dtype(DType::F32)?;
-    let temperature = match call.wanted[2] {
+    let temperature = match task.wanted[2] {
         true => {
             let both = step.temperature().map_err(refused)?;
-            let at = usize::from(matches!(call.temperature, Temperature::LogBeta(_)));
+            let at = usize::from(matches!(task.temperature, Temperature::LogBeta(_)));
             Some(copy(device, &both.try_slice(at..at + 1).ok_or_else(outside)?)?)
         }
         false => None,
     };
-    let evaluation = call.evaluate.then(|| step.evaluation(batch.query(), batch.passage()));
+    let evaluation = task.evaluate.then(|| step.evaluation(batch.query(), batch.passage()));
     *shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(step);
     let evaluation = evaluation.transpose().map_err(refused)?;
     let gradient = |slice: Option<CudaSlice<f32>>, rows| slice.map(|slice| tensor(device, slice, &[rows, dim]));

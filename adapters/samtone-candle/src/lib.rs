@@ -6,8 +6,8 @@
 //!  τ or log β ────┘                        └── backward():  ∂L/∂query, ∂L/∂passage, ∂L/∂τ or ∂L/∂log β
 //! ```
 //!
-//! s are cosines of the raw embeddings: do not normalise them first. [`Loss`] has the presets and their formulas,
-//! [`SamToNe`] the shapes, options and errors. No matrix of M × N is ever made.
+//! s are cosines of the raw embeddings: do not normalise them first. [`Loss`] has the presets and their formulas, [`Call`] all
+//! options, [`SamToNe`] shapes and errors. No matrix of M × N is ever made.
 
 #![warn(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -23,7 +23,7 @@ pub use loss::SamToNe;
 pub use temperature::Temperature;
 
 /// What calls take and give.
-pub use samtone::{Block, Evaluation, Group, Loss, Metrics, NoNegative, Scope, ZeroNorm};
+pub use samtone::{Block, Call, Evaluation, Group, Loss, Metrics, NoNegative, Scope, ZeroNorm};
 
 /// The crate behind this one.
 pub use samtone;

@@ -4,7 +4,8 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
-use samtone_candle::{Loss, SamToNe, Scope, Temperature, ZeroNorm};
+use samtone_candle::samtone::Temperature::Fixed;
+use samtone_candle::{Call, Loss, SamToNe, Scope, Temperature, ZeroNorm};
 
 const ROWS: usize = 6;
 const PASSAGES: usize = 9;
@@ -45,14 +46,18 @@ fn var(tensor: &Tensor, device: &Device) -> Var {
     Var::from_tensor(&tensor.to_device(device).unwrap()).unwrap()
 }
 
-fn masked(op: SamToNe) -> SamToNe {
-    op.query_ids([1, 2, 1, 4, 5, 6])
-        .passage_ids([1, 2, 3, 4, 2, 6, 7, 8, 9])
-        .shared_ids(true)
-        .positives([0, 1, 2, 3, 4, 4])
-        .weights([1.0, 0.5, 2.0, 0.0, 1.0, 1.0])
-        .hard_negative_owners([-1, -1, -1, -1, -1, -1, 0, 3, -1], Scope::Own)
-        .margin(0.4)
+fn op(loss: Loss) -> SamToNe {
+    SamToNe::new(Call::new(loss, TAU))
+}
+
+fn masked(call: Call) -> Call {
+    call.with_query_ids([1, 2, 1, 4, 5, 6])
+        .with_passage_ids([1, 2, 3, 4, 2, 6, 7, 8, 9])
+        .with_shared_ids(true)
+        .with_positives([0, 1, 2, 3, 4, 4])
+        .with_weights([1.0, 0.5, 2.0, 0.0, 1.0, 1.0])
+        .with_hard_negative_owners([-1, -1, -1, -1, -1, -1, 0, 3, -1], Scope::Own)
+        .with_margin(0.4)
 }
 
 fn of(gradients: &GradStore, var: &Var) -> Vec<f64> {
@@ -66,12 +71,13 @@ fn of(gradients: &GradStore, var: &Var) -> Vec<f64> {
 #[test]
 fn gradients_are_those_of_the_cpu() -> Result<()> {
     let Some(cuda) = device() else { return Ok(()) };
-    for (name, _) in Loss::PRESETS {
+    for (name, ..) in Loss::PRESETS {
         for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F16, 2e-3), (DType::BF16, 1e-2)] {
             for mask in [false, true] {
                 let what = format!("{name}, {dtype:?}, masks: {mask}");
-                let plain = SamToNe::new(Loss::by_name(name).unwrap());
-                let op = if mask { masked(plain) } else { plain };
+                // Without masks there is no margin either, also where the preset has one.
+                let plain = op(Loss::by_name(name).unwrap()).with(|call| call.with_margin(f64::INFINITY));
+                let op = if mask { plain.with(masked) } else { plain };
                 let [q, p] = [wave(ROWS, DIM, 0.7).to_dtype(dtype)?, wave(PASSAGES, DIM, 0.9).to_dtype(dtype)?];
                 for log in [false, true] {
                     let value = Tensor::new(&[if log { -TAU.ln() } else { TAU }], &Device::Cpu)?;
@@ -104,12 +110,12 @@ fn gradients_are_those_of_the_cpu() -> Result<()> {
 #[test]
 fn strided_and_transposed_inputs_give_the_same_gradients() -> Result<()> {
     let Some(cuda) = device() else { return Ok(()) };
-    let op = SamToNe::new(Loss::samtone_both());
+    let op = op(Loss::samtone_both());
     let (wide, tall) = (var(&wave(ROWS, 8, 0.7), &cuda), var(&wave(DIM, PASSAGES, 0.9), &cuda));
     let (q, p) = (wide.narrow(1, 2, DIM)?, tall.t()?);
-    let strided = op.forward(&q, &p, TAU)?.backward()?;
+    let strided = op.forward(&q, &p, Fixed)?.backward()?;
     let (q, p) = (Var::from_tensor(&q.contiguous()?)?, Var::from_tensor(&p.contiguous()?)?);
-    let plain = op.forward(&q, &p, TAU)?.backward()?;
+    let plain = op.forward(&q, &p, Fixed)?.backward()?;
     let got = strided.get(&wide).unwrap().narrow(1, 2, DIM)?;
     assert_eq!(numbers(&got), of(&plain, &q));
     assert_eq!(numbers(&strided.get(&tall).unwrap().t()?), of(&plain, &p));
@@ -119,11 +125,11 @@ fn strided_and_transposed_inputs_give_the_same_gradients() -> Result<()> {
 #[test]
 fn metrics_are_those_of_the_cpu_and_frozen_arguments_get_no_gradient() -> Result<()> {
     let Some(cuda) = device() else { return Ok(()) };
-    let op = masked(SamToNe::new(Loss::samtone_both()));
+    let op = op(Loss::samtone_both()).with(masked);
     let [q, p] = [wave(ROWS, DIM, 0.7), wave(PASSAGES, DIM, 0.9)];
-    let want = op.evaluate(&q, &p, TAU)?;
+    let want = op.evaluate(&q, &p, Fixed)?;
     let (q, p, tau) = (var(&q, &cuda), var(&p, &cuda), Var::new(TAU, &cuda)?);
-    for evaluation in [op.evaluate(&q, &p, TAU)?, op.forward_with_metrics(&q, &p, TAU)?.1] {
+    for evaluation in [op.evaluate(&q, &p, Fixed)?, op.forward_with_metrics(&q, &p, Fixed)?.1] {
         assert_close(&evaluation.row_losses, &want.row_losses, 1e-5, "row losses");
         assert_eq!(evaluation.query_to_passage, want.query_to_passage);
         assert_eq!(evaluation.passage_to_query, want.passage_to_query);
@@ -140,7 +146,7 @@ fn metrics_are_those_of_the_cpu_and_frozen_arguments_get_no_gradient() -> Result
             }
         }
     }
-    assert!(!op.forward(&q.detach(), &p.detach(), TAU)?.track_op());
+    assert!(!op.forward(&q.detach(), &p.detach(), Fixed)?.track_op());
     Ok(())
 }
 
@@ -159,12 +165,12 @@ fn tile_skipping_stays_within_its_bound() -> Result<()> {
     };
     let (q, p) = (clustered(0.7)?, clustered(0.9)?);
     let run = |op: SamToNe| -> Result<_> {
-        let (loss, evaluation) = op.forward_with_metrics(&q, &p, tau)?;
+        let (loss, evaluation) = op.forward_with_metrics(&q, &p, Fixed)?;
         let gradients = loss.backward()?;
         Ok((evaluation, numbers(&loss), of(&gradients, &q), of(&gradients, &p)))
     };
-    let plain = SamToNe::new(Loss::info_nce());
-    let (want, got) = (run(plain.clone())?, run(plain.tile_skipping(SHARE))?);
+    let plain = op(Loss::info_nce()).with(|call| call.with_temperature(tau));
+    let (want, got) = (run(plain.clone())?, run(plain.with(|call| call.with_tile_skipping(SHARE)))?);
     assert_eq!((&got.0, &got.1), (&want.0, &want.1));
     assert!(got.2 != want.2 && got.3 != want.3, "nothing is skipped");
     let norm = |x: &[f64]| x.iter().map(|v| v * v).sum::<f64>().sqrt();
@@ -181,17 +187,17 @@ fn tile_skipping_stays_within_its_bound() -> Result<()> {
 #[test]
 fn results_outlive_the_calls_after_them() -> Result<()> {
     let Some(cuda) = device() else { return Ok(()) };
-    let op = SamToNe::new(Loss::samtone_query());
+    let op = op(Loss::samtone_query());
     let (q, p) = (var(&wave(ROWS, DIM, 0.7), &cuda), var(&wave(PASSAGES, DIM, 0.9), &cuda));
-    let first = op.forward(&q, &p, TAU)?;
+    let first = op.forward(&q, &p, Fixed)?;
     let (small_q, small_p) = (q.narrow(0, 0, 3)?.to_dtype(DType::F16)?, p.narrow(0, 0, 4)?.to_dtype(DType::F16)?);
-    let small = op.forward(&small_q, &small_p, TAU)?;
-    let again = op.forward(&q, &p, TAU)?;
+    let small = op.forward(&small_q, &small_p, Fixed)?;
+    let again = op.forward(&q, &p, Fixed)?;
     assert_eq!(numbers(&first), numbers(&again));
     assert_ne!(numbers(&first), numbers(&small));
     assert_eq!(of(&first.backward()?, &q), of(&again.backward()?, &q));
     std::thread::scope(|scope| {
-        let threads = [0; 4].map(|_| scope.spawn(|| numbers(&op.forward(&q, &p, TAU).unwrap())));
+        let threads = [0; 4].map(|_| scope.spawn(|| numbers(&op.forward(&q, &p, Fixed).unwrap())));
         threads.into_iter().for_each(|thread| assert_eq!(thread.join().unwrap(), numbers(&first)));
     });
     Ok(())
@@ -201,25 +207,28 @@ fn results_outlive_the_calls_after_them() -> Result<()> {
 #[test]
 fn bad_input_is_nan_or_a_sentence() -> Result<()> {
     let Some(cuda) = device() else { return Ok(()) };
-    let op = SamToNe::new(Loss::samtone_query());
+    let op = op(Loss::samtone_query());
     let (q, p) = (var(&wave(ROWS, DIM, 0.7), &cuda), var(&wave(PASSAGES, DIM, 0.9), &cuda));
     let zero = Var::from_tensor(&q.zeros_like()?)?;
-    let loss = op.forward(&zero, &p, TAU)?;
+    let loss = op.forward(&zero, &p, Fixed)?;
     assert!(numbers(&loss)[0].is_nan());
     assert!(of(&loss.backward()?, &p).iter().all(|x| x.is_nan()));
-    let ignored = op.clone().zero_norm(ZeroNorm::ZeroGradient).forward(&zero, &p, TAU)?;
+    let ignored = op.with(|call| call.with_zero_norm(ZeroNorm::ZeroGradient)).forward(&zero, &p, Fixed)?;
     assert!(numbers(&ignored)[0].is_finite());
-    let infinite = (op.forward(&q, &p, TAU)? * f64::INFINITY)?.backward()?;
+    let infinite = (op.forward(&q, &p, Fixed)? * f64::INFINITY)?.backward()?;
     assert!(of(&infinite, &q).iter().all(|x| !x.is_finite()));
     for (result, sentence) in [
-        (op.evaluate(&zero, &p, TAU), "the query embedding in row 0 has norm zero"),
-        (op.forward_with_metrics(&zero, &p, TAU).map(|(_, e)| e), "the query embedding in row 0 has norm zero"),
-        (op.evaluate(&q, &p.to_dtype(DType::F16)?, TAU), "argument `passage` is of type f16; allowed: the type of"),
-        (op.evaluate(&q, &p.narrow(1, 0, 3)?, TAU), "argument `passage` is embeddings of dimension 3"),
-        (op.evaluate(&p, &q, TAU), "argument `passage` is 6 rows"),
-        (op.evaluate(&q, &wave(PASSAGES, DIM, 0.9), TAU), "argument `passage` is on the CPU; allowed: the device of"),
-        (op.evaluate(&wave(ROWS, DIM, 0.7), &p, TAU), "argument `passage` is on CUDA device 0; allowed: the device of"),
-        (op.clone().passage_ids([1]).evaluate(&q, &p, TAU), "argument `passage_ids` is a slice of 1"),
+        (op.evaluate(&zero, &p, Fixed), "the query embedding in row 0 has norm zero"),
+        (op.forward_with_metrics(&zero, &p, Fixed).map(|(_, e)| e), "the query embedding in row 0 has norm zero"),
+        (op.evaluate(&q, &p.to_dtype(DType::F16)?, Fixed), "argument `passage` is of type f16; allowed: the type of"),
+        (op.evaluate(&q, &p.narrow(1, 0, 3)?, Fixed), "argument `passage` is embeddings of dimension 3"),
+        (op.evaluate(&p, &q, Fixed), "argument `passage` is 6 rows"),
+        (op.evaluate(&q, &wave(PASSAGES, DIM, 0.9), Fixed), "argument `passage` is on the CPU; allowed: the device of"),
+        (
+            op.evaluate(&wave(ROWS, DIM, 0.7), &p, Fixed),
+            "argument `passage` is on CUDA device 0; allowed: the device of",
+        ),
+        (op.with(|call| call.with_passage_ids([1])).evaluate(&q, &p, Fixed), "argument `passage_ids` is a slice of 1"),
     ] {
         let error = result.unwrap_err().to_string();
         assert!(error.starts_with(sentence), "{error}");

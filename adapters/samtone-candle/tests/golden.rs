@@ -23,43 +23,19 @@ fn numbers(tensor: &Tensor) -> Result<Vec<f64>> {
     tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
 }
 
-fn adapter(problem: &Problem) -> SamToNe {
-    let mut op = SamToNe::new(problem.loss.clone());
-    if let Some(ids) = &problem.query_ids {
-        op = op.query_ids(ids.as_slice());
-    }
-    if let Some(ids) = &problem.passage_ids {
-        op = op.passage_ids(ids.as_slice());
-    }
-    op = op.shared_ids(problem.shared_ids);
-    if let Some(positives) = &problem.positives {
-        op = op.positives(positives.as_slice());
-    }
-    if let Some((owners, scope)) = &problem.owners {
-        op = op.hard_negative_owners(owners.as_slice(), *scope);
-    }
-    if let Some(weights) = &problem.weights {
-        op = op.weights(weights.as_slice());
-    }
-    if let Some(margin) = problem.options.margin() {
-        op = op.margin(margin);
-    }
-    op
-}
-
 fn through_candle(problem: &Problem, dtype: DType) -> Result<Outputs> {
     let var = |x: &[f64], rows| {
         let x: Vec<f32> = x.iter().map(|&v| v as f32).collect();
         Var::from_tensor(&Tensor::from_vec(x, (rows, problem.dim), &Device::Cpu)?.to_dtype(dtype)?)
     };
     let (q, p) = (var(&problem.query, problem.rows)?, var(&problem.passage, problem.passages)?);
-    let tau = Var::new(problem.options.temperature(), &Device::Cpu)?;
-    let (loss, evaluation) = adapter(problem).forward_with_metrics(&q, &p, Temperature::Tau(&tau))?;
+    let tau = Var::new(problem.call.temperature(), &Device::Cpu)?;
+    let (loss, evaluation) = SamToNe::new(problem.call.clone()).forward_with_metrics(&q, &p, Temperature::Tau(&tau))?;
     assert_eq!(f64::from(loss.to_scalar::<f32>()?), f64::from(evaluation.loss as f32));
     let gradients = (loss * UPSTREAM)?.backward()?;
     let gradient = |var: &Var| numbers(gradients.get(var).expect("tracked"));
     let derivative = gradient(&tau)?[0];
-    let temperature = TemperatureGradient { tau: derivative, log_beta: -derivative * problem.options.temperature() };
+    let temperature = TemperatureGradient { tau: derivative, log_beta: -derivative * problem.call.temperature() };
     Ok(Outputs { evaluation, grad_query: gradient(&q)?, grad_passage: gradient(&p)?, temperature })
 }
 

@@ -1,8 +1,9 @@
 //! Through candle's autograd against the reference in f64.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use samtone_candle::samtone::{Batch, Embeddings, Options, reference};
-use samtone_candle::{Loss, NoNegative, SamToNe, Scope, Temperature, ZeroNorm};
+use samtone_candle::samtone::Temperature::Fixed;
+use samtone_candle::samtone::{self, Batch, Embeddings, reference};
+use samtone_candle::{Call, Loss, NoNegative, SamToNe, Scope, Temperature, ZeroNorm};
 
 const ROWS: usize = 6;
 const PASSAGES: usize = 9;
@@ -25,6 +26,21 @@ fn assert_close(got: &[f64], want: &[f64], tolerance: f64, what: &str) {
     assert!(off <= tolerance * size + 1e-7, "{what}: off by {off:e} of {size:e}");
 }
 
+fn call(loss: Loss) -> Call {
+    Call::new(loss, TAU)
+}
+
+fn op(loss: Loss) -> SamToNe {
+    SamToNe::new(call(loss))
+}
+
+/// What the reference gives for these embeddings, ROWS × DIM and PASSAGES × DIM.
+fn by_reference(call: &Call, q: &Tensor, p: &Tensor, upstream: f64) -> samtone::Result<reference::ReferenceOutput> {
+    let (qs, ps) = (numbers(q), numbers(p));
+    let batch = Batch::new(call, Embeddings::new(&qs, ROWS, DIM)?, Embeddings::new(&ps, PASSAGES, DIM)?)?;
+    reference::loss_and_gradients(&batch, upstream)
+}
+
 /// Every preset and type, all masks, an upstream factor, a tensor for either form of the temperature.
 #[test]
 fn gradients_are_those_of_the_reference() -> Result<()> {
@@ -32,32 +48,21 @@ fn gradients_are_those_of_the_reference() -> Result<()> {
     let (positives, owners) = ([0, 1, 2, 3, 4, 4], [-1, -1, -1, -1, -1, -1, 0, 3, -1]);
     let weights = [1.0, 0.5, 2.0, 0.0, 1.0, 1.0];
     let mut compared = [0; 2]; // without masks, with them
-    for (name, _) in Loss::PRESETS {
+    for (name, ..) in Loss::PRESETS {
         for (dtype, tolerance) in [(DType::F32, 3e-5), (DType::F16, 2e-3), (DType::BF16, 1e-2)] {
             for masked in [false, true] {
-                let loss = Loss::by_name(name).unwrap();
+                // Without masks there is no margin either, also where the preset has one.
+                let mut call = call(Loss::by_name(name).unwrap()).with_margin(f64::INFINITY);
                 let q = Var::from_tensor(&wave(ROWS, DIM, 0.7).to_dtype(dtype)?)?;
                 let p = Var::from_tensor(&wave(PASSAGES, DIM, 0.9).to_dtype(dtype)?)?;
-                let (qs, ps) = (numbers(&q), numbers(&p));
-                let query = Embeddings::new(&qs, ROWS, DIM).unwrap();
-                let mut batch = Batch::new(query, Embeddings::new(&ps, PASSAGES, DIM).unwrap()).unwrap();
-                let mut options = Options::new(TAU).unwrap();
-                let mut op = SamToNe::new(loss.clone());
                 if masked {
-                    batch = batch.with_query_ids(&query_ids).and_then(|b| b.with_passage_ids(&passage_ids)).unwrap();
-                    batch = batch.with_shared_ids(true).unwrap();
-                    batch = batch.with_positives(&positives).and_then(|b| b.with_weights(&weights)).unwrap();
-                    batch = batch.with_hard_negative_owners(&owners, Scope::Own).unwrap();
-                    options = options.with_margin(0.4).unwrap();
-                    op = op
-                        .query_ids(query_ids)
-                        .passage_ids(passage_ids)
-                        .shared_ids(true)
-                        .positives(positives)
-                        .weights(weights);
-                    op = op.hard_negative_owners(owners, Scope::Own).margin(0.4).workspace_bytes(64 << 20);
+                    call = call.with_query_ids(query_ids).with_passage_ids(passage_ids).with_shared_ids(true);
+                    call = call.with_positives(positives).with_weights(weights);
+                    call = call.with_hard_negative_owners(owners, Scope::Own).with_margin(0.4);
+                    call = call.with_workspace_bytes(64 << 20);
                 }
-                let want = reference::loss_and_gradients(&loss, &batch, &options, 3.0);
+                let want = by_reference(&call, &q, &p, 3.0);
+                let op = SamToNe::new(call);
                 let log_beta = Var::new(-TAU.ln(), &Device::Cpu)?;
                 let tau = Var::new(&[TAU], &Device::Cpu)?;
                 let got = op.forward_with_metrics(&q, &p, Temperature::LogBeta(&log_beta));
@@ -88,13 +93,13 @@ fn gradients_are_those_of_the_reference() -> Result<()> {
 
 #[test]
 fn strided_and_transposed_inputs_give_the_same_gradients() -> Result<()> {
-    let op = SamToNe::new(Loss::samtone_both());
+    let op = op(Loss::samtone_both());
     let wide = Var::from_tensor(&wave(ROWS, 8, 0.7))?;
     let tall = Var::from_tensor(&wave(DIM, PASSAGES, 0.9))?;
     let (q, p) = (wide.narrow(1, 2, DIM)?, tall.t()?);
-    let strided = op.forward(&q, &p, TAU)?.backward()?;
+    let strided = op.forward(&q, &p, Fixed)?.backward()?;
     let (q, p) = (Var::from_tensor(&q.contiguous()?)?, Var::from_tensor(&p.contiguous()?)?);
-    let plain = op.forward(&q, &p, TAU)?.backward()?;
+    let plain = op.forward(&q, &p, Fixed)?.backward()?;
     let got = strided.get(&wide).unwrap().narrow(1, 2, DIM)?;
     assert_eq!(numbers(&got), numbers(plain.get(&q).unwrap()));
     assert_eq!(numbers(&strided.get(&tall).unwrap().t()?), numbers(plain.get(&p).unwrap()));
@@ -103,69 +108,64 @@ fn strided_and_transposed_inputs_give_the_same_gradients() -> Result<()> {
 
 #[test]
 fn frozen_towers_get_no_gradient_and_change_no_other() -> Result<()> {
-    let op = SamToNe::new(Loss::samtone_both());
+    let op = op(Loss::samtone_both());
     let (q, p) = (Var::from_tensor(&wave(ROWS, DIM, 0.7))?, Var::from_tensor(&wave(PASSAGES, DIM, 0.9))?);
-    let both = op.forward(&q, &p, TAU)?.backward()?;
-    let one = op.forward(&q, &p.detach(), TAU)?.backward()?;
+    let both = op.forward(&q, &p, Fixed)?.backward()?;
+    let one = op.forward(&q, &p.detach(), Fixed)?.backward()?;
     assert!(one.get(&p).is_none());
     assert_eq!(numbers(one.get(&q).unwrap()), numbers(both.get(&q).unwrap()));
-    let none = op.forward(&q.detach(), &p.detach(), TAU)?;
+    let none = op.forward(&q.detach(), &p.detach(), Fixed)?;
     assert!(!none.track_op());
-    assert_eq!(f64::from(none.to_scalar::<f32>()?), f64::from(op.evaluate(&q, &p, TAU)?.loss as f32));
+    assert_eq!(f64::from(none.to_scalar::<f32>()?), f64::from(op.evaluate(&q, &p, Fixed)?.loss as f32));
     Ok(())
 }
 
 /// Each option by itself reaches the computation: it changes the loss, to what the reference gives with it.
 #[test]
 fn each_option_alone_is_that_of_the_reference() -> Result<()> {
-    type Set = (fn(SamToNe) -> SamToNe, for<'a> fn(Batch<'a>) -> Batch<'a>, fn(Options) -> Options);
     const IDS: [i64; PASSAGES] = [1, 2, 1, 4, 5, 6, 2, 8, 5];
     const OWNERS: [i32; PASSAGES] = [-1, -1, -1, -1, -1, -1, 0, 3, -1];
     const WEIGHTS: [f32; ROWS] = [1.0, 0.5, 2.0, 0.0, 1.0, 1.0];
     const POSITIVES: [u32; ROWS] = [0, 1, 2, 3, 4, 4];
     const TEXTS: [i64; PASSAGES + 1] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]; // row i asks with text i for text i + 1
-    let sets: [(&str, Set); 7] = [
-        ("query_ids", (|op| op.query_ids(&IDS[..ROWS]), |b| b.with_query_ids(&IDS[..ROWS]).unwrap(), |o| o)),
-        ("passage_ids", (|op| op.passage_ids(IDS), |b| b.with_passage_ids(&IDS).unwrap(), |o| o)),
-        (
-            "shared_ids",
-            (
-                |op| op.query_ids(&TEXTS[..ROWS]).passage_ids(&TEXTS[1..]).shared_ids(true),
-                |b| {
-                    let with_ids = b.with_query_ids(&TEXTS[..ROWS]).and_then(|b| b.with_passage_ids(&TEXTS[1..]));
-                    with_ids.and_then(|b| b.with_shared_ids(true)).unwrap()
-                },
-                |o| o,
-            ),
-        ),
-        ("positives", (|op| op.positives(POSITIVES), |b| b.with_positives(&POSITIVES).unwrap(), |o| o)),
-        ("weights", (|op| op.weights(WEIGHTS), |b| b.with_weights(&WEIGHTS).unwrap(), |o| o)),
-        ("margin", (|op| op.margin(0.1), |b| b, |o| o.with_margin(0.1).unwrap())),
-        (
-            "owners",
-            (
-                |op| op.hard_negative_owners(OWNERS, Scope::Own),
-                |b| b.with_hard_negative_owners(&OWNERS, Scope::Own).unwrap(),
-                |o| o,
-            ),
-        ),
+    let sets: [(&str, fn(Call) -> Call); 8] = [
+        ("query_ids", |call| call.with_query_ids(&IDS[..ROWS])),
+        ("passage_ids", |call| call.with_passage_ids(IDS)),
+        ("shared_ids", |call| call.with_query_ids(&TEXTS[..ROWS]).with_passage_ids(&TEXTS[1..]).with_shared_ids(true)),
+        ("positives", |call| call.with_positives(POSITIVES)),
+        ("weights", |call| call.with_weights(WEIGHTS)),
+        ("margin", |call| call.with_margin(0.1)),
+        ("owners", |call| call.with_hard_negative_owners(OWNERS, Scope::Own)),
+        ("temperature", |call| call.with_temperature(0.2)),
     ];
-    let loss = Loss::samtone_both();
     let (q, p) = (Var::from_tensor(&wave(ROWS, DIM, 0.7))?, Var::from_tensor(&wave(PASSAGES, DIM, 0.9))?);
-    let (qs, ps) = (numbers(&q), numbers(&p));
-    let plain = SamToNe::new(loss.clone()).evaluate(&q, &p, TAU)?.loss;
-    for (name, (adapter, batch, options)) in sets {
-        let inputs = Batch::new(Embeddings::new(&qs, ROWS, DIM).unwrap(), Embeddings::new(&ps, PASSAGES, DIM).unwrap());
-        let want =
-            reference::loss_and_gradients(&loss, &batch(inputs.unwrap()), &options(Options::new(TAU).unwrap()), 1.0)
-                .unwrap();
+    let op = op(Loss::samtone_both());
+    let plain = op.evaluate(&q, &p, Fixed)?.loss;
+    for (name, set) in sets {
+        let op = op.with(set);
+        let want = by_reference(op.call(), &q, &p, 1.0).unwrap();
         assert!((want.evaluation.loss - plain).abs() > 1e-3, "{name} changes nothing");
-        let (result, evaluation) = adapter(SamToNe::new(loss.clone())).forward_with_metrics(&q, &p, TAU)?;
+        let (result, evaluation) = op.forward_with_metrics(&q, &p, Fixed)?;
         assert_close(&evaluation.row_losses, &want.evaluation.row_losses, 1e-5, name);
         assert_close(&[evaluation.loss], &[want.evaluation.loss], 1e-5, name);
         let gradients = result.backward()?;
         assert_close(&numbers(gradients.get(&q).unwrap()), &want.grad_query, 3e-5, name);
         assert_close(&numbers(gradients.get(&p).unwrap()), &want.grad_passage, 3e-5, name);
+    }
+    // What one batch has is not that of the next.
+    assert_eq!(op.evaluate(&q, &p, Fixed)?.loss, plain);
+    Ok(())
+}
+
+/// The number in a tensor stands in for that of the call, which may then be any.
+#[test]
+fn a_tensor_replaces_the_temperature_of_the_call() -> Result<()> {
+    let (q, p) = (wave(ROWS, DIM, 0.7), wave(PASSAGES, DIM, 0.9));
+    let want = op(Loss::samtone_both()).evaluate(&q, &p, Fixed)?;
+    let tau = Tensor::new(TAU, &Device::Cpu)?;
+    for other in [0.5, f64::NAN] {
+        let op = op(Loss::samtone_both()).with(|call| call.with_temperature(other));
+        assert_eq!(op.evaluate(&q, &p, Temperature::Tau(&tau))?, want);
     }
     Ok(())
 }
@@ -175,8 +175,8 @@ fn each_option_alone_is_that_of_the_reference() -> Result<()> {
 fn tile_skipping_changes_no_bit() -> Result<()> {
     let (q, p) = (Var::from_tensor(&wave(ROWS, DIM, 0.7))?, Var::from_tensor(&wave(PASSAGES, DIM, 0.9))?);
     let tau = Var::new(TAU, &Device::Cpu)?;
-    for (name, _) in Loss::PRESETS {
-        let plain = SamToNe::new(Loss::by_name(name).unwrap());
+    for (name, ..) in Loss::PRESETS {
+        let plain = op(Loss::by_name(name).unwrap()).with(|call| call.with_margin(f64::INFINITY));
         let run = |op: SamToNe| -> Result<_> {
             let (loss, evaluation) = op.forward_with_metrics(&q, &p, Temperature::Tau(&tau))?;
             let gradients = loss.backward()?;
@@ -184,7 +184,7 @@ fn tile_skipping_changes_no_bit() -> Result<()> {
         };
         let want = run(plain.clone())?;
         for share in [1e-3, 0.999] {
-            assert_eq!(run(plain.clone().tile_skipping(share))?, want, "{name}, {share}");
+            assert_eq!(run(plain.with(|call| call.with_tile_skipping(share)))?, want, "{name}, {share}");
         }
     }
     Ok(())
@@ -192,7 +192,7 @@ fn tile_skipping_changes_no_bit() -> Result<()> {
 
 #[test]
 fn any_one_argument_may_be_the_only_tracked_one() -> Result<()> {
-    let op = SamToNe::new(Loss::samtone_both());
+    let op = op(Loss::samtone_both());
     let (q, p) = (Var::from_tensor(&wave(ROWS, DIM, 0.7))?, Var::from_tensor(&wave(PASSAGES, DIM, 0.9))?);
     let tau = Var::new(TAU, &Device::Cpu)?;
     let all = op.forward(&q, &p, Temperature::Tau(&tau))?.backward()?;
@@ -210,46 +210,52 @@ fn any_one_argument_may_be_the_only_tracked_one() -> Result<()> {
 
 #[test]
 fn bad_input_gets_a_sentence() -> Result<()> {
-    let op = SamToNe::new(Loss::samtone_query());
+    let op = op(Loss::samtone_query());
     let (q, p) = (wave(ROWS, DIM, 0.7), wave(PASSAGES, DIM, 0.9));
     let infinite = Tensor::new(f64::INFINITY, &Device::Cpu)?;
     let zero = (&q * 0.0)?;
-    let lonely = SamToNe::new(Loss::decoupled()).passage_ids([7; PASSAGES]);
+    let lonely = op.with(|call| call.with_loss(Loss::decoupled()).with_passage_ids([7; PASSAGES]));
     for (result, sentence) in [
-        (op.forward(&q.flatten_all()?, &p, TAU), "argument `query` is a tensor of shape [30]; allowed: a matrix"),
-        (op.forward(&q, &p.to_dtype(DType::F64)?, TAU), "argument `passage` is of type f64; allowed: f32, f16 or bf16"),
-        (op.forward(&q, &p.to_dtype(DType::F16)?, TAU), "argument `passage` is of type f16; allowed: the type of"),
-        (op.forward(&p, &q, TAU), "argument `passage` is 6 rows"),
-        (op.forward(&q.narrow(0, 0, 0)?, &p, TAU), "argument `rows` is 0"),
-        (op.forward(&q, &p, 0.0), "argument `temperature` is 0"),
+        (op.forward(&q.flatten_all()?, &p, Fixed), "argument `query` is a tensor of shape [30]; allowed: a matrix"),
+        (
+            op.forward(&q, &p.to_dtype(DType::F64)?, Fixed),
+            "argument `passage` is of type f64; allowed: f32, f16 or bf16",
+        ),
+        (op.forward(&q, &p.to_dtype(DType::F16)?, Fixed), "argument `passage` is of type f16; allowed: the type of"),
+        (op.forward(&p, &q, Fixed), "argument `passage` is 6 rows"),
+        (op.forward(&q.narrow(0, 0, 0)?, &p, Fixed), "argument `rows` is 0"),
+        (op.with(|call| call.with_temperature(0.0)).forward(&q, &p, Fixed), "argument `temperature` is 0"),
         (op.forward(&q, &p, Temperature::LogBeta(&infinite)), "argument `log_beta` is inf"),
         (op.forward(&q, &p, Temperature::Tau(&q)), "argument `temperature` is a tensor of shape [6, 5]"),
-        (op.clone().passage_ids([1]).forward(&q, &p, TAU), "argument `passage_ids` is a slice of 1"),
+        (op.with(|call| call.with_passage_ids([1])).forward(&q, &p, Fixed), "argument `passage_ids` is a slice of 1"),
         (
-            op.clone().shared_ids(true).passage_ids([1; PASSAGES]).forward(&q, &p, TAU),
+            op.with(|call| call.with_shared_ids(true).with_passage_ids([1; PASSAGES])).forward(&q, &p, Fixed),
             "argument `shared_ids` is true without query ids; allowed: false, or query ids and passage ids",
         ),
-        (op.clone().margin(f64::NAN).forward(&q, &p, TAU), "argument `margin` is NaN"),
+        (op.with(|call| call.with_margin(f64::NAN)).forward(&q, &p, Fixed), "argument `margin` is NaN"),
         (
-            op.clone().tile_skipping(0.0).forward(&q, &p, TAU),
+            op.with(|call| call.with_tile_skipping(0.0)).forward(&q, &p, Fixed),
             "argument `tile_skipping` is 0; allowed: a number above 0",
         ),
         (
-            op.clone().tile_skipping(1.0).forward(&q, &p, TAU),
+            op.with(|call| call.with_tile_skipping(1.0)).forward(&q, &p, Fixed),
             "argument `tile_skipping` is 1; allowed: a number above 0",
         ),
-        (op.clone().tile_skipping(-1.0).evaluate(&q, &p, TAU).map(|_| zero.clone()), "argument `tile_skipping` is -1"),
-        (op.clone().tile_skipping(f64::NAN).forward(&q, &p, TAU), "argument `tile_skipping` is NaN"),
-        (op.forward(&zero, &p, TAU), "the query embedding in row 0 has norm zero"),
-        (lonely.forward(&q, &p, TAU), "row 0 has no negative left in group 0"),
+        (
+            op.with(|call| call.with_tile_skipping(-1.0)).evaluate(&q, &p, Fixed).map(|_| zero.clone()),
+            "argument `tile_skipping` is -1",
+        ),
+        (op.with(|call| call.with_tile_skipping(f64::NAN)).forward(&q, &p, Fixed), "argument `tile_skipping` is NaN"),
+        (op.forward(&zero, &p, Fixed), "the query embedding in row 0 has norm zero"),
+        (lonely.forward(&q, &p, Fixed), "row 0 has no negative left in group 0"),
     ] {
         let error = result.unwrap_err().to_string();
         assert!(error.starts_with(sentence), "{error}");
     }
-    op.clone().zero_norm(ZeroNorm::ZeroGradient).forward(&zero, &p, TAU)?;
-    assert_eq!(numbers(&lonely.no_negative(NoNegative::Zero).forward(&q, &p, TAU)?), [0.0]);
+    op.with(|call| call.with_zero_norm(ZeroNorm::ZeroGradient)).forward(&zero, &p, Fixed)?;
+    assert_eq!(numbers(&lonely.with(|call| call.with_no_negative(NoNegative::Zero)).forward(&q, &p, Fixed)?), [0.0]);
     let q = Var::from_tensor(&q)?;
-    let error = (op.forward(&q, &p, TAU)? * f64::INFINITY)?.backward().err().unwrap().to_string();
+    let error = (op.forward(&q, &p, Fixed)? * f64::INFINITY)?.backward().err().unwrap().to_string();
     assert!(error.starts_with("argument `upstream` is inf"), "{error}");
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};
-use samtone_candle::{Loss, SamToNe, Temperature};
+use samtone_candle::{Call, Loss, SamToNe, Temperature};
 use serde::Deserialize;
 
 #[path = "../examples/train.rs"]
@@ -60,7 +60,7 @@ fn inputs() -> [Tensor; 2] {
 
 fn op() -> SamToNe {
     let passages: Vec<i64> = (0..16).map(|i| i64::from(i != 3) * i).collect(); // passage 3 repeats passage 0
-    SamToNe::new(Loss::samtone_both()).passage_ids(passages)
+    SamToNe::new(Call::new(Loss::samtone_both(), 0.1).with_passage_ids(passages))
 }
 
 /// Along directions through all parameters of both towers and the temperature at once, against the loss in f64.

@@ -3,7 +3,7 @@
 //! cubecl gives addresses to others, and keeps memory where it is while they are held, but it gives nobody its stream. So the call
 //! has one of its own, and the host waits: for what burn has enqueued before it, and for the call itself.
 
-use super::Call;
+use super::Task;
 use super::tensors::failed;
 use crate::backend::{Outputs, Wanted};
 use crate::{Report, Result, invalid};
@@ -26,9 +26,9 @@ pub(super) fn expect_no_capture(client: &Client) -> Result<()> {
     Err(invalid("query", value, "calls outside of captures: the host waits"))
 }
 
-pub(super) fn run(call: Call<'_>, ordinal: usize) -> Result<Outputs<CubeBackend>> {
-    let gradients = call.gradients();
-    let Call { problem, client, towers, wanted, by_log_beta } = call;
+pub(super) fn run(task: Task<'_>, ordinal: usize) -> Result<Outputs<CubeBackend>> {
+    let gradients = task.gradients();
+    let Task { problem, client, towers, wanted, by_log_beta } = task;
     let device = Device::shared(ordinal)?;
     let problem = problem.with_architecture(device.architecture());
     // What the first pass keeps of cosines is for the gradient.

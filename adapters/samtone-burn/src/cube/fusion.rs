@@ -20,7 +20,7 @@ impl<B: FusionBackend + SamToNeBackend> SamToNeBackend for Fusion<B> {
         let resolved = Inputs::<B> {
             query: resolve(inputs.query),
             passage: resolve(inputs.passage),
-            temperature: inputs.temperature.try_map(|tensor| Ok(resolve(tensor)))?,
+            temperature: inputs.temperature.try_map(|tensor| Result::Ok(resolve(tensor)))?,
         };
         let computed = B::samtone(samtone, resolved, wanted)?;
         Ok(Outputs {

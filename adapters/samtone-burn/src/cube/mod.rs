@@ -18,13 +18,13 @@ use burn::cubecl::Device;
 use burn::cubecl::prelude::Client;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
-use samtone::{GradientOutput, Pairs, Problem};
+use samtone::{GradientOutput, Problem};
 
 /// Where a binding may begin on every device of wgpu. CUDA's kernels ask for less.
 const ALIGNMENT: u64 = samtone::wgpu::ALIGNMENT;
 
 /// What a call computes, all of it checked.
-struct Call<'a> {
+struct Task<'a> {
     problem: Problem<'a>,
     client: Client,
     towers: [CubeTensor; 2],
@@ -58,7 +58,7 @@ impl SamToNeBackend for CubeBackend {
             }
         }
         let by_log_beta = matches!(inputs.temperature, Temperature::LogBeta(_));
-        let options = samtone.options(&inputs.temperature.try_map(|tensor| tensors::scalar(&tensor))?)?;
+        let call = samtone.call().at(inputs.temperature.try_map(|tensor| tensors::scalar(&tensor))?)?;
         let alignment = client.properties().memory.alignment.min(ALIGNMENT);
         let q = tensors::readable("query", inputs.query, alignment)?;
         let p = tensors::readable("passage", inputs.passage, alignment)?;
@@ -71,22 +71,21 @@ impl SamToNeBackend for CubeBackend {
             let value = format!("of type {}", p.dtype.name());
             return Err(invalid("passage", value, format!("the type of the queries, {}", q.dtype.name())));
         }
-        let pairs = samtone.paired(Pairs::new(rows, passages)?)?;
         let output = |wanted: bool| wanted.then_some(GradientOutput { dtype: samtone::DType::F32, row_stride: dim });
-        let problem = Problem::new(samtone.loss(), &pairs, &options, tensors::dtype(q.dtype), dim)?
+        let problem = Problem::new(call.pairs(rows, passages)?, tensors::dtype(q.dtype), dim)?
             .with_row_strides(tensors::row_stride(&q), tensors::row_stride(&p))?
             .with_gradients(output(wanted.query), output(wanted.passage))?;
-        let call = Call { problem, client, towers: [q, p], wanted, by_log_beta };
+        let task = Task { problem, client, towers: [q, p], wanted, by_log_beta };
         match kernels {
             #[cfg(feature = "wgpu")]
-            Kernels::Wgsl => wgsl::run(call),
+            Kernels::Wgsl => wgsl::run(task),
             #[cfg(feature = "cuda")]
-            Kernels::Cuda(ordinal) => cuda::run(call, ordinal),
+            Kernels::Cuda(ordinal) => cuda::run(task, ordinal),
         }
     }
 }
 
-impl Call<'_> {
+impl Task<'_> {
     /// Memory for the gradients that are wanted, contiguous.
     fn gradients(&self) -> [Option<CubeTensor>; 2] {
         let wanted = [self.wanted.query, self.wanted.passage];

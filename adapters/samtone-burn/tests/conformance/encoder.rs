@@ -5,12 +5,17 @@ use crate::support::{matrix, numbers};
 use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig, Tanh};
 use burn::tensor::{DType, Device, Tensor};
-use samtone_burn::{Loss, SamToNe, Temperature};
+use samtone_burn::{Call, Loss, SamToNe, Temperature};
 
 /// Numbers without the structure of a wave, whose matrices are of rank 2.
 fn wave(rows: usize, dim: usize, frequency: f64, device: &Device) -> Tensor<2> {
     let values: Vec<f64> = (0..rows * dim).map(|i| ((i * i) as f64 * frequency + 0.3).sin() + 0.1).collect();
     matrix(&values, dim, device, DType::F32)
+}
+
+/// The temperature is that of the encoder.
+fn samtone() -> SamToNe {
+    SamToNe::new(Call::new(Loss::samtone_both(), 0.1).with_query_ids([1, 2, 3, 1, 5, 6]))
 }
 
 /// Two layers that both towers share, and the log-scale.
@@ -39,8 +44,7 @@ impl Encoder {
     }
 
     fn loss(&self, q: Tensor<2>, p: Tensor<2>) -> Result<Tensor<1>, samtone_burn::Error> {
-        let samtone = SamToNe::new(Loss::samtone_both()).query_ids([1, 2, 3, 1, 5, 6]);
-        samtone.forward(self.encode(q), self.encode(p), Temperature::LogBeta(self.log_beta.val()))
+        samtone().forward(self.encode(q), self.encode(p), Temperature::LogBeta(self.log_beta.val()))
     }
 }
 
@@ -92,9 +96,8 @@ pub fn chunks(device: &Device) -> Outcome {
         Tensor::cat(parts.collect(), 0).detach().require_grad()
     };
     let (eq, ep) = (embed(&q), embed(&p));
-    let samtone = SamToNe::new(Loss::samtone_both()).query_ids([1, 2, 3, 1, 5, 6]);
     let log_beta = Temperature::LogBeta(encoder.log_beta.val());
-    let cached = samtone.forward(eq.clone(), ep.clone(), log_beta)?.backward();
+    let cached = samtone().forward(eq.clone(), ep.clone(), log_beta)?.backward();
     let mut sum = vec![0.0; want.len()];
     for (x, embeddings) in [(&q, &eq), (&p, &ep)] {
         let gradient = Tensor::from_inner(embeddings.grad(&cached).unwrap());

@@ -6,14 +6,15 @@ use crate::gradients::{problem, tiled};
 use crate::support::case::{Case, Expected, GOLDEN_FILES, files};
 use crate::support::compare::{against_definition, verdict};
 use crate::support::problem::{Outputs, Problem};
-use crate::support::{Form, at_device, builder, burn_dtype};
+use crate::support::{Form, at_device, burn_dtype};
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Cube};
 use burn::cubecl::Device;
 use burn::cubecl::future::block_on;
 use burn::tensor::{DType, TensorData};
-use samtone_burn::samtone::{self, Options, TemperatureGradient, backend};
+use samtone_burn::samtone::Temperature::Fixed;
+use samtone_burn::samtone::{self, TemperatureGradient, backend};
 use samtone_burn::{Inputs, Loss, Report, Result, SamToNe, SamToNeBackend, Temperature, Wanted, ZeroNorm};
 use std::path::Path;
 
@@ -46,10 +47,6 @@ fn call(
     Ok((numbers(outputs.loss)[0], outputs.report, gradients))
 }
 
-fn fixed(problem: &Problem) -> Temperature<FloatTensor<Cube>> {
-    Temperature::Fixed(problem.options.temperature())
-}
-
 /// One problem against `expected`, or the reference if the device rounds what goes in.
 fn compare(
     problem: &Problem,
@@ -60,22 +57,22 @@ fn compare(
 ) -> Outcome {
     let name = format!("{} {dtype} {form:?}", problem.name);
     let given = at_device(&problem.rounded(dtype), form, DType::F32);
-    let is_same = problem.is_exact_in(dtype) && given.options.temperature() == problem.options.temperature();
+    let is_same = problem.is_exact_in(dtype) && given.call.temperature() == problem.call.temperature();
     let want = match expected.filter(|_| is_same) {
         Some(expected) => Ok(expected.clone()),
         None => given.run(backend::by_name("reference")?, samtone::DType::F64, 1.0).map(Expected::from),
     };
-    let held = on(device, &[form.at(given.options.temperature(), DType::F32).0], &[1], DType::F32);
+    let held = on(device, &[form.at(given.call.temperature(), DType::F32).0], &[1], DType::F32);
     let temperature = match form {
         Form::Tau => Temperature::Tau(held),
         Form::LogBeta => Temperature::LogBeta(held),
     };
-    let got = call(&builder(&given), &given, temperature, device, burn_dtype(dtype), ALL);
+    let got = call(&SamToNe::new(given.call.clone()), &given, temperature, device, burn_dtype(dtype), ALL);
     let got = got.and_then(|(loss, report, gradients)| report.evaluation().map(|found| (loss, found, gradients)));
     match (got, want) {
         (Ok((loss, evaluation, [Some(grad_query), Some(grad_passage), Some(derivative)])), Ok(want)) => {
             assert!((loss - evaluation.loss).abs() <= 1e-6 * loss.abs(), "the tensor holds {loss}: {evaluation:?}");
-            let (tau, derivative) = (given.options.temperature(), derivative[0]);
+            let (tau, derivative) = (given.call.temperature(), derivative[0]);
             let temperature = match form {
                 Form::Tau => TemperatureGradient { tau: derivative, log_beta: -tau * derivative },
                 Form::LogBeta => TemperatureGradient { tau: -derivative / tau, log_beta: derivative },
@@ -96,7 +93,7 @@ fn types(device: &Device) -> Vec<samtone::DType> {
 
 /// Every preset and type, with all masks and none, the temperature in either form.
 pub fn presets(device: &Device) -> Outcome {
-    for (name, _) in Loss::PRESETS {
+    for (name, ..) in Loss::PRESETS {
         for masked in [false, true] {
             let problem = problem(Loss::by_name(name)?, masked);
             for dtype in types(device) {
@@ -117,17 +114,17 @@ pub fn golden(device: &Device) -> Outcome {
             let Case { problem, expected } = Case::read(file)?;
             compare(&problem, Some(&expected), Form::Tau, device, dtype)?;
         }
-        compare(&tiled()?, None, Form::LogBeta, device, dtype)?;
+        compare(&tiled(), None, Form::LogBeta, device, dtype)?;
     }
     Ok(())
 }
 
 /// What is not wanted is not there, and changes nothing else; the same call gives the same bits.
 pub fn wanted(device: &Device) -> Outcome {
-    let problem = tiled()?;
-    let samtone = builder(&problem);
+    let problem = tiled();
+    let samtone = SamToNe::new(problem.call.clone());
     let run = |wanted| -> Result<_> {
-        let (loss, report, gradients) = call(&samtone, &problem, fixed(&problem), device, DType::F32, wanted)?;
+        let (loss, report, gradients) = call(&samtone, &problem, Fixed, device, DType::F32, wanted)?;
         Ok((loss, report.evaluation()?, gradients))
     };
     let (loss, evaluation, [q, p, t]) = run(ALL)?;
@@ -147,7 +144,7 @@ pub fn wanted(device: &Device) -> Outcome {
 /// Calls that are refused, the device going on as before.
 pub fn refused(device: &Device) -> Outcome {
     let problem = problem(Loss::samtone_query(), false);
-    let samtone = builder(&problem);
+    let samtone = SamToNe::new(problem.call.clone());
     let with = |row: usize, value: f64| {
         let mut problem = problem.clone();
         problem.query[row * 5..row * 5 + 5].fill(0.0);
@@ -158,13 +155,13 @@ pub fn refused(device: &Device) -> Outcome {
         (with(3, 0.0), samtone.clone(), "the query embedding in row 3 has norm zero"),
         (with(4, f64::NAN), samtone.clone(), "the query embedding in row 4 contains NaN at column 2"),
         (with(5, f64::INFINITY), samtone.clone(), "the query embedding in row 5 contains inf at column 2"),
-        (problem.clone(), samtone.clone().workspace_bytes(1), "option `workspace_bytes` is 1"),
-        (problem.clone(), samtone.clone().margin(f64::NAN), "argument `margin` is NaN"),
+        (problem.clone(), samtone.with(|call| call.with_workspace_bytes(1)), "option `workspace_bytes` is 1"),
+        (problem.clone(), samtone.with(|call| call.with_margin(f64::NAN)), "argument `margin` is NaN"),
         (Problem { passages: 3, ..problem.clone() }, samtone.clone(), "argument `passage` is 3 rows; allowed"),
     ] {
         let mut problem = problem;
         problem.passage.truncate(problem.passages * problem.dim);
-        let found = call(&samtone, &problem, fixed(&problem), device, DType::F32, ALL);
+        let found = call(&samtone, &problem, Fixed, device, DType::F32, ALL);
         match found.and_then(|(_, report, _)| report.evaluation()) {
             Err(error) if error.to_string().starts_with(sentence) => {}
             other => return Err(format!("{other:?} instead of `{sentence}`").into()),
@@ -173,7 +170,7 @@ pub fn refused(device: &Device) -> Outcome {
     if matches!(device, Device::Cuda(_)) {
         let query = on(device, &problem.query, &[problem.rows, problem.dim], DType::F32);
         let passage = on(device, &problem.passage, &[problem.passages, problem.dim], DType::F32);
-        let inputs = Inputs { query, passage, temperature: fixed(&problem) };
+        let inputs = Inputs { query, passage, temperature: Fixed };
         Cube::graph_prepare(device).map_err(|error| error.to_string())?;
         Cube::graph_start_capture(device).map_err(|error| error.to_string())?;
         let captured = Cube::samtone(&samtone, inputs, ALL);
@@ -181,21 +178,27 @@ pub fn refused(device: &Device) -> Outcome {
         let sentence = captured.err().map(|error| error.to_string()).unwrap_or_default();
         assert!(sentence.starts_with("argument `query` is of a stream that is being captured"), "{sentence}");
     }
-    let zero =
-        call(&samtone.zero_norm(ZeroNorm::ZeroGradient), &with(3, 0.0), fixed(&problem), device, DType::F32, ALL)?;
+    let zero = call(
+        &samtone.with(|call| call.with_zero_norm(ZeroNorm::ZeroGradient)),
+        &with(3, 0.0),
+        Fixed,
+        device,
+        DType::F32,
+        ALL,
+    )?;
     assert!(zero.0.is_finite());
     compare(&problem, None, Form::Tau, device, samtone::DType::F32)
 }
 
 /// Rows that are not contiguous are read where they are: tensors of other threads, too, whose streams are others.
 pub fn threads(device: &Device) -> Outcome {
-    let problem = tiled()?;
-    let samtone = builder(&problem);
-    let want = call(&samtone, &problem, fixed(&problem), device, DType::F32, ALL)?;
+    let problem = tiled();
+    let samtone = SamToNe::new(problem.call.clone());
+    let want = call(&samtone, &problem, Fixed, device, DType::F32, ALL)?;
     let here = on(device, &problem.query, &[problem.rows, problem.dim], DType::F32);
     let run = || {
         let passage = on(device, &problem.passage, &[problem.passages, problem.dim], DType::F32);
-        let inputs = Inputs { query: here.clone(), passage, temperature: fixed(&problem) };
+        let inputs = Inputs { query: here.clone(), passage, temperature: Fixed };
         let outputs = Cube::samtone(&samtone, inputs, ALL)?;
         Ok::<_, samtone_burn::Error>((
             numbers(outputs.loss)[0],
@@ -227,15 +230,14 @@ pub fn skipping(device: &Device) -> Outcome {
         passages: rows,
         query,
         passage,
-        options: Options::new(tau)?,
-        ..problem(Loss::info_nce(), false)
+        ..problem(Loss::info_nce(), false).with(|call| call.with_temperature(tau))
     };
     let run = |samtone: SamToNe| -> Result<_> {
-        let (loss, report, gradients) = call(&samtone, &problem, fixed(&problem), device, DType::F32, ALL)?;
+        let (loss, report, gradients) = call(&samtone, &problem, Fixed, device, DType::F32, ALL)?;
         Ok((loss, report.evaluation()?, gradients.map(Option::unwrap_or_default)))
     };
-    let samtone = builder(&problem);
-    let (want, got) = (run(samtone.clone())?, run(samtone.tile_skipping(SHARE))?);
+    let samtone = SamToNe::new(problem.call.clone());
+    let (want, got) = (run(samtone.clone())?, run(samtone.with(|call| call.with_tile_skipping(SHARE)))?);
     assert_eq!((&got.0, &got.1), (&want.0, &want.1));
     let [dq, dp, _] = &want.2;
     let is_same = (&got.2[0], &got.2[1]) == (dq, dp);

@@ -6,8 +6,8 @@ use crate::support::compare::{against_definition, verdict};
 use crate::support::problem::Problem;
 use crate::support::{Form, at_device, burn_dtype, rounded, run, temperature_dtype};
 use burn::tensor::Device;
-use samtone_burn::samtone::{DType, Options, backend};
-use samtone_burn::{Loss, Result, Scope};
+use samtone_burn::samtone::{DType, backend};
+use samtone_burn::{Call, Loss, Scope};
 use std::path::Path;
 
 const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -19,25 +19,22 @@ fn wave(len: usize, frequency: f64) -> Vec<f64> {
 /// 6 queries and 9 passages, with every kind of mask or none.
 pub fn problem(loss: Loss, masked: bool) -> Problem {
     let (rows, passages, dim) = (6, 9, 5);
-    let mut options = Options::new(0.1).unwrap();
+    // Without masks there is no margin either, also where the preset has one.
+    let mut call = Call::new(loss, 0.1).with_margin(f64::INFINITY);
     if masked {
-        options = options.with_margin(0.4).unwrap().with_workspace_bytes(64 << 20);
+        call = call.with_positives([0, 1, 2, 3, 4, 4]).with_weights([1.0, 0.5, 2.0, 0.0, 1.0, 1.0]);
+        call = call.with_query_ids([1, 2, 1, 4, 5, 6]).with_passage_ids([1, 2, 3, 4, 2, 6, 7, 8, 9]);
+        call = call.with_shared_ids(true).with_margin(0.4).with_workspace_bytes(64 << 20);
+        call = call.with_hard_negative_owners([-1, -1, -1, -1, -1, -1, 0, 3, -1], Scope::Own);
     }
     Problem {
-        name: format!("{}{}", loss.name(), if masked { ", masked" } else { "" }),
-        loss,
+        name: format!("{}{}", call.loss().name(), if masked { ", masked" } else { "" }),
+        call,
         rows,
         passages,
         dim,
         query: wave(rows * dim, 0.7),
         passage: wave(passages * dim, 0.9),
-        positives: masked.then(|| vec![0, 1, 2, 3, 4, 4]),
-        weights: masked.then(|| vec![1.0, 0.5, 2.0, 0.0, 1.0, 1.0]),
-        query_ids: masked.then(|| vec![1, 2, 1, 4, 5, 6]),
-        passage_ids: masked.then(|| vec![1, 2, 3, 4, 2, 6, 7, 8, 9]),
-        shared_ids: masked,
-        owners: masked.then(|| (vec![-1, -1, -1, -1, -1, -1, 0, 3, -1], Scope::Own)),
-        options,
     }
 }
 
@@ -52,7 +49,7 @@ fn compare(
 ) -> Outcome {
     let name = format!("{} {dtype} {form:?}", problem.name);
     let given = at_device(&problem.rounded(dtype), form, temperature_dtype(device));
-    let is_same = problem.is_exact_in(dtype) && given.options.temperature() == problem.options.temperature();
+    let is_same = problem.is_exact_in(dtype) && given.call.temperature() == problem.call.temperature();
     let want = match expected.filter(|_| is_same) {
         Some(expected) => Ok(expected.clone()),
         None => given.run(backend::by_name("reference")?, DType::F64, upstream).map(Expected::from),
@@ -74,7 +71,7 @@ fn types(device: &Device) -> impl Iterator<Item = DType> {
 
 /// Every preset and type, all masks, an upstream factor, a tensor for either form of the temperature.
 pub fn presets(device: &Device) -> Outcome {
-    for (name, _) in Loss::PRESETS {
+    for (name, ..) in Loss::PRESETS {
         for masked in [false, true] {
             let problem = problem(Loss::by_name(name)?, masked);
             for dtype in types(device) {
@@ -102,29 +99,23 @@ pub fn golden(device: &Device) -> Outcome {
 }
 
 /// Several tiles and, by a tight bound, several parts of the batch; passages repeat.
-pub fn tiled() -> Result<Problem> {
+pub fn tiled() -> Problem {
     let (rows, passages, dim) = (150, 170, 24);
     let scattered = |len: usize, seed: f64| (0..len).map(|i| ((i * i) as f64 * seed).sin()).collect::<Vec<f64>>();
-    Ok(Problem {
+    let ids: Vec<i64> = (0..passages as i64).map(|n| n % 160).collect();
+    Problem {
         name: "tiles".into(),
+        call: Call::new(Loss::samtone_both(), 0.05).with_passage_ids(ids).with_workspace_bytes(600_000),
         rows,
         passages,
         dim,
         query: scattered(rows * dim, 0.7),
         passage: scattered(passages * dim, 1.1),
-        positives: None,
-        weights: None,
-        query_ids: None,
-        passage_ids: Some((0..passages as i64).map(|n| n % 160).collect()),
-        shared_ids: false,
-        owners: None,
-        options: Options::new(0.05)?.with_workspace_bytes(600_000),
-        ..problem(Loss::samtone_both(), false)
-    })
+    }
 }
 
 pub fn tiles(device: &Device) -> Outcome {
-    let problem = tiled()?;
+    let problem = tiled();
     for dtype in types(device) {
         compare(&problem, None, Form::LogBeta, device, dtype, 0.5)?;
     }

@@ -26,6 +26,7 @@ const CHECKS: &[Check] = &[
     ("repeated_calls_give_the_same_bits", tensors::repeated),
     ("tile_skipping_changes_no_bit_of_the_loss", tensors::skipping),
     ("tensors_without_autodiff_and_constants_beside_tracked_ones", tensors::constants),
+    ("a_tensor_replaces_the_temperature_of_the_call", tensors::temperature),
     ("bad_input_gets_a_sentence", errors::sentences),
     ("rows_that_are_wrong_are_named", errors::rows),
     ("finite_differences_through_modules", encoder::finite_differences),

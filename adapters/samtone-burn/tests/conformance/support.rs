@@ -13,7 +13,7 @@ pub mod tolerance;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use compare::Check;
 use problem::{Outputs, Problem};
-use samtone_burn::samtone::{Options, TemperatureGradient};
+use samtone_burn::samtone::TemperatureGradient;
 use samtone_burn::{Result, SamToNe, Temperature};
 
 /// A matrix of `dtype` on `device`.
@@ -61,45 +61,8 @@ impl Form {
 
 /// The problem at the temperature that a tensor of this type holds.
 pub fn at_device(problem: &Problem, form: Form, held: DType) -> Problem {
-    let (_, tau) = form.at(problem.options.temperature(), held);
-    let mut options = Options::new(tau).unwrap();
-    if let Some(margin) = problem.options.margin() {
-        options = options.with_margin(margin).unwrap();
-    }
-    if let Some(bytes) = problem.options.workspace_bytes() {
-        options = options.with_workspace_bytes(bytes);
-    }
-    let (zero_norm, no_negative) = (problem.options.zero_norm(), problem.options.no_negative());
-    Problem { options: options.with_zero_norm(zero_norm).with_no_negative(no_negative), ..problem.clone() }
-}
-
-/// The builder with everything of a problem.
-pub fn builder(problem: &Problem) -> SamToNe {
-    let mut samtone = SamToNe::new(problem.loss.clone()).zero_norm(problem.options.zero_norm());
-    samtone = samtone.no_negative(problem.options.no_negative());
-    if let Some(ids) = &problem.query_ids {
-        samtone = samtone.query_ids(ids.clone());
-    }
-    if let Some(ids) = &problem.passage_ids {
-        samtone = samtone.passage_ids(ids.clone());
-    }
-    samtone = samtone.shared_ids(problem.shared_ids);
-    if let Some(positives) = &problem.positives {
-        samtone = samtone.positives(positives.clone());
-    }
-    if let Some((owners, scope)) = &problem.owners {
-        samtone = samtone.hard_negative_owners(owners.clone(), *scope);
-    }
-    if let Some(weights) = &problem.weights {
-        samtone = samtone.weights(weights.clone());
-    }
-    if let Some(margin) = problem.options.margin() {
-        samtone = samtone.margin(margin);
-    }
-    match problem.options.workspace_bytes() {
-        Some(bytes) => samtone.workspace_bytes(bytes),
-        None => samtone,
-    }
+    let (_, tau) = form.at(problem.call.temperature(), held);
+    problem.clone().with(|call| call.with_temperature(tau))
 }
 
 /// Loss and gradients by burn's autodiff, `upstream` being a factor behind the loss. `problem` is one [`at_device`].
@@ -107,14 +70,15 @@ pub fn run(problem: &Problem, form: Form, device: &Device, dtype: DType, upstrea
     let device = device.clone().autodiff();
     let q = matrix(&problem.query, problem.dim, &device, dtype).require_grad();
     let p = matrix(&problem.passage, problem.dim, &device, dtype).require_grad();
-    let tau = problem.options.temperature();
+    let tau = problem.call.temperature();
     let held = temperature_dtype(&device);
     let t = Tensor::<1>::from_data(TensorData::new(vec![form.at(tau, held).0], [1]), (&device, held)).require_grad();
     let temperature = match form {
         Form::Tau => Temperature::Tau(t.clone()),
         Form::LogBeta => Temperature::LogBeta(t.clone()),
     };
-    let (loss, report) = builder(problem).forward_with_metrics(q.clone(), p.clone(), temperature)?;
+    let samtone = SamToNe::new(problem.call.clone());
+    let (loss, report) = samtone.forward_with_metrics(q.clone(), p.clone(), temperature)?;
     let evaluation = report.evaluation()?;
     let (got, want) = (numbers(loss.clone())[0], evaluation.loss);
     assert!((got - want).abs() <= 1e-6 * want.abs(), "the tensor holds {got}, the report {want}");

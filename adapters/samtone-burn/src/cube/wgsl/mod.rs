@@ -11,7 +11,7 @@ mod shader;
 
 pub(crate) use results::OnDevice;
 
-use super::Call;
+use super::Task;
 use crate::backend::{Outputs, Wanted};
 use crate::{Report, Result};
 use burn::backend::ops::FloatTensorOps;
@@ -29,10 +29,10 @@ const RESULT_WORDS: usize = 7;
 const OF_TAU: usize = 5;
 const OF_LOG_BETA: usize = 6;
 
-pub(super) fn run(call: Call<'_>) -> Result<Outputs<CubeBackend>> {
-    let plan = Plan::new(&call.problem, &capabilities(&call.client))?;
-    let [dq, dp] = call.gradients();
-    let Call { client, towers: [q, p], wanted, by_log_beta, .. } = call;
+pub(super) fn run(task: Task<'_>) -> Result<Outputs<CubeBackend>> {
+    let plan = Plan::new(&task.problem, &capabilities(&task.client))?;
+    let [dq, dp] = task.gradients();
+    let Task { client, towers: [q, p], wanted, by_log_beta, .. } = task;
     let mut buffers = Buffers::new(&client, &plan);
     for (slot, tensor) in [
         (Slot::Query, Some(&q)),
