@@ -46,7 +46,7 @@ def native(q: Tensor, p: Tensor) -> Callable[[], Any]:
     gradients = [torch.empty_like(x, dtype=torch.float32) for x in (q, p)]
     if q.device.type == "cpu":
         losses = torch.empty(len(q), dtype=torch.float64)
-        settings = _native.Settings("samtone_query", TEMPERATURE)
+        settings = _native.Settings("loss=samtone_query", TEMPERATURE)
 
         def on_cpu() -> None:
             q_, p_, dq, dp, rows = (x.__dlpack__() for x in (q, p, *gradients, losses))

@@ -39,7 +39,7 @@ def native(q: Tensor, p: Tensor) -> Callable[[], Any]:
     """The native call on buffers that exist."""
     gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (q, p)]
     losses = torch.zeros(len(q), dtype=torch.float64)
-    settings = _native.Settings("samtone_query", TEMPERATURE)
+    settings = _native.Settings("loss=samtone_query", TEMPERATURE)
     annotations = dict.fromkeys(("query_ids", "passage_ids", "positives", "weights", "owners"))
 
     def call() -> Any:

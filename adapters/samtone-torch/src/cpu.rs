@@ -1,6 +1,6 @@
 //! A call on the CPU: capsules in, gradients into capsules, on as many threads as PyTorch uses.
 
-use crate::annotations::{Annotations, Capsules};
+use crate::annotations::Capsules;
 use crate::dlpack::{Tensor, expect_apart};
 use crate::errors::{Refusal, invalid};
 use crate::settings::Settings;
@@ -76,7 +76,7 @@ pub fn cpu_step(
 ) -> PyResult<(f64, [f64; 4], f64)> {
     let settings = settings.get();
     let (query, passage) = (Tensor::import("query", query)?, Tensor::import("passage", passage)?);
-    let annotations = Annotations::import(&annotations)?;
+    let call = annotations.call(settings)?;
     let mut row_losses = Tensor::import("row_losses", row_losses)?;
     let output = |argument, capsule: &Option<Bound<'_, PyCapsule>>| {
         capsule.as_ref().map(|capsule| Tensor::import(argument, capsule)).transpose()
@@ -90,8 +90,7 @@ pub fn cpu_step(
     }
 
     // The managed tensors stay in this frame, so their memory stays while the interpreter is released.
-    let batch = Batch::new(query.embeddings()?, passage.embeddings()?).map_err(Refusal)?;
-    let batch = annotations.batch(batch, settings)?;
+    let batch = Batch::new(&call, query.embeddings()?, passage.embeddings()?).map_err(Refusal)?;
     let losses = row_losses.vector_mut::<f64>()?;
     if losses.len() != batch.rows() {
         let allowed = format!("{}, one for each query", batch.rows());
@@ -116,12 +115,11 @@ fn compute(
     batch: &Batch<'_>,
     buffers: Option<GradientBuffers<'_>>,
 ) -> Result<(Evaluation, f64), Refusal> {
-    let (loss, options) = (&settings.loss, &settings.options);
     let Some(buffers) = buffers else {
-        return Ok((samtone::cpu::forward(loss, batch, options)?.evaluation().clone(), 0.0));
+        return Ok((samtone::cpu::forward(batch)?.evaluation().clone(), 0.0));
     };
     let mut workspace = WORKSPACES.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
-    let result = workspace.loss_and_gradients_into(loss, batch, options, 1.0, buffers);
+    let result = workspace.loss_and_gradients_into(batch, 1.0, buffers);
     WORKSPACES.lock().unwrap_or_else(PoisonError::into_inner).push(workspace);
     let (evaluation, temperature) = result?;
     Ok((evaluation, settings.derivative(temperature)))

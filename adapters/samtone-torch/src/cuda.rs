@@ -1,7 +1,7 @@
 //! A call on a CUDA device: plans, and launches on the caller's memory and stream. Nothing here allocates on the device or waits
 //! for it, but `CudaPlan::check`.
 
-use crate::annotations::{Annotations, Capsules};
+use crate::annotations::Capsules;
 use crate::dlpack::{Device as Place, Layout, Tensor, expect_apart};
 use crate::errors::{Refusal, invalid};
 use crate::settings::Settings;
@@ -70,9 +70,9 @@ impl CudaPlan {
             let allowed = format!("the type of the queries, {}", q.dtype);
             return Err(invalid("passage", format!("of type {}", p.dtype), allowed).into());
         }
-        let annotations = Annotations::import(&annotations)?;
-        let pairs = annotations.pairs(Pairs::new(q.rows, p.rows).map_err(Refusal)?, settings)?;
-        Ok(Self::planned(settings, Device::shared(ordinal).map_err(Refusal)?, &pairs, towers, wanted, at_once)?)
+        let call = annotations.call(settings)?;
+        let pairs = call.pairs(q.rows, p.rows).map_err(Refusal)?;
+        Ok(Self::planned(settings, Device::shared(ordinal).map_err(Refusal)?, pairs, towers, wanted, at_once)?)
     }
 
     /// Bytes that `state` needs at the least.
@@ -109,11 +109,11 @@ impl CudaPlan {
         workspace: &Bound<'_, PyCapsule>,
         stream: u64,
     ) -> PyResult<()> {
-        let call = Call::new(self, &towers, side, state, workspace, (None, None), None)?;
-        // SAFETY: `Call::new` has checked devices, sizes and that outputs are apart. The caller of the Python package passes
+        let memory = Launch::new(self, &towers, side, state, workspace, (None, None), None)?;
+        // SAFETY: `Launch::new` has checked devices, sizes and that outputs are apart. The caller of the Python package passes
         // tensors of the current stream's allocator: memory that is given back after this call, when capsules are dropped, is
         // only used again by later work on the same stream, and the stream is PyTorch's current one, of the primary context.
-        py.detach(|| unsafe { self.device.forward(&self.plan, &call.pointers, Stream::from_raw(stream)) })
+        py.detach(|| unsafe { self.device.forward(&self.plan, &memory.pointers, Stream::from_raw(stream)) })
             .map_err(Refusal)?;
         Ok(())
     }
@@ -132,9 +132,9 @@ impl CudaPlan {
     ) -> PyResult<()> {
         self.expect(true)?;
         let gradients = (gradients.0.as_ref(), gradients.1.as_ref());
-        let call = Call::new(self, &towers, side, state, workspace, gradients, None)?;
+        let memory = Launch::new(self, &towers, side, state, workspace, gradients, None)?;
         // SAFETY: as in `forward`, and nothing in state or workspace is read that this call has not written.
-        py.detach(|| unsafe { self.device.loss_and_gradients(&self.plan, &call.pointers, Stream::from_raw(stream)) })
+        py.detach(|| unsafe { self.device.loss_and_gradients(&self.plan, &memory.pointers, Stream::from_raw(stream)) })
             .map_err(Refusal)?;
         Ok(())
     }
@@ -154,9 +154,9 @@ impl CudaPlan {
     ) -> PyResult<()> {
         self.expect(false)?;
         let gradients = (gradients.0.as_ref(), gradients.1.as_ref());
-        let call = Call::new(self, &towers, side, state, workspace, gradients, Some(upstream))?;
+        let memory = Launch::new(self, &towers, side, state, workspace, gradients, Some(upstream))?;
         // SAFETY: as in `forward`; the state is that of a forward call of this plan, as autograd keeps it.
-        py.detach(|| unsafe { self.device.backward_alone(&self.plan, &call.pointers, Stream::from_raw(stream)) })
+        py.detach(|| unsafe { self.device.backward_alone(&self.plan, &memory.pointers, Stream::from_raw(stream)) })
             .map_err(Refusal)?;
         Ok(())
     }
@@ -171,9 +171,9 @@ impl CudaPlan {
         workspace: &Bound<'_, PyCapsule>,
         stream: u64,
     ) -> PyResult<()> {
-        let call = Call::new(self, &towers, side, state, workspace, (None, None), None)?;
+        let memory = Launch::new(self, &towers, side, state, workspace, (None, None), None)?;
         // SAFETY: as in `forward`; that or `loss_and_gradients`, which begins with it, is enqueued on this stream.
-        py.detach(|| unsafe { self.device.evaluation(&self.readout, &call.pointers, Stream::from_raw(stream)) })
+        py.detach(|| unsafe { self.device.evaluation(&self.readout, &memory.pointers, Stream::from_raw(stream)) })
             .map_err(Refusal)?;
         Ok(())
     }
@@ -187,7 +187,7 @@ impl CudaPlan {
     fn planned(
         settings: &Settings,
         device: Device,
-        pairs: &Pairs<'_>,
+        pairs: Pairs<'_>,
         towers: [Layout; 2],
         wanted: (bool, bool),
         at_once: bool,
@@ -197,7 +197,7 @@ impl CudaPlan {
         let dtype = if at_once { DType::F32 } else { q.dtype };
         let gradients = towers.map(|tower| Layout { dtype, row_stride: tower.dim, ..tower });
         let output = |wanted: bool| wanted.then_some(GradientOutput { dtype, row_stride: q.dim });
-        let problem = Problem::new(&settings.loss, pairs, &settings.options, q.dtype, q.dim)?
+        let problem = Problem::new(pairs, q.dtype, q.dim)?
             .with_row_strides(q.row_stride, p.row_stride)?
             .with_gradients(output(wanted.0), output(wanted.1))?
             .with_architecture(device.architecture());
@@ -223,13 +223,13 @@ impl CudaPlan {
 }
 
 /// The memory of one call, kept until it is enqueued.
-struct Call {
+struct Launch {
     pointers: Pointers,
     /// Where the addresses are from.
     _memory: Vec<Tensor>,
 }
 
-impl Call {
+impl Launch {
     fn new(
         plan: &CudaPlan,
         towers: &(Bound<'_, PyCapsule>, Bound<'_, PyCapsule>),

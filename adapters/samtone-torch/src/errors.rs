@@ -40,10 +40,9 @@ fn in_python(error: &Error) -> String {
     let sentence = error.to_string();
     match error {
         Error::ZeroNorm { .. } => {
-            sentence.replace("`ZeroNorm::ZeroGradient` in the options", "`zero_norm=\"zero_gradient\"`")
+            sentence.replace("`ZeroNorm::ZeroGradient` in the call", "`zero_norm=\"zero_gradient\"`")
         }
-        Error::NoNegative { .. } => sentence.replace("`NoNegative::Zero` in the options", "`no_negative=\"zero\"`"),
-        Error::InvalidArgument { argument: "shared_ids", .. } => sentence.replace(" before it", ""),
+        Error::NoNegative { .. } => sentence.replace("`NoNegative::Zero` in the call", "`no_negative=\"zero\"`"),
         Error::InvalidArgument { argument: "owners", .. } => sentence.replacen("`owners`", "`hard_negative_owners`", 1),
         Error::InvalidArgument { argument: "query_ids" | "passage_ids" | "weights" | "positives", .. } => {
             sentence.replacen("a slice of", "a tensor of", 1)

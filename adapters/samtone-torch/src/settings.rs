@@ -1,8 +1,11 @@
-//! What a call computes, from scalars and strings: loss, temperature, margin, policies.
+//! What a call computes, from one text and one number: loss, options and temperature.
+//!
+//! The text is a line `NAME=VALUE` for each option, values as Python's `repr` spells them, and then the loss as `loss=TEXT`. A new
+//! option of the crate is an arm of [`Settings::option`], and a line of `Options` in python/samtone/options.py.
 
 use crate::errors::{Refusal, invalid};
 use pyo3::prelude::*;
-use samtone::{Block, Group, Loss, NoNegative, Options, Scope, TemperatureGradient, ZeroNorm};
+use samtone::{Block, Call, Group, Loss, NoNegative, Scope, TemperatureGradient, ZeroNorm};
 
 /// A loss from its text: the name of a preset, `pair(ALPHA)`, or `NAME|GROUP|GROUP…` with each group as
 /// `COEFFICIENT:BLOCK+BLOCK…:COPIES`.
@@ -39,82 +42,115 @@ fn number<T: std::str::FromStr>(argument: &'static str, text: &str) -> Result<T,
     text.parse().map_err(|_| invalid(argument, format!("{text:?}"), "a number in its domain"))
 }
 
-/// Loss and options of a call.
+/// The value of an option that is a number; `None` leaves the option as it is.
+fn optional<T: std::str::FromStr>(name: &'static str, value: &str, allowed: &str) -> Result<Option<T>, Refusal> {
+    if value == "None" {
+        return Ok(None);
+    }
+    value.parse().map(Some).map_err(|_| invalid(name, value, allowed))
+}
+
+/// The value of an option that is one of two words.
+fn choice<T: Copy>(name: &'static str, value: &str, words: [(&str, T); 2]) -> Result<T, Refusal> {
+    let found =
+        words.iter().find(|(word, _)| value.strip_prefix('\'').and_then(|v| v.strip_suffix('\'')) == Some(word));
+    let allowed = || format!("{:?} or {:?}", words[0].0, words[1].0);
+    found.map(|(_, meaning)| *meaning).ok_or_else(|| invalid(name, value, allowed()))
+}
+
+fn flag(name: &'static str, value: &str) -> Result<bool, Refusal> {
+    match value {
+        "True" => Ok(true),
+        "False" => Ok(false),
+        _ => Err(invalid(name, value, "True or False")),
+    }
+}
+
+/// Loss, options and temperature of a call.
 #[pyclass(frozen, module = "samtone._native")]
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
-    pub loss: Loss,
-    pub options: Options,
+    pub call: Call,
     pub scope: Scope,
-    /// Whether ids of queries and passages name the same texts.
-    pub shared_ids: bool,
     /// Whether the temperature was given as log β, and its derivative is wanted for that.
     log_beta: bool,
 }
 
 #[pymethods]
 impl Settings {
-    /// `temperature` is τ, or log β if `log_beta`; `own` has hard negatives seen by their owners alone; with `shared_ids` the ids of
-    /// queries and passages name the same texts.
+    /// `temperature` is τ, or log β if the text says so.
     #[new]
-    #[pyo3(signature = (
-        loss, temperature, *, log_beta=false, margin=None, zero_norm="error", workspace_bytes=None, tile_skipping=None, own=false,
-        shared_ids=false, no_negative="error"
-    ))]
-    #[allow(clippy::too_many_arguments)] // a call across a language border
-    fn new(
-        loss: &str,
-        temperature: f64,
-        log_beta: bool,
-        margin: Option<f64>,
-        zero_norm: &str,
-        workspace_bytes: Option<i64>,
-        tile_skipping: Option<f64>,
-        own: bool,
-        shared_ids: bool,
-        no_negative: &str,
-    ) -> PyResult<Self> {
-        let mut options = if log_beta {
-            let limit = Options::MAX_TEMPERATURE.ln();
-            Options::new((-temperature).exp()).map_err(|_| {
+    fn new(text: &str, temperature: f64) -> PyResult<Self> {
+        let (options, loss) = match text.strip_prefix("loss=") {
+            Some(loss) => ("", loss),
+            None => {
+                text.split_once("\nloss=").ok_or_else(|| invalid("text", format!("{text:?}"), "a text with a loss"))?
+            }
+        };
+        let call = Call::new(parse_loss(loss)?, temperature);
+        let mut settings = Self { call, scope: Scope::All, log_beta: false };
+        for line in options.lines() {
+            let (name, value) = line.split_once('=').unwrap_or((line, ""));
+            settings = settings.option(name, value)?;
+        }
+        if settings.log_beta {
+            let limit = Call::MAX_TEMPERATURE.ln();
+            if !(-limit..=limit).contains(&temperature) {
                 let allowed = format!("a number from -{limit:.3} to {limit:.3}, the logarithm of 1/temperature");
-                invalid("log_beta", temperature.to_string(), allowed)
-            })?
-        } else {
-            Options::new(temperature).map_err(Refusal)?
-        };
-        if let Some(margin) = margin {
-            options = options.with_margin(margin).map_err(Refusal)?;
+                return Err(invalid("log_beta", temperature.to_string(), allowed).into());
+            }
+            let bounds = (Call::MIN_TEMPERATURE, Call::MAX_TEMPERATURE);
+            settings.call = settings.call.with_temperature((-temperature).exp().clamp(bounds.0, bounds.1));
         }
-        if let Some(bytes) = workspace_bytes {
-            let allowed = "a number of bytes of at least 0";
-            let bytes = usize::try_from(bytes).map_err(|_| invalid("workspace_bytes", bytes.to_string(), allowed))?;
-            options = options.with_workspace_bytes(bytes);
-        }
-        if let Some(share) = tile_skipping {
-            options = options.with_tile_skipping(share).map_err(Refusal)?;
-        }
-        let policy = match zero_norm {
-            "error" => ZeroNorm::Error,
-            "zero_gradient" => ZeroNorm::ZeroGradient,
-            other => return Err(invalid("zero_norm", format!("{other:?}"), "\"error\" or \"zero_gradient\"").into()),
-        };
-        let rows = match no_negative {
-            "error" => NoNegative::Error,
-            "zero" => NoNegative::Zero,
-            other => return Err(invalid("no_negative", format!("{other:?}"), "\"error\" or \"zero\"").into()),
-        };
-        let options = options.with_zero_norm(policy).with_no_negative(rows);
-        let scope = if own { Scope::Own } else { Scope::All };
-        Ok(Self { loss: parse_loss(loss)?, options, scope, shared_ids, log_beta })
+        // Whether ids come with `shared_ids` is known once there are ids.
+        settings.call.clone().with_shared_ids(false).check().map_err(Refusal)?;
+        Ok(settings)
     }
 
     fn __repr__(&self) -> String {
-        format!("Settings({}, temperature {})", self.loss, self.options.temperature())
+        format!("Settings({}, temperature {})", self.call.loss(), self.call.temperature())
     }
 }
 
 impl Settings {
+    /// These with one option more.
+    fn option(mut self, name: &str, value: &str) -> Result<Self, Refusal> {
+        let call = self.call;
+        self.call = match name {
+            "log_beta" => {
+                self.log_beta = flag("log_beta", value)?;
+                call
+            }
+            "hard_negative_scope" => {
+                self.scope = choice("hard_negative_scope", value, [("all", Scope::All), ("own", Scope::Own)])?;
+                call
+            }
+            "shared_ids" => call.with_shared_ids(flag("shared_ids", value)?),
+            "zero_norm" => {
+                let words = [("error", ZeroNorm::Error), ("zero_gradient", ZeroNorm::ZeroGradient)];
+                call.with_zero_norm(choice("zero_norm", value, words)?)
+            }
+            "no_negative" => {
+                let words = [("error", NoNegative::Error), ("zero", NoNegative::Zero)];
+                call.with_no_negative(choice("no_negative", value, words)?)
+            }
+            "margin" => match optional("margin", value, "a finite number, or infinity for no margin")? {
+                Some(margin) => call.with_margin(margin),
+                None => call,
+            },
+            "workspace_bytes" => match optional("workspace_bytes", value, "a number of bytes of at least 0")? {
+                Some(bytes) => call.with_workspace_bytes(bytes),
+                None => call,
+            },
+            "tile_skipping" => match optional("tile_skipping", value, "a number above 0 and below 1")? {
+                Some(share) => call.with_tile_skipping(share),
+                None => call,
+            },
+            _ => return Err(invalid("text", format!("with an option {name:?}"), "options that this version has")),
+        };
+        Ok(self)
+    }
+
     /// The derivative with respect to what the temperature was given as.
     pub fn derivative(&self, gradient: TemperatureGradient) -> f64 {
         if self.log_beta { gradient.log_beta } else { gradient.tau }
@@ -142,5 +178,5 @@ pub fn describe_loss(loss: &str) -> PyResult<(String, Vec<GroupParts>)> {
 /// Names of all presets.
 #[pyfunction]
 pub fn presets() -> Vec<&'static str> {
-    Loss::PRESETS.iter().map(|(name, _)| *name).collect()
+    Loss::PRESETS.iter().map(|(name, ..)| *name).collect()
 }

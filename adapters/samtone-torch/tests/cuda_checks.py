@@ -14,7 +14,7 @@ import samtone
 import torch
 from judge import Case, close, gradient_error
 from samtone import _native, cuda, ops
-from samtone.options import Options
+from samtone.options import Settings, text_of
 from test_loss import LONELY, MASKS, embeddings
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -53,12 +53,18 @@ def annotations(case: Case) -> dict[str, Any]:
     return named
 
 
-def settings(case: Case, log_beta: bool = False, share: float | None = None) -> Options:
+def settings(case: Case, log_beta: bool = False, share: float | None = None) -> Settings:
     loss = case.options()["loss"]
     value = -torch.tensor(case.temperature, dtype=torch.float64).log().item() if log_beta else case.temperature
     spec = loss if isinstance(loss, str) else loss.spec
-    policies = (case.own, case.shared_ids, case.no_negative)
-    return Options(spec, value, log_beta, case.margin, case.zero_norm, None, share, *policies)
+    options = {
+        "margin": float("inf") if case.margin is None else case.margin,
+        "zero_norm": case.zero_norm,
+        "no_negative": case.no_negative,
+        "tile_skipping": share,
+        "hard_negative_scope": "own" if case.own else "all",
+    }
+    return Settings(text_of(spec, options, log_beta=log_beta, shared_ids=case.shared_ids), value)
 
 
 class Result:
@@ -100,10 +106,10 @@ class Result:
             # What PyTorch does with them on any device.
             dq, dp = (self.memory.read(gradient) for gradient in gradients)
             assert dq.dtype == dp.dtype == torch.float32
-            loss, value, *options = self.settings
+            text, value = self.settings
             of_one = (torch.tensor(upstream), self.case.query, self.case.passage, *[None] * 6)
             left = (dq, dp, derivative, torch.empty(0), torch.tensor([value]))
-            got = ops._gradients(*of_one, *left, loss, *options, self.wanted)
+            got = ops._gradients(*of_one, *left, text, self.wanted)
         else:
             factor: Any = self.memory.put(torch.tensor([upstream]).numpy().tobytes(), (1,), torch.float32)
             *gradients, derivative = ops._backward_cuda(
@@ -389,7 +395,7 @@ def test_memory_that_does_not_fit_is_refused(memory: emulated.EmulatedMemory, at
     with pytest.raises(samtone.SamtoneError, match="`query` is on CUDA device 0; allowed: memory of the host"):
         vector = torch.empty(12, dtype=torch.float64)
         names = dict.fromkeys(annotations(case))
-        settings_ = _native.Settings("info_nce", 0.1)
+        settings_ = _native.Settings("loss=info_nce", 0.1)
         _native.cpu_step(settings_, cuda.capsule(q), cuda.capsule(p), (None, None), True, names, vector.__dlpack__(), 1)
 
 

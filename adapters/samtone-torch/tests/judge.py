@@ -65,7 +65,7 @@ class Case:
             "shared_ids": self.shared_ids,
             "hard_negative_owners": self.owners,
             "hard_negative_scope": "own" if self.own else "all",
-            "margin": self.margin,
+            "margin": float("inf") if self.margin is None else self.margin,
             "zero_norm": self.zero_norm,
             "no_negative": self.no_negative,
         }

@@ -15,6 +15,7 @@ import samtone
 import torch
 from conftest import REQUIRED
 from samtone import _native, cuda, ops
+from samtone.options import text_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
@@ -40,7 +41,7 @@ def test_without_a_driver_it_is_a_sentence() -> None:
     """Of a tensor that says it is on a GPU, of which nothing is read before a device is found."""
     there = emulated.DeviceTensor(1 << 20, (4, 8), torch.float32)
     annotations = dict.fromkeys(("query_ids", "passage_ids", "positives", "weights", "owners"))
-    settings = _native.Settings("clip", 0.1)
+    settings = _native.Settings("loss=clip", 0.1)
     with pytest.raises(RuntimeError, match="CUDA is not available: .*; allowed: "):
         _native.CudaPlan(settings, cuda.capsule(there), cuda.capsule(there), annotations, (True, True), True)
 
@@ -58,15 +59,15 @@ def test_shapes_on_cuda_without_a_gpu(
         q, p = (torch.empty(rows, 16, device="cuda", dtype=torch.bfloat16) for rows in (8, 9))
         evaluation = samtone.evaluate(q, p, passage_ids=torch.arange(9))
         assert evaluation.loss.device.type == "cuda" and evaluation.row_losses.shape == (8,)
-        options = ("samtone_query", False, None, "error", None, share, False, False, "error")
+        text = text_of("samtone_query", {"tile_skipping": share})
         vectors = [None] * 5
-        saved = ops.forward(q, p, None, *vectors, options[0], 0.1, *options[1:], wanted)[3:]
+        saved = ops.forward(q, p, None, *vectors, text, 0.1, wanted)[3:]
         rows = [8 if wanted & ops.QUERY else 0, 9 if wanted & ops.PASSAGE else 0, 1 if wanted & ops.TEMPERATURE else 0]
         state = cuda.state_bytes(8, 9, skipping=share is not None)
         left = [*rows, 0] if at_once and wanted else [0, 0, 0, state]
         assert [len(x) for x in saved] == [*left, 1] and saved[-1].device.type == "cpu"
         assert all(x.dtype == torch.float32 and x.shape[1] == 16 for x in saved[:2])
-        *gradients, derivative = ops.backward(evaluation.loss, q, p, None, *vectors, *saved, *options, wanted)
+        *gradients, derivative = ops.backward(evaluation.loss, q, p, None, *vectors, *saved, text, wanted)
         assert [len(x) for x in (*gradients, derivative)] == rows
         assert all(x.shape[1] == 16 and x.dtype == q.dtype and x.device == q.device for x in gradients)
         assert derivative.dtype == torch.float64 and derivative.device == q.device
@@ -81,8 +82,7 @@ def test_shapes_on_cuda_may_be_symbols(at_once: bool, monkeypatch: pytest.Monkey
     given = [torch.empty(rows, 16, device="meta") for rows in (8, 9)]
     with FakeTensorMode(shape_env=shapes) as mode:
         q, p = (torch.empty(mode.from_tensor(x, static_shapes=False).shape, device="cuda") for x in given)
-        options = ("samtone_query", 0.1, False, None, "error", None, None, False, False, "error")
-        saved = ops.forward(q, p, *[None] * 6, *options, ops.QUERY | ops.PASSAGE)[3:]
+        saved = ops.forward(q, p, *[None] * 6, text_of("samtone_query", {}), 0.1, ops.QUERY | ops.PASSAGE)[3:]
         state = cuda.state_bytes(q.shape[0], p.shape[0])
     left = [q.shape[0], p.shape[0], 0, 0] if at_once else [0, 0, 0, state]
     assert [str(x.shape[0]) for x in saved] == [*map(str, left), "1"]

@@ -304,7 +304,7 @@ def step(query: Any, passage: Any, gradients: tuple[Any, Any] = (None, None), lo
     """The native call itself, with capsules as they come."""
     vector = torch.empty(ROWS, dtype=torch.float64) if losses is None else losses
     names = ("query_ids", "passage_ids", "positives", "weights", "owners")
-    settings = _native.Settings("info_nce", 0.1)
+    settings = _native.Settings("loss=info_nce", 0.1)
     return _native.cpu_step(settings, query, passage, gradients, True, dict.fromkeys(names), vector.__dlpack__(), 1)
 
 

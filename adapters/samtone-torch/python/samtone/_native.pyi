@@ -11,20 +11,7 @@ class SamtoneError(ValueError):
 class Settings:
     """Loss and options of a call."""
 
-    def __new__(
-        cls,
-        loss: str,
-        temperature: float,
-        *,
-        log_beta: bool = False,
-        margin: float | None = None,
-        zero_norm: str = "error",
-        workspace_bytes: int | None = None,
-        tile_skipping: float | None = None,
-        own: bool = False,
-        shared_ids: bool = False,
-        no_negative: str = "error",
-    ) -> Settings: ...
+    def __new__(cls, text: str, temperature: float) -> Settings: ...
 
 class CudaPlan:
     """What one call launches on a CUDA device."""

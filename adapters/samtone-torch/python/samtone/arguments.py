@@ -37,26 +37,12 @@ def number(argument: str, value: Any, allowed: str) -> float:
     raise refused(argument, _shown(value), allowed)
 
 
-def integer(argument: str, value: Any, allowed: str) -> int:
-    """A whole number that 64 bits hold."""
-    if isinstance(value, numbers.Integral) and -(2**63) <= int(value) < 2**63:
-        return int(value)
-    raise refused(argument, _shown(value), allowed)
-
-
 def choice(argument: str, value: Any, *allowed: str) -> str:
     """One of some words."""
     for word in allowed:
         if isinstance(value, str) and value == word:
             return word
     raise refused(argument, _shown(value), " or ".join(f'"{word}"' for word in allowed))
-
-
-def flag(argument: str, value: Any) -> bool:
-    """Yes or no."""
-    if isinstance(value, bool):
-        return value
-    raise refused(argument, _shown(value), "True or False")
 
 
 def _shown(value: Any) -> str:
@@ -170,25 +156,3 @@ def temperature_of(
         described = f"a tensor of shape {tuple(value.shape)} and type {value.dtype}"
         raise refused(name, described, "one number, float64, float32, float16 or bfloat16")
     return value, 0.0, log_beta is not None
-
-
-def options_of(
-    hard_negative_scope: str,
-    margin: float | None,
-    zero_norm: str,
-    workspace_bytes: int | None,
-    tile_skipping: float | None,
-    shared_ids: bool,
-    no_negative: str,
-) -> tuple[float | None, str, int | None, float | None, bool, bool, str]:
-    """What `Options` has after the temperature."""
-    size = "a number of bytes of at least 0"
-    return (
-        None if margin is None else number("margin", margin, "a finite number"),
-        choice("zero_norm", zero_norm, "error", "zero_gradient"),
-        None if workspace_bytes is None else integer("workspace_bytes", workspace_bytes, size),
-        None if tile_skipping is None else number("tile_skipping", tile_skipping, "a number above 0 and below 1"),
-        choice("hard_negative_scope", hard_negative_scope, "all", "own") == "own",
-        flag("shared_ids", shared_ids),
-        choice("no_negative", no_negative, "error", "zero"),
-    )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from .options import Options
+from .options import Settings
 
 # Plans are small (side data is a few numbers for each row); batches with ids of their own need one each.
 KEPT_PLANS = 16
@@ -129,7 +129,7 @@ _lock = threading.Lock()
 
 def planned(
     memory: Memory,
-    settings: Options,
+    settings: Settings,
     query: Any,
     passage: Any,
     annotations: dict[str, Tensor | None],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from . import calls
 from .arguments import (
@@ -13,12 +14,12 @@ from .arguments import (
     check_embeddings,
     ids,
     indices,
-    options_of,
     refused,
     temperature_of,
     weights_of,
 )
 from .loss import Loss, spec_of
+from .options import Options, text_of
 
 
 class Metrics(NamedTuple):
@@ -56,12 +57,7 @@ def samtone_loss(
     positives: Integers | None = None,
     weights: Numbers | None = None,
     hard_negative_owners: Integers | None = None,
-    hard_negative_scope: str = "all",
-    margin: float | None = None,
-    zero_norm: str = "error",
-    no_negative: str = "error",
-    workspace_bytes: int | None = None,
-    tile_skipping: float | None = None,
+    **options: Unpack[Options],
 ) -> Tensor:
     """The loss of M queries against N >= M passages, a differentiable float32 scalar:
 
@@ -85,7 +81,8 @@ def samtone_loss(
         weights: M numbers of at least 0, not all 0. Constants to autograd. Default: all equal.
         hard_negative_owners: N integers: the query whose hard negative a passage is, or -1 for everyone's.
         hard_negative_scope: ``"all"``: everyone sees owned hard negatives. ``"own"``: only their owners do.
-        margin: Drops every negative whose cosine exceeds that of the positive by more than this. Qwen3 uses 0.1.
+        margin: Drops every negative whose cosine exceeds that of the positive by more than this. ``float("inf")`` drops none.
+            Default: that of the loss, 0.1 for ``"qwen3"`` and none for the others.
         zero_norm: ``"error"`` for embeddings of norm zero, or ``"zero_gradient"`` to let their cosines and gradients be 0.
         no_negative: ``"error"`` for a row without a negative in a group without copies of the positive, as `decoupled` is, or
             ``"zero"`` to let it contribute nothing.
@@ -104,8 +101,7 @@ def samtone_loss(
             or of norm zero, the row.
     """
     vectors = (query_ids, passage_ids, positives, weights, hard_negative_owners)
-    options = (hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, shared_ids, no_negative)
-    return _outputs(query, passage, loss, temperature, log_beta, vectors, options)[0]
+    return _outputs(query, passage, loss, temperature, log_beta, vectors, shared_ids, options)[0]
 
 
 def evaluate(
@@ -121,17 +117,11 @@ def evaluate(
     positives: Integers | None = None,
     weights: Numbers | None = None,
     hard_negative_owners: Integers | None = None,
-    hard_negative_scope: str = "all",
-    margin: float | None = None,
-    zero_norm: str = "error",
-    no_negative: str = "error",
-    workspace_bytes: int | None = None,
-    tile_skipping: float | None = None,
+    **options: Unpack[Options],
 ) -> Evaluation:
     """`samtone_loss`, and with it the loss of every row, P@1 and MRR in both directions, which cost nothing more."""
     vectors = (query_ids, passage_ids, positives, weights, hard_negative_owners)
-    options = (hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, shared_ids, no_negative)
-    value, results, row_losses = _outputs(query, passage, loss, temperature, log_beta, vectors, options)
+    value, results, row_losses = _outputs(query, passage, loss, temperature, log_beta, vectors, shared_ids, options)
     return Evaluation(value, row_losses, Metrics(results[1], results[2]), Metrics(results[3], results[4]))
 
 
@@ -142,7 +132,8 @@ def _outputs(
     temperature: float | Tensor | None,
     log_beta: float | Tensor | None,
     vectors: tuple[Any, ...],
-    options: tuple[Any, ...],
+    shared_ids: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, results and row losses, after arguments have been checked."""
     query_ids, passage_ids, positives, weights, hard_negative_owners = vectors
@@ -162,8 +153,6 @@ def _outputs(
         indices("positives", positives),
         weights_of(weights),
         indices("hard_negative_owners", hard_negative_owners),
-        spec_of(loss),
+        text_of(spec_of(loss), options, log_beta=is_log_beta, shared_ids=shared_ids),
         value,
-        is_log_beta,
-        *options_of(*options),
     )

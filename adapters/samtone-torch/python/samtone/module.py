@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from .arguments import choice, number, options_of
+from .arguments import choice, number
 from .functional import Evaluation, evaluate
 from .loss import Loss, spec_of
-from .options import Options
+from .options import Options, Settings, text_of
 
 
 class SamToNeLoss(nn.Module):
@@ -22,7 +23,7 @@ class SamToNeLoss(nn.Module):
         temperature: tau, or where it starts if it is learned.
         learnable: None for a constant temperature, ``"log_beta"`` for a parameter `log_beta` = log(1/tau), as CLIP learns
             it, or ``"tau"`` for a parameter `tau`. Both are float32 scalars.
-        hard_negative_scope, margin, zero_norm, no_negative, workspace_bytes, tile_skipping: As in `samtone_loss`.
+        options: hard_negative_scope, margin, zero_norm, no_negative, workspace_bytes, tile_skipping, as in `samtone_loss`.
     """
 
     def __init__(
@@ -31,32 +32,21 @@ class SamToNeLoss(nn.Module):
         *,
         temperature: float = 0.01,
         learnable: str | None = None,
-        hard_negative_scope: str = "all",
-        margin: float | None = None,
-        zero_norm: str = "error",
-        no_negative: str = "error",
-        workspace_bytes: int | None = None,
-        tile_skipping: float | None = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__()
         self.loss = Loss(spec_of(loss))
         if learnable is not None:
             choice("learnable", learnable, "tau", "log_beta")
         temperature = number("temperature", temperature, "a number")
-        options = options_of(hard_negative_scope, margin, zero_norm, workspace_bytes, tile_skipping, False, no_negative)
-        Options(self.loss.spec, temperature, False, *options).native()  # refused here rather than in the first step
+        Settings(text_of(self.loss.spec, options), temperature).native()  # refused here rather than in the first step
         self._temperature = temperature
         self.learnable = learnable
         if learnable == "tau":
             self.tau = nn.Parameter(torch.tensor(temperature, dtype=torch.float32))
         elif learnable == "log_beta":
             self.log_beta = nn.Parameter(torch.tensor(-math.log(temperature), dtype=torch.float32))
-        self.hard_negative_scope = hard_negative_scope
-        self.margin = margin
-        self.zero_norm = zero_norm
-        self.no_negative = no_negative
-        self.workspace_bytes = workspace_bytes
-        self.tile_skipping = tile_skipping
+        self.options = options
 
     def extra_repr(self) -> str:
         """For `print`."""
@@ -81,16 +71,4 @@ class SamToNeLoss(nn.Module):
         if self.learnable is not None:
             name = "temperature" if self.learnable == "tau" else "log_beta"
             temperature = {name: self.tau if self.learnable == "tau" else self.log_beta}
-        return evaluate(
-            query,
-            passage,
-            loss=self.loss,
-            hard_negative_scope=self.hard_negative_scope,
-            margin=self.margin,
-            zero_norm=self.zero_norm,
-            no_negative=self.no_negative,
-            workspace_bytes=self.workspace_bytes,
-            tile_skipping=self.tile_skipping,
-            **temperature,
-            **batch,
-        )
+        return evaluate(query, passage, loss=self.loss, **temperature, **self.options, **batch)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _native, cuda
-from .options import Options
+from .options import Settings, skips_tiles
 
 # What `wanted` is made of.
 QUERY, PASSAGE, TEMPERATURE = 1, 2, 4
@@ -83,7 +83,7 @@ def _at_once(query: Tensor, passage: Tensor, wanted: int) -> bool:
 
 
 def _forward_cpu(
-    settings: Options, q: Tensor, p: Tensor, annotations: dict[str, Tensor | None], wanted: int
+    settings: Settings, q: Tensor, p: Tensor, annotations: dict[str, Tensor | None], wanted: int
 ) -> Tensors:
     losses = torch.empty(q.shape[0], dtype=torch.float64, device="cpu")  # whatever PyTorch's default device is
     gradients = [
@@ -111,11 +111,11 @@ def _forward_cpu(
 
 
 def _forward_cuda(
-    settings: Options, q: Tensor, p: Tensor, annotations: dict[str, Tensor | None], wanted: int
+    settings: Settings, q: Tensor, p: Tensor, annotations: dict[str, Tensor | None], wanted: int
 ) -> Tensors:
     memory, towers, at_once = cuda.TorchMemory(q.device), _towers(wanted), _at_once(q, p, wanted)
     planned = cuda.planned(memory, settings, q, p, annotations, towers, at_once)
-    shared, skipping = annotations["positives"] is not None, settings.tile_skipping is not None
+    shared, skipping = annotations["positives"] is not None, skips_tiles(settings.text)
     state = memory.empty(cuda.state_bytes(q.shape[0], p.shape[0], shared=shared, skipping=skipping))
     gradients = [
         memory.matrix(x.shape[0] if want and at_once else 0, x.shape[1], torch.float32)
@@ -138,7 +138,7 @@ def _forward_cuda(
 
 
 def _backward_cuda(
-    settings: Options,
+    settings: Settings,
     q: Tensor,
     p: Tensor,
     annotations: dict[str, Tensor | None],
@@ -166,19 +166,11 @@ def forward(
     positives: Tensor | None,
     weights: Tensor | None,
     owners: Tensor | None,
-    loss: str,
+    text: str,
     tau: float,
-    log_beta: bool,
-    margin: float | None,
-    zero_norm: str,
-    workspace_bytes: int | None,
-    tile_skipping: float | None,
-    own: bool,
-    shared_ids: bool,
-    no_negative: str,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (float32), results and row losses (float64), and what the backward call needs.
+    """Loss (float32), results and row losses (float64), and what the backward call needs. `text` is that of `options.text_of`.
 
     The latter if gradients are computed at once: those of both towers as float32, without rows where they are not wanted, and the
     derivative of the temperature, without elements if it is not. Otherwise: the state. In both cases: the temperature (or log beta)
@@ -186,7 +178,7 @@ def forward(
     """
     return _forward(
         query, passage, temperature, query_ids, passage_ids, positives, weights, owners,
-        loss, tau, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids, no_negative, wanted,
+        text, tau, wanted,
     )  # fmt: skip
 
 
@@ -199,22 +191,12 @@ def _forward(
     positives: Tensor | None,
     weights: Tensor | None,
     owners: Tensor | None,
-    loss: str,
+    text: str,
     tau: float,
-    log_beta: bool,
-    margin: float | None,
-    zero_norm: str,
-    workspace_bytes: int | None,
-    tile_skipping: float | None,
-    own: bool,
-    shared_ids: bool,
-    no_negative: str,
     wanted: int,
 ) -> Outputs:
     value = tau if temperature is None else float(temperature.detach().reshape(()).item())
-    settings = Options(
-        loss, value, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids, no_negative
-    )
+    settings = Settings(text, value)
     compute = _forward_cuda if query.device.type == "cuda" else _forward_cpu
     q, p = _readable("query", query), _readable("passage", passage)
     annotations = _annotations(query_ids, passage_ids, positives, weights, owners)
@@ -233,16 +215,8 @@ def fake_forward(
     positives: Tensor | None,
     weights: Tensor | None,
     owners: Tensor | None,
-    loss: str,
+    text: str,
     tau: float,
-    log_beta: bool,
-    margin: float | None,
-    zero_norm: str,
-    workspace_bytes: int | None,
-    tile_skipping: float | None,
-    own: bool,
-    shared_ids: bool,
-    no_negative: str,
     wanted: int,
 ) -> Outputs:
     """Shapes and types of the results."""
@@ -251,7 +225,7 @@ def fake_forward(
         return query.new_empty(shape, dtype=dtype)
 
     at_once = _at_once(query, passage, wanted)
-    shared, skipping = positives is not None, tile_skipping is not None
+    shared, skipping = positives is not None, skips_tiles(text)
     state = 0 if at_once else cuda.state_bytes(query.shape[0], passage.shape[0], shared=shared, skipping=skipping)
     return (
         empty((), torch.float32),
@@ -281,15 +255,7 @@ def backward(
     derivative: Tensor,
     state: Tensor,
     used: Tensor,
-    loss: str,
-    log_beta: bool,
-    margin: float | None,
-    zero_norm: str,
-    workspace_bytes: int | None,
-    tile_skipping: float | None,
-    own: bool,
-    shared_ids: bool,
-    no_negative: str,
+    text: str,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of both towers, in their types and without rows where they are not wanted, and the derivative of the
@@ -298,7 +264,7 @@ def backward(
     return _gradients(
         upstream, query, passage, temperature, query_ids, passage_ids, positives, weights, owners,
         grad_query, grad_passage, derivative, state, used,
-        loss, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids, no_negative, wanted,
+        text, wanted,
     )  # fmt: skip
 
 
@@ -317,15 +283,7 @@ def _gradients(
     derivative: Tensor,
     state: Tensor,
     used: Tensor,
-    loss: str,
-    log_beta: bool,
-    margin: float | None,
-    zero_norm: str,
-    workspace_bytes: int | None,
-    tile_skipping: float | None,
-    own: bool,
-    shared_ids: bool,
-    no_negative: str,
+    text: str,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if state.shape[0] == 0:
@@ -339,9 +297,7 @@ def _gradients(
         return dq, dp, derivative * upstream.to(torch.float64)
     q, p = _readable("query", query), _readable("passage", passage)
     value = float(used.item())
-    settings = Options(
-        loss, value, log_beta, margin, zero_norm, workspace_bytes, tile_skipping, own, shared_ids, no_negative
-    )
+    settings = Settings(text, value)
     annotations = _annotations(query_ids, passage_ids, positives, weights, owners)
     factor = upstream.detach().to(device=q.device, dtype=torch.float32).reshape(1)
     return _backward_cuda(settings, q, p, annotations, state, factor, wanted)
@@ -363,15 +319,7 @@ def _(
     derivative: Tensor,
     state: Tensor,
     used: Tensor,
-    loss: str,
-    log_beta: bool,
-    margin: float | None,
-    zero_norm: str,
-    workspace_bytes: int | None,
-    tile_skipping: float | None,
-    own: bool,
-    shared_ids: bool,
-    no_negative: str,
+    text: str,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dp = (
@@ -397,7 +345,7 @@ backward.register_autograd(_differentiated)
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     query, passage, temperature, *vectors = inputs[:8]
-    ctx.loss, _, *ctx.options = inputs[8:]  # the number in between is in the outputs
+    ctx.text, _, ctx.wanted = inputs[8:]  # the number in between is in the outputs
     ctx.inputs, ctx.direct = len(inputs), False
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -409,7 +357,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     gradients: list[Any] = [None] * ctx.inputs
     if upstream is None:
         return tuple(gradients)
-    wanted = ctx.options[-1]
+    wanted = ctx.wanted
     query, passage, *_, dq, dp, derivative, _, _ = saved = ctx.saved_tensors
     # The usual case of `loss.backward()`: the gradients are what they will be, so they are not copied. Whoever writes to them
     # and keeps the graph for another call gets autograd's error about saved tensors. Not while a compiler traces, for which
@@ -418,7 +366,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if not (plain and query.dtype == torch.float32 and upstream.item() == 1.0):
         direct = ctx.direct and type(upstream) is Tensor and not torch.is_grad_enabled()
         compute: Any = _gradients if direct else backward
-        dq, dp, derivative = compute(upstream, *saved, ctx.loss, *ctx.options)
+        dq, dp, derivative = compute(upstream, *saved, ctx.text, wanted)
     gradients[0] = dq if wanted & QUERY else None
     gradients[1] = dp if wanted & PASSAGE else None
     if wanted & TEMPERATURE:

@@ -1,29 +1,64 @@
-"""What a call computes, beside tensors."""
+"""What a call computes, beside tensors: options by name, and all of them as one text, which is what operations and native code take.
+
+A new option of the crate is a line of `Options` here, and an arm of `Settings::option` in src/settings.rs.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import numbers
+from typing import Any, NamedTuple, TypedDict
 
 from . import _native
 
 
-class Options(NamedTuple):
-    """Loss, temperature and options, in the order in which the operations take them."""
+class Options(TypedDict, total=False):
+    """Options of a call, of which each may be left out. `samtone_loss` says what they mean."""
 
-    loss: str
-    temperature: float
-    log_beta: bool
+    hard_negative_scope: str
     margin: float | None
     zero_norm: str
+    no_negative: str
     workspace_bytes: int | None
     tile_skipping: float | None
-    own: bool
-    shared_ids: bool
-    no_negative: str
+
+
+NAMES = frozenset(Options.__annotations__)
+
+
+class Settings(NamedTuple):
+    """Loss and options as text, and the temperature as a number: log beta if the text says so."""
+
+    text: str
+    temperature: float
 
     def native(self) -> _native.Settings:
         """As native code takes them."""
-        loss, temperature, *_ = self
-        named = self._asdict()
-        del named["loss"], named["temperature"]
-        return _native.Settings(loss, temperature, **named)
+        return _native.Settings(self.text, self.temperature)
+
+
+def text_of(loss: str, options: Any, *, log_beta: bool = False, shared_ids: Any = False) -> str:
+    """A line for each option, and the text of the loss. Native code refuses values outside of their domain; torch.compile traces
+    this, so that it stays in Python."""
+    lines = [f"{name}={_value(options[name])}" for name in options if name in NAMES]
+    if len(lines) < len(options):
+        unknown = ", ".join(repr(name) for name in options if name not in NAMES)
+        raise TypeError(f"unexpected keyword argument {unknown}; options are {', '.join(sorted(NAMES))}")
+    lines += ["log_beta=True"] if log_beta else []
+    lines += [f"shared_ids={_value(shared_ids)}"] if shared_ids is not False else []
+    return "\n".join([*lines, f"loss={loss}"])
+
+
+def _value(value: Any) -> str:
+    """A number of any type as one of Python's own, anything else as it is printed, on one line."""
+    if value is not None and not isinstance(value, (bool, int, str)):
+        try:
+            value = int(value) if isinstance(value, numbers.Integral) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
+
+
+def skips_tiles(text: str) -> bool:
+    """Whether the text asks for tile skipping."""
+    return "tile_skipping=" in text and "tile_skipping=None" not in text

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from typing_extensions import Unpack
 
 from .. import _native
 from ..grad_cache import Chunks, backward
 from ..loss import Loss
 from ..module import SamToNeLoss as Criterion
+from ..options import Options
 from .citations import GRAD_CACHE, citation
 from .columns import Column, Features, refused, text_ids
 from .temperature import Averaged, follow_trainer, processes_of, wrappers
@@ -52,12 +54,7 @@ class SamToNeLoss(nn.Module):
         scale: float | None = None,
         learnable: str | None = None,
         mask_duplicates: bool = True,
-        hard_negative_scope: str = "all",
-        margin: float | None = None,
-        zero_norm: str | None = None,
-        no_negative: str | None = None,
-        workspace_bytes: int | None = None,
-        tile_skipping: float | None = None,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__()
         if temperature is not None and scale is not None:
@@ -67,21 +64,17 @@ class SamToNeLoss(nn.Module):
                 raise refused("scale", str(scale), "a number above 0")
             temperature = 1 / scale
         self.model = model
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        defaults = {"hard_negative_scope": "all", "zero_norm": "zero_gradient", "no_negative": "zero"}
         self.criterion = Criterion(
             loss,
             temperature=0.01 if temperature is None else temperature,
             learnable=learnable,
-            hard_negative_scope=hard_negative_scope,
-            margin=margin,
-            zero_norm="zero_gradient" if zero_norm is None else zero_norm,
-            no_negative="zero" if no_negative is None else no_negative,
-            workspace_bytes=workspace_bytes,
-            tile_skipping=tile_skipping,
+            **(defaults | given),
         )
         self.mask_duplicates = mask_duplicates
         # Policies that nobody asked for: what they leave out is said once.
-        policies = {"zero_norm": zero_norm, "no_negative": no_negative}
-        self._unsaid = {name for name, policy in policies.items() if policy is None}
+        self._unsaid = {"zero_norm", "no_negative"} - given.keys()
         if all(group.positive_copies > 0 for group in self.criterion.loss.groups):
             self._unsaid.discard("no_negative")  # the positive alone is a softmax
 
@@ -158,16 +151,16 @@ class SamToNeLoss(nn.Module):
                 self._say("zero_norm", f"an embedding of norm zero in `{name}`")
         if "no_negative" not in self._unsaid:
             return evaluate()
-        self.criterion.no_negative = "error"
+        self.criterion.options["no_negative"] = "error"
         try:
             return evaluate()
         except _native.SamtoneError as error:
-            self.criterion.no_negative = "zero"
+            self.criterion.options["no_negative"] = "zero"
             value = evaluate()  # any other error comes again
             self._say("no_negative", f"a row without a negative ({error})")
             return value
         finally:
-            self.criterion.no_negative = "zero"
+            self.criterion.options["no_negative"] = "zero"
 
     def _say(self, policy: str, what: str) -> None:
         """Warns of what contributes nothing, once for each policy that nobody asked for."""
@@ -199,13 +192,7 @@ class SamToNeLoss(nn.Module):
             "temperature": float(f"{self.temperature:.6g}") if learned else self.temperature,
             "learnable": self.criterion.learnable,
             "mask_duplicates": self.mask_duplicates,
-            "hard_negative_scope": self.criterion.hard_negative_scope,
-            "margin": self.criterion.margin,
-            "zero_norm": self.criterion.zero_norm,
-            "no_negative": self.criterion.no_negative,
-            "workspace_bytes": self.criterion.workspace_bytes,
-            "tile_skipping": self.criterion.tile_skipping,
-        }
+        } | dict(self.criterion.options)
 
     @property
     def citation(self) -> str:
