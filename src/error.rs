@@ -24,7 +24,7 @@ pub enum Error {
     /// An embedding has no direction.
     #[error(
         "the {tower} embedding in row {row} has norm zero, so its cosine is undefined; allowed: non-zero rows, \
-         or `ZeroNorm::ZeroGradient` in the options"
+         or `ZeroNorm::ZeroGradient` in the call"
     )]
     ZeroNorm {
         /// Which input.
@@ -48,7 +48,7 @@ pub enum Error {
     #[error(
         "row {row} has no negative left in group {group} of loss `{loss}`, which holds no copy of the positive, so its \
          logarithm is undefined; allowed: at least one negative, `positive_copies` of 1 or more, weight 0 for the row, or \
-         `NoNegative::Zero` in the options"
+         `NoNegative::Zero` in the call"
     )]
     NoNegative {
         /// Name of the loss.

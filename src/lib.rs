@@ -1,10 +1,9 @@
 //! Fused contrastive losses for dual-encoder retrieval models.
 //!
 //! ```text
-//!  embeddings, ids, weights      loss (preset or custom)      temperature, margin
-//!            │                            │                           │
-//!        batch.rs  ── validation      loss.rs                    options.rs
-//!            └──────────────┬─────────────┴───────────────────────────┘
+//!  loss (preset or custom)     temperature, ids, weights, margin, …       embeddings
+//!         loss.rs ──────────────────────► call.rs ──────────────► batch.rs  (or, on a device, problem.rs)
+//!                           ┌─────────────────────────────────────────┘
 //!           backend: reference (f64, dense) · cpu (tiled, f32) · cuda (tiled, tensor cores) · wgpu (tiled, WGSL)
 //!                           │
 //!        loss, row losses, P@1, MRR, ∂L/∂q, ∂L/∂p, ∂L/∂τ        never a B × B matrix beyond the workspace bound
