@@ -14,7 +14,7 @@ mod support;
 
 use libtest_mimic::{Arguments, Failed};
 use samtone::backend::{self, Backend};
-use samtone::{Block, DType, Error, Group, Loss, NoNegative, Scope};
+use samtone::{Block, Call, DType, Error, Group, Loss, NoNegative, Scope};
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use support::backends;
@@ -235,11 +235,9 @@ fn cases() -> Result<Vec<Case>, String> {
     for (shape, workspace) in edges.into_iter().flat_map(|shape| [(shape, None), (shape, Some(64 << 10))]) {
         let (name, make) = plain(&Loss::samtone_both(), Kind::Trained, shape, 0.02, 3000);
         let bounded: Make = Arc::new(move |dtype, more| {
-            let mut problem = make(dtype, more)?;
-            if let Some(bytes) = workspace {
-                problem.options = problem.options.with_workspace_bytes(bytes);
-            }
-            with_option("everything", problem)
+            let problem = make(dtype, more)?;
+            let bound = |call: Call| workspace.map_or(call.clone(), |bytes| call.with_workspace_bytes(bytes));
+            with_option("everything", problem.with(bound))
         });
         add(false, format!("{name} with everything, workspace {workspace:?}"), bounded);
     }
@@ -270,7 +268,7 @@ fn losses() -> Result<Vec<Loss>, String> {
             )?,
         ])
     };
-    let presets = Loss::PRESETS.iter().map(|(name, _)| Loss::by_name(name)).collect::<Result<Vec<_>, _>>();
+    let presets = Loss::PRESETS.iter().map(|(name, ..)| Loss::by_name(name)).collect::<Result<Vec<_>, _>>();
     Ok([presets.map_err(|e| e.to_string())?, custom().map_err(|e| e.to_string())?].concat())
 }
 
@@ -294,75 +292,68 @@ const OPTIONS: &[&str] = &[
     "negatives for one row, as zero",
 ];
 
-fn with_option(option: &str, mut problem: Problem) -> Result<Problem, String> {
-    let (m, n) = (problem.rows, problem.passages);
+fn with_option(option: &str, problem: Problem) -> Result<Problem, String> {
+    let call = call_with(option, problem.call.clone(), (problem.rows, problem.passages))?;
+    Ok(Problem { call, ..problem })
+}
+
+/// A call for M queries and N passages, with that option.
+fn call_with(option: &str, call: Call, (m, n): (usize, usize)) -> Result<Call, String> {
     let mut source = Source::new(m as u64 * 7919 + n as u64);
-    let mut below = |end: usize, count: usize| (0..count).map(|_| source.below(end)).collect::<Vec<_>>();
-    let margin = |problem: &Problem, m| problem.options.with_margin(m).map_err(|e| e.to_string());
-    let weights = || (0..m).map(|i| [1.0, 0.0, 2.5, 0.125, 1e-3][i % 5]).collect();
-    let owners = || (0..n).map(|j| if j < m || j % 4 == 0 { -1 } else { (j % m) as i32 }).collect();
-    match option {
-        "permuted positives" => problem.positives = Some((0..m).map(|i| ((i * 5 + 3) % m + n - m) as u32).collect()),
-        "shared positives" => problem.positives = Some(below(n.div_ceil(2), m).iter().map(|&j| j as u32).collect()),
-        "weights" => problem.weights = Some(weights()),
+    let mut below = |end: usize, count: usize| (0..count).map(|_| source.below(end) as u32).collect::<Vec<_>>();
+    let ids = |numbers: Vec<u32>| numbers.into_iter().map(i64::from).collect::<Vec<_>>();
+    let weights = || (0..m).map(|i| [1.0, 0.0, 2.5, 0.125, 1e-3][i % 5]).collect::<Vec<f32>>();
+    let owner = |j: usize| if j < m || j % 4 == 0 { -1 } else { (j % m) as i32 };
+    let owned = |call: Call, scope| call.with_hard_negative_owners((0..n).map(owner).collect::<Vec<_>>(), scope);
+    Ok(match option {
+        "permuted positives" => {
+            call.with_positives((0..m).map(|i| ((i * 5 + 3) % m + n - m) as u32).collect::<Vec<_>>())
+        }
+        "shared positives" => call.with_positives(below(n.div_ceil(2), m)),
+        "weights" => call.with_weights(weights()),
         "ids" => {
-            problem.query_ids = Some(below(m, m).iter().map(|&id| id as i64 - 2).collect());
-            problem.passage_ids = Some(below(n, n).iter().map(|&id| i64::MAX - id as i64).collect());
+            let call = call.with_query_ids(below(m, m).iter().map(|&id| i64::from(id) - 2).collect::<Vec<_>>());
+            call.with_passage_ids(below(n, n).iter().map(|&id| i64::MAX - i64::from(id)).collect::<Vec<_>>())
         }
-        "ids of duplicates" => {
-            problem.query_ids = Some(duplicate_ids(m));
-            problem.passage_ids = Some(duplicate_ids(n));
-        }
+        "ids of duplicates" => call.with_query_ids(duplicate_ids(m)).with_passage_ids(duplicate_ids(n)),
         // Row i asks with text i for text i + 1; further passages are any of them.
         "shared ids" => {
-            problem.query_ids = Some((0..m).map(|i| i as i64).collect());
-            let further = below(m, n - m);
-            problem.passage_ids = Some((1..=m).chain(further).map(|text| text as i64).collect());
-            problem.shared_ids = true;
+            let texts = (1..=m as i64).chain(ids(below(m, n - m)));
+            let call = call.with_query_ids((0..m as i64).collect::<Vec<_>>());
+            call.with_passage_ids(texts.collect::<Vec<_>>()).with_shared_ids(true)
         }
         "shared ids, own negatives and a margin" => {
-            problem = with_option("shared ids", problem)?;
-            problem.owners = Some((owners(), Scope::Own));
-            problem.options = margin(&problem, 0.3)?;
+            owned(call_with("shared ids", call, (m, n))?, Scope::Own).with_margin(0.3)
         }
         // Queries come twice, with other positives, whose texts are among the further passages too.
         "copies of positives" => {
-            problem.query_ids = Some((0..m).map(|i| i as i64 / 2).collect());
-            problem.passage_ids = Some((0..n).map(|j| (j % m) as i64).collect());
+            let call = call.with_query_ids((0..m).map(|i| i as i64 / 2).collect::<Vec<_>>());
+            call.with_passage_ids((0..n).map(|j| (j % m) as i64).collect::<Vec<_>>())
         }
-        "margin 0 on duplicates" => problem.options = margin(&problem, 0.0)?,
-        "margin" => problem.options = margin(&problem, 0.1)?,
-        "negative margin" => problem.options = margin(&problem, -0.05)?,
-        "owners, all" => problem.owners = Some((owners(), Scope::All)),
-        "owners, own" => problem.owners = Some((owners(), Scope::Own)),
+        "margin 0 on duplicates" => call.with_margin(0.0),
+        "margin" => call.with_margin(0.1),
+        "negative margin" => call.with_margin(-0.05),
+        "owners, all" => owned(call, Scope::All),
+        "owners, own" => owned(call, Scope::Own),
         "everything" => {
-            problem.positives = Some(below(n, m).iter().map(|&j| j as u32).collect());
-            problem.weights = Some(weights());
-            problem.query_ids = Some(below(m, m).iter().map(|&id| id as i64).collect());
-            problem.passage_ids = Some(below(n, n).iter().map(|&id| id as i64).collect());
-            problem.shared_ids = true;
-            problem.owners = Some((owners(), Scope::Own));
-            problem.options = margin(&problem, 0.2)?;
+            let call = call.with_positives(below(n, m)).with_weights(weights());
+            let call = call.with_query_ids(ids(below(m, m))).with_passage_ids(ids(below(n, n))).with_shared_ids(true);
+            owned(call, Scope::Own).with_margin(0.2)
         }
-        "every negative masked" => {
-            problem.positives = Some(vec![0; m]);
-            problem.passage_ids = Some(vec![1; n]);
-        }
+        "every negative masked" => call.with_positives(vec![0; m]).with_passage_ids(vec![1; n]),
         "every negative masked, as zero" => {
-            problem = with_option("every negative masked", problem)?;
-            problem.options = problem.options.with_no_negative(NoNegative::Zero);
+            call_with("every negative masked", call, (m, n))?.with_no_negative(NoNegative::Zero)
         }
         "negatives for one row, as zero" => {
             // The last passage is another text than all others, and for row 1 alone.
-            problem.passage_ids = Some((0..n).map(|j| i64::from(j == n - 1)).collect());
-            problem.owners = Some(((0..n).map(|j| if j == n - 1 { 1 } else { -1 }).collect(), Scope::Own));
-            problem.weights = Some(weights());
-            problem.weights.as_mut().into_iter().for_each(|w| w[1] = 0.5);
-            problem.options = problem.options.with_no_negative(NoNegative::Zero);
+            let call = call.with_passage_ids((0..n).map(|j| i64::from(j == n - 1)).collect::<Vec<_>>());
+            let owners: Vec<i32> = (0..n).map(|j| if j == n - 1 { 1 } else { -1 }).collect();
+            let mut weights = weights();
+            weights[1] = 0.5;
+            call.with_hard_negative_owners(owners, Scope::Own).with_weights(weights).with_no_negative(NoNegative::Zero)
         }
         _ => return Err(format!("no option `{option}`")),
-    }
-    Ok(problem)
+    })
 }
 
 /// A stand-in for hardware that is not there, and for a backend that gets one thing wrong.
@@ -387,9 +378,7 @@ impl Backend for StandIn {
 
     fn loss_and_gradients_into(
         &self,
-        loss: &Loss,
         batch: &samtone::Batch<'_>,
-        options: &samtone::Options,
         upstream: f64,
         mut buffers: samtone::GradientBuffers<'_>,
     ) -> samtone::Result<(samtone::Evaluation, samtone::TemperatureGradient)> {
@@ -399,8 +388,7 @@ impl Backend for StandIn {
             _ => {}
         }
         let reference = backend::by_name("reference")?;
-        let (mut evaluation, mut temperature) =
-            reference.loss_and_gradients_into(loss, batch, options, upstream, buffers)?;
+        let (mut evaluation, mut temperature) = reference.loss_and_gradients_into(batch, upstream, buffers)?;
         match self.wrong {
             Some("loss") => evaluation.loss *= 1.0 + 1e-4,
             Some("row_losses") => evaluation.row_losses[1] *= 1.0 + 1e-4,

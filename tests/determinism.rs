@@ -15,24 +15,25 @@ const THREADS: [usize; 5] = [1, 2, 3, 5, 8];
 /// A batch with everything that a mask can depend on, several tiles of every matrix, and ragged edges.
 fn everything(loss: Loss, dtype: DType, workspace: usize) -> samtone::Result<Problem> {
     let (rows, passages) = (131, 203);
-    let mut problem = problem(loss, Kind::Duplicates, (rows, passages, 37), 0.02, 9, 0.0)?.rounded(dtype);
+    let problem = problem(loss, Kind::Duplicates, (rows, passages, 37), 0.02, 9, 0.0)?.rounded(dtype);
     let mut source = Source::new(3);
-    problem.positives = Some((0..rows).map(|_| source.below(passages) as u32).collect());
-    problem.weights = Some((0..rows).map(|i| (i % 4) as f32).collect());
-    problem.query_ids = Some(duplicate_ids(rows));
-    problem.passage_ids = Some(duplicate_ids(passages));
-    problem.shared_ids = true;
-    problem.owners =
-        Some(((0..passages).map(|j| if j % 3 == 0 { (j % rows) as i32 } else { -1 }).collect(), Scope::Own));
-    problem.options = problem.options.with_margin(0.2)?.with_workspace_bytes(workspace);
-    Ok(problem)
+    let owner = |j: usize| if j.is_multiple_of(3) { (j % rows) as i32 } else { -1 };
+    Ok(problem.with(|call| {
+        call.with_positives((0..rows).map(|_| source.below(passages) as u32).collect::<Vec<_>>())
+            .with_weights((0..rows).map(|i| (i % 4) as f32).collect::<Vec<_>>())
+            .with_query_ids(duplicate_ids(rows))
+            .with_passage_ids(duplicate_ids(passages))
+            .with_shared_ids(true)
+            .with_hard_negative_owners((0..passages).map(owner).collect::<Vec<_>>(), Scope::Own)
+            .with_margin(0.2)
+            .with_workspace_bytes(workspace)
+    }))
 }
 
 /// Without any of that: other tiles are unmasked, and the passages are read in place.
 fn plain(loss: Loss, dtype: DType, workspace: usize) -> samtone::Result<Problem> {
-    let mut problem = problem(loss, Kind::Random, (131, 203, 37), 0.02, 9, 0.0)?.rounded(dtype);
-    problem.options = problem.options.with_workspace_bytes(workspace);
-    Ok(problem)
+    let problem = problem(loss, Kind::Random, (131, 203, 37), 0.02, 9, 0.0)?.rounded(dtype);
+    Ok(problem.with(|call| call.with_workspace_bytes(workspace)))
 }
 
 /// Bounds that store every logit, and that keep so few tiles that the number of threads decides about the waves.
@@ -54,12 +55,12 @@ fn bits(x: &LossAndGradients) -> Vec<u64> {
 }
 
 /// Fused, split, and from shards: every way to compute a gradient.
-fn every_way(problem: &Problem, batch: &Batch<'_>) -> samtone::Result<[Vec<u64>; 3]> {
-    let fused = samtone::loss_and_gradients(&problem.loss, batch, &problem.options, 1.0)?;
-    let forward = cpu::forward(&problem.loss, batch, &problem.options)?;
+fn every_way(batch: &Batch<'_>) -> samtone::Result<[Vec<u64>; 3]> {
+    let fused = samtone::loss_and_gradients(batch, 1.0)?;
+    let forward = cpu::forward(batch)?;
     let split = LossAndGradients { evaluation: forward.evaluation().clone(), gradients: forward.backward(batch, 1.0)? };
-    let middle = problem.rows / 3;
-    let [a, b] = [0..middle, middle..problem.rows].map(|r| Shard::new(&problem.loss, batch, &problem.options, r));
+    let middle = batch.rows() / 3;
+    let [a, b] = [0..middle, middle..batch.rows()].map(|r| Shard::new(batch, r));
     let (a, b) = (a?, b?);
     let mut merged = a.partials()?;
     merged.merge(&b.partials()?)?;
@@ -71,7 +72,7 @@ fn every_way(problem: &Problem, batch: &Batch<'_>) -> samtone::Result<[Vec<u64>;
 #[test]
 fn any_number_of_threads() -> Outcome {
     let mut seen = BTreeSet::new();
-    for (k, (name, _)) in Loss::PRESETS.iter().enumerate() {
+    for (k, (name, ..)) in Loss::PRESETS.iter().enumerate() {
         for (w, workspace) in WORKSPACES.into_iter().enumerate() {
             for dtype in [DType::F32, DType::BF16] {
                 let make = if (k + w) % 2 == 0 { everything } else { plain };
@@ -81,8 +82,7 @@ fn any_number_of_threads() -> Outcome {
                 let mut want = None;
                 for threads in THREADS {
                     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
-                    let (got, plan) = pool
-                        .install(|| (every_way(&problem, &batch), Plan::new(&problem.loss, &batch, &problem.options)));
+                    let (got, plan) = pool.install(|| (every_way(&batch), Plan::new(&batch)));
                     let (got, plan) = (got?, plan?);
                     assert!(plan.workspace_bytes() <= workspace, "{plan}");
                     seen.insert((dtype.name(), plan.stores_logits()));
@@ -105,9 +105,9 @@ fn any_run() -> Outcome {
             let problem = everything(Loss::samtone_both(), dtype, workspace)?;
             let (query, passage) = (Buffer::new(dtype, &problem.query), Buffer::new(dtype, &problem.passage));
             let batch = problem.batch(&query, &passage)?;
-            let want = every_way(&problem, &batch)?;
+            let want = every_way(&batch)?;
             for run in 1..20 {
-                assert!(every_way(&problem, &batch)? == want, "{dtype}: other bits in run {run}");
+                assert!(every_way(&batch)? == want, "{dtype}: other bits in run {run}");
             }
         }
     }
@@ -135,13 +135,13 @@ fn any_history_of_a_workspace() -> Outcome {
             query = Buffer::new(dtype, &vec![f64::NAN; problem.query.len()]);
         }
         let batch = problem.batch(&query, &passage)?;
-        let want = samtone::loss_and_gradients(&problem.loss, &batch, &problem.options, 2.0);
+        let want = samtone::loss_and_gradients(&batch, 2.0);
         let (mut dq, mut dp) = (vec![f32::NAN; problem.query.len()], vec![f32::NAN; problem.passage.len()]);
         let buffers = GradientBuffers {
             query: Some(EmbeddingsMut::new(&mut dq, problem.rows, problem.dim)?),
             passage: Some(EmbeddingsMut::new(&mut dp, problem.passages, problem.dim)?),
         };
-        let got = workspace.loss_and_gradients_into(&problem.loss, &batch, &problem.options, 2.0, buffers);
+        let got = workspace.loss_and_gradients_into(&batch, 2.0, buffers);
         assert_eq!(got.is_err(), round % 7 == 3, "round {round}");
         match (got, want) {
             (Ok((evaluation, temperature)), Ok(want)) => {
@@ -165,18 +165,18 @@ fn any_pool_for_each_step() -> Outcome {
             let problem = everything(Loss::samtone_both(), dtype, workspace)?;
             let (query, passage) = (Buffer::new(dtype, &problem.query), Buffer::new(dtype, &problem.passage));
             let batch = problem.batch(&query, &passage)?;
-            let want = every_way(&problem, &batch)?;
+            let want = every_way(&batch)?;
             for (made, used) in [(1, 8), (8, 1), (2, 5), (3, 7)] {
                 let [made, used] = [made, used].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build());
                 let (made, used) = (made?, used?);
                 let middle = problem.rows / 3;
-                let shard = |rows| made.install(|| Shard::new(&problem.loss, &batch, &problem.options, rows));
+                let shard = |rows| made.install(|| Shard::new(&batch, rows));
                 let (a, b) = (shard(0..middle)?, shard(middle..problem.rows)?);
                 let mut merged = made.install(|| a.partials())?;
                 merged.merge(&used.install(|| b.partials())?)?;
                 let gradients = used.install(|| b.gradients(&merged, 1.0))?;
                 let sharded = LossAndGradients { evaluation: a.evaluate(&merged)?, gradients };
-                let forward = made.install(|| cpu::forward(&problem.loss, &batch, &problem.options))?;
+                let forward = made.install(|| cpu::forward(&batch))?;
                 let gradients = used.install(|| forward.backward(&batch, 1.0))?;
                 let split = LossAndGradients { evaluation: forward.evaluation().clone(), gradients };
                 assert!([bits(&split), bits(&sharded)] == want[1..], "{dtype}, {workspace} bytes");

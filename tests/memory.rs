@@ -4,7 +4,7 @@
 mod support;
 
 use samtone::cpu::{self, Plan, Workspace};
-use samtone::{Batch, DType, EmbeddingsMut, Error, GradientBuffers, Loss, Options};
+use samtone::{DType, EmbeddingsMut, Error, GradientBuffers, Loss};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use support::data::{Kind, problem};
@@ -66,19 +66,15 @@ fn buffers<'a>(p: &Problem, dq: &'a mut [f32], dp: &'a mut [f32]) -> samtone::Re
 /// Peak of a fused call into buffers of the caller, and its plan; up to four calls, until one stays within what is allowed
 /// for the workspace of the plan. The matrix library keeps a buffer as large as the second-level cache for each thread that
 /// has ever multiplied, so calls that meet a fresh thread look larger; a leak is in every call.
-fn fused(
-    p: &Problem,
-    batch: &Batch<'_>,
-    options: &Options,
-    pool: &rayon::ThreadPool,
-) -> samtone::Result<(Plan, usize)> {
-    let plan = pool.install(|| Plan::new(&p.loss, batch, options))?;
+fn fused(p: &Problem, dtype: DType, pool: &rayon::ThreadPool) -> samtone::Result<(Plan, usize)> {
+    let (query, passage) = (Buffer::new(dtype, &p.query), Buffer::new(dtype, &p.passage));
+    let batch = p.batch(&query, &passage)?;
+    let plan = pool.install(|| Plan::new(&batch))?;
     let mut bytes = 0;
     for _ in 0..4 {
         let (mut dq, mut dp) = (vec![f32::NAN; p.query.len()], vec![f32::NAN; p.passage.len()]);
-        let (result, peak) = peak(|| {
-            pool.install(|| cpu::loss_and_gradients_into(&p.loss, batch, options, 1.0, buffers(p, &mut dq, &mut dp)?))
-        });
+        let (result, peak) =
+            peak(|| pool.install(|| cpu::loss_and_gradients_into(&batch, 1.0, buffers(p, &mut dq, &mut dp)?)));
         result?;
         assert!(dq.iter().chain(&dp).all(|v| v.is_finite()), "{plan}: something was not written");
         bytes = peak;
@@ -106,19 +102,18 @@ fn peak_is_bounded() -> Outcome {
     let base = problem(Loss::samtone_both(), Kind::Random, (rows, rows, dim), 0.05, 1, 0.0)?;
     let dense = rows * rows * size_of::<f32>();
     for dtype in [DType::F32, DType::BF16] {
-        let p = base.rounded(dtype);
-        let (query, passage) = (Buffer::new(dtype, &p.query), Buffer::new(dtype, &p.passage));
-        let batch = p.batch(&query, &passage)?;
+        let (query, passage) = (Buffer::new(dtype, &base.query), Buffer::new(dtype, &base.passage));
         for (threads, workspace) in [(2, 4 << 20), (7, 4 << 20), (2, 300 << 10), (4, 32 << 20)] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
-            let options = p.options.with_workspace_bytes(workspace);
-            let (plan, bytes) = fused(&p, &batch, &options, &pool)?;
+            let p = base.rounded(dtype).with(|call| call.with_workspace_bytes(workspace));
+            let (plan, bytes) = fused(&p, dtype, &pool)?;
             assert!(!plan.stores_logits() && plan.workspace_bytes() <= workspace, "{plan}");
             let allowed = allowed(&p, plan.workspace_bytes());
             assert!(allowed < dense / 2 && bytes <= allowed, "{dtype}, {plan}: {bytes} bytes, allowed {allowed}");
 
             // Split, the state between the calls is a few numbers for each row.
-            let (forward, bytes) = peak(|| pool.install(|| cpu::forward(&p.loss, &batch, &options)));
+            let batch = p.batch(&query, &passage)?;
+            let (forward, bytes) = peak(|| pool.install(|| cpu::forward(&batch)));
             let forward = forward?;
             assert!(bytes <= allowed, "{dtype}, forward of {plan}: {bytes} bytes, allowed {allowed}");
             let before = NOW.load(SeqCst);
@@ -131,11 +126,10 @@ fn peak_is_bounded() -> Outcome {
     // Stored: everything within the bound, and the plan says how much.
     for dtype in [DType::F32, DType::BF16] {
         let p = problem(Loss::samtone_both(), Kind::Random, (1500, 1500, dim), 0.05, 1, 0.0)?.rounded(dtype);
-        let (query, passage) = (Buffer::new(dtype, &p.query), Buffer::new(dtype, &p.passage));
-        let batch = p.batch(&query, &passage)?;
+        let p = p.with(|call| call.with_workspace_bytes(64 << 20));
         for threads in [1, 5] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
-            let (plan, bytes) = fused(&p, &batch, &p.options.with_workspace_bytes(64 << 20), &pool)?;
+            let (plan, bytes) = fused(&p, dtype, &pool)?;
             assert!(plan.stores_logits(), "{plan}");
             let allowed = allowed(&p, plan.workspace_bytes());
             assert!(bytes <= allowed, "{dtype}, {plan}: {bytes} bytes, allowed {allowed}");
@@ -150,9 +144,8 @@ fn nothing_grows_with_the_square() -> Outcome {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build()?;
     for rows in [4000, 8000, 16_000] {
         let p = problem(Loss::samtone_both(), Kind::Random, (rows, rows, 8), 0.05, 1, 0.0)?.rounded(DType::F32);
-        let (query, passage) = (Buffer::new(DType::F32, &p.query), Buffer::new(DType::F32, &p.passage));
-        let batch = p.batch(&query, &passage)?;
-        let (plan, bytes) = fused(&p, &batch, &p.options.with_workspace_bytes(4 << 20), &pool)?;
+        let p = p.with(|call| call.with_workspace_bytes(4 << 20));
+        let (plan, bytes) = fused(&p, DType::F32, &pool)?;
         let (allowed, dense) = (allowed(&p, plan.workspace_bytes()), rows * rows * size_of::<f32>());
         assert!(bytes <= allowed && allowed < dense / 6, "{plan}: {bytes} bytes, allowed {allowed}, dense {dense}");
     }
@@ -162,20 +155,20 @@ fn nothing_grows_with_the_square() -> Outcome {
 /// The second step of a trainer maps no tile and no sum again.
 fn a_kept_workspace_allocates_little() -> Outcome {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build()?;
-    let p = problem(Loss::samtone_query(), Kind::Random, (1500, 1500, 64), 0.05, 1, 0.0)?.rounded(DType::F32);
-    let (query, passage) = (Buffer::new(DType::F32, &p.query), Buffer::new(DType::F32, &p.passage));
-    let batch = p.batch(&query, &passage)?;
+    let base = problem(Loss::samtone_query(), Kind::Random, (1500, 1500, 64), 0.05, 1, 0.0)?.rounded(DType::F32);
+    let (query, passage) = (Buffer::new(DType::F32, &base.query), Buffer::new(DType::F32, &base.passage));
     for (bound, stored) in [(64 << 20, true), (3 << 20, false)] {
         let mut workspace = Workspace::new();
-        let options = p.options.with_workspace_bytes(bound);
-        assert_eq!(pool.install(|| Plan::new(&p.loss, &batch, &options))?.stores_logits(), stored);
+        let p = base.clone().with(|call| call.with_workspace_bytes(bound));
+        let batch = p.batch(&query, &passage)?;
+        assert_eq!(pool.install(|| Plan::new(&batch))?.stores_logits(), stored);
         let mut held = 0;
         for step in 0..3 {
             let (mut dq, mut dp) = (vec![f32::NAN; p.query.len()], vec![f32::NAN; p.passage.len()]);
             let before = NOW.load(SeqCst);
             let (result, bytes) = peak(|| {
                 let buffers = buffers(&p, &mut dq, &mut dp)?;
-                pool.install(|| workspace.loss_and_gradients_into(&p.loss, &batch, &options, 1.0, buffers))
+                pool.install(|| workspace.loss_and_gradients_into(&batch, 1.0, buffers))
             });
             drop(result?);
             if step == 0 {
@@ -197,11 +190,10 @@ fn every_output_is_written_and_nothing_else() -> Outcome {
         [(1, 1, 1, 1), (3, 5, 7, 1), (64, 65, 16, 3), (130, 131, 33, 15), (17, 90, 600, 2)]
     {
         for dtype in [DType::F32, DType::BF16] {
-            let p = problem(Loss::samtone_both(), Kind::Random, (rows, passages, dim), 0.1, 1, 0.0)?.rounded(dtype);
-            let (query, passage) = (Buffer::new(dtype, &p.query), Buffer::new(dtype, &p.passage));
-            let batch = p.batch(&query, &passage)?;
+            let base = problem(Loss::samtone_both(), Kind::Random, (rows, passages, dim), 0.1, 1, 0.0)?.rounded(dtype);
+            let (query, passage) = (Buffer::new(dtype, &base.query), Buffer::new(dtype, &base.passage));
             for bytes in [120 << 10, 64 << 20] {
-                let options = p.options.with_workspace_bytes(bytes);
+                let p = base.clone().with(|call| call.with_workspace_bytes(bytes));
                 let stride = dim + pad;
                 let (margin, span) = (100, |rows: usize| (rows - 1) * stride + dim);
                 let mut memory = [rows, passages].map(|rows| vec![GUARD; margin + span(rows) + margin]);
@@ -218,7 +210,7 @@ fn every_output_is_written_and_nothing_else() -> Outcome {
                         stride,
                     )?),
                 };
-                cpu::loss_and_gradients_into(&p.loss, &batch, &options, 1.0, buffers)?;
+                cpu::loss_and_gradients_into(&p.batch(&query, &passage)?, 1.0, buffers)?;
                 for (memory, rows) in memory.iter().zip([rows, passages]) {
                     for (k, v) in memory.iter().enumerate() {
                         let inside = k.checked_sub(margin).is_some_and(|k| k / stride < rows && k % stride < dim);
@@ -238,17 +230,16 @@ fn refused_allocations_are_errors() -> Outcome {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build()?;
     let mut purposes = std::collections::BTreeSet::new();
     for dtype in [DType::F32, DType::BF16] {
-        let p = problem(Loss::samtone_query(), Kind::Random, (400, 500, 1100), 0.05, 1, 0.0)?.rounded(dtype);
-        let (query, passage) = (Buffer::new(dtype, &p.query), Buffer::new(dtype, &p.passage));
-        let batch = p.batch(&query, &passage)?;
+        let base = problem(Loss::samtone_query(), Kind::Random, (400, 500, 1100), 0.05, 1, 0.0)?.rounded(dtype);
+        let (query, passage) = (Buffer::new(dtype, &base.query), Buffer::new(dtype, &base.passage));
         for bound in [64 << 20, 1 << 20] {
-            let options = p.options.with_workspace_bytes(bound);
+            let p = base.clone().with(|call| call.with_workspace_bytes(bound));
+            let batch = p.batch(&query, &passage)?;
             let step = |workspace: &mut Workspace, refused_from: usize| {
                 let (mut dq, mut dp) = (vec![PATTERN; p.query.len()], vec![PATTERN; p.passage.len()]);
                 let outputs = buffers(&p, &mut dq, &mut dp)?;
                 REFUSED_FROM.store(refused_from, SeqCst);
-                let result =
-                    pool.install(|| workspace.loss_and_gradients_into(&p.loss, &batch, &options, 1.0, outputs));
+                let result = pool.install(|| workspace.loss_and_gradients_into(&batch, 1.0, outputs));
                 REFUSED_FROM.store(usize::MAX, SeqCst);
                 if result.is_err() {
                     assert!(dq.iter().chain(&dp).all(|v| *v == PATTERN), "written before it was refused");
@@ -271,11 +262,11 @@ fn refused_allocations_are_errors() -> Outcome {
                 }
             }
             let got = step(&mut used, usize::MAX)?;
-            let want = samtone::loss_and_gradients(&p.loss, &batch, &options, 1.0)?;
+            let want = samtone::loss_and_gradients(&batch, 1.0)?;
             assert_eq!(got, (want.evaluation, want.gradients.temperature));
 
             REFUSED_FROM.store(1 << 20, SeqCst);
-            let result = pool.install(|| samtone::loss_and_gradients(&p.loss, &batch, &options, 1.0));
+            let result = pool.install(|| samtone::loss_and_gradients(&batch, 1.0));
             REFUSED_FROM.store(usize::MAX, SeqCst);
             if let Err(Error::OutOfMemory { purpose, .. }) = result {
                 purposes.insert(purpose);

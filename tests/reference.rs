@@ -6,7 +6,7 @@ mod support;
 use samtone::half::f16;
 use samtone::reference::{ReferenceOutput, loss_and_gradients};
 use samtone::{
-    Block, DType, Element, Embeddings, EmbeddingsMut, Error, GradientBuffers, Group, Loss, NoNegative, Options, Scope,
+    Block, Call, DType, Element, Embeddings, EmbeddingsMut, Error, GradientBuffers, Group, Loss, NoNegative, Scope,
     Tower, ZeroNorm,
 };
 use support::compare::{against_golden, entrywise, verdict};
@@ -18,11 +18,11 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 fn solve(problem: &Problem, upstream: f64) -> samtone::Result<ReferenceOutput> {
     let (query, passage) = (Buffer::new(DType::F64, &problem.query), Buffer::new(DType::F64, &problem.passage));
-    loss_and_gradients(&problem.loss, &problem.batch(&query, &passage)?, &problem.options, upstream)
+    loss_and_gradients(&problem.batch(&query, &passage)?, upstream)
 }
 
 fn presets() -> impl Iterator<Item = Loss> {
-    Loss::PRESETS.iter().filter_map(|(name, _)| Loss::by_name(name).ok())
+    Loss::PRESETS.iter().filter_map(|(name, ..)| Loss::by_name(name).ok())
 }
 
 #[test]
@@ -33,49 +33,36 @@ fn golden_files_agree() -> Outcome {
         let got = case.problem.run(backend, DType::F64, 1.0)?;
         verdict(&against_golden(&got, &case.expected)).map_err(|e| format!("{}: {e}", case.problem.name))?;
     }
-    for (name, _) in Loss::PRESETS {
-        assert!(cases.iter().any(|c| c.problem.loss.name() == *name), "no golden file for preset {name}");
+    for (name, ..) in Loss::PRESETS {
+        assert!(cases.iter().any(|c| c.problem.call.loss().name() == *name), "no golden file for preset {name}");
     }
     Ok(())
 }
 
 /// The problem with one option at a time, and with all of them.
-fn with_options(plain: &Problem) -> samtone::Result<Vec<Problem>> {
-    let positives = Some(vec![4, 0, 6, 4, 1]); // permuted, shared by rows 0 and 3, one at the end
-    let weights = Some(vec![1.0, 0.0, 2.5, 0.25, 3.0]);
-    let query_ids = Some(vec![8, -1, 8, 3, 4]);
-    let passage_ids = Some(vec![1, 2, 3, 2, 5, 6, 5]);
-    let owners = |scope| Some((vec![-1, -1, -1, 0, -1, 2, 4], scope));
-    let name = |option: &str| format!("{} with {option}", plain.name);
-    let margin = plain.options.with_margin(0.05)?;
-    Ok(vec![
+fn with_options(plain: &Problem) -> Vec<Problem> {
+    let positives = |call: Call| call.with_positives([4, 0, 6, 4, 1]); // permuted, shared by rows 0 and 3, one at the end
+    let weights = |call: Call| call.with_weights([1.0, 0.0, 2.5, 0.25, 3.0]);
+    let query_ids = |call: Call| call.with_query_ids([8, -1, 8, 3, 4]);
+    let passage_ids = |call: Call| call.with_passage_ids([1, 2, 3, 2, 5, 6, 5]);
+    let shared_ids = |call: Call| passage_ids(query_ids(call)).with_shared_ids(true);
+    let owners = |call: Call, scope| call.with_hard_negative_owners([-1, -1, -1, 0, -1, 2, 4], scope);
+    let with = |option: &str, change: &dyn Fn(Call) -> Call| {
+        let name = format!("{} with {option}", plain.name);
+        Problem { name, ..plain.clone().with(change) }
+    };
+    vec![
         plain.clone(),
-        Problem { name: name("positives"), positives: positives.clone(), ..plain.clone() },
-        Problem { name: name("weights"), weights: weights.clone(), ..plain.clone() },
-        Problem { name: name("query ids"), query_ids: query_ids.clone(), ..plain.clone() },
-        Problem { name: name("passage ids"), passage_ids: passage_ids.clone(), ..plain.clone() },
-        Problem {
-            name: name("shared ids"),
-            query_ids: query_ids.clone(),
-            passage_ids: passage_ids.clone(),
-            shared_ids: true,
-            ..plain.clone()
-        },
-        Problem { name: name("owners, all"), owners: owners(Scope::All), ..plain.clone() },
-        Problem { name: name("owners, own"), owners: owners(Scope::Own), ..plain.clone() },
-        Problem { name: name("margin"), options: margin, ..plain.clone() },
-        Problem {
-            name: name("everything"),
-            positives,
-            weights,
-            query_ids,
-            passage_ids,
-            shared_ids: true,
-            owners: owners(Scope::Own),
-            options: plain.options.with_margin(0.3)?,
-            ..plain.clone()
-        },
-    ])
+        with("positives", &positives),
+        with("weights", &weights),
+        with("query ids", &query_ids),
+        with("passage ids", &passage_ids),
+        with("shared ids", &shared_ids),
+        with("owners, all", &|call| owners(call, Scope::All)),
+        with("owners, own", &|call| owners(call, Scope::Own)),
+        with("margin", &|call| call.with_margin(0.05)),
+        with("everything", &|call| owners(shared_ids(weights(positives(call))), Scope::Own).with_margin(0.3)),
+    ]
 }
 
 /// (L(x + h) − L(x − h)) / 2h for every entry of the array that `entry` selects.
@@ -109,24 +96,23 @@ fn finite_differences_agree() -> Outcome {
     )?;
     for (seed, loss) in presets().chain([custom]).enumerate() {
         let plain = problem(loss, Kind::Random, (5, 7, 4), 0.2, seed as u64, 0.0)?;
-        for problem in with_options(&plain)? {
+        for problem in with_options(&plain) {
             // An empty softmax is an error where the positive is not in it; the golden files cover the case otherwise.
             let got = match solve(&problem, upstream) {
-                Err(Error::NoNegative { .. }) if problem.loss.groups().iter().any(|g| g.positive_copies() == 0) => {
+                Err(Error::NoNegative { .. })
+                    if problem.call.loss().groups().iter().any(|g| g.positive_copies() == 0) =>
+                {
                     continue;
                 }
                 other => other?,
             };
+            let tau = problem.call.temperature();
             let at_beta = |factor: f64| -> samtone::Result<f64> {
-                let mut options = Options::new(problem.options.temperature() / factor)?;
-                if let Some(margin) = problem.options.margin() {
-                    options = options.with_margin(margin)?;
-                }
-                Ok(solve(&Problem { options, ..problem.clone() }, 1.0)?.evaluation.loss)
+                let moved = problem.clone().with(|call| call.with_temperature(tau / factor));
+                Ok(solve(&moved, 1.0)?.evaluation.loss)
             };
             let h = 1e-5_f64;
             let slope = upstream * (at_beta(h.exp())? - at_beta((-h).exp())?) / (2.0 * h);
-            let tau = problem.options.temperature();
             let near = |output, got: &[f64], want: &[f64]| Check {
                 allowed: 1e-7 * want.iter().fold(1e-2_f64, |max, w| max.max(w.abs())),
                 ..entrywise(output, got, want, 0.0)
@@ -214,9 +200,8 @@ fn losses_of_thousands_of_nats_are_exact() -> Outcome {
 fn a_row_without_negatives_costs_the_copies_of_its_positive() -> Outcome {
     for loss in presets() {
         let single = problem(loss.clone(), Kind::Random, (1, 1, 3), 0.01, 5, 0.0)?;
-        let mut masked = problem(loss.clone(), Kind::Random, (4, 6, 3), 0.01, 6, 0.0)?;
-        masked.passage_ids = Some(vec![7; 6]);
-        for problem in [single, masked] {
+        let masked = problem(loss.clone(), Kind::Random, (4, 6, 3), 0.01, 6, 0.0)?;
+        for problem in [single, masked.with(|call| call.with_passage_ids([7; 6]))] {
             let got = solve(&problem, 1.0);
             if loss.name() == "decoupled" {
                 let want = Error::NoNegative { loss: "decoupled".into(), group: 0, row: 0 };
@@ -236,13 +221,12 @@ fn a_row_without_negatives_costs_the_copies_of_its_positive() -> Outcome {
 
 #[test]
 fn an_empty_softmax_is_forgiven_to_rows_of_weight_0() -> Outcome {
-    let mut problem = problem(Loss::decoupled(), Kind::Random, (3, 3, 4), 0.1, 7, 0.0)?;
-    problem.query_ids = Some(vec![1, 2, 3]);
-    problem.owners = Some((vec![-1, 2, 2], Scope::Own)); // rows 0 and 1 lose passages 1 and 2
+    let problem = problem(Loss::decoupled(), Kind::Random, (3, 3, 4), 0.1, 7, 0.0)?;
+    // Rows 0 and 1 lose passages 1 and 2.
+    let problem = problem.with(|call| call.with_query_ids([1, 2, 3]).with_hard_negative_owners([-1, 2, 2], Scope::Own));
     let want = Error::NoNegative { loss: "decoupled".into(), group: 0, row: 0 };
     assert_eq!(solve(&problem, 1.0).err(), Some(want));
-    problem.weights = Some(vec![0.0, 1.0, 1.0]);
-    let got = solve(&problem, 1.0)?;
+    let got = solve(&problem.with(|call| call.with_weights([0.0, 1.0, 1.0])), 1.0)?;
     assert_eq!(got.evaluation.row_losses[0], 0.0);
     assert!(got.evaluation.row_losses[1..].iter().all(|l| l.is_finite() && *l != 0.0));
     assert!(got.grad_query[..4].iter().all(|g| *g == 0.0), "nothing pulls on the row");
@@ -255,11 +239,11 @@ fn an_empty_softmax_may_count_as_nothing() -> Outcome {
     let mut problem = problem(Loss::decoupled(), Kind::Random, (3, 3, 2), 0.5, 7, 0.0)?;
     problem.query = vec![1.0, 0.0, 0.0, 1.0, 0.6, 0.8];
     problem.passage = problem.query.clone();
-    problem.owners = Some((vec![-1, 2, 2], Scope::Own)); // rows 0 and 1 lose passages 1 and 2
-    problem.weights = Some(vec![5.0, 2.0, 1.0]);
+    // Rows 0 and 1 lose passages 1 and 2.
+    let problem =
+        problem.with(|call| call.with_hard_negative_owners([-1, 2, 2], Scope::Own).with_weights([5.0, 2.0, 1.0]));
     assert!(matches!(solve(&problem, 1.0), Err(Error::NoNegative { row: 0, .. })));
-    problem.options = problem.options.with_no_negative(NoNegative::Zero);
-    let got = solve(&problem, 1.0)?;
+    let got = solve(&problem.with(|call| call.with_no_negative(NoNegative::Zero)), 1.0)?;
     // Row 1 has passage 0, at a cosine of 0; row 2 has passages 0 and 1. Row 0 keeps its 5 of the 8 parts of the weight.
     let rows = [0.0, -2.0, (1.2_f64.exp() + 1.6_f64.exp()).ln() - 2.0];
     verdict(&[
@@ -269,9 +253,8 @@ fn an_empty_softmax_may_count_as_nothing() -> Outcome {
     assert!(got.grad_query[..2].iter().all(|g| *g == 0.0), "nothing pulls on the row");
     assert!(got.grad_query[2..].iter().any(|g| *g != 0.0), "the others train");
     // Nothing at all left: a batch of one row.
-    let mut single = self::problem(Loss::decoupled(), Kind::Random, (1, 1, 3), 0.01, 5, 0.0)?;
-    single.options = single.options.with_no_negative(NoNegative::Zero);
-    let got = solve(&single, 1.0)?;
+    let single = self::problem(Loss::decoupled(), Kind::Random, (1, 1, 3), 0.01, 5, 0.0)?;
+    let got = solve(&single.with(|call| call.with_no_negative(NoNegative::Zero)), 1.0)?;
     assert_eq!((got.evaluation.loss, got.temperature.tau), (0.0, 0.0));
     assert!(got.grad_query.iter().chain(&got.grad_passage).all(|g| *g == 0.0));
     Ok(())
@@ -280,13 +263,14 @@ fn an_empty_softmax_may_count_as_nothing() -> Outcome {
 #[test]
 fn the_lowest_row_owns_a_shared_passage() -> Outcome {
     // Rows 0 and 1 share passage 0, the only possible negative of row 2.
-    let mut shared = problem(Loss::info_nce(), Kind::Random, (3, 3, 4), 0.1, 8, 0.0)?;
-    shared.positives = Some(vec![0, 0, 1]);
-    shared.passage_ids = Some(vec![1, 2, 2]);
-    shared.query_ids = Some(vec![5, 6, 6]);
-    assert_ne!(solve(&shared, 1.0)?.evaluation.row_losses[2], 0.0, "row 1 shares the query of row 2, but owns nothing");
-    shared.query_ids = Some(vec![6, 5, 6]);
-    assert_eq!(solve(&shared, 1.0)?.evaluation.row_losses[2], 0.0, "passage 0 answers the query of row 2");
+    let shared = problem(Loss::info_nce(), Kind::Random, (3, 3, 4), 0.1, 8, 0.0)?;
+    let shared = shared.with(|call| call.with_positives([0, 0, 1]).with_passage_ids([1, 2, 2]));
+    let third = |query_ids: [i64; 3]| -> samtone::Result<f64> {
+        let shared = shared.clone().with(|call| call.with_query_ids(query_ids));
+        Ok(solve(&shared, 1.0)?.evaluation.row_losses[2])
+    };
+    assert_ne!(third([5, 6, 6])?, 0.0, "row 1 shares the query of row 2, but owns nothing");
+    assert_eq!(third([6, 5, 6])?, 0.0, "passage 0 answers the query of row 2");
     Ok(())
 }
 
@@ -296,7 +280,7 @@ fn a_text_is_no_negative_of_itself_in_the_other_tower() -> Outcome {
     let texts = Source::new(11).normal(4 * 3);
     let mut chain = problem(Loss::info_nce(), Kind::Random, (3, 3, 3), 0.05, 1, 0.0)?;
     (chain.query, chain.passage) = (texts[..9].to_vec(), texts[3..].to_vec());
-    (chain.query_ids, chain.passage_ids) = (Some(vec![0, 1, 2]), Some(vec![1, 2, 3]));
+    let chain = chain.with(|call| call.with_query_ids([0, 1, 2]).with_passage_ids([1, 2, 3]));
     let cosine = |i: usize, j: usize| {
         let (x, y) = (&texts[3 * i..3 * i + 3], &texts[3 * j..3 * j + 3]);
         let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(a, b)| a * b).sum::<f64>();
@@ -309,7 +293,7 @@ fn a_text_is_no_negative_of_itself_in_the_other_tower() -> Outcome {
         (false, [row_loss(0, &[2, 3]), row_loss(1, &[1, 3]), row_loss(2, &[1, 2])]),
         (true, [row_loss(0, &[2, 3]), row_loss(1, &[3]), row_loss(2, &[1])]),
     ] {
-        chain.shared_ids = shared;
+        let chain = chain.clone().with(|call| call.with_shared_ids(shared));
         let got = solve(&chain, 1.0)?.evaluation.row_losses;
         verdict(&[entrywise("row_losses", &got, &want, 1e-12)]).map_err(|e| format!("shared ids {shared}: {e}"))?;
     }
@@ -322,12 +306,12 @@ fn ranks_count_what_is_above_the_positive() -> Outcome {
     let at = |degrees: f64| [degrees.to_radians().cos(), degrees.to_radians().sin()];
     ranked.query = [at(0.0), at(90.0)].concat();
     ranked.passage = [at(30.0), at(80.0), at(20.0), at(-30.0)].concat(); // the last ties with the first positive
-    ranked.weights = Some(vec![3.0, 1.0]);
+    let ranked = ranked.with(|call| call.with_weights([3.0, 1.0]));
     let metrics = solve(&ranked, 1.0)?.evaluation;
     assert_eq!(metrics.query_to_passage.precision_at_1, 0.25, "row 0 has passage 2 above it");
     assert_eq!(metrics.query_to_passage.mrr, 0.75 / 2.0 + 0.25);
     assert_eq!(metrics.passage_to_query.precision_at_1, 1.0);
-    ranked.passage_ids = Some(vec![5, 6, 5, 7]);
+    let mut ranked = ranked.with(|call| call.with_passage_ids([5, 6, 5, 7]));
     assert_eq!(solve(&ranked, 1.0)?.evaluation.query_to_passage.mrr, 1.0, "a masked passage has no rank");
     // cos 30° changes by 8.7e-3 per degree: 2.6e-7 is a tie, 2.6e-6 is not.
     ranked.passage[6..].copy_from_slice(&at(-30.0 + 3e-5));
@@ -361,8 +345,7 @@ fn norms_may_be_anything_but_zero() -> Outcome {
     let mut zero = plain.clone();
     zero.passage[2 * 8..3 * 8].fill(0.0);
     assert_eq!(solve(&zero, 1.0).err(), Some(Error::ZeroNorm { tower: Tower::Passage, row: 2 }));
-    zero.options = zero.options.with_zero_norm(ZeroNorm::ZeroGradient);
-    let got = solve(&zero, 1.0)?;
+    let got = solve(&zero.with(|call| call.with_zero_norm(ZeroNorm::ZeroGradient)), 1.0)?;
     assert!(got.grad_passage[2 * 8..3 * 8].iter().all(|g| *g == 0.0));
     assert!(got.evaluation.loss.is_finite());
     assert!(got.grad_query.iter().chain(&got.grad_passage).all(|g| g.is_finite()));
@@ -383,13 +366,13 @@ fn bad_input_is_named_and_nothing_is_written() -> Outcome {
         let (query, passage) = (Buffer::new(DType::F64, &problem.query), Buffer::new(DType::F64, &problem.passage));
         let batch = problem.batch(&query, &passage)?;
         let buffers = GradientBuffers { query: Some(EmbeddingsMut::new(&mut grad[..], 3, 2)?), passage: None };
-        let got = backend.loss_and_gradients_into(&problem.loss, &batch, &problem.options, upstream, buffers);
+        let got = backend.loss_and_gradients_into(&batch, upstream, buffers);
         assert_eq!(got.err().map(|e| e.to_string()).as_deref(), Some(want));
     }
     let query = Buffer::new(DType::F64, &plain.query);
     let batch = plain.batch(&query, &query)?;
     let buffers = GradientBuffers { query: None, passage: Some(EmbeddingsMut::new(&mut grad[..], 2, 3)?) };
-    let got = backend.loss_and_gradients_into(&plain.loss, &batch, &plain.options, 1.0, buffers);
+    let got = backend.loss_and_gradients_into(&batch, 1.0, buffers);
     let want = "argument `gradients.passage` is 2 x 3; allowed: 3 x 2";
     assert_eq!(got.err().map(|e| e.to_string()).as_deref(), Some(want));
     assert_eq!(grad, [f16::from_f32(7.0); 6]);
@@ -406,11 +389,10 @@ fn buffers_may_be_strided_and_narrow() -> Outcome {
     }
     let passage = Buffer::new(DType::F64, &problem.passage);
     let query = Embeddings::with_row_stride(&strided, 3, 2, 5)?;
-    let batch = samtone::Batch::new(query, passage.embeddings(3, 2)?)?;
+    let batch = samtone::Batch::new(&problem.call, query, passage.embeddings(3, 2)?)?;
     let mut grad = vec![f16::NAN; 2 * 4 + 2];
     let buffers = GradientBuffers { query: Some(EmbeddingsMut::with_row_stride(&mut grad, 3, 2, 4)?), passage: None };
-    let (evaluation, temperature) =
-        samtone::reference::loss_and_gradients_into(&problem.loss, &batch, &problem.options, 2.0, buffers)?;
+    let (evaluation, temperature) = samtone::reference::loss_and_gradients_into(&batch, 2.0, buffers)?;
     assert_eq!((evaluation, temperature), (want.evaluation, want.temperature));
     for (k, got) in grad.iter().enumerate() {
         match (k / 4, k % 4) {
@@ -428,8 +410,9 @@ fn metrics_are_1_where_all_positives_win() -> Outcome {
     for rows in (1..=64).chain([343, 1000]) {
         let mut problem = problem(Loss::bidirectional(), Kind::Random, (rows, rows, 16), 0.05, rows as u64, 0.0)?;
         problem.passage.clone_from(&problem.query);
-        for weights in [None, Some((0..rows).map(|_| source.uniform(0.001, 3.0) as f32).collect())] {
-            let problem = Problem { weights, ..problem.clone() }.rounded(DType::F32);
+        let weights: Vec<f32> = (0..rows).map(|_| source.uniform(0.001, 3.0) as f32).collect();
+        for problem in [problem.clone(), problem.with(|call| call.with_weights(weights))] {
+            let problem = problem.rounded(DType::F32);
             for backend in ["reference", "cpu"] {
                 let got = problem.run(samtone::backend::by_name(backend)?, DType::F32, 1.0)?;
                 assert_eq!(got.metrics(), [1.0; 4], "{rows} rows by {backend}");

@@ -5,7 +5,7 @@ mod support;
 use samtone::backend;
 use samtone::cpu::{self, Plan};
 use samtone::half::f16;
-use samtone::{Batch, DType, Embeddings, EmbeddingsMut, GradientBuffers, Loss, Options, Scope, ZeroNorm};
+use samtone::{Batch, Call, DType, Embeddings, EmbeddingsMut, GradientBuffers, Loss, Scope, ZeroNorm};
 use std::collections::BTreeSet;
 use support::compare::{against_definition, verdict};
 use support::data::{Kind, Source, duplicate_ids, problem};
@@ -26,8 +26,7 @@ fn run(problem: &Problem, backend: &str, dtype: DType) -> Result<Outputs, Box<dy
     };
     let batch = problem.batch(&query, &passage)?;
     let backend = backend::by_name(backend)?;
-    let (evaluation, temperature) =
-        backend.loss_and_gradients_into(&problem.loss, &batch, &problem.options, 1.0, buffers)?;
+    let (evaluation, temperature) = backend.loss_and_gradients_into(&batch, 1.0, buffers)?;
     Ok(Outputs { evaluation, grad_query: dq, grad_passage: dp, temperature })
 }
 
@@ -57,23 +56,24 @@ fn decided(
 /// Tile edge of the plan.
 fn tile(problem: &Problem, dtype: DType) -> Result<usize, Box<dyn std::error::Error>> {
     let (query, passage) = (Buffer::new(dtype, &problem.query), Buffer::new(dtype, &problem.passage));
-    let plan = Plan::new(&problem.loss, &problem.batch(&query, &passage)?, &problem.options)?;
-    Ok(plan.tile())
+    Ok(Plan::new(&problem.batch(&query, &passage)?)?.tile())
 }
 
 /// All masks at once.
-fn with_everything(mut problem: Problem) -> samtone::Result<Problem> {
+fn with_everything(problem: Problem) -> Problem {
     let (rows, passages) = (problem.rows, problem.passages);
     let mut source = Source::new(rows as u64);
-    problem.positives = Some((0..rows).map(|_| source.below(passages) as u32).collect());
-    problem.weights = Some((0..rows).map(|i| (i + 1 == rows || i % 3 > 0) as u8 as f32 * 0.5).collect());
-    problem.query_ids = Some(duplicate_ids(rows));
-    problem.passage_ids = Some(duplicate_ids(passages));
-    problem.shared_ids = true;
+    let weight = |i: usize| (i + 1 == rows || i % 3 > 0) as u8 as f32 * 0.5;
     let owner = |j: usize| if j % 4 == 1 { (j % rows) as i32 } else { -1 };
-    problem.owners = Some(((0..passages).map(owner).collect(), Scope::Own));
-    problem.options = problem.options.with_margin(0.15)?;
-    Ok(problem)
+    problem.with(|call| {
+        call.with_positives((0..rows).map(|_| source.below(passages) as u32).collect::<Vec<_>>())
+            .with_weights((0..rows).map(weight).collect::<Vec<_>>())
+            .with_query_ids(duplicate_ids(rows))
+            .with_passage_ids(duplicate_ids(passages))
+            .with_shared_ids(true)
+            .with_hard_negative_owners((0..passages).map(owner).collect::<Vec<_>>(), Scope::Own)
+            .with_margin(0.15)
+    })
 }
 
 /// Rows and passages one below, at and one above multiples of every tile edge that a bound on the workspace leads to.
@@ -87,9 +87,8 @@ fn edges_of_every_tile() -> Outcome {
         for base in [64, 320] {
             let make = |rows: usize, passages: usize, seed: u64| {
                 let loss = if (rows + passages).is_multiple_of(2) { Loss::samtone_both() } else { Loss::gte() };
-                let mut p = problem(loss, Kind::Random, (rows, passages, dim), 0.05, seed, 0.0)?;
-                p.options = p.options.with_workspace_bytes(bound);
-                Ok(p)
+                let p = problem(loss, Kind::Random, (rows, passages, dim), 0.05, seed, 0.0)?;
+                Ok(p.with(|call| call.with_workspace_bytes(bound)))
             };
             let edge = tile(&make(base, base, 0)?, DType::F32)?;
             seen.insert(edge);
@@ -100,7 +99,7 @@ fn edges_of_every_tile() -> Outcome {
                 for passages in [rows, rows + [1, edge - 1, edge, edge + 1][(n + b) % 4]] {
                     let plain = decided(DType::F32, |seed| make(rows, passages, seed))?;
                     agree(&plain, DType::F32)?;
-                    let masked = decided(DType::F32, |seed| with_everything(make(rows, passages, seed)?))?;
+                    let masked = decided(DType::F32, |seed| Ok(with_everything(make(rows, passages, seed)?)))?;
                     agree(&masked, DType::F32)?;
                 }
             }
@@ -118,13 +117,13 @@ fn edges_of_the_largest_tile() -> Outcome {
             problem(Loss::samtone_both(), Kind::Random, (rows, passages, 3), 0.3, seed, 0.0)
         });
         // In three dimensions thousands of cosines are dense; take ranks as they come where none is decided.
-        let mut p = match p {
+        let p = match p {
             Ok(p) => p,
             Err(_) => {
                 problem(Loss::samtone_both(), Kind::Random, (rows, passages, 3), 0.3, 1, 0.0)?.rounded(DType::F32)
             }
         };
-        p.options = p.options.with_workspace_bytes(cpu::DEFAULT_WORKSPACE_BYTES);
+        let p = p.with(|call| call.with_workspace_bytes(cpu::DEFAULT_WORKSPACE_BYTES));
         assert_eq!(tile(&p, DType::F32)?, 512);
         agree(&p, DType::F32)?;
     }
@@ -205,8 +204,7 @@ fn f32_of_any_size() -> Outcome {
     ];
     for case in cases {
         for workspace in [8 << 10, 256 << 20] {
-            let mut case = case.rounded(DType::F32);
-            case.options = case.options.with_workspace_bytes(workspace);
+            let case = case.rounded(DType::F32).with(|call| call.with_workspace_bytes(workspace));
             assert!(all_finite(&agree(&case, DType::F32)?), "{}", case.name);
         }
     }
@@ -248,14 +246,14 @@ fn f16_norms_beyond_f16() -> Outcome {
 /// Zero rows under the lenient policy: their cosines are 0, their gradients exactly 0, everyone else's as defined.
 #[test]
 fn zero_rows() -> Outcome {
-    for (name, _) in Loss::PRESETS {
+    for (name, ..) in Loss::PRESETS {
         for dtype in [DType::F32, DType::BF16] {
             for wild in [false, true] {
-                let mut case = problem(Loss::by_name(name)?, Kind::Random, (20, 33, 9), 0.1, 11, 0.0)?;
+                let case = problem(Loss::by_name(name)?, Kind::Random, (20, 33, 9), 0.1, 11, 0.0)?;
                 let zero = |r: usize| [0, 7, 19, 20, 21, 30, 52].contains(&r);
                 let size = |r: usize| if wild && r % 5 == 1 { 1e20 } else { 1.0 };
-                case = scaled(&case, name, |r| if zero(r) { 0.0 } else { size(r) }).rounded(dtype);
-                case.options = case.options.with_zero_norm(ZeroNorm::ZeroGradient).with_workspace_bytes(8 << 10);
+                let case = scaled(&case, name, |r| if zero(r) { 0.0 } else { size(r) }).rounded(dtype);
+                let case = case.with(|call| call.with_zero_norm(ZeroNorm::ZeroGradient).with_workspace_bytes(8 << 10));
                 let got = agree(&case, dtype)?;
                 assert!(all_finite(&got));
                 let rows = got.grad_query.chunks(case.dim).chain(got.grad_passage.chunks(case.dim));
@@ -281,8 +279,8 @@ fn one_row_of_any_stride() -> Outcome {
             passage: Some(EmbeddingsMut::new(&mut dp, 3, 40)?),
         };
         let query = Embeddings::with_row_stride(&query, 1, 40, stride)?;
-        let batch = Batch::new(query, Embeddings::new(&passage, 3, 40)?)?;
-        let (evaluation, _) = cpu::loss_and_gradients_into(&p.loss, &batch, &p.options, 1.0, buffers)?;
+        let batch = Batch::new(&p.call, query, Embeddings::new(&passage, 3, 40)?)?;
+        let (evaluation, _) = cpu::loss_and_gradients_into(&batch, 1.0, buffers)?;
         assert!((evaluation.loss - want.evaluation.loss).abs() < 1e-6, "stride {stride}");
         for (got, want) in dq.iter().chain(&dp).zip(want.grad_query.iter().chain(&want.grad_passage)) {
             assert!((got - want).abs() <= 1e-5, "stride {stride}: {got} {want}");
@@ -295,8 +293,8 @@ fn one_row_of_any_stride() -> Outcome {
 #[test]
 fn extreme_temperatures() -> Outcome {
     for kind in Kind::ALL {
-        for (name, _) in Loss::PRESETS {
-            for tau in [Options::MIN_TEMPERATURE, 1e-4, 1e3, Options::MAX_TEMPERATURE] {
+        for (name, ..) in Loss::PRESETS {
+            for tau in [Call::MIN_TEMPERATURE, 1e-4, 1e3, Call::MAX_TEMPERATURE] {
                 let make = |seed| problem(Loss::by_name(name)?, kind, (20, 33, 12), tau, seed, 3.0);
                 let got = agree(&decided(DType::F32, make)?, DType::F32)?;
                 let scalars = [got.evaluation.loss, got.temperature.tau, got.temperature.log_beta];

@@ -7,7 +7,7 @@ mod report;
 use libtest_mimic::{Arguments, Failed};
 use report::Listed;
 use samtone::wgpu::{Capabilities, Plan};
-use samtone::{DType, Error, GradientOutput, Loss, Options, Pairs, Problem};
+use samtone::{Call, DType, Error, GradientOutput, Loss, Problem};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -103,15 +103,15 @@ fn agrees(quote: &str, sentence: &str) -> bool {
 
 #[test]
 fn documents_quote_what_the_code_says() {
-    let (loss, pairs, options) = (Loss::samtone_query(), Pairs::new(100, 120).unwrap(), Options::new(0.05).unwrap());
-    let problem = Problem::new(&loss, &pairs, &options, DType::F32, 700).unwrap();
-    let bounded = options.with_workspace_bytes(100);
-    let bounded = Problem::new(&loss, &pairs, &bounded, DType::F32, 700).unwrap();
+    let call = Call::new(Loss::samtone_query(), 0.05);
+    let bounded = call.clone().with_workspace_bytes(100);
+    let [problem, bounded] =
+        [&call, &bounded].map(|call| Problem::new(call.pairs(100, 120).unwrap(), DType::F32, 700).unwrap());
     let odd = Some(GradientOutput { dtype: DType::F16, row_stride: 701 });
     let device = Capabilities::default();
     let plan = |problem: &Problem, device| Plan::new(problem, &device).unwrap_err();
     let sentences = [
-        Problem::new(&loss, &pairs, &options, DType::F64, 700).unwrap_err(),
+        Problem::new(call.pairs(100, 120).unwrap(), DType::F64, 700).unwrap_err(),
         plan(&problem, Capabilities { max_buffer_bytes: 300_000, ..device }),
         plan(&problem.clone().with_gradients(odd, None).unwrap(), device),
         plan(&bounded, device),

@@ -3,7 +3,7 @@
 use super::{Case, Make};
 use crate::support::data::{Kind, Source, problem};
 use crate::support::problem::Problem;
-use samtone::{Block, DType, Group, Loss, Options};
+use samtone::{Block, Call, DType, Group, Loss};
 use std::sync::Arc;
 
 const SHAPE: (usize, usize, usize) = (13, 29, 16);
@@ -24,18 +24,17 @@ fn case(
     Case { name: format!("edge: {name}"), upstream, make, in_turn }
 }
 
-/// A problem of plain data, changed.
+/// A problem of plain data whose call is changed.
 fn changed(
     name: String,
     upstream: f64,
     (loss, kind, tau): (Loss, Kind, f64),
-    change: impl Fn(&mut Problem) -> samtone::Result<()> + Send + Sync + 'static,
+    change: impl Fn(Call) -> Call + Send + Sync + 'static,
 ) -> Case {
     let name = format!("{name}, {} {} τ={tau:e}", loss.name(), kind.name());
     case(name, upstream, true, move |_, more| {
-        let mut problem = problem(loss.clone(), kind, SHAPE, tau, 5000 + more, 3.0)?;
-        change(&mut problem)?;
-        Ok(problem)
+        let problem = problem(loss.clone(), kind, SHAPE, tau, 5000 + more, 3.0)?;
+        Ok(problem.with(&change))
     })
 }
 
@@ -58,7 +57,7 @@ fn temperatures() -> samtone::Result<Vec<Case>> {
     for (k, kind) in Kind::ALL.into_iter().enumerate() {
         for (tau, step) in [(1e-6, 0), (2e-6, 1), (1e6, 2)] {
             let loss = losses[(k + step) % losses.len()].clone();
-            cases.push(changed("temperature".into(), 1.0, (loss, kind, tau), |_| Ok(())));
+            cases.push(changed("temperature".into(), 1.0, (loss, kind, tau), |call| call));
         }
     }
     Ok(cases)
@@ -67,9 +66,8 @@ fn temperatures() -> samtone::Result<Vec<Case>> {
 fn margins() -> samtone::Result<Vec<Case>> {
     let ends = [f64::MAX, f64::MIN, 2.0, -2.0, f64::MIN_POSITIVE, -f64::MIN_POSITIVE];
     let case = |margin: f64| {
-        changed(format!("margin {margin:e}"), 1.0, (Loss::samtone_both(), Kind::Random, 0.05), move |problem| {
-            problem.options = problem.options.with_margin(margin)?;
-            Ok(())
+        changed(format!("margin {margin:e}"), 1.0, (Loss::samtone_both(), Kind::Random, 0.05), move |call| {
+            call.with_margin(margin)
         })
     };
     Ok(ends.map(case).to_vec())
@@ -79,9 +77,8 @@ fn weights() -> samtone::Result<Vec<Case>> {
     let (least, most) = (f32::from_bits(1), f32::MAX);
     let cases = [[least; 4], [most; 4], [least, most, 0.0, 1.0], [0.0, least, 0.0, 3.0 * least], [most, 0.0, 0.0, 0.0]];
     let case = |turns: [f32; 4]| {
-        changed(format!("weights {turns:?}"), 1.0, (Loss::samtone_both(), Kind::Random, 0.05), move |problem| {
-            problem.weights = Some((0..problem.rows).map(|i| turns[i % 4]).collect());
-            Ok(())
+        changed(format!("weights {turns:?}"), 1.0, (Loss::samtone_both(), Kind::Random, 0.05), move |call| {
+            call.with_weights((0..SHAPE.0).map(|i| turns[i % 4]).collect::<Vec<_>>())
         })
     };
     Ok(cases.map(case).to_vec())
@@ -98,15 +95,15 @@ fn coefficients() -> samtone::Result<Vec<Case>> {
     let mut problems = vec![("both".to_owned(), 1.0, 0.05, mixed)];
     for (c, upstreams) in [(least, [1.0, largest, -largest]), (most, [1.0, smallest, -smallest])] {
         for (copies, upstream) in (0..3).zip(upstreams) {
-            for tau in [0.05, Options::MIN_TEMPERATURE] {
+            for tau in [0.05, Call::MIN_TEMPERATURE] {
                 problems.push((format!("{c:e} (e = {copies})"), upstream, tau, one(c, copies)?));
             }
         }
     }
     let case = |(name, upstream, tau, groups): (String, f64, f64, Vec<Group>)| -> samtone::Result<Case> {
         let loss = Loss::custom("custom", groups)?;
-        Ok(changed(format!("coefficient {name}, upstream {upstream:e}"), upstream, (loss, Kind::Random, tau), |_| {
-            Ok(())
+        Ok(changed(format!("coefficient {name}, upstream {upstream:e}"), upstream, (loss, Kind::Random, tau), |call| {
+            call
         }))
     };
     problems.into_iter().map(case).collect()
@@ -116,7 +113,7 @@ fn pairs() -> samtone::Result<Vec<Case>> {
     let ends = [0.0, Group::MIN_COEFFICIENT, 1.0 - f64::EPSILON / 2.0, 1.0];
     let case = |alpha: f64| {
         let of = (Loss::pair(alpha)?, Kind::Random, 0.05);
-        Ok(changed(format!("alpha {alpha:e}"), 1.0, of, |_| Ok(())))
+        Ok(changed(format!("alpha {alpha:e}"), 1.0, of, |call| call))
     };
     ends.into_iter().map(case).collect()
 }
@@ -162,11 +159,10 @@ fn norms() -> samtone::Result<Vec<Case>> {
 /// Negatives that point as the positive does: their gradients and the positive's cancel, down to what rounding leaves of them.
 fn cancelling() -> samtone::Result<Vec<Case>> {
     let ties = |_, more| -> samtone::Result<Problem> {
-        let mut problem = problem(Loss::pair(0.1)?, Kind::Ties, (365, 365, 8), 0.02, 8767 + more, 0.0)?;
+        let problem = problem(Loss::pair(0.1)?, Kind::Ties, (365, 365, 8), 0.02, 8767 + more, 0.0)?;
         let mut source = Source::new(1774 + more);
-        problem.passage_ids = Some((0..365).map(|_| source.below(365) as i64).collect());
-        problem.options = problem.options.with_margin(0.1)?;
-        Ok(problem)
+        let ids: Vec<i64> = (0..365).map(|_| source.below(365) as i64).collect();
+        Ok(problem.with(|call| call.with_passage_ids(ids).with_margin(0.1)))
     };
     let copies = |_, more| -> samtone::Result<Problem> {
         let mut problem = problem(Loss::info_nce(), Kind::Trained, (300, 300, 24), 0.05, 8000 + more, 0.0)?;

@@ -8,7 +8,10 @@ mod support;
 
 use proptest::prelude::*;
 use samtone::{DType, Evaluation, Loss, cpu};
-use setup::{Extras, SLACK, Setup, close, config, failed, inverse, pick, reduced, setup, shuffled, solve, subset};
+use setup::{
+    Extras, SLACK, Setup, close, config, different, failed, inverse, pairs, pick, reduced, setup, shuffled, solve,
+    subset,
+};
 use support::data::Source;
 use support::problem::{Outputs, Problem};
 
@@ -20,7 +23,7 @@ proptest! {
     fn gradients_are_tangent(setup in setup()) {
         let problem = setup.problem()?;
         let Some(got) = solve(&problem, 1.0)? else { return Ok(()) };
-        let beta = problem.options.beta();
+        let beta = problem.call.beta();
         for (x, g) in [(&problem.query, &got.grad_query), (&problem.passage, &got.grad_passage)] {
             for (row, (x, g)) in x.chunks(problem.dim).zip(g.chunks(problem.dim)).enumerate() {
                 let (radial, size) = x.iter().zip(g).fold((0.0, 0.0), |(r, s), (x, g)| (r + x * g, s + (x * g).abs()));
@@ -34,8 +37,8 @@ proptest! {
     #[test]
     fn scaling_rows_by_powers_of_two_changes_no_bit(setup in setup(), far in prop::bool::ANY) {
         let setup = Setup { kind: 0, temperature: setup.temperature.max(0.05), ..setup };
-        let mut problem = setup.problem()?;
-        problem.options = problem.options.with_workspace_bytes(cpu::DEFAULT_WORKSPACE_BYTES); // one tile size for all
+        // One tile size for all.
+        let problem = setup.problem()?.with(|call| call.with_workspace_bytes(cpu::DEFAULT_WORKSPACE_BYTES));
         let Some(want) = solve(&problem, 1.0)? else { return Ok(()) };
         let mut source = Source::new(setup.seed + 2);
         let reach = if far { 100 } else { 12 };
@@ -85,7 +88,8 @@ proptest! {
         let mut problem = setup.problem()?;
         if setup.extras.positives || setup.extras.passage_ids {
             // The lowest row gives a shared passage, or a copy of its positive, its query key.
-            (problem.query_ids, problem.shared_ids) = (None, false);
+            let ids = different(problem.rows);
+            problem = problem.with(|call| call.with_query_ids(ids).with_shared_ids(false));
         }
         prop_assume!(problem.is_decided(SLACK));
         let mut source = Source::new(setup.seed + 3);
@@ -107,15 +111,16 @@ proptest! {
             ("samtone_passage", "samtone_query"),
         ][which];
         let extras = Extras { positives: false, owners: false, ..setup.extras };
-        let mut problem = Setup { more: 0, extras, ..setup }.problem()?;
+        let [loss, mirrored] = [preset, mirrored].map(Loss::by_name);
+        let (loss, mirrored) = (loss.map_err(failed)?, mirrored.map_err(failed)?);
+        let problem = Setup { more: 0, extras, ..setup }.problem()?.with(|call| call.with_loss(loss));
         prop_assume!(problem.is_decided(SLACK));
-        problem.loss = Loss::by_name(preset).map_err(failed)?;
+        let ids = |ids: Option<&[i64]>| ids.map_or_else(|| different(problem.rows), <[i64]>::to_vec);
+        let call = problem.call.clone().with_loss(mirrored).with_query_ids(ids(pairs(&problem).passage_ids()));
         let swapped = Problem {
-            loss: Loss::by_name(mirrored).map_err(failed)?,
+            call: call.with_passage_ids(ids(pairs(&problem).query_ids())),
             query: problem.passage.clone(),
             passage: problem.query.clone(),
-            query_ids: problem.passage_ids.clone(),
-            passage_ids: problem.query_ids.clone(),
             ..problem.clone()
         };
         let (Some(want), Some(got)) = (solve(&problem, 1.0)?, solve(&swapped, 1.0)?) else { return Ok(()) };
@@ -146,13 +151,14 @@ proptest! {
             2 => Extras { query_ids: true, ..none },
             _ => Extras { margin: true, ..none },
         };
-        let mut problem = Setup { extras, ..setup.clone() }.problem()?;
+        let problem = Setup { extras, ..setup.clone() }.problem()?;
         let (m, n, d) = (problem.rows, problem.passages, problem.dim);
         let row = Source::new(setup.seed + 4).below(m);
-        problem.weights = Some((0..m).map(|i| f32::from(u8::from(i == row))).collect());
-        let margin = problem.options.margin();
+        let weights: Vec<f32> = (0..m).map(|i| f32::from(u8::from(i == row))).collect();
+        let mut problem = problem.with(|call| call.with_weights(weights));
+        let margin = problem.call.margin();
         if margin.is_some() {
-            problem.loss = Loss::info_nce(); // in PP the same passage has another cosine
+            problem = problem.with(|call| call.with_loss(Loss::info_nce())); // in PP the same passage has another cosine
         }
         prop_assume!(problem.is_decided(SLACK));
         let cosine = |i: usize, j: usize| {
@@ -160,14 +166,16 @@ proptest! {
             let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(a, b)| a * b).sum::<f64>();
             dot(q, p) / (dot(q, q) * dot(p, p)).sqrt()
         };
+        let pairs = pairs(&problem);
+        let query_ids = pairs.query_ids();
         // Hard negatives are nobody's positive, so they can go alone; a query goes with its positive.
-        let passage_masked = |j: usize| match (&problem.owners, &problem.passage_ids, &problem.query_ids) {
-            (Some((owners, _)), ..) => j >= m && owners[j] >= 0 && owners[j] as usize != row,
+        let passage_masked = |j: usize| match (pairs.exclusive_owners(), pairs.passage_ids(), query_ids) {
+            (Some(owners), ..) => j >= m && owners[j] >= 0 && owners[j] as usize != row,
             (_, Some(ids), _) => j >= m && ids[j] == ids[row],
             (.., Some(ids)) => j < m && j != row && ids[j] == ids[row],
             _ => j >= m && margin.is_some_and(|margin| cosine(row, j) > cosine(row, row) + margin),
         };
-        let query_masked = |i: usize| problem.query_ids.as_ref().is_some_and(|ids| i != row && ids[i] == ids[row]);
+        let query_masked = |i: usize| query_ids.is_some_and(|ids| i != row && ids[i] == ids[row]);
         let rows: Vec<usize> = (0..m).filter(|&i| !query_masked(i)).collect();
         let passages: Vec<usize> = (0..n).filter(|&j| !passage_masked(j)).collect();
         let (Some(full), Some(got)) = (solve(&problem, 1.0)?, solve(&subset(&problem, &rows, &passages), 1.0)?) else {
@@ -194,15 +202,17 @@ proptest! {
     fn weights_are_repetition(setup in setup(), which in 0..3_usize) {
         let extras = Extras { weights: false, query_ids: false, shared_ids: false, owners: false, ..setup.extras };
         let rows = setup.rows.min(12);
-        let mut problem = Setup { rows, more: 3 * rows, extras, ..setup.clone() }.problem()?;
-        problem.loss = Loss::by_name(["info_nce", "pair", "decoupled"][which]).map_err(failed)?;
+        let loss = Loss::by_name(["info_nce", "pair", "decoupled"][which]).map_err(failed)?;
+        let problem = Setup { rows, more: 3 * rows, extras, ..setup.clone() }.problem()?;
+        let problem = problem.with(|call| call.with_loss(loss));
         prop_assume!(problem.is_decided(SLACK));
         let mut source = Source::new(setup.seed + 5);
         let mut copies: Vec<usize> = (0..rows).map(|_| source.below(4)).collect();
         copies[0] += 1;
         let repeated: Vec<usize> = (0..rows).flat_map(|i| vec![i; copies[i]]).collect();
         let all: Vec<usize> = (0..problem.passages).collect();
-        let weighted = Problem { weights: Some(copies.iter().map(|&k| k as f32).collect()), ..problem.clone() };
+        let weights: Vec<f32> = copies.iter().map(|&k| k as f32).collect();
+        let weighted = problem.clone().with(|call| call.with_weights(weights));
         let (Some(want), Some(got)) = (solve(&weighted, 1.0)?, solve(&subset(&problem, &repeated, &all), 1.0)?) else {
             return Ok(());
         };
@@ -245,8 +255,8 @@ proptest! {
     /// queries, ∂L/∂q along it is that sum.
     #[test]
     fn coefficients_of_a_row_sum_to_zero(setup in setup(), which in 0..2_usize) {
-        let mut problem = setup.problem()?;
-        problem.loss = [Loss::info_nce(), Loss::decoupled()][which].clone();
+        let loss = [Loss::info_nce(), Loss::decoupled()][which].clone();
+        let problem = setup.problem()?.with(|call| call.with_loss(loss));
         let lift = |x: &[f64], height: f64| -> Vec<f64> {
             x.chunks(problem.dim)
                 .flat_map(|row| {
@@ -263,7 +273,7 @@ proptest! {
         };
         let lifted = lifted.rounded(DType::F32);
         let Some(got) = solve(&lifted, 1.0)? else { return Ok(()) };
-        let (beta, weights) = (lifted.options.beta(), lifted.normalized_weights());
+        let (beta, weights) = (lifted.call.beta(), lifted.normalized_weights());
         for (i, row) in got.grad_query.chunks(lifted.dim).enumerate() {
             let norm = lifted.query[i * lifted.dim..(i + 1) * lifted.dim].iter().map(|v| v * v).sum::<f64>().sqrt();
             let sum = row[lifted.dim - 1] * norm / beta;

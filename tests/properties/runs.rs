@@ -10,7 +10,7 @@ use proptest::test_runner::TestCaseError;
 use samtone::backend;
 use samtone::cpu::{self, Plan, Shard};
 use samtone::{
-    DType, Data, Element, Embeddings, EmbeddingsMut, Error, GradientBuffers, Loss, Partials, TemperatureGradient,
+    Batch, DType, Data, Element, Embeddings, EmbeddingsMut, Error, GradientBuffers, Loss, Partials, TemperatureGradient,
 };
 
 /// Bounds of `k` shards of uneven size.
@@ -26,7 +26,7 @@ fn sharded(problem: &Problem, k: usize, source: &mut Source) -> Result<Option<Ou
     let (query, passage) = (Buffer::new(DType::F32, &problem.query), Buffer::new(DType::F32, &problem.passage));
     let batch = problem.batch(&query, &passage).map_err(failed)?;
     let bounds = bounds(problem.rows, k, source);
-    let shards = bounds.windows(2).map(|b| Shard::new(&problem.loss, &batch, &problem.options, b[0]..b[1]));
+    let shards = bounds.windows(2).map(|b| Shard::new(&batch, b[0]..b[1]));
     let shards = shards.collect::<samtone::Result<Vec<_>>>().map_err(failed)?;
     let mut merged: Option<Partials> = None;
     for s in shuffled(k, source) {
@@ -108,13 +108,12 @@ proptest! {
     fn forward_then_backward_is_the_fused_call(setup in setup(), stored in prop::bool::ANY) {
         let mut problem = setup.problem()?;
         if stored {
-            problem.options = problem.options.with_workspace_bytes(cpu::DEFAULT_WORKSPACE_BYTES);
+            problem = problem.with(|call| call.with_workspace_bytes(cpu::DEFAULT_WORKSPACE_BYTES));
         }
         let (query, passage) = (Buffer::new(DType::F32, &problem.query), Buffer::new(DType::F32, &problem.passage));
         let batch = problem.batch(&query, &passage).map_err(failed)?;
-        let fused = samtone::loss_and_gradients(&problem.loss, &batch, &problem.options, -0.7);
-        let Ok(fused) = fused else { return Ok(()) };
-        let forward = cpu::forward(&problem.loss, &batch, &problem.options).map_err(failed)?;
+        let Ok(fused) = samtone::loss_and_gradients(&batch, -0.7) else { return Ok(()) };
+        let forward = cpu::forward(&batch).map_err(failed)?;
         prop_assert_eq!(forward.evaluation(), &fused.evaluation);
         for _ in 0..2 {
             prop_assert_eq!(&forward.backward(&batch, -0.7).map_err(failed)?, &fused.gradients);
@@ -137,8 +136,7 @@ proptest! {
     #[test]
     fn buffers_of_every_type_and_stride(setup in setup(), pad in 1..20_usize, input in 1..4_usize) {
         let input = DType::ALL[input];
-        let problem = setup.problem_in(input)?;
-        let problem = Problem { options: problem.options.with_workspace_bytes(1 << 16), ..problem };
+        let problem = setup.problem_in(input)?.with(|call| call.with_workspace_bytes(1 << 16));
         let Some(want) = solve_as(&problem, input, DType::F64, 1.0)? else { return Ok(()) };
         for output in [DType::F32, DType::F16, DType::BF16] {
             let Some(got) = solve_as(&problem, input, output, 1.0)? else { return Err(failed("the type decides")) };
@@ -172,15 +170,14 @@ where
         let (q, p) = (spread(&problem.query), spread(&problem.passage));
         let query = Embeddings::with_row_stride(&q[..], problem.rows, dim, stride).map_err(failed)?;
         let passage = Embeddings::with_row_stride(&p[..], problem.passages, dim, stride).map_err(failed)?;
-        let batch = problem.over(query, passage).map_err(failed)?;
+        let batch = Batch::new(&problem.call, query, passage).map_err(failed)?;
         const GUARD: f64 = 777.25;
         let (mut dq, mut dp) = (vec![GUARD; problem.rows * wide], vec![GUARD; problem.passages * wide]);
         let buffers = GradientBuffers {
             query: Some(EmbeddingsMut::with_row_stride(&mut dq, problem.rows, dim, wide).map_err(failed)?),
             passage: Some(EmbeddingsMut::with_row_stride(&mut dp, problem.passages, dim, wide).map_err(failed)?),
         };
-        let (evaluation, temperature) =
-            cpu::loss_and_gradients_into(&problem.loss, &batch, &problem.options, 1.0, buffers).map_err(failed)?;
+        let (evaluation, temperature) = cpu::loss_and_gradients_into(&batch, 1.0, buffers).map_err(failed)?;
         let rows = |x: &[f64]| x.chunks(wide).flat_map(|row| row[..dim].to_vec()).collect();
         let got = Outputs { evaluation, grad_query: rows(&dq), grad_passage: rows(&dp), temperature };
         let gaps = dq.chunks(wide).chain(dp.chunks(wide)).flat_map(|row| &row[dim..]);
@@ -199,17 +196,16 @@ where
 #[test]
 fn storing_or_recomputing_gives_the_same_bits() -> Result<(), Box<dyn std::error::Error>> {
     let mut plans = std::collections::BTreeSet::new();
-    for (seed, (name, _)) in Loss::PRESETS.iter().enumerate() {
+    for (seed, (name, ..)) in Loss::PRESETS.iter().enumerate() {
         for dtype in [DType::F32, DType::BF16] {
             let base = problem(Loss::by_name(name)?, Kind::Random, (150, 217, 40), 0.05, seed as u64, 0.0)?;
             let base = base.rounded(dtype);
             let (query, passage) = (Buffer::new(dtype, &base.query), Buffer::new(dtype, &base.passage));
-            let batch = base.batch(&query, &passage)?;
             let run = |bytes: usize| -> samtone::Result<_> {
-                let options = base.options.with_workspace_bytes(bytes);
-                let plan = Plan::new(&base.loss, &batch, &options)?;
-                let result = samtone::loss_and_gradients(&base.loss, &batch, &options, 1.0)?;
-                Ok((plan.stores_logits(), plan.tile(), result))
+                let bounded = base.clone().with(|call| call.with_workspace_bytes(bytes));
+                let batch = bounded.batch(&query, &passage)?;
+                let plan = Plan::new(&batch)?;
+                Ok((plan.stores_logits(), plan.tile(), samtone::loss_and_gradients(&batch, 1.0)?))
             };
             let (stored, tile, want) = run(256 << 20)?;
             assert!(stored);

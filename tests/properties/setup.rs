@@ -6,7 +6,7 @@ use super::support::problem::{Buffer, Outputs, Problem};
 use proptest::prelude::*;
 use proptest::test_runner::{RngSeed, TestCaseError};
 use samtone::cpu;
-use samtone::{DType, Error, Evaluation, GradientBuffers, Loss, Scope};
+use samtone::{DType, Error, Evaluation, GradientBuffers, Loss, Pairs, Scope};
 
 pub type Tested = Result<(), TestCaseError>;
 
@@ -92,29 +92,35 @@ impl Setup {
         let (rows, passages) = (self.rows, self.rows + self.more);
         let plain =
             problem(loss, Kind::ALL[self.kind], (rows, passages, self.dim), self.temperature, self.seed, decades);
-        let mut problem = plain.map_err(failed)?.rounded(dtype);
+        let problem = plain.map_err(failed)?.rounded(dtype);
+        let mut call = problem.call.clone().with_workspace_bytes(TIGHT);
         let mut source = Source::new(self.seed + 1);
-        let mut ids = |count: usize| (0..count).map(|_| source.below(count.div_ceil(2) + 1) as i64 - 2).collect();
+        let id = |count: usize, s: &mut Source| s.below(count.div_ceil(2) + 1) as i64 - 2;
         let Extras { positives, weights, query_ids, passage_ids, shared_ids, owners, margin } = self.extras;
-        problem.query_ids = query_ids.then(|| ids(rows));
-        problem.passage_ids = passage_ids.then(|| ids(passages));
-        problem.shared_ids = shared_ids;
-        problem.positives = positives.then(|| (0..rows).map(|_| source.below(passages) as u32).collect());
-        let weight = |k: usize| if k == 0 { 0.0 } else { k as f32 / 2.0 };
-        problem.weights = weights.then(|| {
-            let mut weights: Vec<f32> = (0..rows).map(|_| weight(source.below(5))).collect();
-            weights[rows - 1] = 1.0;
-            weights
-        });
-        problem.owners = owners.then(|| {
-            let owner = |j: usize, s: &mut Source| if j < rows { -1 } else { s.below(rows + 1) as i32 - 1 };
-            ((0..passages).map(|j| owner(j, &mut source)).collect(), Scope::Own)
-        });
-        problem.options = problem.options.with_workspace_bytes(TIGHT);
-        if margin {
-            problem.options = problem.options.with_margin(source.uniform(-0.3, 0.3)).map_err(failed)?;
+        if query_ids {
+            call = call.with_query_ids((0..rows).map(|_| id(rows, &mut source)).collect::<Vec<_>>());
         }
-        Ok(problem)
+        if passage_ids {
+            call = call.with_passage_ids((0..passages).map(|_| id(passages, &mut source)).collect::<Vec<_>>());
+        }
+        call = call.with_shared_ids(shared_ids);
+        if positives {
+            call = call.with_positives((0..rows).map(|_| source.below(passages) as u32).collect::<Vec<_>>());
+        }
+        if weights {
+            let mut weights: Vec<f32> = (0..rows).map(|_| source.below(5) as f32 / 2.0).collect();
+            weights[rows - 1] = 1.0;
+            call = call.with_weights(weights);
+        }
+        if owners {
+            let owner = |j: usize, s: &mut Source| if j < rows { -1 } else { s.below(rows + 1) as i32 - 1 };
+            let owners: Vec<i32> = (0..passages).map(|j| owner(j, &mut source)).collect();
+            call = call.with_hard_negative_owners(owners, Scope::Own);
+        }
+        if margin {
+            call = call.with_margin(source.uniform(-0.3, 0.3));
+        }
+        Ok(Problem { call, ..problem })
     }
 }
 
@@ -137,7 +143,7 @@ pub fn solve_as(
         query: Some(grad_query.embeddings_mut(problem.rows, problem.dim).map_err(failed)?),
         passage: Some(grad_passage.embeddings_mut(problem.passages, problem.dim).map_err(failed)?),
     };
-    match cpu::loss_and_gradients_into(&problem.loss, &batch, &problem.options, upstream, buffers) {
+    match cpu::loss_and_gradients_into(&batch, upstream, buffers) {
         Ok((evaluation, temperature)) => Ok(Some(Outputs {
             evaluation,
             grad_query: grad_query.to_f64(),
@@ -173,33 +179,43 @@ pub fn shuffled(count: usize, source: &mut Source) -> Vec<usize> {
     order
 }
 
-pub fn positives(problem: &Problem) -> Vec<usize> {
-    let identity = || (0..problem.rows).collect();
-    problem.positives.as_ref().map_or_else(identity, |p| p.iter().map(|&n| n as usize).collect())
+/// Who belongs to whom in a problem, all of which are valid here.
+pub fn pairs(problem: &Problem) -> Pairs<'_> {
+    problem.pairs().expect("a valid problem")
+}
+
+/// Ids for so many rows that say nothing.
+pub fn different(rows: usize) -> Vec<i64> {
+    (0..rows as i64).collect()
 }
 
 /// Only some queries and passages of a problem, in the given order. Every kept row keeps its positive.
 pub fn subset(problem: &Problem, rows: &[usize], passages: &[usize]) -> Problem {
     let at = |list: &[usize], old: usize| list.iter().position(|&k| k == old);
-    let own = positives(problem);
-    let owners = problem.owners.as_ref().map(|(owners, scope)| {
+    let pairs = pairs(problem);
+    let positive = |&i: &usize| at(passages, pairs.positive(i)).unwrap_or(usize::MAX) as u32;
+    let call = problem.call.clone().with_positives(rows.iter().map(positive).collect::<Vec<_>>());
+    let mut call = call.with_weights(rows.iter().map(|&i| pairs.weight(i) as f32).collect::<Vec<_>>());
+    if let Some(ids) = pairs.query_ids() {
+        call = call.with_query_ids(pick(ids, 1, rows));
+    }
+    if let Some(ids) = pairs.passage_ids() {
+        call = call.with_passage_ids(pick(ids, 1, passages));
+    }
+    if let Some(owners) = pairs.exclusive_owners() {
         let renamed = passages.iter().map(|&j| match owners[j] {
             // A hard negative whose owner is gone belongs to nobody who is left: it must be gone as well.
             row if row >= 0 => at(rows, row as usize).map_or(-1, |k| k as i32),
             everyone => everyone,
         });
-        (renamed.collect(), *scope)
-    });
+        call = call.with_hard_negative_owners(renamed.collect::<Vec<_>>(), Scope::Own);
+    }
     Problem {
+        call,
         rows: rows.len(),
         passages: passages.len(),
         query: pick(&problem.query, problem.dim, rows),
         passage: pick(&problem.passage, problem.dim, passages),
-        positives: Some(rows.iter().map(|&i| at(passages, own[i]).unwrap_or(usize::MAX) as u32).collect()),
-        weights: problem.weights.as_ref().map(|w| pick(w, 1, rows)),
-        query_ids: problem.query_ids.as_ref().map(|ids| pick(ids, 1, rows)),
-        passage_ids: problem.passage_ids.as_ref().map(|ids| pick(ids, 1, passages)),
-        owners,
         ..problem.clone()
     }
 }
