@@ -293,6 +293,26 @@ fn nothing_ran() -> Result<(), String> {
     let call = Call::new(&problem, Spec::new(&problem, DType::F32))?;
     sentence(call.step.results(&call.buffers()), &["no forward call"])?;
     sentence(call.step.read_partials(&call.buffers()), &["no forward call"])?;
+    // Gradients of nothing are none, and not 0.
+    let nan = |call: &Call, when: &str| {
+        call.backward()?;
+        let numbers = call.gradients()?.iter().flatten().filter(|x| !x.is_nan()).count();
+        let words = on_device(call)?;
+        demand(numbers == 0 && words[5].is_nan() && words[6].is_nan(), || {
+            format!("{when}: {numbers} numbers, {words:?}")
+        })?;
+        sentence(call.step.results(&call.buffers()), &["no forward call"])
+    };
+    nan(&call, "before any call")?;
     call.run()?;
+    compare(&call.outputs()?, &problem, DType::F32, 1.0)?;
+    // The first part of a forward call has replaced what the backward call needs, and the second has not run.
+    call.submit(|encoder| call.step.partials(encoder, &call.buffers()))?;
+    call.step.read_partials(&call.buffers()).map_err(text)?;
+    nan(&call, "after partials")?;
+    call.submit(|encoder| {
+        call.step.combine(encoder)?;
+        call.step.backward(encoder, &call.buffers())
+    })?;
     compare(&call.outputs()?, &problem, DType::F32, 1.0)
 }
