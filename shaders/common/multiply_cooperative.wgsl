@@ -53,16 +53,9 @@ fn multiply(place: Place, thread: Thread, invocation: Invocation) -> Totals {
     return out;
 }
 
-// The nearest number of 11 bits, ties to even, as f32: exact in f16 from 2^-14 on. Conversions of WGSL may round either way, and
-// cutting one plane after the other leaves errors of one sign, eight times as large.
-fn nearest_of_11_bits(x: f32) -> f32 {
-    let bits = bitcast<u32>(x);
-    return bitcast<f32>((bits + 0xfffu + ((bits >> 13u) & 1u)) & 0xffffe000u);
-}
-
 // Element of the matrix of gradients of a super-block: f16, and in the second plane what that leaves.
 fn store_gradient(at: u32, g: f32) {
-    let high = nearest_of_11_bits(g);
-    gradients[at] = f16(high);
-    gradients[params.plane + at] = f16(nearest_of_11_bits(g - high));
+    let high = f16(g);
+    gradients[at] = high;
+    gradients[params.plane + at] = f16(g - f32(high));
 }
