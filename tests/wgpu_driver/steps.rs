@@ -27,6 +27,7 @@ pub const CHECKS: &[Check] = &[
     ("results on the device are those of the host", results_on_device),
     ("metrics on the device are exactly 1 where every positive wins", perfect),
     ("products are checked against plain arithmetic", products),
+    ("cargo sets what Mesa's Vulkan asks of the environment", environment),
 ];
 
 const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -441,4 +442,11 @@ fn products() -> Result<(), String> {
     let bare = Engine::new(&device, &queue);
     demand(!bare.agrees(Products::Emulated), || "without f16 and subgroups".into())?;
     demand(bare.agrees(Products::Fma), || "plain arithmetic against itself".into())
+}
+
+/// Without it each instance prints an error where no display is. Cargo has it from `.cargo/config.toml`.
+fn environment() -> Result<(), String> {
+    let folder = std::env::var_os("XDG_RUNTIME_DIR").map(std::path::PathBuf::from);
+    let by_cargo = std::env::var_os("CARGO").is_some();
+    demand(!by_cargo || folder.as_ref().is_some_and(|folder| folder.is_absolute()), || format!("it is {folder:?}"))
 }
