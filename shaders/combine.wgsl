@@ -212,7 +212,8 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
         for (var k = 0u; k < 2u; k += 1u) { // QP, PQ
             let above = state[params.sums + SUM_WORDS * (k * params.count + row) + 3u];
             results[1u + 2u * k] = Pair(select(0.0, w, above == 0u), 0.0);
-            results[2u + 2u * k] = Pair(w / (1.0 + f32(above)), 0.0);
+            // Divisions of WGSL may be off by some ulps, and by 1 as well.
+            results[2u + 2u * k] = Pair(select(w / (1.0 + f32(above)), w, above == 0u), 0.0);
         }
     }
     let to = params.group_results + RESULT_WORDS * workgroup;
@@ -232,20 +233,28 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
 @compute @workgroup_size(64)
 fn finish_forward(lane: Lane) {
     var magnitude = NOWHERE;
+    var sums: array<Pair, RESULTS>;
     for (var k = 0u; k < RESULTS; k += 1u) {
         var sum = Pair(0.0, 0.0);
         for (var w = lane.index; w < params.workgroups; w += LANES) {
             sum = pair_sum(sum, pair_at(params.group_results + RESULT_WORDS * w + 2u * k));
             magnitude = max(magnitude, bitcast<i32>(state[params.group_results + RESULT_WORDS * w + 2u * RESULTS]));
         }
-        sum = reduce_sum(sum, lane);
-        if lane.index == 0u {
-            store_float(params.results + LOSS + k, sum.high);
-        }
+        sums[k] = reduce_sum(sum, lane);
     }
     magnitude = reduce_max(magnitude, lane);
     if lane.index != 0u {
         return;
+    }
+    // As `Metrics::from_sums`: P@1 and MRR are equal where every positive wins, and then 1, whatever the rounded weights add up to.
+    for (var k = 1u; k < RESULTS; k += 2u) {
+        if sums[k].high == sums[k + 1u].high && sums[k].low == sums[k + 1u].low {
+            sums[k] = Pair(1.0, 0.0);
+            sums[k + 1u] = sums[k];
+        }
+    }
+    for (var k = 0u; k < RESULTS; k += 1u) {
+        store_float(params.results + LOSS + k, sums[k].high);
     }
     state[params.results + SHIFT] = bitcast<u32>(select(magnitude - TARGET, 0, magnitude == NOWHERE));
     store_scaled(params.results + UPSTREAM, Scaled(1.0, 0));
@@ -265,22 +274,24 @@ fn finish_forward(lane: Lane) {
     for (var word = 0u; word < select(ZERO_NORM, NO_NEGATIVE, params.zero_is_error != 0u); word += 1u) {
         refused = refused || atomicLoad(&status[word]) != NONE;
     }
-    state[params.results + REFUSED] = select(0u, 1u, refused);
+    state[params.results + ACCEPTED] = select(1u, 0u, refused);
     if refused {
         state[params.results + LOSS] = NOT_A_NUMBER;
     }
 }
 
-// By whole numbers, so that subnormal ones count on every device. Infinity and NaN stay what they are.
+// By whole numbers, so that subnormal ones count on every device. Of infinity and NaN all gradients are NaN.
 @compute @workgroup_size(1)
 fn load_upstream() {
     let bits = upstream[params.begin];
     let field = (bits >> 23u) & 255u;
     let sign = bits & 0x80000000u;
-    var x = Scaled(bitcast<f32>(sign | 0x3f800000u | (bits & 0x7fffffu)), i32(field) - 127);
     if field == 255u {
-        x = Scaled(bitcast<f32>(bits), 0);
-    } else if field == 0u {
+        state[params.results + UPSTREAM] = NOT_A_NUMBER;
+        return;
+    }
+    var x = Scaled(bitcast<f32>(sign | 0x3f800000u | (bits & 0x7fffffu)), i32(field) - 127);
+    if field == 0u {
         x = scaled(f32(bits & 0x7fffffu), -149);
         x.part = bitcast<f32>(bitcast<u32>(x.part) | sign);
     }
@@ -310,7 +321,7 @@ fn finish_backward() {
     let exponent = bitcast<i32>(state[params.results + SHIFT]) + params.factor_exponent + upstream.exponent;
     let sum = scaled(float_at(params.results + BETA_SUM) * params.factor * upstream.part, exponent);
     let log_beta = scaled_product(sum, scaled(params.beta, 0));
-    if state[params.results + REFUSED] != 0u {
+    if state[params.results + ACCEPTED] == 0u || state[params.results + UPSTREAM] == NOT_A_NUMBER {
         state[params.results + GRAD_TAU] = NOT_A_NUMBER;
         state[params.results + GRAD_LOG_BETA] = NOT_A_NUMBER;
         return;

@@ -52,6 +52,9 @@ fn reset(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) 
     if word < STATUS_WORDS {
         atomicStore(&status[word], NONE);
     }
+    if word == 0u {
+        state[ACCEPTED] = 0u;
+    }
     if word < params.count {
         state[params.first + word] = 0u;
     }

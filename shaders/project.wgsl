@@ -4,8 +4,9 @@
 // In/out   own, other: packed embeddings; side: pairs; state: norms, D; sums of gradient_product.wgsl · out: f32, f16 or bf16, any
 //          row stride, an even one for 16 bits
 // Groups   an output row each
-// Numerics f32 in units of 2^SHIFT, rounded once more to 16 bits, to the nearest. May write where the sums are: an invocation reads
-//          an element before it writes it. A row without direction gets zeros; a refused call NaN
+// Numerics f32 in units of 2^SHIFT, rounded once more to 16 bits, to the nearest. The part along x̂ is a Pair: what is left without it
+//          may be far smaller, in one dimension nothing, and inherits its error. May write where the sums are: an invocation reads an
+//          element before it writes it. A row without direction gets zeros; a call without results NaN
 
 struct Params {
     zero: u32,
@@ -177,25 +178,36 @@ fn project(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
         index = side[params.occurrences + side[params.occurrence_start + row]];
     }
     let shift = bitcast<i32>(state[params.results + SHIFT]);
-    let refused = state[params.results + REFUSED] != 0u;
-    let inverse = float_at(params.norms + NORM_WORDS * index);
-    let unit = inverse * 2.44140625e-4; // x̂ = packed·unit
+    let refused = state[params.results + ACCEPTED] == 0u || state[params.results + UPSTREAM] == NOT_A_NUMBER;
+    let norm = params.norms + NORM_WORDS * index;
+    let inverse = Pair(float_at(norm), float_at(norm + 1u));
+    let unit = inverse.high * 2.44140625e-4; // x̂ = packed·unit
     let vectors = (params.dim + 3u) / 4u;
     let start = params.own_base + (index - params.own_first) * params.row_vectors;
 
-    // [1] x̂·g
+    // [1] x̂·g·unit
     var along = Pair(0.0, 0.0);
     for (var vector = lane.index; vector < vectors; vector += LANES) {
-        along = pair_sum(along, Pair(dot(gather(row, vector, shift), widen(own[start + vector]) * unit), 0.0));
+        let g = gather(row, vector, shift);
+        let direction = widen(own[start + vector]);
+        for (var j = 0u; j < 4u; j += 1u) {
+            along = pair_sum(along, two_product(g[j], direction[j]));
+        }
     }
     along = reduce_sum(along, lane);
+    along = pair_times(pair_product(along, pair_product(inverse, inverse)), 5.9604644775390625e-8); // 2^-24
 
     // [2] tangent and store
     let factor = params.factor * float_at(params.results + UPSTREAM) * unit;
     let exponent = shift + params.factor_exponent + bitcast<i32>(state[params.results + UPSTREAM + 1u])
-        + bitcast<i32>(state[params.norms + NORM_WORDS * index + NORM_POWER]);
+        + bitcast<i32>(state[norm + NORM_POWER]);
     for (var vector = lane.index; vector < vectors; vector += LANES) {
-        let tangent = gather(row, vector, shift) - along.high * unit * widen(own[start + vector]);
+        var tangent = gather(row, vector, shift);
+        let direction = widen(own[start + vector]);
+        for (var j = 0u; j < 4u; j += 1u) {
+            let part = two_product(along.high, direction[j]);
+            tangent[j] = opaque(tangent[j] - part.high) - (part.low + along.low * direction[j]);
+        }
         let half = exponent / 2;
         var x = bitcast<vec4<u32>>(tangent * factor * power_of_two(half) * power_of_two(exponent - half));
         if refused {

@@ -26,8 +26,8 @@ const MRR_PQ = 4u;
 const GRAD_TAU = 5u;
 const GRAD_LOG_BETA = 6u;
 const SHIFT = 8u;           // whole number: gradients of logits are in units of 2^SHIFT
-const REFUSED = 9u;         // 1 for a call whose results are NaN
-const UPSTREAM = 10u;       // Scaled
+const ACCEPTED = 9u;        // 1 once a forward call has results; elsewhere they and gradients are NaN
+const UPSTREAM = 10u;       // Scaled; NOT_A_NUMBER for one that is not finite
 const BETA_SUM = 12u;       // Σ G (s − s⁺) in units of 2^SHIFT, a Pair
 const NOT_A_NUMBER = 0x7fc00000u;
 

@@ -99,6 +99,7 @@ fn constants_are_the_same() {
         same(prepare, "COSINE_TIE", f64::from(COSINE_TIE as f32));
         for (name, want) in [
             ("SHIFT", readout::SHIFT),
+            ("ACCEPTED", readout::ACCEPTED),
             ("UPSTREAM", readout::UPSTREAM),
             ("BETA_SUM", readout::BETA_SUM),
             ("SUM_WORDS", readout::SUM_WORDS),

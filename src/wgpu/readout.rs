@@ -7,11 +7,12 @@ use crate::candidates::NONE;
 use crate::error::{Error, Result};
 use crate::loss::Block;
 use crate::output::{Evaluation, Metrics, TemperatureGradient};
-use crate::partials::{ExpSum, Partials};
+use crate::partials::{ExpSum, Partials, SAME_COSINE, expect_positives};
 use std::ops::Range;
 
 // Words of the results, of a sum, and of the status, see shaders/common/state.wgsl.
 pub(super) const SHIFT: usize = 8;
+pub(super) const ACCEPTED: usize = 9;
 pub(super) const UPSTREAM: usize = 10;
 pub(super) const BETA_SUM: usize = 12;
 pub(super) const SUM_WORDS: usize = 4;
@@ -81,8 +82,16 @@ impl Plan {
         }
         let state = State { bytes };
         if state.status(RAN) != NONE {
-            let (saved, given) = ("no forward call".into(), "a state that none has run on".into());
-            return Err(Error::StateMismatch { saved, given });
+            return Err(no_forward("a state that none has run on"));
+        }
+        Ok(state)
+    }
+
+    /// A state with results.
+    fn accepted<'a>(&self, bytes: &'a [u8]) -> Result<State<'a>> {
+        let state = self.state(bytes)?;
+        if state.word(ACCEPTED) == 0 {
+            return Err(no_forward("a state whose call was refused, or whose sums have not been combined"));
         }
         Ok(state)
     }
@@ -123,9 +132,9 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for fewer bytes than [`Plan::state_bytes`], [`Error::StateMismatch`] for those of a state on which no
-    /// forward call has run.
+    /// forward call has run to its end, or one was refused.
     pub fn evaluation(&self, state: &[u8]) -> Result<Evaluation> {
-        let state = self.state(state)?;
+        let state = self.accepted(state)?;
         let weights = &self.facts.weights;
         let m = weights.len();
         let row_losses: Vec<f64> = (0..m).map(|i| state.scaled(self.layout.row_losses + 2 * i)).collect();
@@ -149,9 +158,9 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for fewer bytes than [`Plan::state_bytes`], [`Error::StateMismatch`] for those of a state on which no
-    /// forward call has run.
+    /// forward call has run to its end, or one was refused.
     pub fn temperature(&self, state: &[u8]) -> Result<TemperatureGradient> {
-        let state = self.state(state)?;
+        let state = self.accepted(state)?;
         let sum = state.float(BETA_SUM) + state.float(BETA_SUM + 1);
         let upstream = self.facts.upstream * state.scaled(UPSTREAM);
         let grad_beta = upstream * times_power_of_two(sum, state.int(SHIFT));
@@ -171,8 +180,7 @@ impl Plan {
         let state = self.state(state)?;
         let (facts, m) = (&self.facts, self.facts.weights.len());
         let uses = |b: Block| facts.uses[b.index()];
-        let positive = (0..m).map(|i| self.layout.positive + 2 * i).map(|at| state.float(at) + state.float(at + 1));
-        let mut partials = Partials::new(m, uses, facts.rows.clone(), facts.identity.clone(), positive.collect());
+        let mut partials = Partials::new(m, uses, facts.rows.clone(), facts.identity.clone(), self.positives(&state));
         for (block, sums) in Block::ALL.into_iter().zip(&mut partials.sums) {
             for (row, sum) in sums.iter_mut().enumerate() {
                 let at = self.sum(block, row);
@@ -187,10 +195,28 @@ impl Plan {
         Ok(partials)
     }
 
-    /// Where in the slot `State` merged sums go before [`Plan::combine`], and what.
+    /// s⁺ of all rows.
+    fn positives(&self, state: &State<'_>) -> Vec<f64> {
+        let places = (0..self.facts.weights.len()).map(|i| self.layout.positive + 2 * i);
+        places.map(|at| state.float(at) + state.float(at + 1)).collect()
+    }
+
+    /// An error unless `partials` are of the embeddings of the last forward call, by the cosines of all rows with their positives,
+    /// from the state after [`Plan::partials`].
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for partials that do not cover all rows, [`Error::StateMismatch`] for those of another call.
+    /// [`Error::StateMismatch`] that names a row whose cosine differs, or if no forward call has run; [`Error::InvalidArgument`] for
+    /// fewer bytes than [`Plan::state_bytes`].
+    pub fn check_embeddings(&self, partials: &Partials, state: &[u8]) -> Result<()> {
+        partials.expect_problem(&self.facts.identity)?;
+        expect_positives(&partials.positive, &self.positives(&self.state(state)?), SAME_COSINE)
+    }
+
+    /// Where in the slot `State` merged sums go before [`Plan::combine`], and what. Coefficients come of these sums and of the state's own
+    /// s⁺, so the embeddings must be the same, which [`Plan::check_embeddings`] finds out.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for partials that do not cover all rows, [`Error::StateMismatch`] for those of another problem.
     pub fn write_partials(&self, partials: &Partials) -> Result<(Range<u64>, Vec<u8>)> {
         partials.expect_problem(&self.facts.identity)?;
         partials.expect_complete()?;
@@ -210,6 +236,10 @@ impl Plan {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         Ok((start..start + bytes.len() as u64, bytes))
     }
+}
+
+fn no_forward(given: &str) -> Error {
+    Error::StateMismatch { saved: "no forward call".into(), given: given.into() }
 }
 
 /// A sum near 1 with the exponent to match: merging may have left one that f32 does not hold.

@@ -24,7 +24,7 @@ pub enum Products {
     #[default]
     Fma,
     /// Cooperative matrices of f16 with f32 sums, where the adapter has them and they pass a check: for f16 storage, with small
-    /// tiles and subgroups. Gradients of logits are f16, or the sum of two f16.
+    /// tiles and subgroups. Gradients of logits are the sum of two f16.
     Cooperative,
     /// The shaders of `Cooperative`, with fragments that need no such matrices: slow, for tests.
     Emulated,

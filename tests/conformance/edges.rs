@@ -9,7 +9,7 @@ use std::sync::Arc;
 const SHAPE: (usize, usize, usize) = (13, 29, 16);
 
 pub fn cases() -> Result<Vec<Case>, String> {
-    let found = [temperatures(), margins(), weights(), coefficients(), pairs(), norms(), cancelling()];
+    let found = [temperatures(), margins(), weights(), coefficients(), pairs(), norms(), cancelling(), lines()];
     let cases = found.into_iter().collect::<samtone::Result<Vec<_>>>().map_err(|e| e.to_string())?;
     Ok(cases.concat())
 }
@@ -177,4 +177,18 @@ fn cancelling() -> samtone::Result<Vec<Case>> {
         case("ties under ids and a margin".into(), 3e-3, false, ties),
         case("copies without ids in a trained batch".into(), 1.0, false, copies),
     ])
+}
+
+/// Embeddings of one number: every gradient is exactly 0, and what a backend gives is what it loses on the way there. The upstream
+/// gradient that is no power of two does not scale that exactly.
+fn lines() -> samtone::Result<Vec<Case>> {
+    let case = |loss: Loss, (m, n): (usize, usize), upstream: f64| {
+        let name = format!("dimension 1, {m} x {n}, {}, upstream {upstream:e}", loss.name());
+        case(name, upstream, true, move |_, more| {
+            problem(loss.clone(), Kind::Random, (m, n, 1), 0.03, 2001 + more, 0.0)
+        })
+    };
+    let upstreams = super::UPSTREAM.iter().filter(|upstream| **upstream != 0.0);
+    let few = upstreams.map(|&upstream| case(Loss::samtone_both(), (3, 7), upstream));
+    Ok(few.chain([case(Loss::gte(), (3, 7), 64.0), case(Loss::gte(), (97, 101), 64.0)]).collect())
 }

@@ -195,6 +195,13 @@ impl Call {
         self.memory.iter().fold(Buffers::new(), |buffers, (slot, memory)| buffers.with(*slot, memory.range()))
     }
 
+    /// Those that a backward call writes.
+    pub fn gradients_only(&self) -> Buffers<'_> {
+        let written = |slot| matches!(slot, Slot::QueryGradient | Slot::PassageGradient);
+        let memory = self.memory.iter().filter(|(slot, _)| written(*slot));
+        memory.fold(Buffers::new(), |buffers, (slot, memory)| buffers.with(*slot, memory.range()))
+    }
+
     /// Records with `record` and submits.
     pub fn submit(&self, record: impl FnOnce(&mut CommandEncoder) -> samtone::Result<()>) -> Result<(), String> {
         let mut encoder = self.engine.device().create_command_encoder(&CommandEncoderDescriptor::default());

@@ -13,6 +13,7 @@ pub const CHECKS: &[Check] = &[
     ("ranges to read", ranges),
     ("what the backend does not take", unsupported),
     ("what the device cannot hold", limits),
+    ("the sentences of docs/wgpu.md", documented),
     ("numbers that are not finite", non_finite),
     ("numbers that are not finite, in a buffer that cannot be read", unreadable),
     ("subnormal numbers are numbers", subnormal),
@@ -133,6 +134,36 @@ fn limits() -> Result<(), String> {
     // More than any device has, of the real one.
     let huge = Spec { strides: [1 << 31, 700], ..Spec::new(&problem, DType::F32) };
     sentence(huge.plan(&problem, &engine), &["`query`", "limit of this device"])
+}
+
+/// The table of limits quotes sentences, with dots for what depends on the call.
+fn documented() -> Result<(), String> {
+    let engine = super::call::engine()?;
+    let problem = sample(Loss::samtone_both(), 32)?;
+    let spec = Spec::new(&problem, DType::F32);
+    let odd = Some(GradientOutput { dtype: DType::F16, row_stride: 37 });
+    let tight = super::Problem { options: problem.options.with_workspace_bytes(100), ..problem.clone() };
+    let refused = [
+        Spec::new(&problem, DType::F64).plan(&problem, &engine).err(),
+        Spec { strides: [1 << 31, 700], ..spec.clone() }.plan(&problem, &engine).err(),
+        Spec { outputs: [odd, None], ..spec.clone() }.plan(&problem, &engine).err(),
+        spec.plan(&tight, &engine).err(),
+        Some(Error::WgpuUnavailable { reason: "no adapter was found".into() }),
+    ];
+    let (_, table) = include_str!("../../docs/wgpu.md").split_once("## Limits").ok_or("no section of limits")?;
+    let rows = table.lines().filter(|line| line.starts_with("| ") && line.contains('`'));
+    let quoted: Vec<_> = rows.map(|row| row.rsplit(" | ").next().unwrap_or_default().trim_start_matches('`')).collect();
+    demand(quoted.len() == refused.len(), || format!("{quoted:?}"))?;
+    for (quoted, refused) in quoted.into_iter().zip(refused) {
+        let said = refused.map(text).ok_or("accepted")?;
+        let double = quoted.contains("``");
+        let sentence = quoted.split(if double { "``" } else { "`" }).next().unwrap_or_default();
+        let mut rest = said.as_str();
+        for part in sentence.split('…').filter(|part| !part.is_empty()) {
+            rest = rest.split_once(part).ok_or_else(|| format!("{part:?} of {sentence:?} is not in {said:?}"))?.1;
+        }
+    }
+    Ok(())
 }
 
 fn results(call: &Call) -> Result<Error, String> {
@@ -290,6 +321,26 @@ fn nothing_ran() -> Result<(), String> {
     let call = Call::new(&problem, Spec::new(&problem, DType::F32))?;
     sentence(call.step.results(&call.buffers()), &["no forward call"])?;
     sentence(call.step.read_partials(&call.buffers()), &["no forward call"])?;
+    // Gradients of nothing are none, and not 0.
+    let nan = |call: &Call, when: &str| {
+        call.backward()?;
+        let numbers = call.gradients()?.iter().flatten().filter(|x| !x.is_nan()).count();
+        let words = on_device(call)?;
+        demand(numbers == 0 && words[5].is_nan() && words[6].is_nan(), || {
+            format!("{when}: {numbers} numbers, {words:?}")
+        })?;
+        sentence(call.step.results(&call.buffers()), &["no forward call"])
+    };
+    nan(&call, "before any call")?;
     call.run()?;
+    compare(&call.outputs()?, &problem, DType::F32, 1.0)?;
+    // The first part of a forward call has replaced what the backward call needs, and the second has not run.
+    call.submit(|encoder| call.step.partials(encoder, &call.buffers()))?;
+    call.step.read_partials(&call.buffers()).map_err(text)?;
+    nan(&call, "after partials")?;
+    call.submit(|encoder| {
+        call.step.combine(encoder)?;
+        call.step.backward(encoder, &call.buffers())
+    })?;
     compare(&call.outputs()?, &problem, DType::F32, 1.0)
 }

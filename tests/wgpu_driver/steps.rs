@@ -2,7 +2,7 @@
 
 use super::call::{Call, Spec, f32_output};
 use super::support::foreign;
-use super::support::problem::Buffer;
+use super::support::problem::{Buffer, Problem};
 use super::{Check, compare, demand, sample, sized, text};
 use samtone::half::{bf16, f16};
 use samtone::wgpu::{Capabilities, Engine, Products, wgpu};
@@ -12,8 +12,10 @@ pub const CHECKS: &[Check] = &[
     ("every type, with gaps between rows, gives what the definition gives", types),
     ("gradients of 16 bits are those of f32, rounded", narrow),
     ("the upstream gradient is read from the device when the backward call runs", upstream),
+    ("an upstream gradient on the device has an exponent of its own", far_upstream),
     ("forward and backward apart have the bits of one submission", apart),
     ("a backward call may be repeated", repeated),
+    ("a backward call is of the forward call's embeddings, whatever lies in their place", replaced),
     ("a step takes batch after batch", batches),
     ("warming up runs every shader and changes nothing", warm),
     ("a frozen tower is left out", frozen),
@@ -23,7 +25,9 @@ pub const CHECKS: &[Check] = &[
     ("two threads with a step each do not disturb each other", threads),
     ("the same bits on every run", determinism),
     ("results on the device are those of the host", results_on_device),
+    ("metrics on the device are exactly 1 where every positive wins", perfect),
     ("products are checked against plain arithmetic", products),
+    ("cargo sets what Mesa's Vulkan asks of the environment", environment),
 ];
 
 const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -77,6 +81,58 @@ fn upstream() -> Result<(), String> {
     Ok(())
 }
 
+/// Gradients that f32 holds, of upstream gradients on the device and from the host that it hardly holds, or only their product.
+fn far_upstream() -> Result<(), String> {
+    let problem = sample(Loss::samtone_both(), 3)?;
+    let (least, most) = (f32::from_bits(1), f32::MAX);
+    let of_one = super::expected(&problem, 1.0)?.grad_tau;
+    for (on_host, given) in [
+        (1.0, 1e-30_f32),
+        (1.0, -1e30),
+        (1e38, least),
+        (-1e38, 3.0 * least),
+        (1e38, f32::MIN_POSITIVE),
+        (1e-38, most),
+        (1e-30, -1e-30),
+        (1e38, -most),
+    ] {
+        let upstream = on_host * f64::from(given);
+        let spec = Spec { device_upstream: true, upstream: on_host, ..Spec::new(&problem, DType::F32) };
+        let call = Call::new(&problem, spec)?;
+        call.write_upstream(given);
+        call.run()?;
+        let outputs = call.outputs()?;
+        let named = |error| format!("{on_host:e} times {given:e}: {error}");
+        let want = upstream * of_one;
+        // The host has f64, the device the f32 at the ends of whose range a gradient is 0 or infinite.
+        let (tau, got) = (outputs.temperature.tau, f64::from(on_device(&call)?[5]));
+        demand((tau - want).abs() <= 1e-4 * want.abs(), || named(format!("{tau:e}")))?;
+        if (1e-37..1e38).contains(&want.abs()) {
+            demand((got - tau).abs() <= 1e-6 * tau.abs(), || named(format!("{got:e} on the device for {tau:e}")))?;
+            compare(&outputs, &problem, DType::F32, upstream).map_err(named)?;
+        } else {
+            let ends = outputs.grad_query.iter().chain(&outputs.grad_passage).chain([&got]);
+            let end = if upstream.abs() < 1.0 { 0.0 } else { f64::INFINITY };
+            demand(ends.clone().all(|x| x.abs() == end), || named(format!("not all of {end}: {got:e}")))?;
+        }
+    }
+    let call = Call::new(&problem, Spec { device_upstream: true, ..Spec::new(&problem, DType::F32) })?;
+    for upstream in [f32::NAN, f32::INFINITY] {
+        call.write_upstream(upstream);
+        call.run()?;
+        let words = on_device(&call)?;
+        let (_, temperature) = call.step.results(&call.buffers()).map_err(text)?;
+        let nothing = call.gradients()?.iter().flatten().all(|x| x.is_nan());
+        let nothing = nothing && words[5].is_nan() && words[6].is_nan() && temperature.tau.is_nan();
+        demand(nothing && words[0].is_finite(), || format!("an upstream gradient of {upstream}: {words:?}"))?;
+        // The next one is as good as ever.
+        call.write_upstream(3.0);
+        call.backward()?;
+        compare(&call.outputs()?, &problem, DType::F32, 3.0)?;
+    }
+    Ok(())
+}
+
 fn apart() -> Result<(), String> {
     let problem = sample(Loss::samtone_both(), 4)?;
     let whole = Call::outputs_of(&problem, Spec::new(&problem, DType::F32))?;
@@ -95,6 +151,28 @@ fn repeated() -> Result<(), String> {
     let first = call.outputs()?;
     call.backward()?;
     demand(call.outputs()? == first, || "other bits".into())
+}
+
+/// The packed embeddings of the forward call are kept, and the caller's need not be there any more.
+fn replaced() -> Result<(), String> {
+    let problem = sample(Loss::samtone_both(), 5)?;
+    let nothing = Problem { query: vec![f64::NAN; 70 * 37], passage: vec![f64::NAN; 93 * 37], ..problem.clone() };
+    let other = sample(Loss::samtone_both(), 6)?;
+    for dtype in TYPES {
+        let problem = problem.rounded(dtype);
+        let whole = Call::outputs_of(&problem, Spec::new(&problem, dtype))?;
+        let call = Call::new(&problem, Spec::new(&problem, dtype))?;
+        call.forward()?;
+        for replacement in [&nothing, &other] {
+            call.write_embeddings(replacement);
+            call.backward()?;
+            demand(call.outputs()? == whole, || format!("{dtype}: other bits"))?;
+        }
+        let gradients = call.gradients_only();
+        call.submit(|encoder| call.step.backward(encoder, &gradients))?;
+        demand(call.outputs()? == whole, || format!("{dtype}: other bits without embeddings"))?;
+    }
+    Ok(())
 }
 
 fn batches() -> Result<(), String> {
@@ -217,7 +295,14 @@ fn foreign_partials() -> Result<(), String> {
     foreign::all_refused(&problem, |other| partials.clone().merge(other))?;
     let moved = foreign::other_embeddings(&problem).map_err(text)?;
     let error = partials.clone().merge(&moved).err().map(text).unwrap_or_default();
-    demand(error.contains("row 0 has a cosine of"), || error.clone())
+    demand(error.contains("row 0 has a cosine of"), || error.clone())?;
+    let error = shard.step.write_partials(&moved).err().map(text).unwrap_or_default();
+    demand(error.contains("row 0 has a cosine of"), || format!("merged elsewhere: {error}"))?;
+    let all = foreign::partials(&problem, 0..70).map_err(text)?;
+    shard.step.write_partials(&all).map_err(text)?;
+    let idle = Call::new(&problem, Spec::new(&problem, DType::F32))?;
+    let error = idle.step.write_partials(&all).err().map(text).unwrap_or_default();
+    demand(error.contains("no forward call"), || format!("on a step that has packed nothing: {error}"))
 }
 
 /// Sums of different backends belong together: shards here, and one on the CPU.
@@ -303,6 +388,46 @@ fn results_on_device() -> Result<(), String> {
     Ok(())
 }
 
+/// Weights are normalized as f32, and do not add up to 1.
+fn perfect() -> Result<(), String> {
+    let engine = super::call::engine()?;
+    let weights: [&[f32]; 4] = [&[1.0], &[0.1, 0.2, 0.7], &[1.0, 0.0, 2.5, 0.125, 1e-3], &[f32::MAX, 1.0, 1e-20]];
+    for (capabilities, rows) in [*engine.capabilities(), Capabilities::default()]
+        .into_iter()
+        .flat_map(|capabilities| [1, 3, 5, 7, 41, 70, 107, 193].map(|rows| (capabilities, rows)))
+    {
+        for weights in weights {
+            let mut problem = sized(Loss::clip(), (rows, rows, 2), 15)?;
+            // Directions of their own, on a half circle.
+            let angle = |k: usize| (k / 2) as f64 / rows as f64 * std::f64::consts::PI;
+            problem.query = (0..2 * rows).map(|k| if k % 2 == 0 { angle(k).cos() } else { angle(k).sin() }).collect();
+            problem.weights = Some((0..rows).map(|i| weights[i % weights.len()]).collect());
+            problem.passage = problem.query.clone();
+            let run = |problem: &Problem| {
+                let spec = Spec { capabilities: Some(capabilities), ..Spec::new(problem, DType::F32) };
+                let call = Call::new(problem, spec)?;
+                call.run()?;
+                Ok::<_, String>((on_device(&call)?, call.outputs()?.metrics()))
+            };
+            let (words, metrics) = run(&problem)?;
+            demand(words[1..5] == [1.0; 4] && metrics == [1.0; 4], || {
+                format!("{rows} rows, weights {weights:?}: {words:?} and {metrics:?}")
+            })?;
+            if rows > 3 {
+                // One of rows 0 and 3 has the passage of the other, and both lose.
+                let (a, b) = problem.passage.split_at_mut(6);
+                a[..2].swap_with_slice(&mut b[..2]);
+                let (words, metrics) = run(&problem)?;
+                let close = |k: usize| (f64::from(words[1 + k]) - metrics[k]).abs() <= 1e-6;
+                demand((0..4).all(|k| words[1 + k] < 1.0 && metrics[k] < 1.0 && close(k)), || {
+                    format!("{rows} rows, weights {weights:?}, two of them lost: {words:?} and {metrics:?}")
+                })?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Emulated matrices pass where the device has what they need, and nothing passes by falling back on plain arithmetic.
 fn products() -> Result<(), String> {
     let engine = super::call::engine()?;
@@ -319,4 +444,11 @@ fn products() -> Result<(), String> {
     let bare = Engine::new(&device, &queue);
     demand(!bare.agrees(Products::Emulated), || "without f16 and subgroups".into())?;
     demand(bare.agrees(Products::Fma), || "plain arithmetic against itself".into())
+}
+
+/// Without it each instance prints an error where no display is. Cargo has it from `.cargo/config.toml`.
+fn environment() -> Result<(), String> {
+    let folder = std::env::var_os("XDG_RUNTIME_DIR").map(std::path::PathBuf::from);
+    let by_cargo = std::env::var_os("CARGO").is_some();
+    demand(!by_cargo || folder.as_ref().is_some_and(|folder| folder.is_absolute()), || format!("it is {folder:?}"))
 }

@@ -98,7 +98,8 @@ impl Step {
         self.encode(self.plan.forward(), callers, encoder, None)
     }
 
-    /// Records the first part of [`Step::forward`]: the sums of a shard.
+    /// Records the first part of [`Step::forward`]: the sums of a shard. Until [`Step::combine`] has run there are no results, and the
+    /// gradients of a backward call are NaN.
     ///
     /// # Errors
     /// As [`Engine::encode`].
@@ -106,7 +107,8 @@ impl Step {
         self.encode(self.plan.partials(), callers, encoder, None)
     }
 
-    /// Records the second part of [`Step::forward`].
+    /// Records the second part of [`Step::forward`]: loss, metrics and coefficients from the sums of all shards, which
+    /// [`Step::write_partials`] has written, or of this step alone if its rows are all rows.
     ///
     /// # Errors
     /// As [`Engine::encode`].
@@ -115,6 +117,10 @@ impl Step {
     }
 
     /// Records gradients, into the slots `QueryGradient` and `PassageGradient`, after [`Step::forward`].
+    ///
+    /// They are those of the embeddings that the forward call was given, of which the step keeps a packed copy. The slots `Query` and
+    /// `Passage` are not read: what lies there by now, be it NaN or the next batch, changes nothing, and they may be left out. Gradients
+    /// are NaN where the forward call was refused ([`Step::results`] says why), and where none has run.
     ///
     /// # Errors
     /// As [`Engine::encode`].
@@ -134,7 +140,7 @@ impl Step {
     ///
     /// # Errors
     /// What was wrong with the embeddings: [`Error::NonFinite`], [`Error::ZeroNorm`], [`Error::NoNegative`];
-    /// [`Error::StateMismatch`] if no forward call has run yet; [`Error::Wgpu`] if the device was lost.
+    /// [`Error::StateMismatch`] if no forward call has run yet, or only its first part; [`Error::Wgpu`] if the device was lost.
     pub fn results(&self, embeddings: &Buffers<'_>) -> Result<(Evaluation, TemperatureGradient)> {
         let state = self.read_state()?;
         if let Some(refusal) = self.plan.refusal(&state)? {
@@ -182,12 +188,15 @@ impl Step {
         }
     }
 
-    /// Writes sums merged from all shards, for [`Step::combine`].
+    /// Writes sums merged from all shards, for [`Step::combine`]. Waits for [`Step::partials`], whose embeddings they must be of.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for partials that do not cover all rows, [`Error::StateMismatch`] for those of another call.
+    /// [`Error::InvalidArgument`] for partials that do not cover all rows; [`Error::StateMismatch`] for those of another problem or of
+    /// other embeddings, which the cosines of the positives show, and if [`Step::partials`] has not run; [`Error::Wgpu`] if the device
+    /// was lost.
     pub fn write_partials(&self, partials: &Partials) -> Result<()> {
         let (range, bytes) = self.plan.write_partials(partials)?;
+        self.plan.check_embeddings(partials, &self.read_state()?)?;
         let Some(state) = self.state() else { return Ok(()) };
         self.engine.guarded("write_buffer", None, || self.engine.queue().write_buffer(state, range.start, &bytes))
     }
