@@ -7,14 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from conftest import missing
 from torch import nn
-
-needs_sentence_transformers = pytest.mark.skipif(
-    missing("sentence-transformers", "sentence_transformers"), reason="sentence-transformers is not installed"
-)
 
 TEXTS = {
     "anchor": ["a red fox", "the tall tree", "a red fox", "cold water", "one small step", "who goes there"],

@@ -15,13 +15,12 @@ from sentence_models import (
     TEXTS,
     equal_training,
     features_of,
-    needs_sentence_transformers,
     theirs,
     transformer_model,
 )
 from torch import nn
 
-pytestmark = needs_sentence_transformers
+pytestmark = pytest.mark.sentence_transformers
 HERE = Path(__file__).resolve().parents[1]
 OPTIONS: dict[str, Any] = {"temperature": 0.1, "mask_duplicates": False}
 

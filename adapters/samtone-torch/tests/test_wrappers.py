@@ -17,14 +17,13 @@ from sentence_models import (
     close,
     equal_training,
     features_of,
-    needs_sentence_transformers,
     parameters_after,
     static_model,
     theirs,
     transformer_model,
 )
 
-pytestmark = needs_sentence_transformers
+pytestmark = pytest.mark.sentence_transformers
 OPTIONS: dict[str, Any] = {"temperature": 0.1, "learnable": "log_beta"}
 
 
