@@ -7,15 +7,10 @@ from typing import Any
 import pytest
 import samtone
 import torch
-from conftest import missing
 from samtone.sentence_transformers import CachedSamToNeLoss, SamToNeLoss, text_ids
 from samtone.sentence_transformers.columns import Column
 from sentence_models import TEXTS, Encoder, close, columns, parameters_after
 from torch import Tensor, nn
-
-needs_transformers = pytest.mark.skipif(
-    missing("sentence-transformers", "transformers"), reason="transformers is not installed"
-)
 
 
 def ids_of(*features: dict[str, Any]) -> list[int]:
@@ -216,7 +211,7 @@ def pages(count: int, seed: int) -> dict[str, Any]:
     }
 
 
-@needs_transformers
+@pytest.mark.sentence_transformers
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_vision_language_model(cached: bool) -> None:
     torch.manual_seed(4)

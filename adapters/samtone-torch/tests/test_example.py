@@ -7,8 +7,11 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from samtone.sentence_transformers import CachedSamToNeLoss, SamToNeLoss
+from sentence_models import transformer_model
 
 HERE = Path(__file__).resolve().parents[1]
 DATA = HERE.parent / "dual-encoder"
@@ -26,11 +29,39 @@ def test_curve() -> None:
     assert log_beta == pytest.approx(expected["log_beta"], rel=1e-5)
 
 
+BLOCKS = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+OF_THE_TRAINER = [block for block in BLOCKS if "sentence_transformers" in block]
+
+
+def run(block: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
 def test_readme() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    assert blocks, "the README has an example"
+    blocks = [block for block in BLOCKS if block not in OF_THE_TRAINER]
+    assert len(blocks) == 2, "the example at the top, and that of GradCache"
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        run(block)
+
+
+@pytest.mark.sentence_transformers
+@pytest.mark.parametrize("line", ["plain", "cached"])
+def test_readme_of_the_trainer(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tiny model in the place of one that would be downloaded; with either of the two losses, and nothing else changed."""
+    (block,) = OF_THE_TRAINER
+    folder = tmp_path / "model"
+    before = transformer_model(tmp_path / "bert")
+    before.save(str(folder))
+    block, models = re.subn(r'SentenceTransformer\("[^"]+"\)', f"SentenceTransformer({str(folder)!r})", block)
+    block, losses = re.subn(r"(?m)^loss = CachedSamToNeLoss\(.*\n", "" if line == "plain" else r"\g<0>", block)
+    assert models == losses == 1
+    monkeypatch.chdir(tmp_path)  # where the trainer leaves what it saves
+    names = run(block)
+    assert type(names["loss"]) is (CachedSamToNeLoss if line == "cached" else SamToNeLoss)
+    assert names["trainer"].state.global_step == 3
+    assert any((a != b).any() for a, b in zip(names["model"].parameters(), before.parameters()))
 
 
 def test_the_extra_brings_what_the_trainer_needs() -> None:

@@ -15,9 +15,6 @@ from samtone.sentence_transformers import SamToNeLoss
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-needs_sentence_transformers = pytest.mark.skipif(
-    missing("sentence-transformers", "sentence_transformers"), reason="sentence-transformers is not installed"
-)
 ROWS, DIM, SCALE = 9, 12, 20.0
 THEIRS = Callable[[list[Tensor]], Tensor]
 
@@ -88,7 +85,7 @@ TABLE: list[tuple[str, Any, Any, tuple[int, ...]]] = [
 ]
 
 
-@needs_sentence_transformers
+@pytest.mark.sentence_transformers
 @pytest.mark.parametrize(
     "make, preset, negatives",
     [pytest.param(make, preset, n, id=f"{name}, {n}") for name, make, preset, all_n in TABLE for n in all_n],
@@ -97,7 +94,7 @@ def test_multiple_negatives_ranking_loss(make: Callable[[], THEIRS], preset: Any
     compare(make(), ours(preset, margin=float("inf")), columns(negatives))
 
 
-@needs_sentence_transformers
+@pytest.mark.sentence_transformers
 def test_gte_with_hard_negatives_differs_as_the_table_says() -> None:
     """Theirs drops a row's own hard negatives from document to document; ours keeps them there."""
     embeddings = [x.double() for x in columns(1)]
@@ -105,7 +102,7 @@ def test_gte_with_hard_negatives_differs_as_the_table_says() -> None:
     assert abs(theirs(QD, QQ, DQ, DD)(embeddings).item() - got) > 1e-4
 
 
-@needs_sentence_transformers
+@pytest.mark.sentence_transformers
 @pytest.mark.parametrize("cached", [False, True])
 def test_symmetric_and_cached_classes_of_sentence_transformers(cached: bool) -> None:
     """The classes themselves, with a model and features: equal gradients of its parameters."""
@@ -134,7 +131,7 @@ def test_symmetric_and_cached_classes_of_sentence_transformers(cached: bool) -> 
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-@needs_sentence_transformers
+@pytest.mark.sentence_transformers
 def test_their_temperature_is_the_inverse_of_their_scale() -> None:
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 

@@ -15,7 +15,6 @@ from sentence_models import (
     close,
     columns,
     features_of,
-    needs_sentence_transformers,
     parameters_after,
     static_model,
     transformer_model,
@@ -109,7 +108,7 @@ def test_refused(make: Any, sentence: str) -> None:
     assert sentence in str(error.value)
 
 
-@needs_sentence_transformers
+@pytest.mark.sentence_transformers
 @pytest.mark.parametrize("cached", [False, True])
 def test_prompts_that_are_not_pooled(cached: bool, tmp_path: Path) -> None:
     """Pooling that leaves out the prompt writes into the attention mask, in older versions into that of the features."""
@@ -132,7 +131,7 @@ def test_prompts_that_are_not_pooled(cached: bool, tmp_path: Path) -> None:
     close(got, want, len(want))
 
 
-@needs_sentence_transformers
+@pytest.mark.sentence_transformers
 def test_plain_loop_and_prompts() -> None:
     torch.manual_seed(6)
     model = static_model()

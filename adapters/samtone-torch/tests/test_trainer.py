@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from samtone.sentence_transformers import CachedSamToNeLoss, SamToNeLoss
-from sentence_models import TEXTS, Encoder, features_of, needs_sentence_transformers, static_model, theirs
+from sentence_models import TEXTS, Encoder, features_of, static_model, theirs
 
-pytestmark = needs_sentence_transformers
+pytestmark = pytest.mark.sentence_transformers
 
 
 def trainer_of(folder: Path, model: Any, loss: Any, data: Any = None, evaluation: Any = None, **arguments: Any) -> Any:

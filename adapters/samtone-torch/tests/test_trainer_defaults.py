@@ -10,7 +10,7 @@ import pytest
 import torch
 from samtone import SamtoneError
 from samtone.sentence_transformers import CachedSamToNeLoss, SamToNeLoss
-from sentence_models import Encoder, features_of, needs_sentence_transformers, parameters_after, static_model, tokenized
+from sentence_models import Encoder, features_of, parameters_after, static_model, tokenized
 from torch import logsumexp
 from torch.nn.functional import normalize
 
@@ -75,7 +75,7 @@ def test_rows_with_negatives_are_as_before() -> None:
     )
 
 
-@needs_sentence_transformers
+@pytest.mark.sentence_transformers
 @pytest.mark.parametrize("kind", CLASSES)
 def test_an_empty_text_contributes_nothing_and_says_so_once(kind: Any) -> None:
     torch.manual_seed(7)

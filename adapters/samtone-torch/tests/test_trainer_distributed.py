@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import trainer_worker as worker
-from sentence_models import needs_sentence_transformers
 from test_distributed import needs_gloo, spread
 
 pytestmark = needs_gloo
@@ -52,7 +51,7 @@ def test_one_all_reduce_in_a_step_and_the_mean_of_gradients(kind: str, results: 
         assert torch.equal(a, b)
 
 
-@needs_sentence_transformers
+@pytest.mark.sentence_transformers
 def test_the_trainer_has_one_temperature(tmp_path: Path) -> None:
     results = spread(tmp_path, "trainer", "trainer_worker.py")
     assert all(result["wrapped"] for result in results), "the trainer has not wrapped the model, so this tests nothing"

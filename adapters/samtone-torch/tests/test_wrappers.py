@@ -3,6 +3,7 @@ is what docs/migration.md says; around the cached class it is the same."""
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,20 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from samtone import SamtoneError
 from samtone.sentence_transformers import CachedSamToNeLoss, SamToNeLoss
 from sentence_models import (
     TEXTS,
     close,
+    equal_training,
     features_of,
-    needs_sentence_transformers,
     parameters_after,
     static_model,
     theirs,
     transformer_model,
 )
 
-pytestmark = needs_sentence_transformers
+pytestmark = pytest.mark.sentence_transformers
 OPTIONS: dict[str, Any] = {"temperature": 0.1, "learnable": "log_beta"}
 
 
@@ -40,15 +40,15 @@ def adaptive(model: Any, loss: Any) -> Any:
     return theirs()[0].AdaptiveLayerLoss(model, loss, n_layers_per_step=-1)
 
 
-def both(model: Any, loss: Any) -> Any:
-    return theirs()[0].Matryoshka2dLoss(model, loss, [16, 8], n_layers_per_step=-1, n_dims_per_step=-1)
+def both(model: Any, loss: Any, dims_per_step: int = -1) -> Any:
+    weights = [1.0, 0.5]
+    return theirs()[0].Matryoshka2dLoss(
+        model, loss, [16, 8], weights, n_layers_per_step=-1, n_dims_per_step=dims_per_step
+    )
 
 
-@pytest.mark.parametrize("wrap", [matryoshka, adaptive])
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("wrap, static", [(matryoshka, False), (matryoshka, True), (adaptive, False)])
 def test_around_the_cached_class(wrap: Callable[[Any, Any], Any], static: bool, tmp_path: Path) -> None:
-    if static and wrap is not matryoshka:
-        pytest.skip("needs layers")
     torch.manual_seed(11)
     model = static_model() if static else transformer_model(tmp_path)
     want = parameters_after(wrap(model, SamToNeLoss(model, **OPTIONS)), model, batch(model), 3.0)
@@ -62,16 +62,27 @@ def test_around_the_cached_class(wrap: Callable[[Any, Any], Any], static: bool, 
         assert ("AdaptiveLayerLoss" if wrap is adaptive else "MatryoshkaLoss") in at_once[0]
 
 
-def test_the_cached_class_under_two_wrappers_is_refused(tmp_path: Path) -> None:
-    """AdaptiveLayerLoss has it encode at once, and MatryoshkaLoss inside has replaced what only chunks go through."""
-    if not _offers_gradient_cache():
-        pytest.skip("this version replaces the model's `forward` alone")
+@pytest.mark.parametrize("learnable", [None, "log_beta"])
+@pytest.mark.parametrize("dims_per_step", [-1, 1])
+def test_the_cached_class_under_two_wrappers(dims_per_step: int, learnable: str | None, tmp_path: Path) -> None:
+    """AdaptiveLayerLoss around MatryoshkaLoss, which in newer versions replaces what only chunks go through."""
     model = transformer_model(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with pytest.raises(SamtoneError, match="MatryoshkaLoss in AdaptiveLayerLoss"):
-            both(model, CachedSamToNeLoss(model, mini_batch_size=4, **OPTIONS))(batch(model), None)
-    both(model, SamToNeLoss(model, **OPTIONS))(batch(model), None).backward()
+    options = OPTIONS | {"learnable": learnable}
+
+    def after(loss: Any) -> list[torch.Tensor]:
+        random.seed(5)  # draws dimensions
+        return parameters_after(both(model, loss, dims_per_step), model, batch(model), 3.0)
+
+    want = after(SamToNeLoss(model, **options))
+    with pytest.warns(UserWarning, match="the batch is encoded at once"):
+        got = after(CachedSamToNeLoss(model, mini_batch_size=4, **options))
+    close(got, want, len(want))
+    with torch.no_grad():
+        values = []
+        for kind in (SamToNeLoss, CachedSamToNeLoss):
+            random.seed(5)
+            values.append(both(model, kind(model, **options), dims_per_step)(batch(model), None))
+    assert torch.allclose(values[0], want[0]) and torch.allclose(values[1], want[0])
 
 
 def _offers_gradient_cache() -> bool:
@@ -83,14 +94,12 @@ def _offers_gradient_cache() -> bool:
     return callable(uses_gradient_cache)
 
 
-@pytest.mark.parametrize("wrap", [matryoshka, adaptive])
+@pytest.mark.parametrize("wrap", [matryoshka, adaptive, both])
 def test_around_the_plain_class_as_around_theirs(wrap: Callable[[Any, Any], Any], tmp_path: Path) -> None:
     model = transformer_model(tmp_path)
-    want = parameters_after(
-        wrap(model, theirs()[0].MultipleNegativesRankingLoss(model, scale=10.0)), model, batch(model, 2)
-    )
-    loss = SamToNeLoss(model, "info_nce", scale=10.0, mask_duplicates=False)
-    close(parameters_after(wrap(model, loss), model, batch(model, 2)), want, len(want))
+    their = wrap(model, theirs()[0].MultipleNegativesRankingLoss(model, scale=10.0))
+    our = wrap(model, SamToNeLoss(model, "info_nce", scale=10.0, mask_duplicates=False))
+    equal_training(their, our, model, batch(model, 2))
 
 
 def test_repeated_texts_are_masked_in_every_dimension(tmp_path: Path) -> None:

@@ -102,6 +102,8 @@ def by_trainer(rank: int, out: str) -> Any:
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, and not used: the group is there
+    # sentence-transformers 5.1 makes default arguments behind ours, which without this take the processes away again.
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.manual_seed(9)
     model = models.static_model()
     loss = CachedSamToNeLoss(model, temperature=0.1, learnable="log_beta", mini_batch_size=2)

@@ -200,17 +200,17 @@ class SamToNeLoss(nn.Module):
         return citation(self.criterion.loss.spec)
 
 
-class _Learned(torch.autograd.Function):
-    """A loss that is known already, and the gradients of its learned temperature with it."""
+class _Known(torch.autograd.Function):
+    """A loss whose gradients by some of what it depends on are known already."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
         ctx.gradients = gradients
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        return None, None, *(gradient * upstream for gradient in ctx.gradients)
+        return upstream, None, *((gradient * upstream).to(gradient.dtype) for gradient in ctx.gradients)
 
 
 class CachedSamToNeLoss(SamToNeLoss):
@@ -257,7 +257,7 @@ class CachedSamToNeLoss(SamToNeLoss):
         gradients = torch.autograd.grad(value, [*leaves, *parameters])
         for leaf, gradient in zip(leaves, gradients):
             leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-        known: Tensor = _Learned.apply(value.detach(), gradients[len(leaves) :], *parameters)
+        known: Tensor = _Known.apply(value.detach(), gradients[len(leaves) :], *parameters)
         return known
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
@@ -269,13 +269,7 @@ class CachedSamToNeLoss(SamToNeLoss):
                 "`SamToNeLoss` does the same without this warning",
                 stacklevel=2,
             )
-            if "calculate_loss" in vars(self):
-                raise refused(
-                    "loss",
-                    "a CachedSamToNeLoss in MatryoshkaLoss in AdaptiveLayerLoss",
-                    "a SamToNeLoss there, which is the same",
-                )
-            return super().forward(features)
+            return self._at_once(features)
         columns = [Column(column) for column in features]
         batch = self.batch(features)
         # The backward pass is outside of the autocast of the forward pass, and must encode as that did.
@@ -307,6 +301,18 @@ class CachedSamToNeLoss(SamToNeLoss):
 
         value.register_hook(replay)
         return value
+
+    def _at_once(self, features: list[Features]) -> Tensor:
+        """The loss of a batch that is encoded as a whole. It goes through `calculate_loss`, which a MatryoshkaLoss in between may
+        have replaced, and which takes gradients up to the embeddings alone."""
+        batch = self.batch(features)
+        embeddings = [self.model(column)["sentence_embedding"] for column in features]
+        if not torch.is_grad_enabled():
+            return self.calculate_loss([[x] for x in embeddings], batch=batch)
+        leaves = [x.detach().requires_grad_() for x in embeddings]
+        value = self.calculate_loss([[x] for x in leaves], with_backward=True, batch=batch)
+        whole: Tensor = _Known.apply(value, tuple(x.grad for x in leaves), *embeddings)
+        return whole
 
     def get_config_dict(self) -> dict[str, Any]:
         """For model cards."""
