@@ -142,7 +142,7 @@ fn documented() -> Result<(), String> {
     let problem = sample(Loss::samtone_both(), 32)?;
     let spec = Spec::new(&problem, DType::F32);
     let odd = Some(GradientOutput { dtype: DType::F16, row_stride: 37 });
-    let tight = super::Problem { options: problem.options.with_workspace_bytes(100), ..problem.clone() };
+    let tight = problem.clone().with(|call| call.with_workspace_bytes(100));
     let refused = [
         Spec::new(&problem, DType::F64).plan(&problem, &engine).err(),
         Spec { strides: [1 << 31, 700], ..spec.clone() }.plan(&problem, &engine).err(),
