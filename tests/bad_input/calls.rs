@@ -1,19 +1,19 @@
 //! What only a call can refuse: the values of embeddings, states, shards, buffers, workspaces.
 
 use super::{
-    D, M, N, Outcome, PATTERN, batch, expect_invalid, present, refused, refused_everywhere, still_works, towers,
+    D, M, N, Outcome, PATTERN, batch, expect_invalid, good, present, refused, refused_everywhere, still_works, towers,
 };
 use samtone::backend;
 use samtone::cpu::{self, Plan, Shard};
 use samtone::half::{bf16, f16};
 use samtone::{
-    Batch, Block, DType, Embeddings, EmbeddingsMut, Error, GradientBuffers, Group, Loss, NoNegative, Options, Scope,
+    Batch, Block, Call, DType, Embeddings, EmbeddingsMut, Error, GradientBuffers, Group, Loss, NoNegative, Scope,
     Tower, ZeroNorm,
 };
 
 #[test]
 fn embeddings_that_are_not_finite() -> Outcome {
-    let options = Options::new(0.05)?;
+    let both = Call::new(Loss::samtone_both(), 0.05);
     let last = |rows: usize| (rows - 1, D - 1);
     for (tower, rows) in [(Tower::Query, M), (Tower::Passage, N)] {
         for (row, column) in [(0, 0), (1, 2), (rows - 1, 0), last(rows)] {
@@ -21,12 +21,13 @@ fn embeddings_that_are_not_finite() -> Outcome {
                 let (mut q, mut p) = towers();
                 let x = if tower == Tower::Query { &mut q } else { &mut p };
                 x[row * D + column] = bad;
-                let batch = batch(&q, &p)?;
                 // Also where the zero-gradient policy is lenient about other rows.
-                for options in [options, options.with_zero_norm(ZeroNorm::ZeroGradient)] {
-                    let mut errors = refused_everywhere(&Loss::samtone_both(), &batch, &options);
-                    errors.extend(Plan::new(&Loss::info_nce(), &batch, &options).err());
-                    errors.extend(Shard::new(&Loss::info_nce(), &batch, &options, 0..1).err());
+                for call in [both.clone(), both.clone().with_zero_norm(ZeroNorm::ZeroGradient)] {
+                    let mut errors = refused_everywhere(&batch(&call, &q, &p)?);
+                    let simple = call.clone().with_loss(Loss::info_nce());
+                    let simple = batch(&simple, &q, &p)?;
+                    errors.extend(Plan::new(&simple).err());
+                    errors.extend(Shard::new(&simple, 0..1).err());
                     assert_eq!(errors.len(), present().len() + 4);
                     for error in errors {
                         let Error::NonFinite { tower: t, row: r, column: c, value } = &error else { panic!("{error}") };
@@ -50,8 +51,9 @@ fn embeddings_that_are_not_finite() -> Outcome {
     q[2 * D + 2] = f16::INFINITY;
     q[3 * D] = f16::NAN;
     p[0] = f16::NAN;
-    let batch = Batch::new(Embeddings::new(&q, M, D)?, Embeddings::new(&p, N, D)?)?;
-    for error in refused_everywhere(&Loss::clip(), &batch, &options) {
+    let clip = both.with_loss(Loss::clip());
+    let batch = Batch::new(&clip, Embeddings::new(&q, M, D)?, Embeddings::new(&p, N, D)?)?;
+    for error in refused_everywhere(&batch) {
         assert!(matches!(error, Error::NonFinite { tower: Tower::Query, row: 2, column: 1, .. }), "{error}");
     }
     Ok(())
@@ -59,22 +61,21 @@ fn embeddings_that_are_not_finite() -> Outcome {
 
 #[test]
 fn embeddings_of_norm_zero() -> Outcome {
-    let options = Options::new(0.05)?;
+    let call = Call::new(Loss::info_nce(), 0.05);
+    let lenient = call.clone().with_zero_norm(ZeroNorm::ZeroGradient);
     for (tower, rows) in [(Tower::Query, M), (Tower::Passage, N)] {
         for row in [0, 1, rows - 1] {
             for zero in [0.0_f32, -0.0] {
                 let (mut q, mut p) = towers();
                 let x = if tower == Tower::Query { &mut q } else { &mut p };
                 x[row * D..(row + 1) * D].fill(zero);
-                let batch = batch(&q, &p)?;
-                for error in refused_everywhere(&Loss::info_nce(), &batch, &options) {
+                for error in refused_everywhere(&batch(&call, &q, &p)?) {
                     assert_eq!(error, Error::ZeroNorm { tower, row });
                     let sentence = error.to_string();
                     let parts = [tower.to_string(), format!("row {row}"), "zero".into(), "ZeroGradient".into()];
                     assert!(parts.iter().all(|part| sentence.contains(part)), "{sentence}");
                 }
-                let lenient = options.with_zero_norm(ZeroNorm::ZeroGradient);
-                assert!(samtone::loss_and_gradients(&Loss::info_nce(), &batch, &lenient, 1.0).is_ok());
+                assert!(samtone::loss_and_gradients(&batch(&lenient, &q, &p)?, 1.0).is_ok());
             }
         }
     }
@@ -85,14 +86,14 @@ fn embeddings_of_norm_zero() -> Outcome {
 fn f64_is_for_the_reference() -> Outcome {
     let (q, p) = towers();
     let [q, p] = [q, p].map(|x| x.iter().map(|&v| f64::from(v)).collect::<Vec<_>>());
-    let batch = Batch::new(Embeddings::new(&q, M, D)?, Embeddings::new(&p, N, D)?)?;
-    let (loss, options) = (Loss::samtone_query(), Options::new(0.05)?);
+    let call = good();
+    let batch = Batch::new(&call, Embeddings::new(&q, M, D)?, Embeddings::new(&p, N, D)?)?;
     let errors = [
-        Some(refused(backend::by_name("cpu")?, &loss, &batch, &options, 1.0)),
-        cpu::forward(&loss, &batch, &options).err(),
-        samtone::loss_and_gradients(&loss, &batch, &options, 1.0).err(),
-        Plan::new(&loss, &batch, &options).err(),
-        Shard::new(&loss, &batch, &options, 0..M).err(),
+        Some(refused(backend::by_name("cpu")?, &batch, 1.0)),
+        cpu::forward(&batch).err(),
+        samtone::loss_and_gradients(&batch, 1.0).err(),
+        Plan::new(&batch).err(),
+        Shard::new(&batch, 0..M).err(),
     ];
     for error in errors {
         let error = error.ok_or("f64 was accepted")?;
@@ -103,23 +104,24 @@ fn f64_is_for_the_reference() -> Outcome {
     for backend in present() {
         assert_eq!(backend.dtypes().contains(&DType::F64), backend.name() == "reference");
     }
-    assert!(samtone::reference::loss_and_gradients(&loss, &batch, &options, 1.0).is_ok());
+    assert!(samtone::reference::loss_and_gradients(&batch, 1.0).is_ok());
     Ok(())
 }
 
 #[test]
 fn upstream_gradients() -> Outcome {
     let (q, p) = towers();
-    let (loss, batch, options) = (Loss::samtone_query(), batch(&q, &p)?, Options::new(0.05)?);
-    let forward = cpu::forward(&loss, &batch, &options)?;
-    let shard = Shard::new(&loss, &batch, &options, 0..M)?;
+    let call = good();
+    let batch = batch(&call, &q, &p)?;
+    let forward = cpu::forward(&batch)?;
+    let shard = Shard::new(&batch, 0..M)?;
     for upstream in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, f64::MAX, -3.5e38] {
         let value = format!("{upstream:?}");
         for backend in present() {
-            let error = refused(backend, &loss, &batch, &options, upstream);
+            let error = refused(backend, &batch, upstream);
             expect_invalid(Err::<(), _>(error), "upstream", &value, "a finite number");
         }
-        expect_invalid(samtone::loss_and_gradients(&loss, &batch, &options, upstream), "upstream", &value, "a finite");
+        expect_invalid(samtone::loss_and_gradients(&batch, upstream), "upstream", &value, "a finite");
         expect_invalid(forward.backward(&batch, upstream), "upstream", &value, "a finite number");
         expect_invalid(shard.gradients(&shard.partials()?, upstream), "upstream", &value, "a finite number");
         let mut dq = [PATTERN; M * D];
@@ -133,28 +135,29 @@ fn upstream_gradients() -> Outcome {
 #[test]
 fn gradient_buffers_of_another_shape() -> Outcome {
     let (q, p) = towers();
-    let (loss, batch, options) = (Loss::samtone_query(), batch(&q, &p)?, Options::new(0.05)?);
-    let forward = cpu::forward(&loss, &batch, &options)?;
-    type Call<'a> = Box<dyn Fn(GradientBuffers<'_>) -> Option<Error> + 'a>;
-    let mut calls: Vec<Call<'_>> = vec![Box::new(|buffers| forward.backward_into(&batch, 1.0, buffers).err())];
+    let call = good();
+    let batch = batch(&call, &q, &p)?;
+    let forward = cpu::forward(&batch)?;
+    type Way<'a> = Box<dyn Fn(GradientBuffers<'_>) -> Option<Error> + 'a>;
+    let mut ways: Vec<Way<'_>> = vec![Box::new(|buffers| forward.backward_into(&batch, 1.0, buffers).err())];
     for backend in present() {
-        calls.push(Box::new(|buffers| backend.loss_and_gradients_into(&loss, &batch, &options, 1.0, buffers).err()));
+        ways.push(Box::new(|buffers| backend.loss_and_gradients_into(&batch, 1.0, buffers).err()));
     }
     for (rows, dim) in [(M + 1, D), (M - 1, D), (M, D + 1), (M, D - 1), (D, M), (1, M * D)] {
-        for call in &calls {
+        for way in &ways {
             let (mut dq, mut dp) = (vec![PATTERN; rows * dim], vec![PATTERN; N * D]);
             let query = Some(EmbeddingsMut::new(&mut dq, rows, dim)?);
-            let error = call(GradientBuffers { query, passage: Some(EmbeddingsMut::new(&mut dp, N, D)?) });
+            let error = way(GradientBuffers { query, passage: Some(EmbeddingsMut::new(&mut dp, N, D)?) });
             let given = format!("{rows} x {dim}");
             expect_invalid(error.map_or(Ok(()), Err), "gradients.query", &given, "4 x 3");
             assert!(dq.iter().chain(&dp).all(|v| *v == PATTERN), "the good buffer or the bad one was written");
         }
     }
     for (rows, dim) in [(N - 1, D), (M, D), (N, D + 1), (D, N)] {
-        for call in &calls {
+        for way in &ways {
             let (mut dq, mut dp) = (vec![PATTERN; M * D], vec![PATTERN; rows * dim]);
             let passage = Some(EmbeddingsMut::new(&mut dp, rows, dim)?);
-            let error = call(GradientBuffers { query: Some(EmbeddingsMut::new(&mut dq, M, D)?), passage });
+            let error = way(GradientBuffers { query: Some(EmbeddingsMut::new(&mut dq, M, D)?), passage });
             let given = format!("{rows} x {dim}");
             expect_invalid(error.map_or(Ok(()), Err), "gradients.passage", &given, "6 x 3");
             assert!(dq.iter().chain(&dp).all(|v| *v == PATTERN), "the good buffer or the bad one was written");
@@ -168,21 +171,23 @@ fn workspaces_that_are_too_small() -> Outcome {
     let (q, p) = towers();
     let half = |x: &[f32]| x.iter().map(|&v| bf16::from_f32(v)).collect::<Vec<_>>();
     let (q16, p16) = (half(&q), half(&p));
-    let loss = Loss::samtone_both();
-    let narrow = Batch::new(Embeddings::new(&q16, M, D)?, Embeddings::new(&p16, N, D)?)?;
-    for batch in [batch(&q, &p)?, narrow] {
+    let wide = (Embeddings::new(&q, M, D)?, Embeddings::new(&p, N, D)?);
+    let narrow = (Embeddings::new(&q16, M, D)?, Embeddings::new(&p16, N, D)?);
+    let bounded = |bytes: usize| Call::new(Loss::samtone_both(), 0.05).with_workspace_bytes(bytes);
+    for (q, p) in [wide, narrow] {
         let mut least = None;
         for bytes in [0, 1, 1000, usize::MAX] {
-            let options = Options::new(0.05)?.with_workspace_bytes(bytes);
+            let call = bounded(bytes);
+            let batch = Batch::new(&call, q, p)?;
             if bytes == usize::MAX {
-                assert!(samtone::loss_and_gradients(&loss, &batch, &options, 1.0).is_ok());
+                assert!(samtone::loss_and_gradients(&batch, 1.0).is_ok());
                 continue;
             }
             let errors = [
-                Some(refused(backend::by_name("cpu")?, &loss, &batch, &options, 1.0)),
-                cpu::forward(&loss, &batch, &options).err(),
-                Plan::new(&loss, &batch, &options).err(),
-                Shard::new(&loss, &batch, &options, 1..3).err(),
+                Some(refused(backend::by_name("cpu")?, &batch, 1.0)),
+                cpu::forward(&batch).err(),
+                Plan::new(&batch).err(),
+                Shard::new(&batch, 1..3).err(),
             ];
             for error in errors {
                 let error = error.ok_or("accepted")?;
@@ -196,9 +201,10 @@ fn workspaces_that_are_too_small() -> Outcome {
         }
         // The sentence tells the truth, to the byte.
         let least = least.ok_or("no bound was refused")?;
-        let options = |bytes: usize| Options::new(0.05).map(|o| o.with_workspace_bytes(bytes));
-        assert!(samtone::loss_and_gradients(&loss, &batch, &options(least)?, 1.0).is_ok());
-        assert!(samtone::loss_and_gradients(&loss, &batch, &options(least - 1)?, 1.0).is_err());
+        for (bytes, fits) in [(least, true), (least - 1, false)] {
+            let call = bounded(bytes);
+            assert_eq!(samtone::loss_and_gradients(&Batch::new(&call, q, p)?, 1.0).is_ok(), fits);
+        }
     }
     Ok(())
 }
@@ -206,14 +212,15 @@ fn workspaces_that_are_too_small() -> Outcome {
 #[test]
 fn a_state_used_with_another_batch() -> Outcome {
     let (q, p) = towers();
-    let (loss, batch, options) = (Loss::samtone_query(), batch(&q, &p)?, Options::new(0.05)?);
-    let forward = cpu::forward(&loss, &batch, &options)?;
+    let call = good();
+    let batch = batch(&call, &q, &p)?;
+    let forward = cpu::forward(&batch)?;
     let half: Vec<bf16> = q.iter().chain(&p).map(|&v| bf16::from_f32(v)).collect();
     let others = [
-        Batch::new(Embeddings::new(&q[..9], 3, D)?, Embeddings::new(&p, N, D)?)?,
-        Batch::new(Embeddings::new(&q, M, D)?, Embeddings::new(&p[..12], 4, D)?)?,
-        Batch::new(Embeddings::new(&q[..8], M, 2)?, Embeddings::new(&p[..12], N, 2)?)?,
-        Batch::new(Embeddings::new(&half[..12], M, D)?, Embeddings::new(&half[12..], N, D)?)?,
+        Batch::new(&call, Embeddings::new(&q[..9], 3, D)?, Embeddings::new(&p, N, D)?)?,
+        Batch::new(&call, Embeddings::new(&q, M, D)?, Embeddings::new(&p[..12], 4, D)?)?,
+        Batch::new(&call, Embeddings::new(&q[..8], M, 2)?, Embeddings::new(&p[..12], N, 2)?)?,
+        Batch::new(&call, Embeddings::new(&half[..12], M, D)?, Embeddings::new(&half[12..], N, D)?)?,
     ];
     for other in &others {
         let error = forward.backward(other, 1.0).err().ok_or("another batch was accepted")?;
@@ -233,13 +240,13 @@ fn a_state_used_with_another_batch() -> Outcome {
         assert!(dq.iter().chain(&dp).all(|v| *v == PATTERN));
     }
     // Other annotations, by name.
-    let owners = [-1, -1, -1, -1, 0, 1];
     for (part, other) in [
-        ("`weights`", batch.with_weights(&[1.0, 1.0, 1.0, 0.5])?),
-        ("`query_ids`", batch.with_query_ids(&[1, 2, 1, 3])?),
-        ("`passage_ids`", batch.with_passage_ids(&[1, 2, 3, 4, 5, 1])?),
-        ("`owners`", batch.with_hard_negative_owners(&owners, Scope::Own)?),
+        ("`weights`", good().with_weights([1.0, 1.0, 1.0, 0.5])),
+        ("`query_ids`", good().with_query_ids([1, 2, 1, 3])),
+        ("`passage_ids`", good().with_passage_ids([1, 2, 3, 4, 5, 1])),
+        ("`owners`", good().with_hard_negative_owners([-1, -1, -1, -1, 0, 1], Scope::Own)),
     ] {
+        let other = super::batch(&other, &q, &p)?;
         let error = forward.backward(&other, 1.0).err().ok_or(format!("other {part} were accepted"))?;
         assert!(
             matches!(&error, Error::StateMismatch { saved, given } if saved.contains(part) && given.contains(part)),
@@ -250,7 +257,7 @@ fn a_state_used_with_another_batch() -> Outcome {
     let refused = |tower: Tower, change: &dyn Fn(&mut [f32])| -> samtone::Result<Error> {
         let (mut q, mut p) = (q.clone(), p.clone());
         change(if tower == Tower::Query { &mut q[6..9] } else { &mut p[6..9] }); // row 2
-        let other = Batch::new(Embeddings::new(&q, M, D)?, Embeddings::new(&p, N, D)?)?;
+        let other = Batch::new(&call, Embeddings::new(&q, M, D)?, Embeddings::new(&p, N, D)?)?;
         let (mut dq, mut dp) = (vec![PATTERN; M * D], vec![PATTERN; N * D]);
         let buffers = GradientBuffers {
             query: Some(EmbeddingsMut::new(&mut dq, M, D)?),
@@ -272,7 +279,7 @@ fn a_state_used_with_another_batch() -> Outcome {
         }
     }
     // The right batch still works.
-    let fused = samtone::loss_and_gradients(&loss, &batch, &options, 1.0)?;
+    let fused = samtone::loss_and_gradients(&batch, 1.0)?;
     assert_eq!(forward.backward(&batch, 1.0)?, fused.gradients);
     Ok(())
 }
@@ -280,9 +287,9 @@ fn a_state_used_with_another_batch() -> Outcome {
 #[test]
 fn a_state_used_with_other_positives() -> Outcome {
     let (q, p) = towers();
-    let batch = batch(&q, &p)?;
-    let forward = cpu::forward(&Loss::samtone_query(), &batch.with_positives(&[1, 0, 2, 3])?, &Options::new(0.05)?)?;
-    let error = forward.backward(&batch, 1.0).err().ok_or("other positives were accepted")?;
+    let (call, other) = (good(), good().with_positives([1, 0, 2, 3]));
+    let forward = cpu::forward(&batch(&other, &q, &p)?)?;
+    let error = forward.backward(&batch(&call, &q, &p)?, 1.0).err().ok_or("other positives were accepted")?;
     assert!(matches!(error, Error::StateMismatch { .. }), "{error}");
     let sentence = error.to_string();
     assert!(sentence.contains("row 0 has passage 1") && sentence.contains("row 0 has passage 0"), "{sentence}");
@@ -293,9 +300,10 @@ fn a_state_used_with_other_positives() -> Outcome {
 #[allow(clippy::reversed_empty_ranges)] // among the bad input
 fn shard_ranges() -> Outcome {
     let (q, p) = towers();
-    let (loss, batch, options) = (Loss::samtone_query(), batch(&q, &p)?, Options::new(0.05)?);
+    let call = good();
+    let batch = batch(&call, &q, &p)?;
     for rows in [0..0, 2..2, 3..2, 0..5, 4..5, 4..4, 0..usize::MAX, usize::MAX..0] {
-        let shard = Shard::new(&loss, &batch, &options, rows.clone());
+        let shard = Shard::new(&batch, rows.clone());
         expect_invalid(shard.map(|_| ()), "rows", &format!("{rows:?}"), "a non-empty range within 0..4");
     }
     Ok(())
@@ -304,8 +312,9 @@ fn shard_ranges() -> Outcome {
 #[test]
 fn partials_that_do_not_fit_together() -> Outcome {
     let (q, p) = towers();
-    let (loss, batch, options) = (Loss::samtone_query(), batch(&q, &p)?, Options::new(0.05)?);
-    let shard = |rows| Shard::new(&loss, &batch, &options, rows);
+    let call = good();
+    let batch = batch(&call, &q, &p)?;
+    let shard = |rows| Shard::new(&batch, rows);
     let (first, second) = (shard(0..2)?, shard(2..4)?);
 
     // A gap.
@@ -325,41 +334,41 @@ fn partials_that_do_not_fit_together() -> Outcome {
     assert_eq!(first.evaluate(&merged)?, second.evaluate(&merged)?);
 
     // Another problem: to merge, to evaluate, to differentiate.
-    let foreign = |loss: &Loss, batch: &Batch<'_>, options: &Options| {
-        Shard::new(loss, batch, options, 0..batch.rows()).and_then(|s| s.partials())
-    };
-    let fewer_queries = Batch::new(Embeddings::new(&q[..9], 3, D)?, Embeddings::new(&p, N, D)?)?;
-    let fewer_passages = Batch::new(Embeddings::new(&q, M, D)?, Embeddings::new(&p[..15], 5, D)?)?;
+    let foreign = |batch: &Batch<'_>| Shard::new(batch, 0..batch.rows()).and_then(|s| s.partials());
+    let other = |call: Call| foreign(&super::batch(&call, &q, &p)?);
+    let fewer_queries = Batch::new(&call, Embeddings::new(&q[..9], 3, D)?, Embeddings::new(&p, N, D)?)?;
+    let fewer_passages = Batch::new(&call, Embeddings::new(&q, M, D)?, Embeddings::new(&p[..15], 5, D)?)?;
     let half: Vec<bf16> = q.iter().chain(&p).map(|&v| bf16::from_f32(v)).collect();
-    let rounded = Batch::new(Embeddings::new(&half[..12], M, D)?, Embeddings::new(&half[12..], N, D)?)?;
+    let rounded = Batch::new(&call, Embeddings::new(&half[..12], M, D)?, Embeddings::new(&half[12..], N, D)?)?;
     let moved: Vec<f32> = q.iter().enumerate().map(|(k, v)| if k == 7 { v + 0.1 } else { *v }).collect();
-    let moved = Batch::new(Embeddings::new(&moved, M, D)?, batch.passage())?;
+    let moved = Batch::new(&call, Embeddings::new(&moved, M, D)?, batch.passage())?;
     let namesake = Loss::custom("samtone_query", vec![Group::new(1.0, &[Block::QP, Block::QQ], 1)?])?;
-    let ids = batch.with_query_ids(&[1, 2, 3, 4])?.with_passage_ids(&[5, 6, 7, 8, 9, 10])?; // all different, as by default
+    // All different, as by default.
+    let ids = good().with_query_ids([1, 2, 3, 4]).with_passage_ids([5, 6, 7, 8, 9, 10]);
     let owners = [-1, -1, -1, -1, 0, 1];
     let own = "the loss 1·{qp, qq} + 1·{pq}";
     let lists =
         ["`positives` with", "`weights` with", "`query_ids` with", "`passage_ids` with", "exclusive `owners` with"];
     let [positives, weights, query_ids, passage_ids, exclusive] = lists;
     let cases = [
-        ("4 queries x 6 passages", "3 queries", foreign(&loss, &fewer_queries, &options)?),
-        ("4 queries x 6 passages", "5 passages", foreign(&loss, &fewer_passages, &options)?),
-        ("dimension 3, f32", "dimension 3, bf16", foreign(&loss, &rounded, &options)?),
-        ("temperature 0.05", "temperature 0.06", foreign(&loss, &batch, &Options::new(0.06)?)?),
-        ("margin none", "margin 0.1", foreign(&loss, &batch, &options.with_margin(0.1)?)?),
-        ("`zero_norm` Error", "ZeroGradient", foreign(&loss, &batch, &options.with_zero_norm(ZeroNorm::ZeroGradient))?),
-        ("`no_negative` Error", "Zero", foreign(&loss, &batch, &options.with_no_negative(NoNegative::Zero))?),
-        (own, "the loss 1·{qp}", foreign(&Loss::info_nce(), &batch, &options)?),
-        (own, "1·{pq, pp}", foreign(&Loss::samtone_both(), &batch, &options)?),
-        (own, "1·{qp, qq, pp}", foreign(&Loss::qwen3(), &batch, &options)?),
-        (own, "the loss 1·{qp, qq},", foreign(&namesake, &batch, &options)?),
-        (positives, positives, foreign(&loss, &batch.with_positives(&[0, 1, 2, 4])?, &options)?),
-        (weights, weights, foreign(&loss, &batch.with_weights(&[1.0, 1.0, 1.0, 0.5])?, &options)?),
-        (query_ids, query_ids, foreign(&loss, &batch.with_query_ids(&[1, 2, 1, 3])?, &options)?),
-        (passage_ids, passage_ids, foreign(&loss, &batch.with_passage_ids(&[1, 2, 3, 4, 5, 1])?, &options)?),
-        ("`shared_ids` false", "`shared_ids` true", foreign(&loss, &ids.with_shared_ids(true)?, &options)?),
-        (exclusive, exclusive, foreign(&loss, &batch.with_hard_negative_owners(&owners, Scope::Own)?, &options)?),
-        ("row 2 has a cosine of", "row 2 has a cosine of", foreign(&loss, &moved, &options)?),
+        ("4 queries x 6 passages", "3 queries", foreign(&fewer_queries)?),
+        ("4 queries x 6 passages", "5 passages", foreign(&fewer_passages)?),
+        ("dimension 3, f32", "dimension 3, bf16", foreign(&rounded)?),
+        ("temperature 0.05", "temperature 0.06", other(good().with_temperature(0.06))?),
+        ("margin none", "margin 0.1", other(good().with_margin(0.1))?),
+        ("`zero_norm` Error", "ZeroGradient", other(good().with_zero_norm(ZeroNorm::ZeroGradient))?),
+        ("`no_negative` Error", "Zero", other(good().with_no_negative(NoNegative::Zero))?),
+        (own, "the loss 1·{qp}", other(good().with_loss(Loss::info_nce()))?),
+        (own, "1·{pq, pp}", other(good().with_loss(Loss::samtone_both()))?),
+        (own, "1·{qp, qq, pp}", other(good().with_loss(Loss::qwen3()).with_margin(f64::INFINITY))?),
+        (own, "the loss 1·{qp, qq},", other(good().with_loss(namesake))?),
+        (positives, positives, other(good().with_positives([0, 1, 2, 4]))?),
+        (weights, weights, other(good().with_weights([1.0, 1.0, 1.0, 0.5]))?),
+        (query_ids, query_ids, other(good().with_query_ids([1, 2, 1, 3]))?),
+        (passage_ids, passage_ids, other(good().with_passage_ids([1, 2, 3, 4, 5, 1]))?),
+        ("`shared_ids` false", "`shared_ids` true", other(ids.clone().with_shared_ids(true))?),
+        (exclusive, exclusive, other(good().with_hard_negative_owners(owners, Scope::Own))?),
+        ("row 2 has a cosine of", "row 2 has a cosine of", foreign(&moved)?),
     ];
     for (own, what, foreign) in &cases {
         let mut merging = gap.clone();
@@ -374,7 +383,7 @@ fn partials_that_do_not_fit_together() -> Outcome {
         }
     }
     // What says the same in other words is the same problem, whatever its bounds.
-    let same = foreign(&loss, &ids, &options.with_workspace_bytes(1 << 20).with_tile_skipping(0.1)?)?;
+    let same = other(ids.with_workspace_bytes(1 << 20).with_tile_skipping(0.1))?;
     let (got, want) = (first.evaluate(&same)?.loss, first.evaluate(&merged)?.loss);
     assert!((got - want).abs() <= 1e-8 * want, "{got} instead of {want}");
     still_works();
@@ -384,14 +393,14 @@ fn partials_that_do_not_fit_together() -> Outcome {
 #[test]
 fn a_row_without_a_negative() -> Outcome {
     let (q, p) = towers();
-    let options = Options::new(0.05)?;
     // Row 2 carries the passage id of every passage but its own text's; all other rows keep a negative.
-    let owners = [-1, -1, -1, -1, 0, 1];
-    let ids = [7, 7, 7, 8, 9, 10];
-    let positives = [0, 1, 2, 3];
-    let batch = batch(&q, &p)?.with_positives(&positives)?.with_passage_ids(&ids)?;
-    let batch = batch.with_hard_negative_owners(&owners, Scope::Own)?.with_query_ids(&[1, 2, 3, 3])?;
-    for error in refused_everywhere(&Loss::decoupled(), &batch, &options) {
+    let decoupled = Call::new(Loss::decoupled(), 0.05)
+        .with_positives([0, 1, 2, 3])
+        .with_passage_ids([7, 7, 7, 8, 9, 10])
+        .with_hard_negative_owners([-1, -1, -1, -1, 0, 1], Scope::Own)
+        .with_query_ids([1, 2, 3, 3]);
+    let strict = batch(&decoupled, &q, &p)?;
+    for error in refused_everywhere(&strict) {
         assert_eq!(error, Error::NoNegative { loss: "decoupled".into(), group: 0, row: 2 });
         let sentence = error.to_string();
         let parts = ["row 2", "group 0", "`decoupled`", "positive_copies"];
@@ -399,38 +408,39 @@ fn a_row_without_a_negative() -> Outcome {
     }
     // The group is named too.
     let groups = vec![Group::new(1.0, &[Block::PQ], 1)?, Group::new(1.0, &[Block::QP], 0)?];
-    for error in refused_everywhere(&Loss::custom("mine", groups)?, &batch, &options) {
+    let mine = decoupled.clone().with_loss(Loss::custom("mine", groups)?);
+    for error in refused_everywhere(&batch(&mine, &q, &p)?) {
         assert_eq!(error, Error::NoNegative { loss: "mine".into(), group: 1, row: 2 });
     }
-    let shard = Shard::new(&Loss::decoupled(), &batch, &options, 0..4)?;
+    let shard = Shard::new(&strict, 0..4)?;
     assert!(matches!(shard.evaluate(&shard.partials()?), Err(Error::NoNegative { row: 2, .. })));
 
     // It may be asked to count as nothing, in a shard too.
-    let lenient = options.with_no_negative(NoNegative::Zero);
-    let whole = samtone::loss_and_gradients(&Loss::decoupled(), &batch, &lenient, 1.0)?.evaluation;
+    let lenient = decoupled.clone().with_no_negative(NoNegative::Zero);
+    let lenient = batch(&lenient, &q, &p)?;
+    let whole = samtone::loss_and_gradients(&lenient, 1.0)?.evaluation;
     assert_eq!(whole.row_losses[2], 0.0);
     assert!(whole.loss.is_finite() && whole.loss != 0.0);
-    let shards = [0..2, 2..4].map(|rows| Shard::new(&Loss::decoupled(), &batch, &lenient, rows));
-    let [first, second] = shards;
+    let [first, second] = [0..2, 2..4].map(|rows| Shard::new(&lenient, rows));
     let (first, mut merged) = (first?, second?.partials()?);
     merged.merge(&first.partials()?)?;
     assert_eq!(first.evaluate(&merged)?.row_losses[2], 0.0);
 
     // With a copy of the positive its loss and gradient are 0.
-    let result = samtone::loss_and_gradients(&Loss::info_nce(), &batch, &options, 1.0)?;
+    let copied = decoupled.clone().with_loss(Loss::info_nce());
+    let result = samtone::loss_and_gradients(&batch(&copied, &q, &p)?, 1.0)?;
     assert_eq!(result.evaluation.row_losses[2], 0.0);
     assert_eq!(result.gradients.query[2 * D..3 * D], [0.0; D]);
 
     // Without weight the row is accepted, and contributes nothing.
-    let weighted = batch.with_weights(&[1.0, 2.0, 0.0, 1.0])?;
+    let weighted = decoupled.with_weights([1.0, 2.0, 0.0, 1.0]);
     for backend in present() {
         let (mut dq, mut dp) = (vec![f32::NAN; M * D], vec![f32::NAN; N * D]);
         let buffers = GradientBuffers {
             query: Some(EmbeddingsMut::new(&mut dq, M, D)?),
             passage: Some(EmbeddingsMut::new(&mut dp, N, D)?),
         };
-        let (evaluation, temperature) =
-            backend.loss_and_gradients_into(&Loss::decoupled(), &weighted, &options, 1.0, buffers)?;
+        let (evaluation, temperature) = backend.loss_and_gradients_into(&batch(&weighted, &q, &p)?, 1.0, buffers)?;
         assert_eq!(evaluation.row_losses[2], 0.0);
         assert_eq!(dq[2 * D..3 * D], [0.0; D]);
         assert!(evaluation.loss.is_finite() && temperature.tau.is_finite());
@@ -444,8 +454,9 @@ fn the_reference_without_memory() -> Outcome {
     // 2^22 rows: dense cosines of 128 TiB, more than an address space.
     let rows = 1 << 22;
     let x = vec![1.0_f32; rows];
-    let batch = Batch::new(Embeddings::new(&x, rows, 1)?, Embeddings::new(&x, rows, 1)?)?;
-    let error = refused(backend::by_name("reference")?, &Loss::info_nce(), &batch, &Options::new(1.0)?, 1.0);
+    let call = Call::new(Loss::info_nce(), 1.0);
+    let batch = Batch::new(&call, Embeddings::new(&x, rows, 1)?, Embeddings::new(&x, rows, 1)?)?;
+    let error = refused(backend::by_name("reference")?, &batch, 1.0);
     assert!(matches!(error, Error::OutOfMemory { bytes, .. } if bytes == rows * rows * 8), "{error}");
     assert!(error.to_string().contains("140737488355328 bytes for the dense matrices"), "{error}");
     Ok(())

@@ -1,13 +1,14 @@
 //! Bad input: the error says which argument, what its value is and what is allowed; outputs stay as they were; the crate
 //! works afterwards.
 
+mod annotations;
 mod calls;
 mod inputs;
 #[path = "../support/mod.rs"]
 mod support;
 
 use samtone::backend::{self, Backend};
-use samtone::{Batch, DType, Embeddings, EmbeddingsMut, Error, GradientBuffers, Loss, Options, cpu};
+use samtone::{Batch, Call, DType, Embeddings, EmbeddingsMut, Error, GradientBuffers, Loss, cpu};
 use support::compare::{against_definition, verdict};
 use support::data::{Kind, problem};
 
@@ -25,8 +26,13 @@ fn towers() -> (Vec<f32>, Vec<f32>) {
     (wave(M * D, 0.3), wave(N * D, 1.1))
 }
 
-fn batch<'a>(q: &'a [f32], p: &'a [f32]) -> samtone::Result<Batch<'a>> {
-    Batch::new(Embeddings::new(q, M, D)?, Embeddings::new(p, N, D)?)
+/// SamToNe without anything wrong.
+fn good() -> Call {
+    Call::new(Loss::samtone_query(), 0.05)
+}
+
+fn batch<'a>(call: &'a Call, q: &'a [f32], p: &'a [f32]) -> samtone::Result<Batch<'a>> {
+    Batch::new(call, Embeddings::new(q, M, D)?, Embeddings::new(p, N, D)?)
 }
 
 /// The sentence names the argument, its value and the domain.
@@ -57,14 +63,14 @@ fn still_works() {
 
 /// The error of a whole call; panics unless there is one and both outputs are untouched.
 #[track_caller]
-fn refused(backend: &dyn Backend, loss: &Loss, batch: &Batch<'_>, options: &Options, upstream: f64) -> Error {
+fn refused(backend: &dyn Backend, batch: &Batch<'_>, upstream: f64) -> Error {
     let mut dq = vec![PATTERN; batch.rows() * batch.dim()];
     let mut dp = vec![PATTERN; batch.passages() * batch.dim()];
     let buffers = GradientBuffers {
         query: Some(EmbeddingsMut::new(&mut dq, batch.rows(), batch.dim()).unwrap()),
         passage: Some(EmbeddingsMut::new(&mut dp, batch.passages(), batch.dim()).unwrap()),
     };
-    let result = backend.loss_and_gradients_into(loss, batch, options, upstream, buffers);
+    let result = backend.loss_and_gradients_into(batch, upstream, buffers);
     let Some(error) = result.err() else { panic!("{} accepted it", backend.name()) };
     assert!(dq.iter().chain(&dp).all(|v| *v == PATTERN), "{} wrote before it refused: {error}", backend.name());
     still_works();
@@ -78,10 +84,10 @@ fn present() -> Vec<&'static dyn backend::Backend> {
 
 /// The errors of every way to start a call.
 #[track_caller]
-fn refused_everywhere(loss: &Loss, batch: &Batch<'_>, options: &Options) -> Vec<Error> {
-    let mut errors: Vec<_> = present().into_iter().map(|b| refused(b, loss, batch, options, 1.0)).collect();
-    errors.extend(cpu::forward(loss, batch, options).err());
-    errors.extend(samtone::loss_and_gradients(loss, batch, options, 1.0).err());
+fn refused_everywhere(batch: &Batch<'_>) -> Vec<Error> {
+    let mut errors: Vec<_> = present().into_iter().map(|b| refused(b, batch, 1.0)).collect();
+    errors.extend(cpu::forward(batch).err());
+    errors.extend(samtone::loss_and_gradients(batch, 1.0).err());
     assert_eq!(errors.len(), present().len() + 2, "forward or loss_and_gradients accepted it");
     errors
 }

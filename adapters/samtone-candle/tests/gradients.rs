@@ -128,7 +128,8 @@ fn each_option_alone_is_that_of_the_reference() -> Result<()> {
     const WEIGHTS: [f32; ROWS] = [1.0, 0.5, 2.0, 0.0, 1.0, 1.0];
     const POSITIVES: [u32; ROWS] = [0, 1, 2, 3, 4, 4];
     const TEXTS: [i64; PASSAGES + 1] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]; // row i asks with text i for text i + 1
-    let sets: [(&str, fn(Call) -> Call); 8] = [
+    type Set = (&'static str, fn(Call) -> Call);
+    let sets: [Set; 8] = [
         ("query_ids", |call| call.with_query_ids(&IDS[..ROWS])),
         ("passage_ids", |call| call.with_passage_ids(IDS)),
         ("shared_ids", |call| call.with_query_ids(&TEXTS[..ROWS]).with_passage_ids(&TEXTS[1..]).with_shared_ids(true)),
