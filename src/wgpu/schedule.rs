@@ -33,7 +33,7 @@ pub enum Slot {
     QueryGradient,
     /// ∂L/∂p, N × d likewise.
     PassageGradient,
-    /// One f32: the upstream gradient, where it is on the device.
+    /// One f32: the upstream gradient, where it is on the device. If it is not finite, all gradients are NaN.
     Upstream,
 }
 
