@@ -10,8 +10,12 @@ from __future__ import annotations
 import importlib.util
 import os
 
-import pytest
-import torch
+# Tensors are tiny here, so that threads wait for each other longer than they work, the more so on a busy machine. Tests of threads set
+# their number themselves. PyTorch reads this when it is imported, in processes that tests start, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 REQUIRED = {name.strip() for name in os.environ.get("SAMTONE_REQUIRE", "").split(",")}
 DEVICE = os.environ.get("SAMTONE_TEST_DEVICE", "cuda")

@@ -1,6 +1,6 @@
 """One of several processes of test_distributed.py: its part of a batch, the recipe of docs/distributed.md, and its gradients in a file.
 
-python distributed_worker.py RANK STORE OUT LOSS
+python distributed_worker.py RANK STORE OUT LOSSES
 """
 
 from __future__ import annotations
@@ -64,20 +64,17 @@ def distributed_loss(query: Tensor, passage: Tensor, passage_ids: Tensor, **opti
     )
 
 
-def main() -> None:
-    rank, processes = int(sys.argv[1]), PROCESSES
-    store, out, name = sys.argv[2:5]
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
+def results_of(name: str, rank: int) -> list[Tensor]:
     towers = Towers()
     model = DistributedDataParallel(towers)
     data = batch()
-    own = {key: x.chunk(processes)[rank] for key, x in data.items() if key != "ids"}
-    ids = torch.cat([part.chunk(processes)[rank] for part in data["ids"].split([ROWS, HARD])])
+    own = {key: x.chunk(PROCESSES)[rank] for key, x in data.items() if key != "ids"}
+    ids = torch.cat([part.chunk(PROCESSES)[rank] for part in data["ids"].split([ROWS, HARD])])
     if name == "open_clip":
         from open_clip.loss import ClipLoss
 
         q, p, log_beta = model(own["query"], own["passage"])
-        theirs = ClipLoss(gather_with_grad=True, rank=rank, world_size=processes)
+        theirs = ClipLoss(gather_with_grad=True, rank=rank, world_size=PROCESSES)
         loss = theirs(normalize(q, dim=1), normalize(p, dim=1), log_beta.exp())
     else:
         hard = own["hard"] if name != "clip" else own["hard"][:0]
@@ -85,7 +82,14 @@ def main() -> None:
         ids = ids[: len(p)] if name != "clip" else torch.arange(len(p)) + rank * len(p)
         loss = distributed_loss(q, p, ids, loss=name, log_beta=log_beta)
     loss.backward()
-    torch.save([loss.detach(), *(x.grad for x in towers.parameters())], f"{out}-{rank}")
+    return [loss.detach(), *(x.grad for x in towers.parameters() if x.grad is not None)]
+
+
+def main() -> None:
+    rank = int(sys.argv[1])
+    store, out, names = sys.argv[2:5]
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
+    torch.save({name: results_of(name, rank) for name in names.split(",")}, f"{out}-{rank}")
     dist.destroy_process_group()
 
 

@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parents[1]
 DATA = HERE.parent / "dual-encoder"
 
 
-def test_curve() -> None:
+def test_curve(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location("train", HERE / "examples" / "train.py")
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
@@ -27,6 +27,14 @@ def test_curve() -> None:
     assert len(curve) == len(expected["loss"]) == 60
     assert curve == pytest.approx(expected["loss"], rel=1e-5)
     assert log_beta == pytest.approx(expected["log_beta"], rel=1e-5)
+    # The command says so, of the same training.
+    monkeypatch.setattr("sys.argv", ["train.py", str(DATA)])
+    monkeypatch.setattr(example, "train", lambda *_: (curve, log_beta))
+    example.main()
+    assert "of the float64 curve" in capsys.readouterr().out
+    curve[7] *= 1.001
+    with pytest.raises(SystemExit, match="too far"):
+        example.main()
 
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)

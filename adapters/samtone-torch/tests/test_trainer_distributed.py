@@ -3,24 +3,25 @@ temperature."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import trainer_worker as worker
+from conftest import missing
 from test_distributed import needs_gloo, spread
 
 pytestmark = needs_gloo
 
 
 KINDS = ["plain", "cached", "routes", "towers"]
+TRAINER = [] if missing("sentence-transformers", "sentence_transformers") else ["trainer"]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each process finds, kind by kind."""
-    return spread(tmp_path_factory.mktemp("kinds"), ",".join(KINDS), "trainer_worker.py")
+    """What each process finds, kind by kind, and with the trainer at last."""
+    return spread(tmp_path_factory.mktemp("kinds"), ",".join([*KINDS, *TRAINER]), "trainer_worker.py")
 
 
 def alone(kind: str) -> list[torch.Tensor]:
@@ -52,9 +53,9 @@ def test_one_all_reduce_in_a_step_and_the_mean_of_gradients(kind: str, results: 
 
 
 @pytest.mark.sentence_transformers
-def test_the_trainer_has_one_temperature(tmp_path: Path) -> None:
-    results = spread(tmp_path, "trainer", "trainer_worker.py")
-    assert all(result["wrapped"] for result in results), "the trainer has not wrapped the model, so this tests nothing"
-    assert results[0]["after"][0].item() != pytest.approx(2.302585, rel=1e-3), "the temperature is not learned"
-    for a, b in zip(results[0]["after"], results[1]["after"]):
+def test_the_trainer_has_one_temperature(results: list[dict[str, Any]]) -> None:
+    one, other = (result["trainer"] for result in results)
+    assert one["wrapped"] and other["wrapped"], "the trainer has not wrapped the model, so this tests nothing"
+    assert one["after"][0].item() != pytest.approx(2.302585, rel=1e-3), "the temperature is not learned"
+    for a, b in zip(one["after"], other["after"], strict=True):
         assert torch.equal(a, b)

@@ -1,7 +1,7 @@
 """One of two processes of test_trainer_distributed.py. What it finds goes to a file.
 
-python trainer_worker.py RANK STORE OUT KINDS, where KINDS are `trainer`, or some of plain, cached, theirs (a loss of
-sentence-transformers itself), routes (columns take different parameters of the model), towers (`samtone.grad_cache.step`).
+python trainer_worker.py RANK STORE OUT KINDS, where KINDS are some of plain, cached, theirs (a loss of sentence-transformers itself),
+routes (columns take different parameters of the model), towers (`samtone.grad_cache.step`), and `trainer`.
 """
 
 from __future__ import annotations
@@ -121,10 +121,7 @@ def by_trainer(rank: int, out: str) -> Any:
 def main() -> None:
     rank, store, out, kinds = int(sys.argv[1]), *sys.argv[2:5]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
-    if kinds == "trainer":
-        found = by_trainer(rank, out)
-    else:
-        found = {kind: by_hand(kind, rank) for kind in kinds.split(",")}
+    found = {kind: by_trainer(rank, out) if kind == "trainer" else by_hand(kind, rank) for kind in kinds.split(",")}
     dist.barrier()
     dist.destroy_process_group()
     torch.save(found, f"{out}-{rank}")
