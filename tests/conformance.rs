@@ -303,7 +303,7 @@ fn call_with(option: &str, call: Call, (m, n): (usize, usize)) -> Result<Call, S
     let mut below = |end: usize, count: usize| (0..count).map(|_| source.below(end) as u32).collect::<Vec<_>>();
     let ids = |numbers: Vec<u32>| numbers.into_iter().map(i64::from).collect::<Vec<_>>();
     let weights = || (0..m).map(|i| [1.0, 0.0, 2.5, 0.125, 1e-3][i % 5]).collect::<Vec<f32>>();
-    let owner = |j: usize| if j < m || j % 4 == 0 { -1 } else { (j % m) as i32 };
+    let owner = |j: usize| if j < m || j.is_multiple_of(4) { -1 } else { (j % m) as i32 };
     let owned = |call: Call, scope| call.with_hard_negative_owners((0..n).map(owner).collect::<Vec<_>>(), scope);
     Ok(match option {
         "permuted positives" => {

@@ -66,8 +66,8 @@ fn every_number_is_read_exactly() -> Outcome {
         file["weights"] = narrow.clone().into();
         let case = Case::parse(&file.to_string())?;
         assert_eq!(case.problem.query, wide);
-        let weights = case.problem.weights.ok_or("no weights")?;
-        assert_eq!(weights.into_iter().map(f64::from).collect::<Vec<_>>(), narrow);
+        let pairs = case.problem.pairs()?;
+        assert_eq!((0..pairs.rows()).map(|i| pairs.weight(i)).collect::<Vec<_>>(), narrow);
     }
     Ok(())
 }
@@ -93,7 +93,7 @@ fn shared_ids_want_the_ids_of_both_towers() -> Outcome {
         fields.insert("shared_ids".into(), json!(true));
         assert!(error_of(&Value::from(fields.clone()).to_string()).contains(error), "{error}");
         fields.insert("shared_ids".into(), json!(false));
-        assert!(!Case::parse(&Value::from(fields.clone()).to_string())?.problem.shared_ids);
+        assert!(!Case::parse(&Value::from(fields.clone()).to_string())?.problem.call.shared_ids());
     }
     fields.insert("shared_ids".into(), json!(1));
     assert!(error_of(&Value::from(fields.clone()).to_string()).contains("field `shared_ids`: invalid type"));
@@ -125,7 +125,8 @@ fn optional_fields_may_be_left_out() -> Outcome {
         fields.remove(name).ok_or(name)?;
     }
     let case = Case::parse(&file.to_string())?;
-    assert_eq!(case.problem.positives, None);
+    let pairs = case.problem.pairs()?;
+    assert!((0..pairs.rows()).all(|i| pairs.positive(i) == i));
     assert_eq!(case.expected.row_losses, Case::parse(&text)?.expected.row_losses);
     Ok(())
 }

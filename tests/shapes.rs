@@ -63,7 +63,7 @@ fn tile(problem: &Problem, dtype: DType) -> Result<usize, Box<dyn std::error::Er
 fn with_everything(problem: Problem) -> Problem {
     let (rows, passages) = (problem.rows, problem.passages);
     let mut source = Source::new(rows as u64);
-    let weight = |i: usize| (i + 1 == rows || i % 3 > 0) as u8 as f32 * 0.5;
+    let weight = |i: usize| (i + 1 == rows || !i.is_multiple_of(3)) as u8 as f32 * 0.5;
     let owner = |j: usize| if j % 4 == 1 { (j % rows) as i32 } else { -1 };
     problem.with(|call| {
         call.with_positives((0..rows).map(|_| source.below(passages) as u32).collect::<Vec<_>>())

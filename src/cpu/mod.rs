@@ -39,6 +39,9 @@ use std::ops::Range;
 /// Bound on the workspace if the options set none: 256 MiB.
 pub const DEFAULT_WORKSPACE_BYTES: usize = 256 << 20;
 
+/// ∂L/∂q and ∂L/∂p as f32, row-major and contiguous, where they are wanted.
+pub type WantedGradients = [Option<Vec<f32>>; 2];
+
 /// What every pass works on.
 #[derive(Clone, Copy)]
 struct Task<'a> {
@@ -109,7 +112,7 @@ impl Workspace {
         &mut self,
         batch: &Batch<'_>,
         wanted: [bool; 2],
-    ) -> Result<(Evaluation, [Option<Vec<f32>>; 2], TemperatureGradient)> {
+    ) -> Result<(Evaluation, WantedGradients, TemperatureGradient)> {
         let (dim, rows) = (batch.dim(), [batch.rows(), batch.passages()]);
         let mut gradients = wanted.map(|wanted| wanted.then(Vec::new));
         for (gradient, rows) in gradients.iter_mut().zip(rows) {

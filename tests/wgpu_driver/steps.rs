@@ -402,8 +402,8 @@ fn perfect() -> Result<(), String> {
             let angle = |k: usize| (k / 2) as f64 / rows as f64 * std::f64::consts::PI;
             problem.query = (0..2 * rows).map(|k| if k % 2 == 0 { angle(k).cos() } else { angle(k).sin() }).collect();
             problem.passage = problem.query.clone();
-            let weights: Vec<f32> = (0..rows).map(|i| weights[i % weights.len()]).collect();
-            let mut problem = problem.with(|call| call.with_weights(weights));
+            let of_rows: Vec<f32> = (0..rows).map(|i| weights[i % weights.len()]).collect();
+            let mut problem = problem.with(|call| call.with_weights(of_rows));
             let run = |problem: &Problem| {
                 let spec = Spec { capabilities: Some(capabilities), ..Spec::new(problem, DType::F32) };
                 let call = Call::new(problem, spec)?;
