@@ -197,7 +197,8 @@ SAMTONE_DEVICE void find_faults(const Combine& c, double (&found)[FOUND]) {
 }
 
 // Results and status from what the call found: value k in lane k of the warp. The largest share of the gradient becomes about 2^13
-// in units of 2^SHIFT, so that gradients of logits use the range of f16 and none leaves it.
+// in units of 2^SHIFT, so that gradients of logits use the range of f16 and none leaves it. Where the sums of P@1 and MRR are equal, both
+// are 1: `Metrics::from_sums` in src/output.rs says why. Both are added up in the same order, as it wants.
 SAMTONE_DEVICE void finish(const Combine& c, double value) {
     constexpr u32 TARGET = 13;
     const u32 k = lane_id();
@@ -205,6 +206,9 @@ SAMTONE_DEVICE void finish(const Combine& c, double value) {
     const u32 faults = vote_sync_ballot(ALL_LANES, faulty) >> FAULTS;
     const u32 fatal = 1u << NO_NEGATIVE | (c.zero_is_error != 0 ? 15u : 3u); // as `is_refused`
     if (k == LOSS && (faults & fatal) != 0) value = not_a_number();
+    const double of_qp = shfl_sync_bfly(ALL_LANES, value, PRECISION_QP ^ MRR_QP);
+    const double of_pq = shfl_sync_bfly(ALL_LANES, value, PRECISION_PQ ^ MRR_PQ);
+    if (k >= PRECISION_QP && k <= MRR_PQ && value == (k <= MRR_QP ? of_qp : of_pq)) value = 1;
     if (k < SUMS) st_global_f64(c.results + k, value);
     if (k == LARGEST_SHARE) st_global_f64(c.results + SHIFT, value == minus_infinity() ? 0 : round_f64(value / LN_2) - TARGET);
     if (k < FAULTS || k >= FAULTS + STATUS_WORDS) return;

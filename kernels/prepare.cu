@@ -3,7 +3,8 @@
 //          s⁺ᵢ = q̂ᵢ·p̂_{π(i)} from the raw embeddings, in f64; thresholds of margin and rank
 // In/out   raw embeddings of f32, f16 or bf16 with any row stride; order: row behind each index, or null for the identity ·
 //          packed rows with zeros up to 128 bytes, in either layout of
-//          problem.cuh; norms; faults of each index; anchor keys; 0 in the ticket of combine.cu
+//          problem.cuh; norms; faults of each index; anchor keys; 0 in the ticket of combine.cu. Packing again for a backward call:
+//          status, where a row has not the norm of the forward call
 // Tiles    grid (⌈rows of the packed queries / 8⌉ + ⌈rows of the packed passages / 8⌉)
 // Threads  256: one warp per index; that of a query also reads its positive
 // Shared   none
@@ -38,30 +39,15 @@ struct Positives {
     const u32x2* row_keys; // query key, passage key
     double* positive;      // s⁺
     AnchorKeys* anchors;
-    u32* ticket;
+    u32 *ticket, *status;
     double margin;         // +∞ for none
-    u32 wanted, padding;   // 0: they are there already
+    u32 wanted, padding;   // 0: they are there already, as are the norms
 };
 
 struct Prepare {
     Packing of[2];
     Positives positives;
 };
-
-// What follows from a sum of squares.
-struct Norm {
-    double norm, inverse; // 0 for a row that has no direction
-    bool finite;
-};
-SAMTONE_DEVICE Norm norm_of(double squares) {
-    const bool finite = squares < 1e300; // false for NaN; squares of finite f32 numbers stay far below
-    const double norm = finite && squares > 0 ? sqrt_rn(squares) : 0;
-    return {norm, norm > 0 ? 1 / norm : 0, finite};
-}
-SAMTONE_DEVICE void add_squares(double& squares, const float (&v)[8]) {
-    UNROLL
-    for (u32 i = 0; i < 8; ++i) squares = fma_rn(static_cast<double>(v[i]), static_cast<double>(v[i]), squares);
-}
 
 SAMTONE_DEVICE void store_anchor(const Positives& p, u32 row, double cosine) {
     constexpr double COSINE_TIE = 1.0 / (1 << 20); // src/mask.rs
@@ -114,9 +100,14 @@ KERNEL(prepare, REDUCE_THREADS, BY_VALUE(Prepare) all) {
             inverse = 4096 / (norm.norm * scale);
         }
         if (lane_id() == 0) {
-            st_global_u32x2(p.faults + index, {norm.finite ? NONE : row, squares == 0 ? row : NONE});
             st_global_f32(p.inverse + index, static_cast<float>(inverse));
-            st_global_f64(p.inverse_norm + index, norm.inverse);
+            if (positives.wanted != 0) {
+                st_global_u32x2(p.faults + index, {norm.finite ? NONE : row, squares == 0 ? row : NONE});
+                st_global_f64(p.inverse_norm + index, norm.inverse);
+            } else if (norm.inverse != ld_global_f64(p.inverse_norm + index) || !norm.finite) {
+                // The lowest row, whoever comes first.
+                atom_global_min_u32(positives.status + (norm.finite ? REPACKED_QUERY : NON_FINITE_QUERY) + space, row);
+            }
         }
         if (pairs) {
             other_squares = reduce_warp<Sum>(other_squares);

@@ -9,7 +9,8 @@
 // Shared   64 bytes (reduce.cuh)
 // Sync     R1, R2 reduce.cuh
 // Numerics f64 until it is stored, rounded once. May write where the sums are: a lane reads an element before it writes it. A row
-//          without direction gets zeros; a refused call NaN. Dots are added in one fixed order
+//          without direction gets zeros; a refused call NaN, and so does a row that has not the norm of the forward call, which the
+//          status then names. Dots are added in one fixed order
 // Limits   gradients are aligned to their elements
 #include "common/raw.cuh"
 #include "common/reduce.cuh"
@@ -46,7 +47,7 @@ struct Backward {
     // passage, occurrence_start[n] … occurrence_start[n + 1] (null: the identity), and the row that each index anchors.
     const u32 *positives, *anchor_index, *occurrence_start, *occurrences, *anchor_row;
     const float* upstream;        // null for 1
-    const u32* status;
+    u32* status;
     double beta, factor;          // the host's part of the upstream gradient
     u32 row_begin, row_end;       // rows of the shard
     u32 zero_is_error, padding;
@@ -149,8 +150,18 @@ KERNEL(project, REDUCE_THREADS, BY_VALUE(Backward) b) {
     const double inverse = ld_global_f64(p.inverse_norm + index);
     const double unit = exp2_f64(ld_global_f64(b.dots.results + SHIFT) - 12);
     const unsigned char* x = p.own.data + row * p.own.row_bytes;
-    const double factor = b.beta * inverse * upstream_of(b);
-    double along = 0;
+    double factor = b.beta * inverse * upstream_of(b), along = 0, squares = 0;
+    // Added up as `prepare` did, so the same to the bit for the same embedding. By a loop of its own, whose registers are free again.
+    for (u32 column = 8 * lane_id(); column < p.own.dim; column += 8 * WARP) {
+        float v[8];
+        load_eight(v, p.own, x, column, aligned);
+        add_squares(squares, v);
+    }
+    const Norm norm = norm_of(reduce_warp<Sum>(squares));
+    if ((!norm.finite || norm.inverse != inverse) && factor == factor) { // a refused call has its status
+        factor = not_a_number();
+        if (lane_id() == 0) atom_global_min_u32(b.status + CHANGED_QUERY + p.is_passage, row);
+    }
     for (u32 pass = 0; pass < 2; ++pass) { // [1] x̂·g / ‖x‖, [2] tangent and store
         for (u32 column = 8 * lane_id(); column < p.own.dim; column += 8 * WARP) {
             double g[8];

@@ -11,6 +11,8 @@
 #[path = "conformance/edges.rs"]
 mod edges;
 mod support;
+#[path = "conformance/winners.rs"]
+mod winners;
 
 use libtest_mimic::{Arguments, Failed};
 use samtone::backend::{self, Backend};
@@ -250,6 +252,7 @@ fn cases() -> Result<Vec<Case>, String> {
         }
     }
     cases.extend(edges::cases()?);
+    cases.extend(winners::cases()?);
     Ok(cases)
 }
 

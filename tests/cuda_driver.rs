@@ -7,6 +7,8 @@
 
 mod support;
 
+#[path = "cuda_driver/changed.rs"]
+mod changed;
 #[path = "cuda_driver/emulated.rs"]
 mod emulated;
 #[cfg(feature = "cudarc")]
@@ -135,10 +137,10 @@ fn told() -> impl Iterator<Item = (&'static str, &'static str, Body)> {
 
 fn on_devices() -> impl Iterator<Item = Check> {
     #[cfg(feature = "cudarc")]
-    let more = [slices::CHECKS, graphs::CHECKS];
+    let more = [slices::CHECKS, graphs::CHECKS, changed::SLICES];
     #[cfg(not(feature = "cudarc"))]
     let more: [&[Check]; 0] = [];
-    raw::CHECKS.iter().chain(kernels::CHECKS).chain(more.into_iter().flatten()).copied()
+    raw::CHECKS.iter().chain(kernels::CHECKS).chain(changed::CHECKS).chain(more.into_iter().flatten()).copied()
 }
 
 fn trials() -> Vec<Listed> {

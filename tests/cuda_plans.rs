@@ -212,7 +212,7 @@ fn apart(how: &'static CudaEmulated) -> Result<(), Failed> {
     device.upload_embeddings("passage", batch.passage())?;
     device.launch(Plan::forward)?;
     // The workspace may have served others in between.
-    for name in ["query_packed", "passage_packed", "query_inverse", "passage_inverse", "query_inverse_norm"] {
+    for name in ["query_packed", "passage_packed", "query_inverse", "passage_inverse", "block_results"] {
         let bytes = device.plan().array(name).ok_or("no such array")?.bytes as usize;
         device.upload(name, &vec![0xff_u8; bytes])?;
     }

@@ -95,13 +95,17 @@ struct Group {
 // What is wrong with one embedding: its row, NONE if it is finite, and if its norm is not zero.
 using Fault = u32x2;
 
-// What a call found wrong with its inputs: the lowest row, NONE if there is none. u32 each.
+// What a call found wrong with its inputs: the lowest row, NONE if there is none. u32 each. `combine` writes all of them. A backward call
+// adds embeddings of another norm than those of the forward call: those that `prepare` packs again, and those that only `project` reads.
 constexpr u32 NON_FINITE_QUERY = 0, NON_FINITE_PASSAGE = 1, ZERO_QUERY = 2, ZERO_PASSAGE = 3, NO_NEGATIVE = 4, NO_NEGATIVE_GROUP = 5,
-              STATUS_WORDS = 8;
+              REPACKED_QUERY = 6, REPACKED_PASSAGE = 7, CHANGED_QUERY = 8, CHANGED_PASSAGE = 9, STATUS_WORDS = 10;
 
-// Whether a call is refused: its results are NaN then, so that a caller that never looks at the status sees no wrong number.
+// Whether a call is refused: its results are NaN then, so that a caller that never looks at the status sees no wrong number. Not for what
+// `project` finds, which may not depend on who looks first: it refuses the rows that it finds, and the others are right.
 SAMTONE_DEVICE bool is_refused(const u32* status, u32 zero_is_error SAMTONE_SITE) {
     bool refused = ld_global_u32(status + NO_NEGATIVE SAMTONE_EMULATED_AS(, site)) != NONE;
+    for (u32 word = REPACKED_QUERY; word <= REPACKED_PASSAGE; ++word)
+        refused = refused || ld_global_u32(status + word SAMTONE_EMULATED_AS(, site)) != NONE;
     for (u32 word = 0; word < (zero_is_error != 0 ? 4u : 2u); ++word)
         refused = refused || ld_global_u32(status + word SAMTONE_EMULATED_AS(, site)) != NONE;
     return refused;

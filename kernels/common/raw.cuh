@@ -61,3 +61,18 @@ SAMTONE_DEVICE bool is_aligned(const Raw& raw) {
     const u64 bytes = raw.type == TYPE_F32 ? 4 : 2;
     return ((reinterpret_cast<u64>(raw.data) | raw.row_bytes | raw.dim * bytes) & 15) == 0;
 }
+
+// What follows from a sum of squares.
+struct Norm {
+    double norm, inverse; // 0 for a row that has no direction
+    bool finite;
+};
+SAMTONE_DEVICE Norm norm_of(double squares) {
+    const bool finite = squares < 1e300; // false for NaN; squares of finite f32 numbers stay far below
+    const double norm = finite && squares > 0 ? sqrt_rn(squares) : 0;
+    return {norm, norm > 0 ? 1 / norm : 0, finite};
+}
+SAMTONE_DEVICE void add_squares(double& squares, const float (&v)[8]) {
+    UNROLL
+    for (u32 i = 0; i < 8; ++i) squares = fma_rn(static_cast<double>(v[i]), static_cast<double>(v[i]), squares);
+}

@@ -126,7 +126,7 @@ impl Launches<'_> {
             false => Address::Null,
         };
         let mut state = |name, bytes| self.layout.add(Slot::State, name, bytes);
-        let (results, status, ticket) = (state("results", 16 * 8), state("status", 8 * 4), state("ticket", 4));
+        let (results, status, ticket) = (state("results", 16 * 8), state("status", 10 * 4), state("ticket", 4));
         let row_losses = state("row_losses", 8 * m);
         let (sums, above) = (state("sums", 4 * 16 * m), state("above", 2 * 4 * m));
         let (positive, anchors) = (state("positive", 8 * m), state("anchors", 16 * m));
@@ -247,7 +247,8 @@ impl Launches<'_> {
             panel: panel as u64,
             parts,
             inverse: self.layout.add(Slot::Workspace, names[3], 4 * indices),
-            inverse_norm: self.layout.add(Slot::Workspace, names[4], 8 * indices),
+            // By which a backward call knows the embeddings of the forward call.
+            inverse_norm: self.layout.add(Slot::State, names[4], 8 * indices),
             // A shard's sums are exchanged before `combine` reads them, and the workspace may serve others meanwhile.
             faults: self.layout.add(Slot::State, names[5], 8 * indices),
             candidates,

@@ -57,6 +57,7 @@ impl Launches<'_> {
                 .pointer(at(common.positive))
                 .pointer(at(common.anchors))
                 .pointer(at(common.ticket))
+                .pointer(at(common.status))
                 .f64(problem.call().margin().unwrap_or(f64::INFINITY))
                 .flag(with_positives)
                 .u32(0_u32);

@@ -306,12 +306,12 @@ impl<'a> Call<'a> {
         Ok(call)
     }
 
-    fn write_embeddings(&self, problem: &Problem) -> Result<(), String> {
+    pub fn write_embeddings(&self, problem: &Problem) -> Result<(), String> {
         self.memory[Slot::Query as usize].write(&bytes(&Buffer::new(self.dtype, &problem.query)))?;
         self.memory[Slot::Passage as usize].write(&bytes(&Buffer::new(self.dtype, &problem.passage)))
     }
 
-    fn clear_gradients(&self) -> Result<(), String> {
+    pub fn clear_gradients(&self) -> Result<(), String> {
         [Slot::QueryGradient, Slot::PassageGradient].into_iter().try_for_each(|slot| {
             self.memory[slot as usize].write(&vec![0xff; self.plan.slot_bytes(slot) as usize]) // NaN
         })
@@ -322,7 +322,7 @@ impl<'a> Call<'a> {
         unsafe { call(self.device, &self.plan, &self.pointers, self.stream) }.map_err(text)
     }
 
-    fn gradient(&self, slot: Slot) -> Result<Vec<f64>, String> {
+    pub fn gradient(&self, slot: Slot) -> Result<Vec<f64>, String> {
         let bytes = self.memory[slot as usize].read(self.stream)?;
         Ok(bytes.chunks_exact(4).map(|x| f64::from(f32::from_le_bytes([x[0], x[1], x[2], x[3]]))).collect())
     }
@@ -447,6 +447,12 @@ fn shards() -> Result<(), String> {
         foreign::all_refused(&problem, |other| merged.clone().merge(other))?;
         let moved = foreign::other_embeddings(&problem).map_err(text)?;
         let error = merged.clone().merge(&moved).err().map(|e| e.to_string()).unwrap_or_default();
+        demand(error.contains("row 0 has a cosine of"), &error)?;
+        // SAFETY: as below.
+        let written = unsafe {
+            shards[0].device.write_partials(&shards[0].readout, &moved, &shards[0].pointers, shards[0].stream)
+        };
+        let error = written.err().map(|e| e.to_string()).unwrap_or_default();
         demand(error.contains("row 0 has a cosine of"), &error)?;
         let mut sum =
             Outputs { grad_query: vec![], grad_passage: vec![0.0; whole.grad_passage.len()], ..whole.clone() };

@@ -404,6 +404,11 @@ impl Device {
 
     /// Enqueues [`Plan::backward`], the gradients, after [`Device::forward`] with the same pointers.
     ///
+    /// The embeddings are those of the forward call. One whose gradient is asked for is known by its norm: if that is another one, or not
+    /// finite, its gradient is NaN, [`Device::results`] is an error, and so is every reading of results until the next forward call.
+    /// Gradients of embeddings that are in no pair with it are those of the forward call. Not noticed is an embedding that keeps its norm
+    /// to the last bit of f64, and a tower whose gradients are not asked for.
+    ///
     /// # Errors
     /// As [`Device::forward`].
     ///
@@ -416,6 +421,8 @@ impl Device {
 
     /// Enqueues [`Plan::backward_alone`], the gradients, after [`Device::forward`] with the same state and embeddings, whatever
     /// the workspace holds.
+    ///
+    /// Embeddings of both towers are known by their norms, as [`Device::backward`] says. If one is another, all gradients are NaN.
     ///
     /// # Errors
     /// As [`Device::forward`].

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::identity::Identity;
 use crate::loss::{Block, Loss};
 use crate::output::{Evaluation, Metrics, TemperatureGradient};
-use crate::partials::{ExpSum, Partials};
+use crate::partials::{ExpSum, Partials, SAME_COSINE, expect_positives};
 use half::{bf16, f16};
 use std::ffi::c_int;
 use std::ops::Range;
@@ -18,12 +18,14 @@ use std::ops::Range;
 /// `NONE` of kernels/common/problem.cuh: no row.
 const NONE: u32 = u32::MAX;
 /// Words of the array `status`: by tower, a row that is not finite, and a row of norm zero; then the row without a negative, and
-/// its group.
+/// its group; then, by tower, a row whose norm was another one when a backward call packed it again, and when one only read it.
 const NON_FINITE: usize = 0;
 const ZERO: usize = 2;
 const NO_NEGATIVE: usize = 4;
 const NO_NEGATIVE_GROUP: usize = 5;
-const STATUS_WORDS: usize = 8;
+const REPACKED: usize = 6;
+const CHANGED: usize = 8;
+const STATUS_WORDS: usize = 10;
 /// Numbers of the array `results`.
 const LOSS: usize = 0;
 const QUERY_TO_PASSAGE: usize = 1;
@@ -61,7 +63,12 @@ pub struct Readout {
 enum Fault {
     NonFinite(Tower, usize),
     ZeroNorm(Tower, usize),
-    NoNegative { row: usize, group: usize },
+    NoNegative {
+        row: usize,
+        group: usize,
+    },
+    /// A backward call had another embedding there than the forward call.
+    Changed(Tower, usize),
 }
 
 impl Readout {
@@ -111,14 +118,19 @@ impl Readout {
                 return Some(Fault::ZeroNorm(tower, row));
             }
         }
-        word(NO_NEGATIVE).map(|row| Fault::NoNegative { row, group: word(NO_NEGATIVE_GROUP).unwrap_or(0) })
+        if let Some(row) = word(NO_NEGATIVE) {
+            return Some(Fault::NoNegative { row, group: word(NO_NEGATIVE_GROUP).unwrap_or(0) });
+        }
+        let changed = |k: usize| [REPACKED, CHANGED].into_iter().filter_map(|at| word(at + k)).min();
+        let mut towers = [Tower::Query, Tower::Passage].into_iter().enumerate();
+        towers.find_map(|(k, tower)| changed(k).map(|row| Fault::Changed(tower, row)))
     }
 
     /// An error if a status names a row that there is not, and so is no status: the state may be of a call that was captured and
     /// never run, or of another plan.
     fn expect_row(&self, fault: Fault) -> Result<()> {
         let (what, row, count) = match fault {
-            Fault::NonFinite(tower, row) | Fault::ZeroNorm(tower, row) => {
+            Fault::NonFinite(tower, row) | Fault::ZeroNorm(tower, row) | Fault::Changed(tower, row) => {
                 (tower.to_string(), row, if tower == Tower::Query { self.rows } else { self.passages })
             }
             Fault::NoNegative { row, .. } => (Tower::Query.to_string(), row, self.rows),
@@ -132,15 +144,31 @@ impl Readout {
         })
     }
 
-    /// Names the first element of a row that is not finite.
-    fn non_finite(&self, tower: Tower, row: usize, bytes: &[u8]) -> Error {
-        let values: Vec<f64> = match self.dtype {
+    fn values(&self, bytes: &[u8]) -> Vec<f64> {
+        match self.dtype {
             DType::F64 => numbers(bytes, f64::from_le_bytes).collect(), // problems refuse it
             DType::F32 => numbers(bytes, f32::from_le_bytes).map(f64::from).collect(),
             DType::F16 => numbers(bytes, f16::from_le_bytes).map(Element::to_f64).collect(),
             DType::BF16 => numbers(bytes, bf16::from_le_bytes).map(Element::to_f64).collect(),
-        };
-        match values.into_iter().enumerate().find(|(_, value)| !value.is_finite()) {
+        }
+    }
+
+    /// Says what is in a row that a backward call found changed.
+    fn changed(&self, tower: Tower, row: usize, bytes: &[u8]) -> Error {
+        let values = self.values(bytes);
+        if values.iter().any(|value| !value.is_finite()) {
+            return self.non_finite(tower, row, bytes);
+        }
+        let norm = values.iter().map(|value| value * value).sum::<f64>().sqrt();
+        Error::StateMismatch {
+            saved: format!("a {tower} embedding in row {row} that a backward call found to be another one"),
+            given: format!("one of norm {norm}"),
+        }
+    }
+
+    /// Names the first element of a row that is not finite.
+    fn non_finite(&self, tower: Tower, row: usize, bytes: &[u8]) -> Error {
+        match self.values(bytes).into_iter().enumerate().find(|(_, value)| !value.is_finite()) {
             Some((column, value)) => Error::NonFinite { tower, row, column, value },
             None => Error::StateMismatch {
                 saved: format!("{tower} embeddings whose row {row} is not finite"),
@@ -246,7 +274,8 @@ impl Device {
     /// [`Device::evaluation`], and the temperature's gradient of the backward call after it.
     ///
     /// # Errors
-    /// As [`Device::evaluation`].
+    /// As [`Device::evaluation`]; and [`Error::NonFinite`] or [`Error::StateMismatch`] for an embedding that the backward call found to be
+    /// another one than the forward call did: see [`Device::backward`].
     ///
     /// # Safety
     /// As [`Device::evaluation`], with forward and backward.
@@ -277,10 +306,11 @@ impl Device {
         }
     }
 
-    /// Puts merged sums into the state, for [`Device::combine`] on the same stream.
+    /// Puts merged sums into the state, for [`Device::combine`] on the same stream. Waits for the stream.
     ///
     /// # Errors
-    /// [`Error::StateMismatch`] for partials of other inputs, [`Error::InvalidArgument`] if they do not cover every row or while
+    /// [`Error::StateMismatch`] for partials of other inputs, by the problem and by the cosines of the positives,
+    /// [`Error::InvalidArgument`] if they do not cover every row or while
     /// the stream is being captured, [`Error::Cuda`].
     ///
     /// # Safety
@@ -295,8 +325,12 @@ impl Device {
         merged.expect_problem(&readout.identity)?;
         merged.expect_complete()?;
         let (sums, above) = readout.encode(merged);
-        // SAFETY: the caller's promise; both arrays are in the state.
+        // SAFETY: the caller's promise; the three arrays are in the state.
         unsafe {
+            let positive = pointers.state + readout.positive.start as u64;
+            let positive = self.download(positive, readout.positive.len(), stream)?;
+            let positive: Vec<f64> = numbers(&positive, f64::from_le_bytes).collect();
+            expect_positives(&merged.positive, &positive, SAME_COSINE)?;
             self.upload(pointers.state + readout.sums.start as u64, &sums, stream)?;
             self.upload(pointers.state + readout.above.start as u64, &above, stream)
         }
@@ -317,7 +351,7 @@ impl Device {
             Some(Fault::NoNegative { row, group }) => {
                 Err(Error::NoNegative { loss: readout.loss.name().into(), group, row })
             }
-            Some(Fault::NonFinite(tower, row)) => {
+            Some(Fault::NonFinite(tower, row) | Fault::Changed(tower, row)) => {
                 let (start, row_bytes) = match tower {
                     Tower::Query => (pointers.query, readout.row_bytes[0]),
                     Tower::Passage => (pointers.passage, readout.row_bytes[1]),
@@ -326,7 +360,9 @@ impl Device {
                 let bytes = unsafe {
                     self.download(start + row as u64 * row_bytes, readout.dim * readout.dtype.bytes(), stream)
                 }?;
-                Err(readout.non_finite(tower, row, &bytes))
+                let changed = matches!(fault, Some(Fault::Changed(..)));
+                let error = if changed { Readout::changed } else { Readout::non_finite };
+                Err(error(readout, tower, row, &bytes))
             }
         }
     }
@@ -420,6 +456,11 @@ mod tests {
         assert_eq!(readout(ZeroNorm::ZeroGradient).fault(&both), Some(Fault::NonFinite(Tower::Passage, 0)));
         let last = status(&[(NO_NEGATIVE, 1), (NO_NEGATIVE_GROUP, 2)]);
         assert_eq!(strict.fault(&last), Some(Fault::NoNegative { row: 1, group: 2 }));
+        let changed = [(REPACKED + 1, 0), (CHANGED, 1), (REPACKED, 0)];
+        assert_eq!(strict.fault(&status(&changed)), Some(Fault::Changed(Tower::Query, 0)));
+        assert_eq!(strict.fault(&status(&changed[..2])), Some(Fault::Changed(Tower::Query, 1)));
+        assert_eq!(strict.fault(&status(&changed[..1])), Some(Fault::Changed(Tower::Passage, 0)));
+        assert_eq!(strict.fault(&status(&[changed[1], (ZERO + 1, 2)])), Some(Fault::ZeroNorm(Tower::Passage, 2)));
     }
 
     #[test]
@@ -436,6 +477,10 @@ mod tests {
         let error = readout.non_finite(Tower::Query, 7, &row);
         assert_eq!(error, Error::NonFinite { tower: Tower::Query, row: 7, column: 1, value: f64::NEG_INFINITY });
         assert!(readout.non_finite(Tower::Query, 7, &[0; 8]).to_string().contains("overwritten"));
+        assert_eq!(readout.changed(Tower::Query, 7, &row), error);
+        let two: Vec<u8> = [2.0; 1].into_iter().flat_map(|value| f16::from_f32(value).to_le_bytes()).collect();
+        let sentence = readout.changed(Tower::Passage, 1, &two).to_string();
+        assert!(sentence.contains("passage embedding in row 1") && sentence.contains("norm 2;"), "{sentence}");
     }
 
     #[test]

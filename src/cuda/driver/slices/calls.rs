@@ -117,7 +117,9 @@ impl Forward {
         self.step.evaluation(&batch.query, &batch.passage)
     }
 
-    /// Enqueues the gradients for the batch of the forward call, unchanged since, times `upstream`, which may stay on the device.
+    /// Enqueues the gradients for the batch of the forward call, unchanged since, times `upstream`, which may stay on the device. If an
+    /// embedding has another norm than in the forward call, or is not finite, all gradients are NaN, and [`Forward::temperature`] and
+    /// [`Forward::evaluation`] say which one.
     ///
     /// # Errors
     /// As [`Step::backward`], and [`Error::StateMismatch`](crate::Error::StateMismatch) for a batch of another shape or type.
@@ -153,7 +155,8 @@ impl Forward {
     /// Waits, then gives the gradient of the temperature, after a backward call. `batch` is that of both calls.
     ///
     /// # Errors
-    /// As [`Forward::evaluation`], and [`Error::StateMismatch`](crate::Error::StateMismatch) without a backward call.
+    /// As [`Forward::evaluation`], for what either call found, and [`Error::StateMismatch`](crate::Error::StateMismatch) without a backward
+    /// call.
     pub fn temperature<T: Element>(&self, batch: &DeviceBatch<'_, T>) -> Result<TemperatureGradient> {
         self.shape.expect(batch)?;
         self.step.results(&batch.query, &batch.passage).map(|(_, temperature)| temperature)

@@ -274,7 +274,9 @@ impl Step {
         Ok(())
     }
 
-    /// Enqueues the gradients for the embeddings of the forward call, unchanged since, times `upstream`.
+    /// Enqueues the gradients for the embeddings of the forward call, unchanged since, times `upstream`. Embeddings of another norm are
+    /// refused when results are read, and their gradients are NaN: see [`Device::backward`], and [`Device::backward_alone`] for calls
+    /// after [`Step::release_workspace`].
     ///
     /// # Errors
     /// As [`Step::forward`]; [`Error::StateMismatch`] without a forward call, [`Error::InvalidArgument`] for gradients that are not
