@@ -21,7 +21,8 @@ pub fn cases() -> Result<Vec<Case>, String> {
                     *x = 0.01 * *x + if k % d == k / d { 1.0 } else { 0.0 };
                 }
             }
-            problem.weights = Some((0..m).map(|i| [0.1, 0.2, 0.7, 0.0][i % 4]).collect());
+            let weights: Vec<f32> = (0..m).map(|i| [0.1, 0.2, 0.7, 0.0][i % 4]).collect();
+            let problem = problem.with(|call| call.with_weights(weights));
             let sum: f64 = problem.normalized_weights().iter().sum();
             if sum == 1.0 {
                 return Err(format!("the weights of {m} rows sum to 1, which shows nothing"));

@@ -128,7 +128,7 @@ fn forward_refuses() -> Result<(), String> {
     let pairs = Pairs::of(&good)?;
     let batch = pairs.batch(&query, &passage)?;
     for change in &CHANGES {
-        let mut forward = cuda::forward(&at.device, &at.stream, &good.loss, &batch, &good.options).map_err(text)?;
+        let mut forward = cuda::forward(&at.device, &at.stream, &batch).map_err(text)?;
         let (query, passage) = at.upload(&change.made_to(&good))?;
         let other = pairs.batch(&query, &passage)?;
         let gradients = forward.backward(&other, 1.0).map_err(text)?;
@@ -146,7 +146,7 @@ fn step_refuses() -> Result<(), String> {
     let good = sample(Loss::samtone_both(), 43)?;
     let (query, passage) = at.upload(&good)?;
     let pairs = Pairs::of(&good)?;
-    let planned = pairs.batch(&query, &passage)?.problem(&good.loss, &good.options).map_err(text)?;
+    let planned = pairs.batch(&query, &passage)?.problem().map_err(text)?;
     let mut step = Step::new(&at.device, &at.stream, &planned).map_err(text)?;
     let mut gradients = at.gradients(&good)?;
     for change in &CHANGES {
