@@ -265,6 +265,13 @@ fn refused_allocations_are_errors() -> Outcome {
             let want = samtone::loss_and_gradients(&batch, 1.0)?;
             assert_eq!(got, (want.evaluation, want.gradients.temperature));
 
+            // What grows with the rows alone.
+            REFUSED_FROM.store(900 * 300, SeqCst);
+            let result = cpu::forward(&batch);
+            REFUSED_FROM.store(usize::MAX, SeqCst);
+            let Err(Error::OutOfMemory { bytes: 270_000, purpose }) = result else { panic!("{:?}", result.err()) };
+            purposes.insert(purpose);
+
             REFUSED_FROM.store(1 << 20, SeqCst);
             let result = pool.install(|| samtone::loss_and_gradients(&batch, 1.0));
             REFUSED_FROM.store(usize::MAX, SeqCst);
@@ -273,7 +280,13 @@ fn refused_allocations_are_errors() -> Outcome {
             }
         }
     }
-    let all = ["panels of embeddings", "the gradients", "the sums of the gradients", "tiles of logits"];
+    let all = [
+        "keys and sums of the rows",
+        "panels of embeddings",
+        "the gradients",
+        "the sums of the gradients",
+        "tiles of logits",
+    ];
     assert!(purposes.iter().eq(&all), "{purposes:?}");
     Ok(())
 }

@@ -3,6 +3,7 @@
 use super::epilogue::{Anchors, Candidates, Side};
 use super::simd::{Beta, LANES};
 use super::tower::{Norms, Panels, dot};
+use super::workspace::expect_room;
 use crate::batch::{Batch, Tower};
 use crate::call::NoNegative;
 use crate::combine::{self, Combined, Rows};
@@ -65,6 +66,7 @@ impl State {
             let allowed = format!("a non-empty range within 0..{}", batch.rows());
             return Err(Error::invalid("rows", format!("{rows:?}"), allowed));
         }
+        expect_room(batch.rows() + batch.passages())?;
         let ([query_norms, passage_norms], positive) = measure(batch)?;
         let (call, pairs) = (batch.call(), batch.pairs());
         let order = Order::new(pairs);

@@ -45,6 +45,19 @@ pub(crate) fn reserve(buffer: &mut Vec<f32>, len: usize, purpose: &'static str) 
     Ok(())
 }
 
+/// Bytes that a call takes for each row and each passage, whatever d is: keys, thresholds, norms, partial sums, coefficients.
+/// tests/memory.rs holds calls to it.
+const BYTES_PER_INDEX: usize = 300;
+
+/// An error where there is no memory for what a call keeps of `indices` rows and passages. It is asked for and given back before
+/// the collections that need it grow one by one, because those abort where they are refused.
+pub(super) fn expect_room(indices: usize) -> Result<()> {
+    let (bytes, mut room) = (indices.saturating_mul(BYTES_PER_INDEX), Vec::<u8>::new());
+    let result = room.try_reserve_exact(bytes);
+    std::hint::black_box(&room); // lest the compiler leave out memory that nothing uses
+    result.map_err(|_| Error::OutOfMemory { bytes, purpose: "keys and sums of the rows" })
+}
+
 /// Buffers one worker needs at a time.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {

@@ -2,7 +2,7 @@
 //! file and the field.
 
 use super::problem::{Outputs, Problem};
-use samtone::{Block, Call, Group, Loss, Scope};
+use samtone::{Block, Call, Error, Group, Loss, Scope};
 use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
@@ -116,6 +116,10 @@ impl File {
         let loss = self.loss_of_groups()?;
         // A file without a margin has none, whatever the margin of its preset.
         let call = Call::new(loss, self.temperature).with_margin(self.margin.unwrap_or(f64::INFINITY));
+        call.check().map_err(|error| match &error {
+            Error::InvalidArgument { argument, .. } => format!("field `{argument}`: {error}"),
+            _ => error.to_string(),
+        })?;
         let mut call = call.with_shared_ids(self.shared_ids.unwrap_or(false));
         if self.row_losses.len() != m {
             return Err(format!("field `row_losses`: {} numbers; allowed: {m}, as `rows` says", self.row_losses.len()));
