@@ -140,7 +140,16 @@ impl Launches<'_> {
             merges_only: false,
             padding: 0,
         };
-        Common { positives, combine, anchor_row, anchor_index, occurrence_start, occurrences: indices, upstream, skipping }
+        Common {
+            positives,
+            combine,
+            anchor_row,
+            anchor_index,
+            occurrence_start,
+            occurrences: indices,
+            upstream,
+            skipping,
+        }
     }
 
     /// Gives every square that may be skipped its place; none if the options ask for no skipping, or there is no such square.

@@ -80,7 +80,8 @@ impl<'a> Launches<'a> {
                 )
             },
         );
-        this.bounded_bytes = (PARTIAL_BYTES * partial_count).max(elements * bytes * planes + 8 * dot_count) + this.keep_cosines();
+        this.bounded_bytes =
+            (PARTIAL_BYTES * partial_count).max(elements * bytes * planes + 8 * dot_count) + this.keep_cosines();
 
         let plane = (elements * bytes) as u64;
         this.prepare(&towers, &common);
@@ -181,7 +182,13 @@ impl<'a> Launches<'a> {
                 let Tiling { edge, together } = self.layouts.tile.tiling();
                 let (masses, tile, together) = (skipping.masses, number(edge), number(together));
                 let launch = self.judge("square_masses", grid);
-                self.partials.push(launch.parameters(&kernels::SquareMasses { wave, partials, masses, tile, together }));
+                self.partials.push(launch.parameters(&kernels::SquareMasses {
+                    wave,
+                    partials,
+                    masses,
+                    tile,
+                    together,
+                }));
             }
             let (anchor_index, tile) = (common.anchor_index, number(self.layouts.tile.edge()));
             let m = abi::Merge { partials, counts, anchor_index, tile, first: k == 0 };
@@ -271,8 +278,7 @@ impl<'a> Launches<'a> {
                     dots: Address::In(dots, (f64::BYTES * dot_count) as i64),
                     skipped,
                 };
-                let launch =
-                    |pass| self.tiled(pass, problem.arithmetic(), wave.tiles, squares).parameters(&parameters);
+                let launch = |pass| self.tiled(pass, problem.arithmetic(), wave.tiles, squares).parameters(&parameters);
                 let recomputing = launch(Pass::GradientTile);
                 if self.first_cosines.contains_key(&part[0].number) {
                     let cosines = self.cosines(part);

@@ -4,8 +4,8 @@ use super::arguments::{Pointers, Stream};
 use super::device::Device;
 use crate::batch::Tower;
 use crate::cuda::abi::{
-    self, GRAD_LOG_BETA, GRAD_TAU, LOSS, MRR_PQ, MRR_QP, NO_NEGATIVE, NO_NEGATIVE_GROUP, NON_FINITE_PASSAGE, NON_FINITE_QUERY, NONE,
-    PRECISION_PQ, PRECISION_QP, RESULTS, STATUS_WORDS, Shared, ZERO_PASSAGE, ZERO_QUERY,
+    self, GRAD_LOG_BETA, GRAD_TAU, LOSS, MRR_PQ, MRR_QP, NO_NEGATIVE, NO_NEGATIVE_GROUP, NON_FINITE_PASSAGE,
+    NON_FINITE_QUERY, NONE, PRECISION_PQ, PRECISION_QP, RESULTS, STATUS_WORDS, Shared, ZERO_PASSAGE, ZERO_QUERY,
 };
 use crate::cuda::{Plan, Problem, Slot};
 use crate::dtype::{DType, Element};
