@@ -187,6 +187,7 @@ impl Readout {
     /// Byte of ∂L/∂τ, an f64, in the state; ∂L/∂log β follows.
     #[cfg(feature = "cudarc")]
     pub(super) fn temperature_offset(&self) -> usize {
+        const { assert!(GRAD_LOG_BETA == GRAD_TAU + 1) }
         self.results.start + f64::BYTES * GRAD_TAU
     }
 
