@@ -1,26 +1,31 @@
-//! What host and kernels share: structs, parameters, constants. Each is declared here and in kernels/. tests/cuda_abi.rs compares names,
-//! types, order, sizes and values with the PTX and with the C++ of the emulator. What members mean is said in kernels/.
+//! What host and kernels share: structs, parameters, constants. Each is declared here and in kernels/, where is said what it means.
+//! tests/cuda_abi.rs compares names, types, order, sizes and values with the PTX and with the C++ of the emulator. Structs have no padding
+//! but members of that name, so that the order of members says where they lie.
 //!
 //! For the driver, for tests and for adapters; no part of the stable interface.
 #![allow(missing_docs)] // kernels/ says it
 
 use super::schedule::{Address, Argument};
+use crate::candidates;
 use crate::dtype::DType;
 use crate::loss::Block;
+use crate::mask;
 
 /// A type that a kernel reads or writes.
 pub trait Shared {
     const BYTES: usize;
-    const ALIGNMENT: usize;
     /// Appends the value as the kernel finds it in memory.
     fn put(&self, to: &mut Argument);
+    /// As parameters of a kernel: of a struct, one for each member.
+    fn parameters(&self) -> Vec<Argument> {
+        vec![Argument::of(self)]
+    }
 }
 
 macro_rules! numbers {
     ($($type:ident)*) => {$(
         impl Shared for $type {
             const BYTES: usize = size_of::<$type>();
-            const ALIGNMENT: usize = Self::BYTES;
             fn put(&self, to: &mut Argument) {
                 to.bytes.extend(self.to_le_bytes());
             }
@@ -32,7 +37,6 @@ numbers! { u32 i32 u64 f32 f64 }
 /// A flag is a u32 in kernels.
 impl Shared for bool {
     const BYTES: usize = u32::BYTES;
-    const ALIGNMENT: usize = u32::ALIGNMENT;
     fn put(&self, to: &mut Argument) {
         u32::from(*self).put(to);
     }
@@ -40,7 +44,6 @@ impl Shared for bool {
 
 impl Shared for Address {
     const BYTES: usize = u64::BYTES;
-    const ALIGNMENT: usize = u64::ALIGNMENT;
     fn put(&self, to: &mut Argument) {
         to.pointers.push((to.bytes.len(), *self));
         0_u64.put(to);
@@ -49,7 +52,6 @@ impl Shared for Address {
 
 impl<T: Shared, const N: usize> Shared for [T; N] {
     const BYTES: usize = N * T::BYTES;
-    const ALIGNMENT: usize = T::ALIGNMENT;
     fn put(&self, to: &mut Argument) {
         self.iter().for_each(|value| value.put(to));
     }
@@ -60,20 +62,7 @@ pub(super) fn number(count: usize) -> u32 {
     count.try_into().unwrap_or(u32::MAX)
 }
 
-/// Size and alignment of a struct of members of these sizes and alignments.
-const fn layout(members: &[(usize, usize)]) -> (usize, usize) {
-    let (mut bytes, mut alignment, mut k) = (0, 1, 0);
-    while k < members.len() {
-        assert!(bytes % members[k].1 == 0, "padding before a member is a member");
-        bytes += members[k].0;
-        alignment = if alignment < members[k].1 { members[k].1 } else { alignment };
-        k += 1;
-    }
-    assert!(bytes % alignment == 0, "padding at the end is a member");
-    (bytes, alignment)
-}
-
-/// A struct, or the parameters of kernels: its name and its members, each with name, type and size. For tests.
+/// A struct as tests see it: its name and its members, each with name, type and size.
 pub type Table = (&'static str, &'static [(&'static str, &'static str, usize)]);
 
 macro_rules! structs {
@@ -86,93 +75,44 @@ macro_rules! structs {
             }
 
             impl Shared for $name {
-                const BYTES: usize = layout(&[$((<$type as Shared>::BYTES, <$type as Shared>::ALIGNMENT)),*]).0;
-                const ALIGNMENT: usize = layout(&[$((<$type as Shared>::BYTES, <$type as Shared>::ALIGNMENT)),*]).1;
+                const BYTES: usize = 0 $(+ <$type as Shared>::BYTES)*;
                 fn put(&self, to: &mut Argument) {
                     $(self.$member.put(to);)*
+                }
+                fn parameters(&self) -> Vec<Argument> {
+                    vec![$(Argument::of(&self.$member)),*]
                 }
             }
         )*
         pub const STRUCTS: &[Table] =
             &[$((stringify!($name), &[$((stringify!($member), stringify!($type), <$type as Shared>::BYTES)),*])),*];
-        const _: &[usize] = &[$($name::BYTES),*];
-    };
-}
-
-macro_rules! parameters {
-    ($($(#[$meta:meta])* $kernel:ident: struct $name:ident { $($member:ident: $type:ty,)* })*) => {
-        $(
-            $(#[$meta])*
-            pub struct $name {
-                $(pub $member: $type,)*
-            }
-
-            impl Parameters for $name {
-                fn arguments(&self) -> Vec<Argument> {
-                    vec![$(Argument::of(&self.$member)),*]
-                }
-            }
-        )*
-        /// A kernel has the parameters of every entry whose name its own begins with, in order.
-        pub const PARAMETERS: &[Table] =
-            &[$((stringify!($kernel), &[$((stringify!($member), stringify!($type), <$type as Shared>::BYTES)),*])),*];
     };
 }
 
 macro_rules! constants {
-    ($($name:ident: $type:ty = $value:expr;)*) => {
-        $(pub const $name: $type = $value;)*
-        pub const CONSTANTS: &[(&str, f64)] = &[$((stringify!($name), $name as f64)),*];
+    ($($type:ident: $($name:ident = $value:expr),*;)*) => {
+        $($(pub const $name: $type = $value;)*)*
+        pub const CONSTANTS: &[(&str, f64)] = &[$($((stringify!($name), $name as f64)),*),*];
     };
 }
 
 constants! {
-    NONE: u32 = crate::candidates::NONE;
-    NOT_KEPT: u64 = u64::MAX;
-    COSINE_TIE: f64 = crate::mask::COSINE_TIE;
-    QP: usize = Block::QP.index();
-    PQ: usize = Block::PQ.index();
-    QQ: usize = Block::QQ.index();
-    PP: usize = Block::PP.index();
-    BLOCKS: usize = Block::ALL.len();
-    MAX_CUTS: usize = 8;
-    MAX_SUPER_BLOCKS: usize = 8;
-    TYPE_F32: u32 = DType::F32.code();
-    TYPE_F16: u32 = DType::F16.code();
-    TYPE_BF16: u32 = DType::BF16.code();
-    PACK_F16: u32 = 0;
-    PACK_F16X3: u32 = 1;
-    PACK_F32: u32 = 2;
-
-    // Threads and shared memory of the kernels that visit rows, rows of their blocks, numbers that a block of `combine` leaves.
-    REDUCE_THREADS: u32 = 256;
-    REDUCE_BYTES: u32 = 64;
-    ROWS_PER_BLOCK: usize = 8;
-    COMBINED_ROWS: usize = 64;
-    FOUND: usize = 11;
-
+    u32: NONE = candidates::NONE;
+    u64: NOT_KEPT = u64::MAX;
+    f64: COSINE_TIE = mask::COSINE_TIE;
+    usize: QP = Block::QP.index(), PQ = Block::PQ.index(), QQ = Block::QQ.index(), PP = Block::PP.index(), BLOCKS = Block::ALL.len();
+    usize: MAX_CUTS = 8, MAX_SUPER_BLOCKS = 8;
+    u32: TYPE_F32 = DType::F32.code(), TYPE_F16 = DType::F16.code(), TYPE_BF16 = DType::BF16.code();
+    u32: PACK_F16 = 0, PACK_F16X3 = 1, PACK_F32 = 2;
+    // Threads and shared memory of the kernels that visit rows; rows of their blocks; numbers that a block of `combine` leaves.
+    u32: REDUCE_THREADS = 256, REDUCE_BYTES = 64;
+    usize: ROWS_PER_BLOCK = 8, COMBINED_ROWS = 64, FOUND = 11;
     // Words of the array `status`.
-    NON_FINITE_QUERY: usize = 0;
-    NON_FINITE_PASSAGE: usize = 1;
-    ZERO_QUERY: usize = 2;
-    ZERO_PASSAGE: usize = 3;
-    NO_NEGATIVE: usize = 4;
-    NO_NEGATIVE_GROUP: usize = 5;
-    STATUS_WORDS: usize = 8;
-
+    usize: NON_FINITE_QUERY = 0, NON_FINITE_PASSAGE = 1, ZERO_QUERY = 2, ZERO_PASSAGE = 3, NO_NEGATIVE = 4, NO_NEGATIVE_GROUP = 5;
+    usize: STATUS_WORDS = 8;
     // Numbers of the array `results`.
-    LOSS: usize = 0;
-    PRECISION_QP: usize = 1;
-    MRR_QP: usize = 2;
-    PRECISION_PQ: usize = 3;
-    MRR_PQ: usize = 4;
-    SHIFT: usize = 5;
-    BETA_SUM: usize = 6;
-    GRAD_TAU: usize = 7;
-    GRAD_LOG_BETA: usize = 8;
-    SQUARES: usize = 9;
-    SKIPPED: usize = 10;
-    RESULTS: usize = 16;
+    usize: LOSS = 0, PRECISION_QP = 1, MRR_QP = 2, PRECISION_PQ = 3, MRR_PQ = 4, SHIFT = 5, BETA_SUM = 6, GRAD_TAU = 7;
+    usize: GRAD_LOG_BETA = 8, SQUARES = 9, SKIPPED = 10, RESULTS = 16;
 }
 
 structs! {
@@ -247,33 +187,29 @@ structs! {
     }
 }
 
-/// What a kernel is launched with.
+/// Parameters of kernels. A kernel has those of every list whose name its own begins with, in order.
+#[allow(non_camel_case_types)] // the names of the kernels
 pub mod kernels {
     use super::*;
 
-    /// Parameters of a kernel, or the last of them.
-    pub trait Parameters {
-        fn arguments(&self) -> Vec<Argument>;
-    }
-
-    parameters! {
-        prepare: struct Preparation { all: Prepare, }
-        logsumexp: struct LogSumExp {
+    structs! {
+        struct prepare { all: Prepare, }
+        struct logsumexp {
             wave: Wave, towers: Towers, rows: Address, beta: Beta, partials: Address, counts: Address, cosines: Cosines,
         }
-        combine: struct Combination { wave: Wave, m: Merge, c: Combine, }
-        square_masses: struct SquareMasses { wave: Wave, partials: Address, masses: Address, tile: u32, together: u32, }
-        choose_skipped: struct ChooseSkipped { wave: Wave, towers: Towers, c: Choice, }
-        count_skipped: struct CountSkipped { wave: Wave, skipped: Address, results: Address, together: u32, first: bool, }
-        gradient_tile: struct GradientTile {
+        struct combine { wave: Wave, m: Merge, c: Combine, }
+        struct square_masses { wave: Wave, partials: Address, masses: Address, tile: u32, together: u32, }
+        struct choose_skipped { wave: Wave, towers: Towers, c: Choice, }
+        struct count_skipped { wave: Wave, skipped: Address, results: Address, together: u32, first: bool, }
+        struct gradient_tile {
             wave: Wave, towers: Towers, rows: Address, beta: Beta, log_coefficients: Address, positive: Address,
             results: Address, row_count: u32, gradients: Address, plane: u64, dots: Address, skipped: Address,
         }
-        gradient_tile_kept: struct Kept { cosines: Cosines, }
-        gradient_product: struct GradientProduct {
+        struct gradient_tile_kept { cosines: Cosines, }
+        struct gradient_product {
             wave: Wave, towers: Towers, gradients: Address, plane: u64, product: Product, skipped: Address,
         }
-        sum_dots: struct SumDots { dots: Dots, }
-        project: struct Projecting { b: Backward, }
+        struct sum_dots { dots: Dots, }
+        struct project { b: Backward, }
     }
 }

@@ -176,32 +176,25 @@ impl Launches<'_> {
         let Layouts { problem, order, tile, .. } = self.layouts;
         let (m, n, d) = problem.shape();
         let keys = Keys::new(&problem.pairs);
-        let (rows, indices) = match space {
-            Space::Query => (m, m),
-            Space::Passage => (n, order.len()),
+        let (slot, rows, indices) = match space {
+            Space::Query => (Slot::Query, m, m),
+            Space::Passage => (Slot::Passage, n, order.len()),
         };
+        // Names of the arrays.
+        let [raw, own_candidates, packed, inverse, inverse_norm, faults] = [
+            ["query", "passage"],
+            ["query_candidates", "passage_candidates"],
+            ["query_packed", "passage_packed"],
+            ["query_inverse", "passage_inverse"],
+            ["query_inverse_norm", "passage_inverse_norm"],
+            ["query_faults", "passage_faults"],
+        ]
+        .map(|names| names[space as usize]);
         let candidates = candidates(problem, order, &keys, space);
-        let (slot, names) = match space {
-            Space::Query => (
-                Slot::Query,
-                ["query", "query_candidates", "query_packed", "query_inverse", "query_inverse_norm", "query_faults"],
-            ),
-            Space::Passage => (
-                Slot::Passage,
-                [
-                    "passage",
-                    "passage_candidates",
-                    "passage_packed",
-                    "passage_inverse",
-                    "passage_inverse_norm",
-                    "passage_faults",
-                ],
-            ),
-        };
         let row_bytes = (problem.row_strides[space as usize] * problem.dtype.bytes()) as u64;
         let raw_bytes = (rows - 1) * row_bytes as usize + d * problem.dtype.bytes();
-        let raw = at(self.layout.add(slot, names[0], raw_bytes));
-        let candidates = self.side_array(names[1], &candidates);
+        let raw = at(self.layout.add(slot, raw, raw_bytes));
+        let candidates = self.side_array(own_candidates, &candidates);
         let passage_order = order.passage.as_ref().filter(|_| space == Space::Passage);
         let visited = passage_order.map_or(Address::Null, |o| self.side_array("order", o));
         let (mut index, mut row) = ([0; MAX_CUTS], [0; MAX_CUTS]);
@@ -229,12 +222,12 @@ impl Launches<'_> {
         let packing = abi::Packing {
             raw: abi::Raw { data: raw, row_bytes, dim: number(d), dtype: problem.dtype.code() },
             order: visited,
-            packed: workspace(names[2], plane * problem.arithmetic().planes()),
+            packed: workspace(packed, plane * problem.arithmetic().planes()),
             plane: plane as u64,
-            inverse: workspace(names[3], f32::BYTES * indices),
-            inverse_norm: workspace(names[4], f64::BYTES * indices),
+            inverse: workspace(inverse, f32::BYTES * indices),
+            inverse_norm: workspace(inverse_norm, f64::BYTES * indices),
             // A shard's sums are exchanged before `combine` reads them, and the workspace may serve others meanwhile.
-            faults: at(self.layout.add(Slot::State, names[5], <[u32; 2]>::BYTES * indices)),
+            faults: at(self.layout.add(Slot::State, faults, <[u32; 2]>::BYTES * indices)),
             row_pitch: row_pitch as u64,
             panel: panel as u64,
             indices: number(indices),

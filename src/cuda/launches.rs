@@ -169,7 +169,7 @@ impl<'a> Launches<'a> {
             let wave = self.wave(super_blocks, towers, 0);
             let arithmetic = self.layouts.problem.arithmetic().of_cosines();
             let launch = self.tiled(Pass::LogSumExp, arithmetic, wave.tiles, self.squares(super_blocks));
-            self.partials.push(launch.parameters(&kernels::LogSumExp {
+            self.partials.push(launch.parameters(&kernels::logsumexp {
                 wave,
                 towers: self.towers(towers),
                 rows: common.positives.anchors,
@@ -182,7 +182,7 @@ impl<'a> Launches<'a> {
                 let Tiling { edge, together } = self.layouts.tile.tiling();
                 let (masses, tile, together) = (skipping.masses, number(edge), number(together));
                 let launch = self.judge("square_masses", grid);
-                self.partials.push(launch.parameters(&kernels::SquareMasses {
+                self.partials.push(launch.parameters(&kernels::square_masses {
                     wave,
                     partials,
                     masses,
@@ -234,10 +234,10 @@ impl<'a> Launches<'a> {
         for (k, super_blocks) in self.layouts.division.backward.iter().enumerate() {
             let (wave, results) = (self.wave(super_blocks, towers, 0), common.combine.results);
             if let Some(grid) = self.squares_to_judge(super_blocks) {
-                let choice = kernels::ChooseSkipped { wave, towers: self.towers(towers), c };
+                let choice = kernels::choose_skipped { wave, towers: self.towers(towers), c };
                 chosen.push(self.judge("choose_skipped", grid).parameters(&choice));
             }
-            let count = kernels::CountSkipped { wave, skipped, results, together, first: k == 0 };
+            let count = kernels::count_skipped { wave, skipped, results, together, first: k == 0 };
             chosen.push(self.judge("count_skipped", 1).parameters(&count));
         }
         self.combine.extend(chosen.clone());
@@ -264,7 +264,7 @@ impl<'a> Launches<'a> {
             let (mut element, mut dot_count) = (0, 0);
             for part in [&super_blocks[..kept], &super_blocks[kept..]].into_iter().filter(|part| !part.is_empty()) {
                 let (wave, squares) = (self.wave(part, towers, element), self.squares(part));
-                let parameters = kernels::GradientTile {
+                let parameters = kernels::gradient_tile {
                     wave,
                     towers: towers_of_kernels,
                     rows: common.positives.anchors,
@@ -282,7 +282,7 @@ impl<'a> Launches<'a> {
                 let recomputing = launch(Pass::GradientTile);
                 if self.first_cosines.contains_key(&part[0].number) {
                     let cosines = self.cosines(part);
-                    let reading = launch(Pass::KeptGradientTile).parameters(&kernels::Kept { cosines });
+                    let reading = launch(Pass::KeptGradientTile).parameters(&kernels::gradient_tile_kept { cosines });
                     self.recomputing.push((self.backward.len(), recomputing));
                     self.backward.push(reading);
                 } else {
@@ -295,13 +295,13 @@ impl<'a> Launches<'a> {
             // The projection adds those of the last.
             if k + 1 < division.backward.len() {
                 let launch = Launch::new("project", "sum_dots", [1, 1], REDUCE_THREADS).shared(REDUCE_BYTES);
-                self.backward.push(launch.parameters(&kernels::SumDots { dots: last_dots }));
+                self.backward.push(launch.parameters(&kernels::sum_dots { dots: last_dots }));
             }
             let (product, blocks) = self.product(sums, k > 0);
             if blocks > 0 {
                 let launch = self.tiled(Pass::GradientProduct, problem.arithmetic(), blocks, blocks as usize);
                 let (wave, towers) = (self.wave(super_blocks, towers, 0), towers_of_kernels);
-                let product = kernels::GradientProduct { wave, towers, gradients, plane, product, skipped };
+                let product = kernels::gradient_product { wave, towers, gradients, plane, product, skipped };
                 self.backward.push(launch.parameters(&product));
             }
         }

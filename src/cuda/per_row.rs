@@ -14,7 +14,7 @@ impl Launches<'_> {
         let blocks = of.iter().map(|packing| packing.padded / number(ROWS_PER_BLOCK)).sum();
         let launch = |wanted| {
             let all = abi::Prepare { of, positives: abi::Positives { wanted, ..common.positives } };
-            Launch::new("prepare", "prepare", [blocks, 1], REDUCE_THREADS).parameters(&kernels::Preparation { all })
+            Launch::new("prepare", "prepare", [blocks, 1], REDUCE_THREADS).parameters(&kernels::prepare { all })
         };
         self.partials.push(launch(true));
         self.repack.push(launch(false));
@@ -38,7 +38,7 @@ impl Launches<'_> {
         let blocks = self.layouts.problem.pairs.rows().div_ceil(COMBINED_ROWS);
         Launch::new("combine", "combine", [number(blocks), 1], REDUCE_THREADS)
             .shared(COMBINE_BYTES)
-            .parameters(&kernels::Combination { wave, m, c })
+            .parameters(&kernels::combine { wave, m, c })
     }
 
     /// The last launch.
@@ -96,6 +96,6 @@ impl Launches<'_> {
             padding: 0,
         };
         let launch = Launch::new("project", "project", [blocks, 1], REDUCE_THREADS).shared(REDUCE_BYTES);
-        self.backward.push(launch.parameters(&kernels::Projecting { b }));
+        self.backward.push(launch.parameters(&kernels::project { b }));
     }
 }

@@ -1,7 +1,7 @@
 //! What a call does on a device, as data: arrays in a few slots of memory, and launches in order. A driver resolves addresses
 //! and enqueues; the emulator of the tests gives each array a buffer of its own, so that an access outside of it is seen.
 
-use super::abi::{Shared, kernels::Parameters};
+use super::abi::Shared;
 use std::fmt;
 
 /// A piece of device memory that the caller provides, at least [`Plan::slot_bytes`](super::Plan::slot_bytes) of it.
@@ -89,7 +89,7 @@ pub struct Argument {
 }
 
 impl Argument {
-    pub(super) fn of(value: &impl Shared) -> Self {
+    pub(super) fn of(value: &(impl Shared + ?Sized)) -> Self {
         let mut argument = Self::default();
         value.put(&mut argument);
         argument
@@ -124,8 +124,8 @@ impl Launch {
     }
 
     /// Adds parameters after those that are there.
-    pub(super) fn parameters(mut self, parameters: &impl Parameters) -> Self {
-        self.arguments.extend(parameters.arguments());
+    pub(super) fn parameters(mut self, parameters: &impl Shared) -> Self {
+        self.arguments.extend(parameters.parameters());
         self
     }
 }
