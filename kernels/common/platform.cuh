@@ -11,12 +11,11 @@
 //   UNROLL                               the next loop is unrolled
 //   KEEP_LOOP                            the next loop is not unrolled
 //   BY_VALUE(type)                       a struct as parameter: stays in the constant bank, also when indexed at run time
-//   ABI_STRUCT(name, { members })        a struct that the host writes or reads, without padding but members of that name
+//   ABI_STRUCT(name, { members })        a struct that the host writes or reads; padding is a member
 //   SHARED_BYTES(kernel, bytes)          the dynamic shared memory that the host gives to a block
 //
-// What the host must know is also in the PTX, as constants: text and size of every such struct (`name_members`, `name_bytes`), and of
-// every kernel its parameters and its dynamic shared memory (`name_parameters`, `name_shared_bytes`). Nothing on the device reads them.
-// tests/cuda_abi.rs compares them with src/cuda/abi.rs.
+// The PTX tells what the host must know, as constants that nothing on the device reads: `name_members` and `name_bytes` of a struct,
+// `name_parameters` and `name_shared_bytes` of a kernel. tests/cuda_abi.rs compares them with src/cuda/abi.rs.
 #pragma once
 
 using u16 = unsigned short;
