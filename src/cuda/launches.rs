@@ -164,14 +164,14 @@ impl<'a> Launches<'a> {
     }
 
     fn sum_pass(&mut self, towers: &[TowerArrays; 2], common: &Common, partials: ArrayId, counts: ArrayId) {
-        let (partials, counts) = (at(partials), at(counts));
+        let (towers_of_kernels, partials, counts) = (self.towers(towers), at(partials), at(counts));
         for (k, super_blocks) in self.layouts.division.forward.iter().enumerate() {
             let wave = self.wave(super_blocks, towers, 0);
             let arithmetic = self.layouts.problem.arithmetic().of_cosines();
             let launch = self.tiled(Pass::LogSumExp, arithmetic, wave.tiles, self.squares(super_blocks));
             self.partials.push(launch.parameters(&kernels::logsumexp {
                 wave,
-                towers: self.towers(towers),
+                towers: towers_of_kernels,
                 rows: common.positives.anchors,
                 beta: self.beta(),
                 partials,
@@ -181,14 +181,8 @@ impl<'a> Launches<'a> {
             if let Some((skipping, grid)) = common.skipping.zip(self.squares_to_judge(super_blocks)) {
                 let Tiling { edge, together } = self.layouts.tile.tiling();
                 let (masses, tile, together) = (skipping.masses, number(edge), number(together));
-                let launch = self.judge("square_masses", grid);
-                self.partials.push(launch.parameters(&kernels::square_masses {
-                    wave,
-                    partials,
-                    masses,
-                    tile,
-                    together,
-                }));
+                let parameters = kernels::square_masses { wave, partials, masses, tile, together };
+                self.partials.push(self.judge("square_masses", grid).parameters(&parameters));
             }
             let (anchor_index, tile) = (common.anchor_index, number(self.layouts.tile.edge()));
             let m = abi::Merge { partials, counts, anchor_index, tile, first: k == 0 };
@@ -218,6 +212,7 @@ impl<'a> Launches<'a> {
     /// Which squares the gradient leaves out, once the coefficients are known.
     fn choose_step(&mut self, towers: &[TowerArrays; 2], common: &Common) {
         let Some(Skipping { masses, skipped, log2_share }) = common.skipping else { return };
+        let (towers_of_kernels, results) = (self.towers(towers), common.combine.results);
         let together = number(self.layouts.tile.tiling().together);
         let c = abi::Choice {
             log_coefficients: common.combine.log_coefficients,
@@ -232,9 +227,9 @@ impl<'a> Launches<'a> {
         };
         let mut chosen = Vec::new();
         for (k, super_blocks) in self.layouts.division.backward.iter().enumerate() {
-            let (wave, results) = (self.wave(super_blocks, towers, 0), common.combine.results);
+            let wave = self.wave(super_blocks, towers, 0);
             if let Some(grid) = self.squares_to_judge(super_blocks) {
-                let choice = kernels::choose_skipped { wave, towers: self.towers(towers), c };
+                let choice = kernels::choose_skipped { wave, towers: towers_of_kernels, c };
                 chosen.push(self.judge("choose_skipped", grid).parameters(&choice));
             }
             let count = kernels::count_skipped { wave, skipped, results, together, first: k == 0 };
