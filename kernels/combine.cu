@@ -18,7 +18,7 @@
 // Limits   fewer than 2^20 groups
 #include "common/reduce.cuh"
 
-constexpr u32 ROWS = REDUCE_THREADS / BLOCKS;
+constexpr u32 COMBINED_ROWS = REDUCE_THREADS / BLOCKS;
 // What a block, and then the call, finds: sums of losses and metrics as in the results; the logarithm of the largest share; and, as
 // negative numbers so that the largest is the lowest, faulty rows in the order of the status. −∞: none.
 constexpr u32 SUMS = 5, LARGEST_SHARE = 5, FAULTS = 6, FOUND = FAULTS + NO_NEGATIVE + 1;
@@ -29,15 +29,15 @@ static_assert(DRAWN + 4 <= LOGARITHMS, "as the header says");
 // A row without negatives, and the group that has none.
 constexpr double GROUPS = 1 << 20;
 
-struct Merge {
+ABI_STRUCT(Merge, {
     const Partial* partials;
     const u32* counts;
     const u32* anchor_index; // index of the passage space of each row's positive, or null for the identity
     u32 tile;
     u32 first; // instead of adding to what is there, starts from nothing
-};
+});
 
-struct Combine {
+ABI_STRUCT(Combine, {
     ExpSum* sums;
     u32* above;
     const double *positive, *weight; // s⁺, w̃
@@ -53,7 +53,7 @@ struct Combine {
     u32 empty_is_error; // whether a row without any term in its softmax is a fault; its loss and gradient are 0
     u32 merges_only;    // 0: the sums are complete
     u32 padding;
-};
+});
 
 SAMTONE_DEVICE void merge_into(ExpSum& all, double sum, i32 exponent) {
     if (sum == 0) return;
@@ -221,9 +221,10 @@ SAMTONE_DEVICE void finish(const Combine& c, double value) {
     } else if (k - FAULTS > NO_NEGATIVE_GROUP) st_global_u32(word, NONE);
 }
 
+SHARED_BYTES(combine, LOGARITHMS + REDUCE_THREADS * 8);
 KERNEL(combine, REDUCE_THREADS, BY_VALUE(Wave) wave, BY_VALUE(Merge) m, BY_VALUE(Combine) c) {
     begin_launch();
-    const u32 row = blockIdx.x * ROWS + threadIdx.x % ROWS, block = threadIdx.x / ROWS;
+    const u32 row = blockIdx.x * COMBINED_ROWS + threadIdx.x % COMBINED_ROWS, block = threadIdx.x / COMBINED_ROWS;
     const shared_address logarithm = shared_base() + LOGARITHMS + 8 * threadIdx.x;
     // [1] merge
     if (row < c.rows) {
@@ -239,7 +240,7 @@ KERNEL(combine, REDUCE_THREADS, BY_VALUE(Wave) wave, BY_VALUE(Merge) m, BY_VALUE
     if (block == 0 && row < c.rows) {
         double ln[BLOCKS];
         UNROLL
-        for (u32 b = 0; b < BLOCKS; ++b) ln[b] = ld_shared_f64(logarithm + b * (8 * ROWS));
+        for (u32 b = 0; b < BLOCKS; ++b) ln[b] = ld_shared_f64(logarithm + b * (8 * COMBINED_ROWS));
         combine_row(c, row, ln, found);
     }
     find_faults(c, found);

@@ -6,7 +6,6 @@ Needs Linux, Python 3.9 or newer with pip, and network for the first run only.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -22,7 +21,7 @@ REPOSITORY = KERNELS.parent
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; fail unless all is current and clean")
-    parser.add_argument("--sources", type=Path, default=KERNELS, help="folder of the .cu files and shared_memory.json")
+    parser.add_argument("--sources", type=Path, default=KERNELS, help="folder of the .cu files")
     parser.add_argument("--output", type=Path, help="folder of the PTX; the table is then written there too")
     parser.add_argument("--sass", metavar="ARCHITECTURE", help="also write machine code, below target/sass")
     arguments = parser.parse_args()
@@ -49,7 +48,9 @@ def run(arguments, output, report):
 
     files = {output / f"{stem}.ptx": ptx for stem, ptx in wanted.items()}
     if kernels and complete:
-        shared_memory = read_shared_memory(arguments.sources / "shared_memory.json", {entry for _, entry in listed})
+        shared_memory = {entry: bytes for ptx in wanted.values() for entry, bytes in ptxas.shared_memory(ptx).items()}
+        if unknown := sorted(shared_memory.keys() - {entry for _, entry in listed}):
+            raise Refused(f"SHARED_BYTES names {', '.join(unknown)}, which no kernel file defines")
         architectures = sorted({a for k in kernels for a in k.target["architectures"]}, key=order)
         rows = [(*key, threads, usage[key]) for key, threads in listed.items() if usage.get(key)]
         files[report] = table.render(rows, architectures, shared_memory)
@@ -105,16 +106,6 @@ def machine_code(stem, ptx, architecture):
         sass = ptxas.disassemble(cubin)
     file = f"{stem}.ptx for {architecture}"
     return [*ptxas.matrix_units(file, ptx, sass), *ptxas.early_accesses(file, ptx, sass)]
-
-
-def read_shared_memory(path, entries):
-    """Entry → bytes of dynamic shared memory per block."""
-    if not path.exists():
-        return {}
-    shared_memory = json.loads(path.read_text(encoding="utf-8"))
-    if unknown := sorted(shared_memory.keys() - entries):
-        raise Refused(f"{shown(path)} has sizes for {', '.join(unknown)}, which no kernel file defines")
-    return shared_memory
 
 
 def differences(files, stale):

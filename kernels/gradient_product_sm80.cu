@@ -89,6 +89,7 @@ SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, con
 }
 
 #define GRADIENT_PRODUCT(name, TILE, arithmetic)                                                                             \
+    SHARED_BYTES(name, Shape<TILE>::STAGES * Shape<TILE>::STAGE);                                                            \
     KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const unsigned char* gradients, u64 plane, \
            BY_VALUE(Product) product, const u32* skipped) {                                                                  \
         gradient_product<TILE, Arithmetic::arithmetic>(wave, towers, gradients, plane, product, skipped);                    \

@@ -229,6 +229,7 @@ SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, con
 }
 
 #define GRADIENT_PRODUCT(name, arithmetic)                                                                                      \
+    SHARED_BYTES(name, Ring<STAGES>::END);                                                                                      \
     KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const unsigned char* gradients, \
                    u64 plane, BY_VALUE(Product) product, const u32* skipped) {                                                  \
         gradient_product<Arithmetic::arithmetic>(wave, towers, gradients, plane, product, skipped);                             \

@@ -209,6 +209,7 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
 }
 
 #define GRADIENT_TILE(name, TILE, arithmetic)                                                                             \
+    SHARED_BYTES(name, Shape<TILE>::STAGES * Shape<TILE>::STAGE);                                                         \
     KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta,   \
            const double* log_coefficients, const double* positive, const double* results, u32 row_count,                  \
            unsigned char* gradients, u64 plane, double* dots, const u32* skipped) {                                       \
@@ -225,6 +226,7 @@ GRADIENT_TILE(gradient_tile_f32_64, 64, f32)
 
 // What multiplied is past: f16x2 serves f16x3, too.
 #define GRADIENT_TILE_KEPT(name, TILE, arithmetic)                                                                       \
+    SHARED_BYTES(name, Staging<TILE, Arithmetic::arithmetic>::BYTES);                                                    \
     KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta,  \
            const double* log_coefficients, const double* positive, const double* results, u32 row_count,                 \
            unsigned char* gradients, u64 plane, double* dots, const u32* skipped, BY_VALUE(Cosines) cosines) {           \

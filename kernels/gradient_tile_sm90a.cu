@@ -285,6 +285,7 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
 }
 
 #define GRADIENT_TILE(name, arithmetic)                                                                                         \
+    SHARED_BYTES(name, GRADIENT_TILE_BYTES);                                                                                    \
     KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows,       \
                    Beta beta, const double* log_coefficients, const double* positive, const double* results, u32 row_count,     \
                    unsigned char* gradients, u64 plane, double* dots, const u32* skipped) {                                     \
@@ -297,6 +298,7 @@ GRADIENT_TILE(gradient_tile_f16x3_sm90a, f16x3)
 
 // What multiplied is past: f16x2 serves f16x3, too.
 #define GRADIENT_TILE_KEPT(name, arithmetic)                                                                                    \
+    SHARED_BYTES(name, GRADIENT_TILE_BYTES);                                                                                    \
     KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows,       \
                    Beta beta, const double* log_coefficients, const double* positive, const double* results, u32 row_count,     \
                    unsigned char* gradients, u64 plane, double* dots, const u32* skipped, BY_VALUE(Cosines) cosines) {          \

@@ -195,6 +195,7 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
 }
 
 #define LOGSUMEXP(name, TILE, arithmetic)                                                                               \
+    SHARED_BYTES(name, Shape<TILE>::STAGES * Shape<TILE>::STAGE);                                                       \
     KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta, \
            Partial* partials, u32* counts, BY_VALUE(Cosines) cosines) {                                                 \
         logsumexp<TILE, Arithmetic::arithmetic>(wave, towers, rows, beta, partials, counts, cosines);                  \

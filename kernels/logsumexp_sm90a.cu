@@ -233,6 +233,7 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
 }
 
 #define LOGSUMEXP(name, arithmetic)                                                                                              \
+    SHARED_BYTES(name, LOGSUMEXP_BYTES);                                                                                         \
     KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta, \
                    Partial* partials, u32* counts, BY_VALUE(Cosines) cosines) {                                                  \
         logsumexp<Arithmetic::arithmetic>(wave, towers, rows, beta, partials, counts, cosines);                                  \

@@ -18,9 +18,10 @@
 #include "common/reduce.cuh"
 
 constexpr u32 ROWS_PER_BLOCK = REDUCE_THREADS / WARP;
-enum : u32 { PACK_F16 = 0, PACK_F16X3 = 1, PACK_F32 = 2 };
+ABI_CONSTANT u32 PACK_F16 = 0, PACK_F16X3 = 1, PACK_F32 = 2;
+constexpr double COSINE_TIE = 1.0 / (1 << 20); // src/mask.rs
 
-struct Packing {
+ABI_STRUCT(Packing, {
     Raw raw;
     const u32* order;
     unsigned char* packed;
@@ -32,9 +33,9 @@ struct Packing {
     u32 indices, padded, row_bytes, format;
     u32 swizzled, parts;
     u32 index[MAX_CUTS], row[MAX_CUTS]; // of each part of the space: its first index, and the packed row of that
-};
+});
 
-struct Positives {
+ABI_STRUCT(Positives, {
     const u32* positives;  // passage of each row's positive, or null for the identity
     const u32x2* row_keys; // query key, passage key
     double* positive;      // s⁺
@@ -42,15 +43,14 @@ struct Positives {
     u32 *ticket, *status;
     double margin;         // +∞ for none
     u32 wanted, padding;   // 0: they are there already, as are the norms
-};
+});
 
-struct Prepare {
+ABI_STRUCT(Prepare, {
     Packing of[2];
     Positives positives;
-};
+});
 
 SAMTONE_DEVICE void store_anchor(const Positives& p, u32 row, double cosine) {
-    constexpr double COSINE_TIE = 1.0 / (1 << 20); // src/mask.rs
     const u32x2 keys = ld_global_nc_u32x2(p.row_keys + row);
     const float threshold = static_cast<float>(cosine + p.margin + COSINE_TIE), above = static_cast<float>(cosine + COSINE_TIE);
     st_global_f64(p.positive + row, cosine);

@@ -18,7 +18,7 @@
 constexpr u32 ROWS_PER_BLOCK = REDUCE_THREADS / WARP;
 
 // One tower's gradient.
-struct Projection {
+ABI_STRUCT(Projection, {
     Raw own, other;               // raw embeddings of the tower, and of the other one
     const float* sums;
     u64 sums_stride;              // elements
@@ -29,17 +29,17 @@ struct Projection {
     u32 out_type, rows;           // of the output; no rows where there is none
     u32 first_row;                // queries: the row of the first output row
     u32 is_passage;
-};
+});
 
 // The sum of a wave's dots, to be added to that of earlier ones.
-struct Dots {
+ABI_STRUCT(Dots, {
     const double* dots;
     double* results;
     u32 count;
     u32 first; // instead of adding, starts from nothing
-};
+});
 
-struct Backward {
+ABI_STRUCT(Backward, {
     Projection of[2];
     Dots dots;
     const double* diagonal;
@@ -51,7 +51,7 @@ struct Backward {
     double beta, factor;          // the host's part of the upstream gradient
     u32 row_begin, row_end;       // rows of the shard
     u32 zero_is_error, padding;
-};
+});
 
 // BETA_SUM ← (first ? 0 : BETA_SUM) + Σ dots, in every thread.
 SAMTONE_DEVICE double sum_of(const Dots& d SAMTONE_SITE) {
@@ -65,6 +65,7 @@ SAMTONE_DEVICE double sum_of(const Dots& d SAMTONE_SITE) {
 }
 
 // After each wave but the last, whose dots `project` adds.
+SHARED_BYTES(sum_dots, REDUCE_BYTES);
 KERNEL(sum_dots, REDUCE_THREADS, BY_VALUE(Dots) dots) {
     begin_launch();
     sum_of(dots);
@@ -133,6 +134,7 @@ SAMTONE_DEVICE void gather(double (&g)[8], const Backward& b, const Projection& 
     }
 }
 
+SHARED_BYTES(project, REDUCE_BYTES);
 KERNEL(project, REDUCE_THREADS, BY_VALUE(Backward) b) {
     begin_launch();
     if (blockIdx.x == 0) return finish(b);

@@ -19,9 +19,9 @@
 constexpr double SLACK = 0x1p-10;
 
 // The largest sums along the two edges of a square; a sum of 0 where no anchor has a negative.
-struct Masses {
+ABI_STRUCT(Masses, {
     Partial row, col;
-};
+});
 
 // Block and place of square k of a wave, among those that may be skipped.
 struct Square {
@@ -70,6 +70,7 @@ SAMTONE_DEVICE Partial largest_sum(const Edge& edge, const Partial* first, u32 i
     return {float_of(static_cast<u32>(whole & 0x7fffff) | static_cast<u32>(ONE) << 23), static_cast<i32>(whole >> 23) - ONE};
 }
 
+SHARED_BYTES(square_masses, REDUCE_BYTES);
 KERNEL(square_masses, REDUCE_THREADS, BY_VALUE(Wave) wave, const Partial* partials, Masses* masses, u32 tile, u32 together) {
     begin_launch();
     const Square at = square_of(wave, blockIdx.x, together);
@@ -86,13 +87,13 @@ KERNEL(square_masses, REDUCE_THREADS, BY_VALUE(Wave) wave, const Partial* partia
     st_global_u32x4(to, {bits_of(row.sum), static_cast<u32>(row.exponent), bits_of(col.sum), static_cast<u32>(col.exponent)});
 }
 
-struct Choice {
+ABI_STRUCT(Choice, {
     const double *log_coefficients, *diagonal;
     const Masses* masses;
     u32* skipped;
     double log2_share; // of η/C
     u32 rows, step, together, padding;
-};
+});
 
 // log2 of a positive number, to 2^-21.
 SAMTONE_DEVICE double log2_of(double x) {
@@ -124,6 +125,7 @@ SAMTONE_DEVICE bool spares(const Partial& mass, double demand, u32 candidates, d
     return share + SLACK <= log2_share + lg2_approx(static_cast<float>(candidates));
 }
 
+SHARED_BYTES(choose_skipped, REDUCE_BYTES);
 KERNEL(choose_skipped, REDUCE_THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, BY_VALUE(Choice) c) {
     begin_launch();
     const Square at = square_of(wave, blockIdx.x, c.together);
@@ -146,6 +148,7 @@ KERNEL(choose_skipped, REDUCE_THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) tow
 }
 
 // SQUARES and SKIPPED ← (first ? 0 : what they were) + those of the wave.
+SHARED_BYTES(count_skipped, REDUCE_BYTES);
 KERNEL(count_skipped, REDUCE_THREADS, BY_VALUE(Wave) wave, const u32* skipped, double* results, u32 together, u32 first) {
     begin_launch();
     double squares = 0, count = 0;

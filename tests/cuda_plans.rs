@@ -9,6 +9,7 @@ mod support;
 
 use libtest_mimic::Failed;
 use samtone::backend::{self, Backend};
+use samtone::cuda::abi::{ExpSum, NONE, RESULTS};
 use samtone::cuda::{Arithmetic, GradientOutput, Plan, Problem as Planned, Tile};
 use samtone::{Block, Call, DType, EmbeddingsMut, Error, GradientBuffers, Group, Loss, ZeroNorm};
 use std::process::{Command, ExitCode};
@@ -142,15 +143,6 @@ fn waves(how: &'static CudaEmulated) -> Result<(), Failed> {
     }
 }
 
-/// The device's layout of a sum: see `ExpSum` in kernels/common/problem.cuh.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-struct DeviceSum {
-    sum: f64,
-    exponent: i32,
-    padding: u32,
-}
-
 fn shards(how: &'static CudaEmulated) -> Result<(), Failed> {
     let problem = sized(Kind::Random, Loss::samtone_both(), (70, 90, 24))?.rounded(DType::F16).with(|call| {
         let call = call.with_positives((0..70).map(|i| (i * 5 + 1) % 60).collect::<Vec<_>>());
@@ -171,13 +163,13 @@ fn shards(how: &'static CudaEmulated) -> Result<(), Failed> {
         device.launch(Plan::partials)?;
         devices.push(device);
     }
-    let mut sums: Vec<DeviceSum> = devices[0].download("sums")?;
+    let mut sums: Vec<ExpSum> = devices[0].download("sums")?;
     let mut above: Vec<u32> = devices[0].download("above")?;
     for device in &mut devices[1..] {
-        for (mine, theirs) in sums.iter_mut().zip(device.download::<DeviceSum>("sums")?) {
+        for (mine, theirs) in sums.iter_mut().zip(device.download::<ExpSum>("sums")?) {
             let top = if mine.sum == 0.0 { theirs.exponent } else { mine.exponent.max(theirs.exponent) };
-            let scaled = |s: &DeviceSum| if s.sum == 0.0 { 0.0 } else { s.sum * f64::from(s.exponent - top).exp2() };
-            *mine = DeviceSum { sum: scaled(mine) + scaled(&theirs), exponent: top, padding: 0 };
+            let scaled = |s: &ExpSum| if s.sum == 0.0 { 0.0 } else { s.sum * f64::from(s.exponent - top).exp2() };
+            *mine = ExpSum { sum: scaled(mine) + scaled(&theirs), exponent: top, padding: 0 };
         }
         above.iter_mut().zip(device.download::<u32>("above")?).for_each(|(a, b)| *a += b);
     }
@@ -376,13 +368,13 @@ fn again(how: &'static CudaEmulated) -> Result<(), Failed> {
     let (good, bad) = (problem.batch(&good_query, &good_passage)?, problem.batch(&query, &passage)?);
     let planned = Planned::new(*good.pairs(), DType::F32, problem.dim)?;
     let mut device = Emulated::new(Plan::new(&how.problem(planned))?, Run::default())?;
-    for (batch, status) in [(&bad, [149, 100, u32::MAX, 1]), (&good, [u32::MAX; 4]), (&bad, [149, 100, u32::MAX, 1])] {
+    for (batch, status) in [(&bad, [149, 100, NONE, 1]), (&good, [NONE; 4]), (&bad, [149, 100, NONE, 1])] {
         device.upload_embeddings("query", batch.query())?;
         device.upload_embeddings("passage", batch.passage())?;
         // Neither a second call of a part nor the order of the parts leaves a trace.
         device.launch(Plan::partials)?;
         device.launch(Plan::combine)?;
-        device.upload("results", &[-7.0; 16])?;
+        device.upload("results", &[-7.0; RESULTS])?;
         device.launch(Plan::combine)?;
         let apart = device.evaluation()?;
         device.launch(Plan::forward)?;
@@ -392,7 +384,7 @@ fn again(how: &'static CudaEmulated) -> Result<(), Failed> {
         device.launch(Plan::backward)?;
         device.launch(Plan::backward_alone)?;
         let found: Vec<u32> = device.download("status")?;
-        if found[..4] != status || found[4..].iter().any(|word| *word != u32::MAX) {
+        if found[..4] != status || found[4..].iter().any(|word| *word != NONE) {
             return Err(format!("the status is {found:?}, not {status:?}").into());
         }
         let gradient: Vec<f32> = device.download("passage_gradient")?;
@@ -415,14 +407,14 @@ fn many_rows(how: &'static CudaEmulated) -> Result<(), Failed> {
     let call = Call::new(Loss::info_nce(), 0.1);
     let problem = how.problem(Planned::new(call.pairs(ROWS, ROWS)?, DType::F32, 1)?);
     let mut device = Emulated::new(Plan::new(&problem)?, Run::default())?;
-    let sums = (0..4 * ROWS).map(|i| DeviceSum { sum: 1.0 + (i % 977) as f64, exponent: 3, padding: 0 });
+    let sums = (0..4 * ROWS).map(|i| ExpSum { sum: 1.0 + (i % 977) as f64, exponent: 3, padding: 0 });
     let above: Vec<u32> = (0..2 * ROWS).map(|i| u32::from(i % 3 != 0)).collect();
     device.upload("sums", &sums.collect::<Vec<_>>())?;
     device.upload("above", &above)?;
     device.upload("positive", &vec![0.5; ROWS])?;
     device.upload("ticket", &[0_u32])?;
     for name in ["query_faults", "passage_faults"] {
-        device.upload(name, &vec![u32::MAX; 2 * ROWS])?;
+        device.upload(name, &vec![NONE; 2 * ROWS])?;
     }
     device.launch(Plan::combine)?;
     let got = device.evaluation()?;

@@ -7,6 +7,7 @@ mod support;
 
 use libtest_mimic::Failed;
 use samtone::backend;
+use samtone::cuda::abi::ExpSum;
 use samtone::cuda::{Launch, Plan, Problem as Planned, Tile};
 use samtone::{Call, DType, Loss, Scope};
 use std::process::ExitCode;
@@ -260,15 +261,6 @@ fn threshold(how: &'static CudaEmulated) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The device's layout of a sum: see `ExpSum` in kernels/common/problem.cuh.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-struct DeviceSum {
-    sum: f64,
-    exponent: i32,
-    padding: u32,
-}
-
 fn shards(how: &'static CudaEmulated) -> Result<(), Failed> {
     let (shape, share) = (if clusters(how) { (600, 700, 24) } else { (200, 260, 24) }, 1e-2);
     let cuts = [0, shape.0 / 3, shape.0];
@@ -286,12 +278,12 @@ fn shards(how: &'static CudaEmulated) -> Result<(), Failed> {
         device.launch(Plan::partials)?;
         devices.push(device);
     }
-    let mut sums: Vec<DeviceSum> = devices[0].download("sums")?;
+    let mut sums: Vec<ExpSum> = devices[0].download("sums")?;
     let mut above: Vec<u32> = devices[0].download("above")?;
-    for (mine, theirs) in sums.iter_mut().zip(devices[1].download::<DeviceSum>("sums")?) {
+    for (mine, theirs) in sums.iter_mut().zip(devices[1].download::<ExpSum>("sums")?) {
         let top = if mine.sum == 0.0 { theirs.exponent } else { mine.exponent.max(theirs.exponent) };
-        let scaled = |s: &DeviceSum| if s.sum == 0.0 { 0.0 } else { s.sum * f64::from(s.exponent - top).exp2() };
-        *mine = DeviceSum { sum: scaled(mine) + scaled(&theirs), exponent: top, padding: 0 };
+        let scaled = |s: &ExpSum| if s.sum == 0.0 { 0.0 } else { s.sum * f64::from(s.exponent - top).exp2() };
+        *mine = ExpSum { sum: scaled(mine) + scaled(&theirs), exponent: top, padding: 0 };
     }
     above.iter_mut().zip(devices[1].download::<u32>("above")?).for_each(|(a, b)| *a += b);
     let mut all: Option<Outcome> = None;

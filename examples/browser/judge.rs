@@ -5,12 +5,12 @@ use crate::support::compare::{Check, against_definition, entrywise, verdict};
 use crate::support::problem::Outputs;
 use anyhow::{Result, bail};
 use samtone::Error;
+use samtone::wgpu::results;
 use serde::Serialize;
 use std::fmt;
 
 /// Of the f32 results at byte 256 of the state, which pages and shaders read, relative to those that the host reads there.
 const OF_DEVICE: f64 = 2e-6;
-const OF_DEVICE_AT: usize = 256;
 
 /// What the page shows of a run; numbers as text, so that both tables read alike.
 #[derive(Debug, Clone, Serialize)]
@@ -112,7 +112,7 @@ fn outputs(run: &Run, bytes: &[u8]) -> Result<(Outputs, Vec<Check>)> {
         temperature: plan.temperature(state)?,
     };
     let [qp, qp_mrr, pq, pq_mrr] = outputs.metrics();
-    let results = floats(state.get(OF_DEVICE_AT..).unwrap_or_default(), 7);
+    let results = floats(state.get(results::FIRST_BYTE as usize..).unwrap_or_default(), 7);
     let host = [outputs.evaluation.loss, qp, qp_mrr, pq, pq_mrr, outputs.temperature.tau, outputs.temperature.log_beta];
     let check = |output, k: std::ops::Range<usize>| {
         entrywise(output, results.get(k.clone()).unwrap_or_default(), &host[k], OF_DEVICE)

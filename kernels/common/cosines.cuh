@@ -8,10 +8,10 @@
 #include "problem.cuh"
 
 constexpr u64 NOT_KEPT = ~0ull;
-struct Cosines {
+ABI_STRUCT(Cosines, {
     float* kept;
     u64 first[MAX_SUPER_BLOCKS]; // element of each super-block of the launch; or NOT_KEPT
-};
+});
 
 // The first element of square `row`, `col` of super-block `index`, which keeps its cosines; a square has `elements`.
 SAMTONE_DEVICE float* kept_square(const Cosines& cosines, const SuperBlock& block, u32 index, u32 row, u32 col, u32 together, u32 elements) {

@@ -2,19 +2,19 @@
 #pragma once
 #include "problem.cuh"
 
-struct Outputs {
+ABI_STRUCT(Outputs, {
     u32 count, blocks;           // of cuts; of blocks of rows: 0 for a space without gradients
     u32 cuts[MAX_CUTS];          // where the parts of the space begin; the last is its end
     u32 first_block[MAX_CUTS];   // the first block of each part
     float* sums;
     u64 stride;                  // elements
-};
-struct Product {
+});
+ABI_STRUCT(Product, {
     Outputs of[2];
     u32 dim, tiles_along_dim;
     u32 accumulate; // add to what is there
     u32 padding;
-};
+});
 
 // A block of rows of sums: those of one space from `begin` on, up to `end` at the most.
 struct OutputRows {

@@ -1,4 +1,4 @@
-// platform.cuh: what a kernel file may assume of its compiler: types, and four macros.
+// platform.cuh: what a kernel file may assume of its compiler: types, and a few macros.
 //
 // A kernel is compiled twice from the same text: to PTX by a CUDA compiler that has no headers at hand, and, when
 // SAMTONE_EMULATED is defined, to C++ that runs on the emulator. Only this file and instructions.cuh know the difference.
@@ -11,6 +11,11 @@
 //   UNROLL                               the next loop is unrolled
 //   KEEP_LOOP                            the next loop is not unrolled
 //   BY_VALUE(type)                       a struct as parameter: stays in the constant bank, also when indexed at run time
+//   ABI_STRUCT(name, { members })        a struct that the host writes or reads; padding is a member
+//   SHARED_BYTES(kernel, bytes)          the dynamic shared memory that the host gives to a block
+//
+// The PTX tells what the host must know, as constants that nothing on the device reads: `name_members` and `name_bytes` of a struct,
+// `name_parameters` and `name_shared_bytes` of a kernel. tests/cuda_abi.rs compares them with src/cuda/abi.rs.
 #pragma once
 
 using u16 = unsigned short;
@@ -48,6 +53,13 @@ using shared_address = u32;
 constexpr u32 WARP = 32;
 constexpr u32 ALL_LANES = 0xffffffffu;
 
+#define ABI_CONSTANT [[maybe_unused]] constexpr
+#define ABI_STRUCT(name, ...)                          \
+    struct name __VA_ARGS__;                           \
+    ABI_CONSTANT char name##_members[] = #__VA_ARGS__; \
+    ABI_CONSTANT u32 name##_bytes = sizeof(name)
+#define SHARED_BYTES(kernel, ...) ABI_CONSTANT u32 kernel##_shared_bytes = __VA_ARGS__
+
 #ifdef SAMTONE_EMULATED
 
 #include "../emulator/emulator.hpp"
@@ -63,10 +75,12 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 #define SAMTONE_SITE , SAMTONE_SITE_ONLY
 
 #define KERNEL(name, threads, ...)                                                    \
+    ABI_CONSTANT char name##_parameters[] = #__VA_ARGS__;                             \
     extern "C" void name(__VA_ARGS__);                                                \
     static const emulator::Registration name##_registration(#name, (threads), &name); \
     extern "C" void name(__VA_ARGS__)
 #define KERNEL_CLUSTER(name, threads, blocks, ...)                                              \
+    ABI_CONSTANT char name##_parameters[] = #__VA_ARGS__;                                       \
     extern "C" void name(__VA_ARGS__);                                                          \
     static const emulator::Registration name##_registration(#name, (threads), &name, (blocks)); \
     extern "C" void name(__VA_ARGS__)
@@ -99,8 +113,11 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 #define SAMTONE_SITE_ONLY
 #define SAMTONE_SITE
 
-#define KERNEL(name, threads, ...) extern "C" __global__ void __launch_bounds__(threads, 1) name(__VA_ARGS__)
-#define KERNEL_CLUSTER(name, threads, blocks, ...) \
+#define KERNEL(name, threads, ...)                        \
+    ABI_CONSTANT char name##_parameters[] = #__VA_ARGS__; \
+    extern "C" __global__ void __launch_bounds__(threads, 1) name(__VA_ARGS__)
+#define KERNEL_CLUSTER(name, threads, blocks, ...)        \
+    ABI_CONSTANT char name##_parameters[] = #__VA_ARGS__; \
     extern "C" __global__ void __cluster_dims__(blocks, 1, 1) __launch_bounds__(threads, 1) name(__VA_ARGS__)
 #define SYNC(label, ...) __VA_ARGS__
 #define MUTANT(name) false

@@ -1,5 +1,4 @@
-// problem.cuh: what the host tells kernels, as structs passed by value. src/cuda/launches.rs writes them in Rust; the
-// emulator compares their sizes at every launch.
+// problem.cuh: structs and numbers that host and kernels share. src/cuda/abi.rs declares them in Rust, and tests/cuda_abi.rs compares both.
 //
 // Two index spaces: queries 0..M, and passages in the order [anchors | others | extras] of src/order.rs. An index of either
 // may anchor one row; a tile pairs indices of two spaces. Seen along a tile's row, the column is a candidate of the row's
@@ -12,7 +11,7 @@ constexpr u32 QP = 0, PQ = 1, QQ = 2, PP = 3, BLOCKS = 4;
 constexpr u32 NONE = 0xffffffffu;
 
 // One side of a super-block.
-struct Edge {
+ABI_STRUCT(Edge, {
     u32 begin, end; // indices of the space
     u32 space;      // 0 queries, 1 passages
     u32 block;      // whose softmax its anchors take part in: of an edge that meets queries PQ or QQ
@@ -21,10 +20,10 @@ struct Edge {
     u32 gradients;  // whether gradients of its embeddings are added here
     u32 tiles;      // ⌈(end − begin) / TILE⌉; for kernels of 9.0, which visit pairs of tiles, the next even number
     u32 packed;     // row of `begin` in the packed embeddings
-};
+});
 
 // A rectangle of one matrix of cosines whose gradient tile fits the workspace; or a square on the diagonal of a symmetric one.
-struct SuperBlock {
+ABI_STRUCT(SuperBlock, {
     Edge row, col;
     u32 first_tile;   // among the tiles of the wave
     u32 tiles;        // their number
@@ -35,62 +34,62 @@ struct SuperBlock {
     u64 row_partials; // first element of [col.tiles][row.tiles·TILE] partial sums
     u64 col_partials; // first element of [row.tiles][col.tiles·TILE] partial sums
     u64 gradient;     // first element of [row.tiles·TILE][col.tiles·TILE] gradients of logits
-};
+});
 
 // Points at which a space is cut into parts (src/regions.rs), its beginning and end among them.
 constexpr u32 MAX_CUTS = 8;
 
 // What one launch visits.
 constexpr u32 MAX_SUPER_BLOCKS = 8;
-struct Wave {
+ABI_STRUCT(Wave, {
     u32 count, tiles;
     SuperBlock blocks[MAX_SUPER_BLOCKS];
-};
+});
 
 // The packed embeddings of one index space: row k is its raw embedding times a power of two, of norm 2^12 … 2^13, as f16, as
 // the sum of two f16 (planes), or as f32. Columns go on as zeros up to a multiple of 128 bytes, and rows to whole tiles.
 // Two layouts: row-major for kernels of 8.0; for those of 9.0 panels of 128 bytes of every row, in which the 16-byte chunk c of row
 // r is at c ^ r % 8: any eight rows that begin at a multiple of eight are what wgmma reads, and a tile is one bulk copy.
-struct Tower {
+ABI_STRUCT(Tower, {
     const unsigned char* packed;
     u64 plane;               // bytes from the first to the second plane
     u64 panel;               // bytes from the first to the second 128 bytes of a row
     const float* inverse;    // 2^12 / norm of the packed row: above 1/2 up to 1; 0 for a row without direction
     const u32x4* candidates; // as a candidate: query key, passage key (of queries exchanged: see `keys_of_anchor` in epilogue.cuh),
                              // owner (NONE: everyone's); the row it anchors, or NONE
-};
-struct Towers {
+});
+ABI_STRUCT(Towers, {
     Tower of[2];
     u32 row_bytes; // of a packed row in one plane
     u32 masked;    // whether pairs of different indices can be masked at all
-};
+});
 
 // Of a row as an anchor: query key, passage key, and, as bits of f32, the highest cosine it keeps and s⁺ with the slack above
 // which a negative outranks it.
 using AnchorKeys = u32x4;
 
 // β·log2 e as two floats: see `exponential` in epilogue.cuh.
-struct Beta {
+ABI_STRUCT(Beta, {
     float high, low;
-};
+});
 
 // Σ exp(β s) as sum·2^exponent.
-struct Partial {
+ABI_STRUCT(Partial, {
     float sum;
     i32 exponent;
-};
-struct ExpSum {
+});
+ABI_STRUCT(ExpSum, {
     double sum;
     i32 exponent;
     u32 padding;
-};
+});
 
 // One softmax group of the loss.
-struct Group {
+ABI_STRUCT(Group, {
     double coefficient;
     u32 blocks; // bit b: block b is in it
     u32 copies; // of the positive in the denominator
-};
+});
 
 // What is wrong with one embedding: its row, NONE if it is finite, and if its norm is not zero.
 using Fault = u32x2;

@@ -2,14 +2,14 @@
 #pragma once
 #include "problem.cuh"
 
-enum : u32 { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_BF16 = 2 };
+constexpr u32 TYPE_F32 = 0, TYPE_F16 = 1, TYPE_BF16 = 2;
 
 // Raw embeddings of one tower.
-struct Raw {
+ABI_STRUCT(Raw, {
     const unsigned char* data;
     u64 row_bytes;
-    u32 dim, type;
-};
+    u32 dim, dtype;
+});
 SAMTONE_DEVICE float low_half(u32 pair, u32 type) {
     return type == TYPE_BF16 ? float_of(pair << 16) : cvt_f32(f16{static_cast<u16>(pair & 0xffff)});
 }
@@ -22,7 +22,7 @@ SAMTONE_DEVICE void load_eight(float (&v)[8], const Raw& raw, const unsigned cha
     UNROLL
     for (u32 i = 0; i < 8; ++i) v[i] = 0;
     if (column >= raw.dim) return;
-    if (raw.type == TYPE_F32) {
+    if (raw.dtype == TYPE_F32) {
         if (aligned) {
             UNROLL
             for (u32 half = 0; half < 2; ++half) {
@@ -42,23 +42,23 @@ SAMTONE_DEVICE void load_eight(float (&v)[8], const Raw& raw, const unsigned cha
     }
     if (aligned) {
         const u32x4 pairs = ld_global_nc_u32x4(row + 2 * column);
-        v[0] = low_half(pairs.x, raw.type);
-        v[1] = high_half(pairs.x, raw.type);
-        v[2] = low_half(pairs.y, raw.type);
-        v[3] = high_half(pairs.y, raw.type);
-        v[4] = low_half(pairs.z, raw.type);
-        v[5] = high_half(pairs.z, raw.type);
-        v[6] = low_half(pairs.w, raw.type);
-        v[7] = high_half(pairs.w, raw.type);
+        v[0] = low_half(pairs.x, raw.dtype);
+        v[1] = high_half(pairs.x, raw.dtype);
+        v[2] = low_half(pairs.y, raw.dtype);
+        v[3] = high_half(pairs.y, raw.dtype);
+        v[4] = low_half(pairs.z, raw.dtype);
+        v[5] = high_half(pairs.z, raw.dtype);
+        v[6] = low_half(pairs.w, raw.dtype);
+        v[7] = high_half(pairs.w, raw.dtype);
         return;
     }
     UNROLL
     for (u32 i = 0; i < 8; ++i)
-        if (column + i < raw.dim) v[i] = low_half(ld_global_nc_u16(row + 2 * (column + i)), raw.type);
+        if (column + i < raw.dim) v[i] = low_half(ld_global_nc_u16(row + 2 * (column + i)), raw.dtype);
 }
 
 SAMTONE_DEVICE bool is_aligned(const Raw& raw) {
-    const u64 bytes = raw.type == TYPE_F32 ? 4 : 2;
+    const u64 bytes = raw.dtype == TYPE_F32 ? 4 : 2;
     return ((reinterpret_cast<u64>(raw.data) | raw.row_bytes | raw.dim * bytes) & 15) == 0;
 }
 

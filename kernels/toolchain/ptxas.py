@@ -34,6 +34,12 @@ def entries(ptx):
     return found
 
 
+def shared_memory(ptx):
+    """Entry → bytes of dynamic shared memory per block, where SHARED_BYTES of common/platform.cuh names them."""
+    found = re.finditer(r"^\.global \.align 4 \.u32 (\w+)_shared_bytes(?: = (\d+))?;$", ptx, re.MULTILINE)
+    return {m[1]: int(m[2] or 0) for m in found}
+
+
 def parse(output):
     """What `ptxas -v` says: entry → usage, and the lines it should not have said."""
     usage, remarks, function, entry = {}, [], None, None

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import tempfile
 import unittest
 from pathlib import Path
@@ -103,12 +102,13 @@ class Commands(unittest.TestCase):
 
     def test_shared_memory_counts_and_names_existing_kernels(self):
         self.compile()
-        self.write("shared_memory.json", json.dumps({"copy": 60000}))
+        named = '#include "common/platform.cuh"\n' + COPY + "SHARED_BYTES({}, 60000);\n"
+        self.write("copy.cu", named.replace("{}", "copy"))
         self.assert_refused("kernels.md is not what the sources give")
         self.compile()
         self.assertIn("| `copy` | 2: 4/64 s | 1: 2/48 s |", self.table())
-        self.write("shared_memory.json", json.dumps({"copies": 60000}))
-        self.assert_refused("sizes for copies, which no kernel file defines")
+        self.write("copy.cu", named.replace("{}", "copies"))
+        self.assert_refused("SHARED_BYTES names copies, which no kernel file defines")
 
     def test_a_spill_is_refused_on_every_architecture(self):
         values = 96

@@ -1,10 +1,11 @@
 //! Arrays of a call: their names, slots and sizes, and the content of the side data.
 
+use super::abi::{self, COMBINED_ROWS, FOUND, MAX_CUTS, RESULTS, ROWS_PER_BLOCK, STATUS_WORDS, Shared, number};
 use super::launches::{Launches, at};
-use super::per_row::{COMBINED_ROWS, FOUND, ROWS_PER_BLOCK};
 use super::plan::Layouts;
-use super::problem::Tile;
-use super::schedule::{Address, ArrayId, Slot};
+use super::problem::{Arithmetic, Tile};
+use super::schedule::{Address, Slot};
+use crate::call::{NoNegative, ZeroNorm};
 use crate::candidates::candidates;
 use crate::dtype::DType;
 use crate::loss::Block;
@@ -15,59 +16,29 @@ use bytemuck::{NoUninit, Pod};
 
 /// One tower on the device.
 pub(super) struct TowerArrays {
-    pub(super) raw: ArrayId,
-    pub(super) row_bytes: u64,
-    pub(super) order: Address,
-    pub(super) indices: usize,
-    pub(super) padded: usize,
-    pub(super) packed: ArrayId,
-    pub(super) plane: u64,
-    pub(super) row_pitch: u64,
-    pub(super) panel: u64,
-    pub(super) parts: Vec<Part>,
-    pub(super) inverse: ArrayId,
-    pub(super) inverse_norm: ArrayId,
-    /// For each index, what is wrong with its embedding.
-    pub(super) faults: ArrayId,
-    pub(super) candidates: ArrayId,
-}
-
-/// Indices of a space from a cut (src/regions.rs) to the next, and where they begin among the packed rows.
-pub(super) struct Part {
-    pub(super) index: usize,
-    pub(super) row: usize,
+    pub(super) packing: abi::Packing,
+    pub(super) candidates: Address,
 }
 
 impl TowerArrays {
     /// The packed row of an index.
-    pub(super) fn packed_row(&self, index: usize) -> usize {
-        self.parts.iter().rev().find(|p| p.index <= index).map_or(index, |p| p.row + index - p.index)
+    pub(super) fn packed_row(&self, index: u32) -> u32 {
+        let abi::Packing { index: starts, row: rows, parts, .. } = &self.packing;
+        let mut parts = starts.iter().zip(rows).take(*parts as usize).rev();
+        parts.find(|(start, _)| **start <= index).map_or(index, |(start, row)| row + index - start)
     }
 }
 
 /// Arrays of the state and the side data.
 pub(super) struct Common {
-    pub(super) row_keys: ArrayId,
-    pub(super) weights: ArrayId,
-    pub(super) groups: ArrayId,
-    pub(super) anchor_row: ArrayId,
+    pub(super) positives: abi::Positives,
+    /// But for what it needs of the towers.
+    pub(super) combine: abi::Combine,
+    pub(super) anchor_row: Address,
     // Null where the order of the passages is the identity.
-    pub(super) positives: Address,
     pub(super) anchor_index: Address,
     pub(super) occurrence_start: Address,
     pub(super) occurrences: Address,
-    pub(super) results: ArrayId,
-    pub(super) status: ArrayId,
-    /// Blocks of `combine` that are done, 0 between launches.
-    pub(super) ticket: ArrayId,
-    pub(super) row_losses: ArrayId,
-    pub(super) sums: ArrayId,
-    pub(super) above: ArrayId,
-    pub(super) positive: ArrayId,
-    pub(super) anchors: ArrayId,
-    pub(super) diagonal: ArrayId,
-    pub(super) log_coefficients: ArrayId,
-    pub(super) block_results: ArrayId,
     pub(super) upstream: Address,
     pub(super) skipping: Option<Skipping>,
 }
@@ -75,8 +46,8 @@ pub(super) struct Common {
 /// What decides which squares of cosines are left out of the gradient.
 #[derive(Clone, Copy)]
 pub(super) struct Skipping {
-    pub(super) masses: ArrayId,
-    pub(super) skipped: ArrayId,
+    pub(super) masses: Address,
+    pub(super) skipped: Address,
     /// log₂ of η for each of the candidates that a row meets.
     pub(super) log2_share: f64,
 }
@@ -85,17 +56,17 @@ pub(super) struct Skipping {
 pub(super) struct Sums {
     pub(super) address: Address,
     pub(super) stride: usize,
-    pub(super) output: ArrayId,
+    pub(super) output: Address,
 }
 
 impl Launches<'_> {
     /// Adds an array of the side data with its content.
-    fn side_array<T: NoUninit + Pod>(&mut self, name: &'static str, content: &[T]) -> ArrayId {
+    fn side_array<T: NoUninit + Pod>(&mut self, name: &'static str, content: &[T]) -> Address {
         let bytes: &[u8] = bytemuck::cast_slice(content);
         let id = self.layout.add(Slot::Side, name, bytes.len());
         self.side.resize(self.layout.arrays[id.0].offset as usize, 0);
         self.side.extend(bytes);
-        id
+        at(id)
     }
 
     pub(super) fn common(&mut self) -> Common {
@@ -104,11 +75,12 @@ impl Launches<'_> {
         let keys = Keys::new(pairs);
         let row_keys: Vec<[u32; 2]> = keys.rows.iter().map(|k| [k.query, k.passage]).collect();
         let row_keys = self.side_array("row_keys", &row_keys);
-        let weights = self.side_array("weights", &pairs.normalized_weights());
-        let groups: Vec<[u64; 2]> = (problem.call().loss().groups().iter())
-            .map(|g| {
-                let blocks = g.blocks().iter().fold(0_u64, |bits, b| bits | 1 << b.index());
-                [g.coefficient().to_bits(), blocks | u64::from(g.positive_copies()) << 32]
+        let weight = self.side_array("weights", &pairs.normalized_weights());
+        let groups: Vec<abi::Group> = (problem.call().loss().groups().iter())
+            .map(|g| abi::Group {
+                coefficient: g.coefficient(),
+                blocks: g.blocks().iter().fold(0, |bits, b| bits | 1 << b.index()),
+                copies: g.positive_copies().into(),
             })
             .collect();
         let groups = self.side_array("groups", &groups);
@@ -116,44 +88,66 @@ impl Launches<'_> {
         let [mut positives, mut anchor_index, mut occurrence_start, mut indices] = [Address::Null; 4];
         if order.passage.is_some() {
             let positive: Vec<u32> = (0..m).map(|i| pairs.positive(i) as u32).collect();
-            positives = at(self.side_array("positives", &positive));
-            anchor_index = at(self.side_array("anchor_index", &order.anchor_index(m)));
-            occurrence_start = at(self.side_array("occurrence_start", &occurrences.start));
-            indices = at(self.side_array("occurrences", &occurrences.index));
+            positives = self.side_array("positives", &positive);
+            anchor_index = self.side_array("anchor_index", &order.anchor_index(m));
+            occurrence_start = self.side_array("occurrence_start", &occurrences.start);
+            indices = self.side_array("occurrences", &occurrences.index);
         }
         let upstream = match problem.device_upstream {
             true => at(self.layout.add(Slot::Upstream, "upstream", 4)),
             false => Address::Null,
         };
-        let mut state = |name, bytes| self.layout.add(Slot::State, name, bytes);
-        let (results, status, ticket) = (state("results", 16 * 8), state("status", 10 * 4), state("ticket", 4));
-        let row_losses = state("row_losses", 8 * m);
-        let (sums, above) = (state("sums", 4 * 16 * m), state("above", 2 * 4 * m));
-        let (positive, anchors) = (state("positive", 8 * m), state("anchors", 16 * m));
-        let (diagonal, log_coefficients) = (state("diagonal", 8 * m), state("log_coefficients", 4 * 8 * m));
+        let mut state = |name, bytes| at(self.layout.add(Slot::State, name, bytes));
+        let results = state("results", RESULTS * f64::BYTES);
+        let (status, ticket) = (state("status", STATUS_WORDS * u32::BYTES), state("ticket", u32::BYTES));
+        let row_losses = state("row_losses", f64::BYTES * m);
+        let (sums, above) = (state("sums", 4 * abi::ExpSum::BYTES * m), state("above", 2 * u32::BYTES * m));
+        let (positive, anchors) = (state("positive", f64::BYTES * m), state("anchors", <[u32; 4]>::BYTES * m));
+        let diagonal = state("diagonal", f64::BYTES * m);
+        let log_coefficients = state("log_coefficients", 4 * f64::BYTES * m);
         let skipping = self.skipping();
         let blocks = m.div_ceil(COMBINED_ROWS);
-        let block_results = self.layout.add(Slot::Workspace, "block_results", 8 * FOUND * blocks);
-        Common {
-            row_keys,
-            weights,
-            groups,
-            anchor_row,
+        let positives = abi::Positives {
             positives,
-            anchor_index,
-            occurrence_start,
-            occurrences: indices,
-            results,
-            status,
+            row_keys,
+            positive,
+            anchors,
             ticket,
-            row_losses,
+            status,
+            margin: problem.call().margin().unwrap_or(f64::INFINITY),
+            wanted: true,
+            padding: 0,
+        };
+        let combine = abi::Combine {
             sums,
             above,
             positive,
-            anchors,
+            weight,
+            groups,
+            row_losses,
             diagonal,
             log_coefficients,
-            block_results,
+            results,
+            faults: [Address::Null; 2],
+            found: at(self.layout.add(Slot::Workspace, "block_results", f64::BYTES * FOUND * blocks)),
+            status,
+            ticket,
+            beta: problem.call().beta(),
+            rows: number(m),
+            group_count: number(problem.call().loss().groups().len()),
+            indices: [0; 2],
+            zero_is_error: problem.call().zero_norm() == ZeroNorm::Error,
+            empty_is_error: problem.call().no_negative() == NoNegative::Error,
+            merges_only: false,
+            padding: 0,
+        };
+        Common {
+            positives,
+            combine,
+            anchor_row,
+            anchor_index,
+            occurrence_start,
+            occurrences: indices,
             upstream,
             skipping,
         }
@@ -173,8 +167,8 @@ impl Launches<'_> {
         let candidates = |block: &Block| if matches!(block, Block::QP | Block::PP) { n } else { m };
         let met: usize = Block::ALL.iter().filter(|b| problem.call().loss().uses(**b)).map(candidates).sum();
         (squares > 0).then(|| Skipping {
-            masses: self.layout.add(Slot::State, "square_masses", 16 * squares),
-            skipped: self.layout.add(Slot::State, "skipped", 4 * squares),
+            masses: at(self.layout.add(Slot::State, "square_masses", abi::Masses::BYTES * squares)),
+            skipped: at(self.layout.add(Slot::State, "skipped", u32::BYTES * squares)),
             log2_share: share.log2() - (met as f64).log2(),
         })
     }
@@ -183,76 +177,75 @@ impl Launches<'_> {
         let Layouts { problem, order, tile, .. } = self.layouts;
         let (m, n, d) = problem.shape();
         let keys = Keys::new(&problem.pairs);
-        let (rows, indices) = match space {
-            Space::Query => (m, m),
-            Space::Passage => (n, order.len()),
+        let (slot, rows, indices) = match space {
+            Space::Query => (Slot::Query, m, m),
+            Space::Passage => (Slot::Passage, n, order.len()),
         };
+        // Names of the arrays.
+        let [raw, own_candidates, packed, inverse, inverse_norm, faults] = [
+            ["query", "passage"],
+            ["query_candidates", "passage_candidates"],
+            ["query_packed", "passage_packed"],
+            ["query_inverse", "passage_inverse"],
+            ["query_inverse_norm", "passage_inverse_norm"],
+            ["query_faults", "passage_faults"],
+        ]
+        .map(|names| names[space as usize]);
         let candidates = candidates(problem, order, &keys, space);
-        let (slot, names) = match space {
-            Space::Query => (
-                Slot::Query,
-                ["query", "query_candidates", "query_packed", "query_inverse", "query_inverse_norm", "query_faults"],
-            ),
-            Space::Passage => (
-                Slot::Passage,
-                [
-                    "passage",
-                    "passage_candidates",
-                    "passage_packed",
-                    "passage_inverse",
-                    "passage_inverse_norm",
-                    "passage_faults",
-                ],
-            ),
-        };
         let row_bytes = (problem.row_strides[space as usize] * problem.dtype.bytes()) as u64;
         let raw_bytes = (rows - 1) * row_bytes as usize + d * problem.dtype.bytes();
-        let raw = self.layout.add(slot, names[0], raw_bytes);
-        let candidates = self.side_array(names[1], &candidates);
+        let raw = at(self.layout.add(slot, raw, raw_bytes));
+        let candidates = self.side_array(own_candidates, &candidates);
         let passage_order = order.passage.as_ref().filter(|_| space == Space::Passage);
-        let visited = passage_order.map_or(Address::Null, |o| at(self.side_array("order", o)));
-        let planes = problem.arithmetic().planes();
+        let visited = passage_order.map_or(Address::Null, |o| self.side_array("order", o));
+        let (mut index, mut row) = ([0; MAX_CUTS], [0; MAX_CUTS]);
         let (parts, padded) = match tile {
             // A tile that begins at the last index reads a tile's rows from there on.
-            Tile::Small | Tile::Large => {
-                (vec![Part { index: 0, row: 0 }], (indices + tile.edge()).next_multiple_of(ROWS_PER_BLOCK))
-            }
+            Tile::Small | Tile::Large => (1, (indices + tile.edge()).next_multiple_of(ROWS_PER_BLOCK)),
             // Every part begins at a whole square, so that tiles are whole eights of rows.
             Tile::Cluster => {
                 let cuts = &crate::regions::cuts(&problem.rows, order, m)[space as usize];
-                let mut row = 0;
-                let mut part = |ends: &[usize]| {
-                    let part = Part { index: ends[0], row };
-                    row += (ends[1] - ends[0]).next_multiple_of(tile.step());
-                    part
-                };
-                (cuts.windows(2).map(&mut part).collect(), row)
+                let mut padded = 0;
+                for (ends, (index, row)) in cuts.windows(2).zip(index.iter_mut().zip(&mut row)) {
+                    (*index, *row) = (number(ends[0]), number(padded));
+                    padded += (ends[1] - ends[0]).next_multiple_of(tile.step());
+                }
+                (cuts.len() - 1, padded)
             }
         };
-        let row_bytes_packed = self.packed_row_bytes();
-        let plane = padded * row_bytes_packed;
+        let packed_row_bytes = self.packed_row_bytes();
+        let plane = padded * packed_row_bytes;
         let (row_pitch, panel) = match tile {
-            Tile::Small | Tile::Large => (row_bytes_packed, 128),
+            Tile::Small | Tile::Large => (packed_row_bytes, 128),
             Tile::Cluster => (128, 128 * padded),
         };
-        TowerArrays {
-            raw,
-            row_bytes,
+        let mut workspace = |name, bytes| at(self.layout.add(Slot::Workspace, name, bytes));
+        let packing = abi::Packing {
+            raw: abi::Raw { data: raw, row_bytes, dim: number(d), dtype: problem.dtype.code() },
             order: visited,
-            indices,
-            padded,
-            packed: self.layout.add(Slot::Workspace, names[2], plane * planes),
+            packed: workspace(packed, plane * problem.arithmetic().planes()),
             plane: plane as u64,
+            inverse: workspace(inverse, f32::BYTES * indices),
+            // By which a backward call knows the embeddings of the forward call.
+            inverse_norm: at(self.layout.add(Slot::State, inverse_norm, f64::BYTES * indices)),
+            // A shard's sums are exchanged before `combine` reads them, and the workspace may serve others meanwhile.
+            faults: at(self.layout.add(Slot::State, faults, <[u32; 2]>::BYTES * indices)),
             row_pitch: row_pitch as u64,
             panel: panel as u64,
-            parts,
-            inverse: self.layout.add(Slot::Workspace, names[3], 4 * indices),
-            // By which a backward call knows the embeddings of the forward call.
-            inverse_norm: self.layout.add(Slot::State, names[4], 8 * indices),
-            // A shard's sums are exchanged before `combine` reads them, and the workspace may serve others meanwhile.
-            faults: self.layout.add(Slot::State, names[5], 8 * indices),
-            candidates,
-        }
+            indices: number(indices),
+            padded: number(padded),
+            row_bytes: number(packed_row_bytes),
+            format: match problem.arithmetic() {
+                Arithmetic::F16 | Arithmetic::F16x2 => abi::PACK_F16,
+                Arithmetic::F16x3 => abi::PACK_F16X3,
+                Arithmetic::Exact => abi::PACK_F32,
+            },
+            swizzled: *tile == Tile::Cluster,
+            parts: number(parts),
+            index,
+            row,
+        };
+        TowerArrays { packing, candidates }
     }
 
     pub(super) fn packed_row_bytes(&self) -> usize {
@@ -282,6 +275,6 @@ impl Launches<'_> {
             (self.layout.add(Slot::Workspace, ["query_sums", "passage_sums"][k], 4 * range.len() * stride), stride)
         };
         // Kernels address by index; the first one of a shard is not 0.
-        Some(Sums { address: Address::In(id, -((4 * range.start * stride) as i64)), stride, output })
+        Some(Sums { address: Address::In(id, -((4 * range.start * stride) as i64)), stride, output: at(output) })
     }
 }

@@ -1,20 +1,15 @@
-//! From a plan's waves to launches: arguments in the order of the kernels' parameters.
+//! From a plan's waves to launches.
 
+use super::abi::{self, MAX_CUTS, MAX_SUPER_BLOCKS, REDUCE_BYTES, REDUCE_THREADS, Shared, kernels, number};
 use super::arrays::{Common, Skipping, Sums, TowerArrays};
-use super::plan::{Layout, Layouts, MAX_SUPER_BLOCKS};
+use super::plan::{Layout, Layouts};
 use super::problem::{Arithmetic, Pass, Tile};
-use super::schedule::{Address, Argument, ArrayId, Launch, Slot};
-use super::waves::Wave;
+use super::schedule::{Address, ArrayId, Launch, Slot};
+use super::waves::{PARTIAL_BYTES, Wave};
 use crate::error::Result;
 use crate::order::Space;
 use crate::super_blocks::{SuperBlock, Tiling};
 use std::collections::HashMap;
-
-/// As in kernels/common/problem.cuh.
-pub(super) const MAX_CUTS: usize = 8;
-/// As in kernels/common/reduce.cuh.
-pub(super) const REDUCE_THREADS: u32 = 256;
-pub(super) const REDUCE_BYTES: u32 = 64;
 
 pub(super) struct Launches<'a> {
     pub layouts: &'a Layouts<'a>,
@@ -74,8 +69,8 @@ impl<'a> Launches<'a> {
         let ((partials, counts), (gradients, dots)) = this.layout.overlay(
             |l| {
                 (
-                    l.add(Slot::Workspace, "partials", 8 * partial_count),
-                    l.add(Slot::Workspace, "counts", 4 * partial_count),
+                    l.add(Slot::Workspace, "partials", abi::Partial::BYTES * partial_count),
+                    l.add(Slot::Workspace, "counts", u32::BYTES * partial_count),
                 )
             },
             |l| {
@@ -85,76 +80,82 @@ impl<'a> Launches<'a> {
                 )
             },
         );
-        this.bounded_bytes = (12 * partial_count).max(elements * bytes * planes + 8 * dot_count) + this.keep_cosines();
+        this.bounded_bytes =
+            (PARTIAL_BYTES * partial_count).max(elements * bytes * planes + 8 * dot_count) + this.keep_cosines();
 
         let plane = (elements * bytes) as u64;
         this.prepare(&towers, &common);
         this.sum_pass(&towers, &common, partials, counts);
         this.choose_step(&towers, &common);
         let last_dots = this.gradient_pass(&towers, &common, &sums, gradients, plane, dots);
-        this.projection(&towers, &common, &sums, &last_dots);
+        this.projection(&towers, &common, &sums, last_dots);
         Ok(this)
     }
 
-    /// The argument, and the number of tiles. Gradients of logits begin at `element`.
-    fn wave(&self, wave: &[SuperBlock], towers: &[TowerArrays; 2], mut element: usize) -> (Argument, usize) {
+    /// Gradients of logits begin at `element`.
+    fn wave(&self, wave: &[SuperBlock], towers: &[TowerArrays; 2], mut element: usize) -> abi::Wave {
         let tile = self.layouts.tile.tiling();
-        let (mut first_tile, mut partial) = (0, 0);
-        let mut blocks = Argument::new();
-        for s in wave {
-            let mut block = Argument::new();
-            for edge in 0..2 {
-                block = block
-                    .u32(s.ranges[edge].start)
-                    .u32(s.ranges[edge].end)
-                    .u32(s.spaces[edge] as u32)
-                    .u32(s.blocks[edge].index())
-                    .flag(s.anchors[edge])
-                    .flag(s.sums[edge])
-                    .flag(s.gradients[edge])
-                    .u32(s.tiles_along(edge, tile))
-                    .u32(towers[s.spaces[edge] as usize].packed_row(s.ranges[edge].start));
-            }
+        let (mut first_tile, mut partial, mut blocks) = (0, 0, [abi::SuperBlock::default(); MAX_SUPER_BLOCKS]);
+        for (s, block) in wave.iter().zip(&mut blocks) {
+            let [row, col] = [0, 1].map(|edge| abi::Edge {
+                begin: number(s.ranges[edge].start),
+                end: number(s.ranges[edge].end),
+                space: s.spaces[edge] as u32,
+                block: number(s.blocks[edge].index()),
+                anchors: s.anchors[edge],
+                sums: s.sums[edge],
+                gradients: s.gradients[edge],
+                tiles: number(s.tiles_along(edge, tile)),
+                packed: towers[s.spaces[edge] as usize].packed_row(number(s.ranges[edge].start)),
+            });
             let [triangle, ranks, counted] = s.flags();
             let [row_partials, col_partials] = s.partials(tile);
-            let first_square = self.first_squares.get(&s.number).map_or(u32::MAX, |first| *first as u32);
-            block = block.u32(first_tile).u32(s.tiles(tile)).flag(triangle).flag(ranks).flag(counted).u32(first_square);
-            block = block.u64(partial as u64).u64((partial + row_partials) as u64).u64(element as u64).end();
-            blocks = blocks.nested(&block);
+            *block = abi::SuperBlock {
+                row,
+                col,
+                first_tile: number(first_tile),
+                tiles: number(s.tiles(tile)),
+                triangle,
+                ranks,
+                counted,
+                first_square: self.first_squares.get(&s.number).map_or(abi::NONE, |first| number(*first)),
+                row_partials: partial as u64,
+                col_partials: (partial + row_partials) as u64,
+                gradient: element as u64,
+            };
             first_tile += s.tiles(tile);
             partial += row_partials + col_partials;
             element += s.elements(tile);
         }
-        const SUPER_BLOCK_BYTES: usize = 120;
-        let blocks = blocks.padded_to(MAX_SUPER_BLOCKS * SUPER_BLOCK_BYTES);
-        (Argument::new().u32(wave.len()).u32(first_tile).nested(&blocks), first_tile)
+        abi::Wave { count: number(wave.len()), tiles: number(first_tile), blocks }
     }
 
-    fn towers(&self, towers: &[TowerArrays; 2]) -> Argument {
+    fn towers(&self, towers: &[TowerArrays; 2]) -> abi::Towers {
         let Layouts { problem, order, .. } = &self.layouts;
         let masked = crate::mask::may_mask(&problem.pairs, order);
-        let tower = |argument: Argument, t: &TowerArrays| {
-            argument.pointer(at(t.packed)).u64(t.plane).u64(t.panel).pointer(at(t.inverse)).pointer(at(t.candidates))
-        };
-        towers.iter().fold(Argument::new(), tower).u32(self.packed_row_bytes()).flag(masked)
+        let of = towers.each_ref().map(|TowerArrays { packing, candidates }| {
+            let abi::Packing { packed, plane, panel, inverse, .. } = *packing;
+            abi::Tower { packed, plane, panel, inverse, candidates: *candidates }
+        });
+        abi::Towers { of, row_bytes: number(self.packed_row_bytes()), masked }
     }
 
     /// β·log₂e as two floats whose sum is exact to 2⁻⁴⁸.
-    fn beta(&self) -> Argument {
+    fn beta(&self) -> abi::Beta {
         let exact = self.layouts.problem.call().beta() * std::f64::consts::LOG2_E;
         let high = exact as f32;
-        Argument::new().f32(high).f32((exact - f64::from(high)) as f32)
+        abi::Beta { high, low: (exact - f64::from(high)) as f32 }
     }
 
     /// A launch of a kernel that is compiled for every arithmetic and tile; clusters take `squares` in turn.
-    fn tiled(&self, pass: Pass, arithmetic: Arithmetic, tiles: usize, squares: usize) -> Launch {
+    fn tiled(&self, pass: Pass, arithmetic: Arithmetic, tiles: u32, squares: usize) -> Launch {
         let tile = self.layouts.tile;
         let (kernel, module) = pass.kernel(arithmetic, tile);
         let blocks = match tile {
             Tile::Small | Tile::Large => tiles,
-            Tile::Cluster => 2 * squares.min(self.layouts.problem.clusters()),
+            Tile::Cluster => 2 * number(squares.min(self.layouts.problem.clusters())),
         };
-        Launch::new(module, kernel, [blocks as u32, 1], tile.threads()).shared(tile.shared_bytes(pass, arithmetic))
+        Launch::new(module, kernel, [blocks, 1], tile.threads()).shared(tile.shared_bytes(pass, arithmetic))
     }
 
     /// Squares of 256 x 256 in a wave.
@@ -163,47 +164,38 @@ impl<'a> Launches<'a> {
     }
 
     fn sum_pass(&mut self, towers: &[TowerArrays; 2], common: &Common, partials: ArrayId, counts: ArrayId) {
-        let tower_argument = self.towers(towers);
-        for (k, wave) in self.layouts.division.forward.iter().enumerate() {
-            let (argument, tiles) = self.wave(wave, towers, 0);
+        let (towers_of_kernels, partials, counts) = (self.towers(towers), at(partials), at(counts));
+        for (k, super_blocks) in self.layouts.division.forward.iter().enumerate() {
+            let wave = self.wave(super_blocks, towers, 0);
             let arithmetic = self.layouts.problem.arithmetic().of_cosines();
-            let launch = self.tiled(Pass::LogSumExp, arithmetic, tiles, self.squares(wave));
-            self.partials.push(
-                launch
-                    .argument(argument.clone())
-                    .argument(tower_argument.clone())
-                    .pointer(at(common.anchors))
-                    .argument(self.beta())
-                    .pointer(at(partials))
-                    .pointer(at(counts))
-                    .argument(self.cosines(wave)),
-            );
-            if let Some((skipping, grid)) = common.skipping.zip(self.squares_to_judge(wave)) {
-                self.partials.push(
-                    self.judge("square_masses", grid)
-                        .argument(argument.clone())
-                        .pointer(at(partials))
-                        .pointer(at(skipping.masses))
-                        .u32(self.layouts.tile.edge())
-                        .u32(self.layouts.tile.tiling().together),
-                );
+            let launch = self.tiled(Pass::LogSumExp, arithmetic, wave.tiles, self.squares(super_blocks));
+            self.partials.push(launch.parameters(&kernels::logsumexp {
+                wave,
+                towers: towers_of_kernels,
+                rows: common.positives.anchors,
+                beta: self.beta(),
+                partials,
+                counts,
+                cosines: self.cosines(super_blocks),
+            }));
+            if let Some((skipping, grid)) = common.skipping.zip(self.squares_to_judge(super_blocks)) {
+                let Tiling { edge, together } = self.layouts.tile.tiling();
+                let (masses, tile, together) = (skipping.masses, number(edge), number(together));
+                let parameters = kernels::square_masses { wave, partials, masses, tile, together };
+                self.partials.push(self.judge("square_masses", grid).parameters(&parameters));
             }
-            let merge = Argument::new()
-                .pointer(at(partials))
-                .pointer(at(counts))
-                .pointer(common.anchor_index)
-                .u32(self.layouts.tile.edge())
-                .flag(k == 0);
+            let (anchor_index, tile) = (common.anchor_index, number(self.layouts.tile.edge()));
+            let m = abi::Merge { partials, counts, anchor_index, tile, first: k == 0 };
             if k + 1 == self.layouts.division.forward.len() {
                 self.forward = self.partials.clone();
-                self.forward.push(self.combine_launch(towers, common, argument.clone(), merge.clone(), true));
+                self.forward.push(self.combine_launch(towers, common, wave, m, true));
             }
-            self.partials.push(self.combine_launch(towers, common, argument, merge, false));
+            self.partials.push(self.combine_launch(towers, common, wave, m, false));
         }
         // Of sums that are complete: adds no wave to what is there.
-        let nothing = Argument::new().pointer(at(partials)).pointer(at(counts)).pointer(Address::Null).u32(1_u32);
-        let no_wave = self.wave(&[], towers, 0).0;
-        self.combine.push(self.combine_launch(towers, common, no_wave, nothing.flag(false), true));
+        let nothing = abi::Merge { partials, counts, anchor_index: Address::Null, tile: 1, first: false };
+        let no_wave = self.wave(&[], towers, 0);
+        self.combine.push(self.combine_launch(towers, common, no_wave, nothing, true));
     }
 
     /// Squares of a wave that may be skipped, mirror images included; `None` if there are none.
@@ -220,32 +212,34 @@ impl<'a> Launches<'a> {
     /// Which squares the gradient leaves out, once the coefficients are known.
     fn choose_step(&mut self, towers: &[TowerArrays; 2], common: &Common) {
         let Some(Skipping { masses, skipped, log2_share }) = common.skipping else { return };
-        let together = self.layouts.tile.tiling().together;
+        let (towers_of_kernels, results) = (self.towers(towers), common.combine.results);
+        let together = number(self.layouts.tile.tiling().together);
+        let c = abi::Choice {
+            log_coefficients: common.combine.log_coefficients,
+            diagonal: common.combine.diagonal,
+            masses,
+            skipped,
+            log2_share,
+            rows: number(self.layouts.problem.pairs.rows()),
+            step: number(self.layouts.tile.step()),
+            together,
+            padding: 0,
+        };
         let mut chosen = Vec::new();
-        for (k, wave) in self.layouts.division.backward.iter().enumerate() {
-            let (argument, _) = self.wave(wave, towers, 0);
-            if let Some(grid) = self.squares_to_judge(wave) {
-                let choice = Argument::new()
-                    .pointer(at(common.log_coefficients))
-                    .pointer(at(common.diagonal))
-                    .pointer(at(masses))
-                    .pointer(at(skipped))
-                    .f64(log2_share)
-                    .u32(self.layouts.problem.pairs.rows())
-                    .u32(self.layouts.tile.step())
-                    .u32(together)
-                    .u32(0_u32);
-                let launch = self.judge("choose_skipped", grid).argument(argument.clone());
-                chosen.push(launch.argument(self.towers(towers)).argument(choice));
+        for (k, super_blocks) in self.layouts.division.backward.iter().enumerate() {
+            let wave = self.wave(super_blocks, towers, 0);
+            if let Some(grid) = self.squares_to_judge(super_blocks) {
+                let choice = kernels::choose_skipped { wave, towers: towers_of_kernels, c };
+                chosen.push(self.judge("choose_skipped", grid).parameters(&choice));
             }
-            let count = self.judge("count_skipped", 1).argument(argument).pointer(at(skipped));
-            chosen.push(count.pointer(at(common.results)).u32(together).flag(k == 0));
+            let count = kernels::count_skipped { wave, skipped, results, together, first: k == 0 };
+            chosen.push(self.judge("count_skipped", 1).parameters(&count));
         }
         self.combine.extend(chosen.clone());
         self.forward.extend(chosen);
     }
 
-    /// Gives the argument of the sum of the last wave's dots.
+    /// Gives the last wave's dots.
     fn gradient_pass(
         &mut self,
         towers: &[TowerArrays; 2],
@@ -254,95 +248,82 @@ impl<'a> Launches<'a> {
         gradients: ArrayId,
         plane: u64,
         dots: ArrayId,
-    ) -> Argument {
+    ) -> abi::Dots {
         let Layouts { problem, tile, division, .. } = self.layouts;
-        let tower_argument = self.towers(towers);
-        let skipped = common.skipping.map_or(Address::Null, |s| at(s.skipped));
-        let mut last_dots = Argument::new();
-        for (k, wave) in division.backward.iter().enumerate() {
+        let (towers_of_kernels, results) = (self.towers(towers), common.combine.results);
+        let (gradients, skipped) = (at(gradients), common.skipping.map_or(Address::Null, |s| s.skipped));
+        let mut last_dots = abi::Dots { dots: at(dots), results, count: 0, first: true };
+        for (k, super_blocks) in division.backward.iter().enumerate() {
             // What is kept comes first. Either part has its own launch, and its places behind those of the other.
-            let kept = wave.iter().take_while(|s| self.first_cosines.contains_key(&s.number)).count();
+            let kept = super_blocks.iter().take_while(|s| self.first_cosines.contains_key(&s.number)).count();
             let (mut element, mut dot_count) = (0, 0);
-            for part in [&wave[..kept], &wave[kept..]].into_iter().filter(|part| !part.is_empty()) {
-                let (argument, tiles) = self.wave(part, towers, element);
-                let squares = self.squares(part);
-                let launch = |pass| {
-                    self.tiled(pass, problem.arithmetic(), tiles, squares)
-                        .argument(argument.clone())
-                        .argument(tower_argument.clone())
-                        .pointer(at(common.anchors))
-                        .argument(self.beta())
-                        .pointer(at(common.log_coefficients))
-                        .pointer(at(common.positive))
-                        .pointer(at(common.results))
-                        .u32(problem.pairs.rows())
-                        .pointer(at(gradients))
-                        .u64(plane)
-                        .pointer(Address::In(dots, 8 * dot_count as i64))
-                        .pointer(skipped)
+            for part in [&super_blocks[..kept], &super_blocks[kept..]].into_iter().filter(|part| !part.is_empty()) {
+                let (wave, squares) = (self.wave(part, towers, element), self.squares(part));
+                let parameters = kernels::gradient_tile {
+                    wave,
+                    towers: towers_of_kernels,
+                    rows: common.positives.anchors,
+                    beta: self.beta(),
+                    log_coefficients: common.combine.log_coefficients,
+                    positive: common.combine.positive,
+                    results,
+                    row_count: number(problem.pairs.rows()),
+                    gradients,
+                    plane,
+                    dots: Address::In(dots, (f64::BYTES * dot_count) as i64),
+                    skipped,
                 };
+                let launch = |pass| self.tiled(pass, problem.arithmetic(), wave.tiles, squares).parameters(&parameters);
                 let recomputing = launch(Pass::GradientTile);
                 if self.first_cosines.contains_key(&part[0].number) {
-                    let reading = launch(Pass::KeptGradientTile).argument(self.cosines(part));
+                    let cosines = self.cosines(part);
+                    let reading = launch(Pass::KeptGradientTile).parameters(&kernels::gradient_tile_kept { cosines });
                     self.recomputing.push((self.backward.len(), recomputing));
                     self.backward.push(reading);
                 } else {
                     self.backward.push(recomputing);
                 }
                 element += part.iter().map(|s| s.elements(tile.tiling())).sum::<usize>();
-                dot_count += if *tile == Tile::Cluster { 2 * squares } else { tiles };
+                dot_count += if *tile == Tile::Cluster { 2 * squares } else { wave.tiles as usize };
             }
-            let (argument, _) = self.wave(wave, towers, 0);
-            let sum = Argument::new().pointer(at(dots)).pointer(at(common.results)).u32(dot_count).flag(k == 0);
+            last_dots = abi::Dots { count: number(dot_count), first: k == 0, ..last_dots };
+            // The projection adds those of the last.
             if k + 1 < division.backward.len() {
                 let launch = Launch::new("project", "sum_dots", [1, 1], REDUCE_THREADS).shared(REDUCE_BYTES);
-                self.backward.push(launch.argument(sum));
-            } else {
-                last_dots = sum; // the projection adds them
+                self.backward.push(launch.parameters(&kernels::sum_dots { dots: last_dots }));
             }
             let (product, blocks) = self.product(sums, k > 0);
             if blocks > 0 {
-                let launch = self.tiled(Pass::GradientProduct, problem.arithmetic(), blocks, blocks);
-                self.backward.push(
-                    launch
-                        .argument(argument)
-                        .argument(tower_argument.clone())
-                        .pointer(at(gradients))
-                        .u64(plane)
-                        .argument(product)
-                        .pointer(skipped),
-                );
+                let launch = self.tiled(Pass::GradientProduct, problem.arithmetic(), blocks, blocks as usize);
+                let (wave, towers) = (self.wave(super_blocks, towers, 0), towers_of_kernels);
+                let product = kernels::gradient_product { wave, towers, gradients, plane, product, skipped };
+                self.backward.push(launch.parameters(&product));
             }
         }
         last_dots
     }
 
     /// Outputs of the products, and the number of blocks of threads, or of squares of clusters.
-    fn product(&self, sums: &[Option<Sums>; 2], accumulate: bool) -> (Argument, usize) {
+    fn product(&self, sums: &[Option<Sums>; 2], accumulate: bool) -> (abi::Product, u32) {
         let Layouts { problem, order, tile, .. } = self.layouts;
         let tile = tile.step();
-        let cuts = crate::regions::cuts(&problem.rows, order, problem.pairs.rows());
-        let mut argument = Argument::new();
-        let mut row_blocks = 0;
-        for (k, sums) in sums.iter().enumerate() {
+        let all_cuts = crate::regions::cuts(&problem.rows, order, problem.pairs.rows());
+        let of = [0, 1].map(|k| {
             let range = self.gradient_range(k);
-            let mut points: Vec<usize> =
-                cuts[k].iter().copied().filter(|c| range.start <= *c && *c <= range.end).collect();
-            let mut blocks = 0;
-            let mut first_block = [0; MAX_CUTS];
-            for (part, ends) in points.windows(2).enumerate() {
-                first_block[part] = blocks;
-                blocks += (ends[1] - ends[0]).div_ceil(tile);
+            let inside = |cut: &usize| range.start <= *cut && *cut <= range.end;
+            let points: Vec<usize> = all_cuts[k].iter().copied().filter(inside).collect();
+            let (mut cuts, mut first_block, mut blocks) = ([number(range.end); MAX_CUTS], [0; MAX_CUTS], 0);
+            points.iter().zip(&mut cuts).for_each(|(point, cut)| *cut = number(*point));
+            for (ends, first) in points.windows(2).zip(&mut first_block) {
+                *first = blocks;
+                blocks += number((ends[1] - ends[0]).div_ceil(tile));
             }
-            let count = points.len();
-            points.resize(MAX_CUTS, range.end);
-            let (address, stride) = sums.as_ref().map_or((Address::Null, 0), |s| (s.address, s.stride));
-            let mut outputs = Argument::new().u32(count).u32(if sums.is_some() { blocks } else { 0 });
-            outputs = points.iter().chain(&first_block).fold(outputs, |a, v| a.u32(*v));
-            argument = argument.nested(&outputs.pointer(address).u64(stride as u64).end());
-            row_blocks += if sums.is_some() { blocks } else { 0 };
-        }
-        let along_dim = problem.dim.div_ceil(tile);
-        (argument.u32(problem.dim).u32(along_dim).flag(accumulate).u32(0_u32), row_blocks * along_dim)
+            let (count, blocks) = (number(points.len()), if sums[k].is_some() { blocks } else { 0 });
+            let (sums, stride) = sums[k].as_ref().map_or((Address::Null, 0), |s| (s.address, s.stride as u64));
+            abi::Outputs { count, blocks, cuts, first_block, sums, stride }
+        });
+        let (dim, tiles_along_dim) = (number(problem.dim), number(problem.dim.div_ceil(tile)));
+        let blocks = (of[0].blocks + of[1].blocks).saturating_mul(tiles_along_dim);
+        (abi::Product { of, dim, tiles_along_dim, accumulate, padding: 0 }, blocks)
     }
 }

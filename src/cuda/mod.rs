@@ -20,6 +20,8 @@
 //! stream. Inputs that are refused (NaN, norm zero, no negative) leave the number of the lowest such row in the state, and NaN
 //! in loss and gradients.
 
+#[doc(hidden)]
+pub mod abi;
 mod arrays;
 #[cfg(feature = "cuda")]
 mod driver;

@@ -14,8 +14,6 @@ use crate::problem::Problem;
 use crate::super_blocks::least_edge;
 use std::fmt;
 
-/// Super-blocks of a launch: the size of the array in `Wave` of kernels/common/problem.cuh.
-pub(super) const MAX_SUPER_BLOCKS: usize = 8;
 /// Every array begins at a multiple of this, as allocations do; copies of 16 bytes need 16.
 pub(super) const ARRAY_ALIGNMENT: u64 = 256;
 
@@ -256,48 +254,6 @@ mod tests {
 
     fn plan_with(call: &Call, rows: usize, dtype: DType, change: fn(Problem<'_>) -> Problem<'_>) -> Plan {
         Plan::new(&change(Problem::new(call.pairs(rows, rows).unwrap(), dtype, 768).unwrap())).unwrap()
-    }
-
-    #[test]
-    fn shared_memory_is_what_the_table_of_occupancy_counts() {
-        let table: std::collections::HashMap<String, u32> =
-            serde_json::from_str(include_str!("../../kernels/shared_memory.json")).unwrap();
-        let mut seen = std::collections::HashSet::new();
-        fn clusters(p: Problem<'_>) -> Problem<'_> {
-            p.with_architecture(Architecture::Sm90a { multiprocessors: 132 }).with_tile(Tile::Cluster)
-        }
-        for (rows, dtype) in [
-            (64, DType::BF16),
-            (512, DType::BF16),
-            (4096, DType::BF16),
-            (20_480, DType::BF16), // several waves
-            (64, DType::F16),
-            (4096, DType::F16),
-            (64, DType::F32),
-            (4096, DType::F32),
-        ] {
-            for change in [
-                |p| p,
-                |p: Problem<'_>| p.with_arithmetic(Arithmetic::F16),
-                |p: Problem<'_>| p.with_arithmetic(Arithmetic::Exact),
-                clusters,
-                |p: Problem<'_>| clusters(p).with_arithmetic(Arithmetic::F16),
-            ] as [fn(Problem<'_>) -> Problem<'_>; 5]
-            {
-                let skipping = call().with_tile_skipping(1e-3);
-                let plan = plan_with(&skipping, rows, dtype, change);
-                for launch in plan.forward().iter().chain(plan.backward()).chain(plan.backward_alone()) {
-                    assert_eq!(
-                        launch.shared_bytes,
-                        table.get(&launch.kernel).copied().unwrap_or(0),
-                        "{}",
-                        launch.kernel
-                    );
-                    seen.insert(launch.kernel.clone());
-                }
-            }
-        }
-        assert!(table.keys().all(|kernel| seen.contains(kernel)), "the table names kernels that nothing launches");
     }
 
     /// What small batches wait for.

@@ -4,18 +4,19 @@
 //! written. So a few sizes of waves are tried, and the one with the lowest cost taken. Which cosines are kept decides no bit of the
 //! results, only what multiplies; the size of the waves decides the order of sums.
 
+use super::abi::{self, MAX_SUPER_BLOCKS, NOT_KEPT, Shared};
 use super::launches::{Launches, at};
-use super::plan::{ARRAY_ALIGNMENT, MAX_SUPER_BLOCKS};
+use super::plan::ARRAY_ALIGNMENT;
 use super::problem::{Arithmetic, Cosines, Tile};
-use super::schedule::{Address, Argument, Launch, Slot};
+use super::schedule::{Address, Launch, Slot};
 use crate::order::Order;
 use crate::problem::Problem;
 use crate::regions;
 use crate::super_blocks::{SuperBlock, super_blocks};
 use std::ops::Range;
 
-/// Bytes of a partial sum and of a count.
-const PARTIAL_BYTES: [usize; 2] = [8, 4];
+/// Bytes of a partial sum and its count.
+pub(super) const PARTIAL_BYTES: usize = abi::Partial::BYTES + u32::BYTES;
 
 /// Terms of a cosine that cost as much as keeping it, by planes of gradients: the smallest dimension at which plans keep. Of a block's
 /// half of a square an H200 reads 128 KiB of cosines and writes 64 KiB of gradients, 128 KiB in two planes, in 6.0 or 8.0 µs (4.3 TB/s
@@ -157,7 +158,7 @@ fn sums_of(wave: &Wave) -> usize {
 pub(super) fn bounded_bytes(rows: usize, cols: usize, arithmetic: Arithmetic) -> usize {
     let (bytes, planes) = (arithmetic.bytes(), arithmetic.gradient_planes());
     // Partials of the smallest tile, 64: two edges, each a number for every 64 elements.
-    let partials = rows * cols / 64 * 2 * PARTIAL_BYTES.iter().sum::<usize>();
+    let partials = rows * cols / 64 * 2 * PARTIAL_BYTES;
     let dots = rows * cols / (64 * 64) * size_of::<f64>();
     partials.max(rows * cols * bytes * planes + dots) + 3 * ARRAY_ALIGNMENT as usize
 }
@@ -211,12 +212,12 @@ impl Launches<'_> {
         bytes
     }
 
-    /// `Cosines` of kernels/common/cosines.cuh.
-    pub(super) fn cosines(&self, wave: &[SuperBlock]) -> Argument {
-        const NOT_KEPT: u64 = u64::MAX;
-        let first = |k: usize| wave.get(k).and_then(|s| self.first_cosines.get(&s.number)).copied().unwrap_or(NOT_KEPT);
-        let argument = Argument::new().pointer(self.cosines.map_or(Address::Null, at));
-        (0..MAX_SUPER_BLOCKS).fold(argument, |argument, k| argument.u64(first(k)))
+    pub(super) fn cosines(&self, wave: &[SuperBlock]) -> abi::Cosines {
+        let mut first = [NOT_KEPT; MAX_SUPER_BLOCKS];
+        for (first, block) in first.iter_mut().zip(wave) {
+            *first = self.first_cosines.get(&block.number).copied().unwrap_or(NOT_KEPT);
+        }
+        abi::Cosines { kept: self.cosines.map_or(Address::Null, at), first }
     }
 
     /// [`Plan::backward_alone`](super::Plan::backward_alone).

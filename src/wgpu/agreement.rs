@@ -6,7 +6,7 @@ use super::dispatches::PARTIAL_WORDS;
 use super::layout::{LANES, RESULT_WORDS, STAGE, STATUS_BYTES};
 use super::plan::Plan;
 use super::uniforms::{Combine, Prepare, Product, Project, Tiles};
-use super::{Capabilities, Module, Variant, readout};
+use super::{Capabilities, Module, Variant, readout, results};
 use crate::call::Call;
 use crate::candidates::NONE;
 use crate::dtype::DType;
@@ -123,8 +123,19 @@ fn constants_are_the_same() {
         same(Module::GradientProduct, "EDGE", variant.tile() as f64);
         assert!(4.0 * constant(combine, variant, "STATUS_WORDS") <= STATUS_BYTES as f64);
         // As src/wgpu/driver/step.rs promises them to callers.
-        let results = ["LOSS", "PRECISION_QP", "MRR_QP", "PRECISION_PQ", "MRR_PQ", "GRAD_TAU", "GRAD_LOG_BETA"];
-        results.iter().zip(0..).for_each(|(name, k)| same(combine, name, f64::from(k)));
+        assert_eq!(results::FIRST_BYTE, 256);
+        for (name, k, word) in [
+            ("LOSS", 0, results::LOSS),
+            ("PRECISION_QP", 1, results::PRECISION_QP),
+            ("MRR_QP", 2, results::MRR_QP),
+            ("PRECISION_PQ", 3, results::PRECISION_PQ),
+            ("MRR_PQ", 4, results::MRR_PQ),
+            ("GRAD_TAU", 5, results::GRAD_TAU),
+            ("GRAD_LOG_BETA", 6, results::GRAD_LOG_BETA),
+        ] {
+            assert_eq!(k, word, "{name}");
+            same(combine, name, word as f64);
+        }
         assert!(constant(combine, variant, "BETA_SUM + 2") <= RESULT_WORDS as f64);
         assert!(constant(combine, variant, "UPSTREAM + SCALED_WORDS") <= constant(combine, variant, "BETA_SUM"));
     }

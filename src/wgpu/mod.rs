@@ -43,6 +43,20 @@ pub use readout::Refusal;
 pub use schedule::{ALIGNMENT, Binding, Dispatch, Slot};
 pub use shaders::{Module, Products, Variant};
 
+/// Words of the results in the slot `State`, each an f32, from a byte on. For tests and adapters; no part of the stable interface.
+#[doc(hidden)]
+#[allow(missing_docs)] // as shaders/common/state.wgsl says
+pub mod results {
+    pub const FIRST_BYTE: u64 = super::layout::STATUS_BYTES;
+    pub const LOSS: usize = 0;
+    pub const PRECISION_QP: usize = 1;
+    pub const MRR_QP: usize = 2;
+    pub const PRECISION_PQ: usize = 3;
+    pub const MRR_PQ: usize = 4;
+    pub const GRAD_TAU: usize = 5;
+    pub const GRAD_LOG_BETA: usize = 6;
+}
+
 /// Default bound on the scratch beyond packed embeddings: 128 MiB, a square of 5760² gradients of logits, as much as every
 /// device can bind.
 pub const DEFAULT_WORKSPACE_BYTES: usize = 128 << 20;

@@ -5,6 +5,10 @@ use super::report::{self, Listed, is_required};
 use libtest_mimic::{Arguments, Failed};
 use samtone::backend::Backend;
 use samtone::batch::{Data, DataMut};
+use samtone::cuda::abi::{
+    GRAD_LOG_BETA, GRAD_TAU, LOSS, MRR_PQ, MRR_QP, NO_NEGATIVE, NO_NEGATIVE_GROUP, NON_FINITE_PASSAGE,
+    NON_FINITE_QUERY, NONE, PRECISION_PQ, PRECISION_QP, ZERO_PASSAGE, ZERO_QUERY,
+};
 use samtone::cuda::{
     Address, Architecture, Array, ArrayId, Cosines, GradientOutput, Launch, Plan, Problem, Slot, Tile,
 };
@@ -51,9 +55,6 @@ pub const FILES: [&str; 10] = [
     "gradient_product_sm80.cu",
     "project.cu",
 ];
-
-/// `NONE` of kernels/common/problem.cuh.
-const NONE: u32 = u32::MAX;
 
 /// The plans on the emulator: `cuda-emulated`, with the kernels that a plan takes for the batch on every device, and
 /// `cuda-emulated-sm90a`, with those of compute capability 9.0 for batches of any size.
@@ -207,18 +208,20 @@ impl Emulated {
         for (k, (tower, x)) in
             [(Tower::Query, batch.query()), (Tower::Passage, batch.passage())].into_iter().enumerate()
         {
-            if status[k] != NONE {
-                let row = status[k] as usize;
+            let not_finite = status[[NON_FINITE_QUERY, NON_FINITE_PASSAGE][k]];
+            if not_finite != NONE {
+                let row = not_finite as usize;
                 let bad = x.row_to_f64(row)?.into_iter().enumerate().find(|(_, v)| !v.is_finite());
                 let (column, value) = bad.ok_or_else(|| failure(format!("{tower} row {row} is finite")))?;
                 return Err(Error::NonFinite { tower, row, column, value });
             }
-            if status[2 + k] != NONE && batch.call().zero_norm() == samtone::ZeroNorm::Error {
-                return Err(Error::ZeroNorm { tower, row: status[2 + k] as usize });
+            let zero = status[[ZERO_QUERY, ZERO_PASSAGE][k]];
+            if zero != NONE && batch.call().zero_norm() == samtone::ZeroNorm::Error {
+                return Err(Error::ZeroNorm { tower, row: zero as usize });
             }
         }
-        if status[4] != NONE {
-            let (row, group) = (status[4] as usize, status[5] as usize);
+        if status[NO_NEGATIVE] != NONE {
+            let (row, group) = (status[NO_NEGATIVE] as usize, status[NO_NEGATIVE_GROUP] as usize);
             return Err(Error::NoNegative { loss: batch.call().loss().name().into(), group, row });
         }
         Ok(())
@@ -226,18 +229,18 @@ impl Emulated {
 
     pub fn evaluation(&mut self) -> Result<Evaluation> {
         let results: Vec<f64> = self.download("results")?;
-        let metrics = |at: usize| Metrics { precision_at_1: results[at], mrr: results[at + 1] };
+        let metrics = |precision: usize, mrr: usize| Metrics { precision_at_1: results[precision], mrr: results[mrr] };
         Ok(Evaluation {
-            loss: results[0],
+            loss: results[LOSS],
             row_losses: self.download("row_losses")?,
-            query_to_passage: metrics(1),
-            passage_to_query: metrics(3),
+            query_to_passage: metrics(PRECISION_QP, MRR_QP),
+            passage_to_query: metrics(PRECISION_PQ, MRR_PQ),
         })
     }
 
     pub fn temperature(&mut self) -> Result<TemperatureGradient> {
         let results: Vec<f64> = self.download("results")?;
-        Ok(TemperatureGradient { tau: results[7], log_beta: results[8] })
+        Ok(TemperatureGradient { tau: results[GRAD_TAU], log_beta: results[GRAD_LOG_BETA] })
     }
 
     fn fetch(&mut self, name: &str, out: Option<EmbeddingsMut<'_>>) -> Result<()> {

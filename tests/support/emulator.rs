@@ -63,6 +63,16 @@ impl Compiler {
         self.make(name, "emulated", &objects?, &["-fsanitize=undefined"], &[])
     }
 
+    /// Whether this text, which includes a kernel file, compiles as that does; `Err` is what the compiler says.
+    #[allow(dead_code)] // by one of the programs that include this file
+    pub fn check(&self, name: &str, text: &str, kernel: &Path) -> Result<(), String> {
+        std::fs::create_dir_all(&self.built).map_err(|e| format!("{}: {e}", self.built.display()))?;
+        let source = self.built.join(format!("{name}.cpp"));
+        std::fs::write(&source, text).map_err(|e| format!("{}: {e}", source.display()))?;
+        let includes = [self.files_of(&["common", "emulator"])?, vec![kernel.to_owned()]].concat();
+        self.make(name, "o", &[source], &["-c", "-O0"], &includes).map(drop)
+    }
+
     /// Every header and source in these folders of `kernels/`, without the folders in them.
     fn files_of(&self, folders: &[&str]) -> Result<Vec<PathBuf>, String> {
         let mut files = Vec::new();

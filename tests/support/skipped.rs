@@ -2,6 +2,7 @@
 
 use super::cuda_emulated::Emulated;
 use super::problem::{Outputs, Problem};
+use samtone::cuda::abi::{SKIPPED, SQUARES};
 use samtone::{Block, Result};
 use std::ops::Range;
 
@@ -34,7 +35,7 @@ impl Outcome {
         };
         let results: Vec<f64> = device.download("results")?;
         let skipped = if has { device.download("skipped")? } else { Vec::new() };
-        let [squares, count] = if has { [results[9], results[10]] } else { [0.0; 2] };
+        let [squares, count] = if has { [results[SQUARES], results[SKIPPED]] } else { [0.0; 2] };
         Ok(Self { outputs, skipped, squares, count, diagonal: device.download("diagonal")? })
     }
 }

@@ -7,12 +7,12 @@ use crate::errors::{Refusal, invalid};
 use crate::settings::Settings;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyCapsule};
+use samtone::cuda::abi::{GRAD_LOG_BETA, GRAD_TAU, LOSS, MRR_PQ, MRR_QP, PRECISION_PQ, PRECISION_QP};
 use samtone::cuda::{Cosines, Device, Plan, Pointers, Problem, Readout, Slot, Stream, check_slot_bytes};
 use samtone::{DType, GradientOutput, Pairs};
 
-/// Of the array `results` in the state, in numbers: ∂L/∂τ and ∂L/∂log β.
-const GRAD_TAU: u64 = 7;
-const GRAD_LOG_BETA: u64 = 8;
+// The Python package reads these in this order, see `CudaPlan::offsets`.
+const _: () = assert!(LOSS == 0 && PRECISION_QP == 1 && MRR_QP == 2 && PRECISION_PQ == 3 && MRR_PQ == 4);
 
 /// The ordinal of the device that a tensor is on.
 fn ordinal_of(argument: &'static str, tensor: &Tensor) -> Result<usize, Refusal> {
@@ -205,9 +205,8 @@ impl CudaPlan {
         let plan = Plan::new(&problem)?;
         let readout = Readout::new(&problem, &plan)?;
         let offset = |name: &str| plan.array(name).map_or(0, |array| array.offset);
-        let results = readout.loss_offset() as u64;
-        let derivative = results + 8 * if settings.is_log_beta() { GRAD_LOG_BETA } else { GRAD_TAU };
-        let row_losses = offset("row_losses");
+        let (results, row_losses) = (offset("results"), offset("row_losses"));
+        let derivative = results + 8 * if settings.is_log_beta() { GRAD_LOG_BETA } else { GRAD_TAU } as u64;
         Ok(Self { device, plan, readout, towers, gradients, at_once, derivative, results, row_losses })
     }
 

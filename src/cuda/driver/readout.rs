@@ -4,6 +4,11 @@ use super::arguments::{Pointers, Stream};
 use super::device::Device;
 use crate::batch::Tower;
 use crate::call::ZeroNorm;
+use crate::cuda::abi::{
+    self, CHANGED_PASSAGE, CHANGED_QUERY, GRAD_LOG_BETA, GRAD_TAU, LOSS, MRR_PQ, MRR_QP, NO_NEGATIVE,
+    NO_NEGATIVE_GROUP, NON_FINITE_PASSAGE, NON_FINITE_QUERY, NONE, PRECISION_PQ, PRECISION_QP, REPACKED_PASSAGE,
+    REPACKED_QUERY, RESULTS, STATUS_WORDS, Shared, ZERO_PASSAGE, ZERO_QUERY,
+};
 use crate::cuda::{Plan, Problem, Slot};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
@@ -14,27 +19,6 @@ use crate::partials::{ExpSum, Partials, SAME_COSINE, expect_positives};
 use half::{bf16, f16};
 use std::ffi::c_int;
 use std::ops::Range;
-
-/// `NONE` of kernels/common/problem.cuh: no row.
-const NONE: u32 = u32::MAX;
-/// Words of the array `status`: by tower, a row that is not finite, and a row of norm zero; then the row without a negative, and
-/// its group; then, by tower, a row whose norm was another one when a backward call packed it again, and when one only read it.
-const NON_FINITE: usize = 0;
-const ZERO: usize = 2;
-const NO_NEGATIVE: usize = 4;
-const NO_NEGATIVE_GROUP: usize = 5;
-const REPACKED: usize = 6;
-const CHANGED: usize = 8;
-const STATUS_WORDS: usize = 10;
-/// Numbers of the array `results`.
-const LOSS: usize = 0;
-const QUERY_TO_PASSAGE: usize = 1;
-const PASSAGE_TO_QUERY: usize = 3;
-const GRAD_TAU: usize = 7;
-const GRAD_LOG_BETA: usize = GRAD_TAU + 1;
-const RESULTS: usize = 16;
-/// `ExpSum` of kernels/common/problem.cuh: f64 sum, i32 exponent, padding.
-const EXP_SUM_BYTES: usize = 16;
 
 /// How the results of a plan are read: where they are, and what their errors are about.
 #[derive(Debug, Clone)]
@@ -96,10 +80,10 @@ impl Readout {
             dim,
             dtype,
             row_bytes: problem.row_strides.map(|stride| (stride * dtype.bytes()) as u64),
-            results: place("results", RESULTS * 8)?,
-            status: place("status", STATUS_WORDS * 4)?,
+            results: place("results", RESULTS * f64::BYTES)?,
+            status: place("status", STATUS_WORDS * u32::BYTES)?,
             row_losses: place("row_losses", rows * 8)?,
-            sums: place("sums", Block::ALL.len() * rows * EXP_SUM_BYTES)?,
+            sums: place("sums", Block::ALL.len() * rows * abi::ExpSum::BYTES)?,
             above: place("above", 2 * rows * 4)?,
             positive: place("positive", rows * 8)?,
             identity: problem.identity(),
@@ -111,17 +95,18 @@ impl Readout {
         let word =
             |at: usize| numbers(status, u32::from_le_bytes).nth(at).filter(|&row| row != NONE).map(|row| row as usize);
         for (k, tower) in [Tower::Query, Tower::Passage].into_iter().enumerate() {
-            if let Some(row) = word(NON_FINITE + k) {
+            if let Some(row) = word([NON_FINITE_QUERY, NON_FINITE_PASSAGE][k]) {
                 return Some(Fault::NonFinite(tower, row));
             }
-            if let Some(row) = word(ZERO + k).filter(|_| self.zero_norm == ZeroNorm::Error) {
+            if let Some(row) = word([ZERO_QUERY, ZERO_PASSAGE][k]).filter(|_| self.zero_norm == ZeroNorm::Error) {
                 return Some(Fault::ZeroNorm(tower, row));
             }
         }
         if let Some(row) = word(NO_NEGATIVE) {
             return Some(Fault::NoNegative { row, group: word(NO_NEGATIVE_GROUP).unwrap_or(0) });
         }
-        let changed = |k: usize| [REPACKED, CHANGED].into_iter().filter_map(|at| word(at + k)).min();
+        let words = [[REPACKED_QUERY, CHANGED_QUERY], [REPACKED_PASSAGE, CHANGED_PASSAGE]];
+        let changed = |k: usize| words[k].into_iter().filter_map(word).min();
         let mut towers = [Tower::Query, Tower::Passage].into_iter().enumerate();
         towers.find_map(|(k, tower)| changed(k).map(|row| Fault::Changed(tower, row)))
     }
@@ -180,12 +165,12 @@ impl Readout {
     /// Metrics, loss and row losses; `head` is the state from its start to the end of the row losses.
     fn evaluation(&self, head: &[u8]) -> Evaluation {
         let results: Vec<f64> = numbers(&head[self.results.clone()], f64::from_le_bytes).collect();
-        let metrics = |at: usize| Metrics { precision_at_1: results[at], mrr: results[at + 1] };
+        let metrics = |precision: usize, mrr: usize| Metrics { precision_at_1: results[precision], mrr: results[mrr] };
         Evaluation {
             loss: results[LOSS],
             row_losses: numbers(&head[self.row_losses.clone()], f64::from_le_bytes).collect(),
-            query_to_passage: metrics(QUERY_TO_PASSAGE),
-            passage_to_query: metrics(PASSAGE_TO_QUERY),
+            query_to_passage: metrics(PRECISION_QP, MRR_QP),
+            passage_to_query: metrics(PRECISION_PQ, MRR_PQ),
         }
     }
 
@@ -198,10 +183,10 @@ impl Readout {
     fn partials(&self, sums: &[u8], above: &[u8], positive: &[u8]) -> Partials {
         let (uses, positive) = (|b| self.loss.uses(b), numbers(positive, f64::from_le_bytes).collect());
         let mut out = Partials::new(self.rows, uses, self.shard.clone(), self.identity.clone(), positive);
-        for (block, rows) in out.sums.iter_mut().zip(sums.chunks(self.rows * EXP_SUM_BYTES)) {
-            for (sum, bytes) in block.iter_mut().zip(rows.chunks(EXP_SUM_BYTES)) {
-                let exponent = numbers(&bytes[8..], i32::from_le_bytes).next().unwrap_or(0);
-                *sum = ExpSum::new(numbers(bytes, f64::from_le_bytes).next().unwrap_or(0.0), exponent);
+        for (block, rows) in out.sums.iter_mut().zip(sums.chunks(self.rows * abi::ExpSum::BYTES)) {
+            for (sum, bytes) in block.iter_mut().zip(rows.chunks_exact(abi::ExpSum::BYTES)) {
+                let found: abi::ExpSum = bytemuck::pod_read_unaligned(bytes);
+                *sum = ExpSum::new(found.sum, found.exponent);
             }
         }
         for (block, rows) in out.above.iter_mut().zip(above.chunks(self.rows * 4)) {
@@ -213,11 +198,10 @@ impl Readout {
     /// The arrays `sums` and `above`, one after the other in memory, for these partials.
     fn encode(&self, partials: &Partials) -> (Vec<u8>, Vec<u8>) {
         let mut sums = vec![0; self.sums.len()];
-        for (block, rows) in partials.sums.iter().zip(sums.chunks_mut(self.rows * EXP_SUM_BYTES)) {
-            for (sum, bytes) in block.iter().zip(rows.chunks_mut(EXP_SUM_BYTES)) {
+        for (block, rows) in partials.sums.iter().zip(sums.chunks_mut(self.rows * abi::ExpSum::BYTES)) {
+            for (sum, bytes) in block.iter().zip(rows.chunks_exact_mut(abi::ExpSum::BYTES)) {
                 let (sum, exponent) = sum.parts();
-                bytes[..8].copy_from_slice(&sum.to_le_bytes());
-                bytes[8..12].copy_from_slice(&exponent.to_le_bytes());
+                bytes.copy_from_slice(bytemuck::bytes_of(&abi::ExpSum { sum, exponent, padding: 0 }));
             }
         }
         (sums, partials.above.iter().flatten().flat_map(|count| count.to_le_bytes()).collect())
@@ -225,13 +209,14 @@ impl Readout {
 
     /// Byte of the loss, an f64, in the state.
     pub fn loss_offset(&self) -> usize {
-        self.results.start + 8 * LOSS
+        self.results.start + f64::BYTES * LOSS
     }
 
     /// Byte of ∂L/∂τ, an f64, in the state; ∂L/∂log β follows.
     #[cfg(feature = "cudarc")]
     pub(super) fn temperature_offset(&self) -> usize {
-        self.results.start + 8 * GRAD_TAU
+        const { assert!(GRAD_LOG_BETA == GRAD_TAU + 1) }
+        self.results.start + f64::BYTES * GRAD_TAU
     }
 
     /// Element type of the embeddings.
@@ -451,16 +436,16 @@ mod tests {
     fn faults_come_in_the_order_of_the_other_backends() {
         let strict = readout(ZeroNorm::Error);
         assert_eq!(strict.fault(&status(&[])), None);
-        let both = status(&[(NON_FINITE + 1, 0), (ZERO, 1), (NO_NEGATIVE, 0)]);
+        let both = status(&[(NON_FINITE_PASSAGE, 0), (ZERO_QUERY, 1), (NO_NEGATIVE, 0)]);
         assert_eq!(strict.fault(&both), Some(Fault::ZeroNorm(Tower::Query, 1)));
         assert_eq!(readout(ZeroNorm::ZeroGradient).fault(&both), Some(Fault::NonFinite(Tower::Passage, 0)));
         let last = status(&[(NO_NEGATIVE, 1), (NO_NEGATIVE_GROUP, 2)]);
         assert_eq!(strict.fault(&last), Some(Fault::NoNegative { row: 1, group: 2 }));
-        let changed = [(REPACKED + 1, 0), (CHANGED, 1), (REPACKED, 0)];
+        let changed = [(REPACKED_PASSAGE, 0), (CHANGED_QUERY, 1), (REPACKED_QUERY, 0)];
         assert_eq!(strict.fault(&status(&changed)), Some(Fault::Changed(Tower::Query, 0)));
         assert_eq!(strict.fault(&status(&changed[..2])), Some(Fault::Changed(Tower::Query, 1)));
         assert_eq!(strict.fault(&status(&changed[..1])), Some(Fault::Changed(Tower::Passage, 0)));
-        assert_eq!(strict.fault(&status(&[changed[1], (ZERO + 1, 2)])), Some(Fault::ZeroNorm(Tower::Passage, 2)));
+        assert_eq!(strict.fault(&status(&[changed[1], (ZERO_PASSAGE, 2)])), Some(Fault::ZeroNorm(Tower::Passage, 2)));
     }
 
     #[test]

@@ -2,11 +2,9 @@
 
 use super::arguments::{Pointers, Stream};
 use super::device::Device;
+use crate::cuda::abi::{SKIPPED, SQUARES};
 use crate::cuda::{Plan, Slot};
 use crate::error::{Error, Result};
-
-/// Numbers of the array `results`, f64: squares, and how many of them were skipped (kernels/common/problem.cuh).
-const SQUARES: u64 = 9;
 
 /// Squares of cosines that the gradient of a call consists of, each of a triangle once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,13 +30,10 @@ impl Device {
             |saved: &str| Error::StateMismatch { saved: saved.into(), given: "a question what was skipped".into() };
         let asked = plan.array("square_masses").and(plan.array("results")).filter(|a| a.slot == Slot::State);
         let results = asked.ok_or_else(|| mismatch("a plan without tile skipping"))?;
-        let from = pointers.state + results.offset + 8 * SQUARES;
-        // SAFETY: the caller's promise; the array has 16 numbers.
-        let bytes = unsafe { self.download(from, 16, stream) }?;
-        let mut numbers =
-            bytes.chunks_exact(8).map(|chunk| chunk.iter().rev().fold(0, |bits, b| bits << 8 | u64::from(*b)));
-        let mut number = || f64::from_bits(numbers.next().unwrap_or_default());
-        let (squares, skipped) = (number(), number());
+        // SAFETY: the caller's promise; the array is part of the state.
+        let bytes = unsafe { self.download(pointers.state + results.offset, results.bytes as usize, stream) }?;
+        let number = |at: usize| bytemuck::pod_read_unaligned::<f64>(&bytes[8 * at..][..8]);
+        let (squares, skipped) = (number(SQUARES), number(SKIPPED));
         if !(squares >= 1.0 && (0.0..=squares).contains(&skipped)) {
             return Err(mismatch("no call that has run"));
         }

@@ -21,13 +21,8 @@ use burn::cubecl::prelude::Client;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 use launch::Buffers;
+use samtone::wgpu::results::{FIRST_BYTE, GRAD_LOG_BETA, GRAD_TAU, LOSS};
 use samtone::wgpu::{Capabilities, Plan, Products, Slot};
-
-/// First byte of the results in the state, on which an f32 is the loss; ∂L/∂τ and ∂L/∂log β are the sixth and seventh.
-const RESULTS: u64 = 256;
-const RESULT_WORDS: usize = 7;
-const OF_TAU: usize = 5;
-const OF_LOG_BETA: usize = 6;
 
 pub(super) fn run(task: Task<'_>) -> Result<Outputs<CubeBackend>> {
     let plan = Plan::new(&task.problem, &capabilities(&task.client))?;
@@ -50,20 +45,21 @@ pub(super) fn run(task: Task<'_>) -> Result<Outputs<CubeBackend>> {
     }
 
     let state = buffers.get(Slot::State)?.clone();
-    let after = state.size_in_used() - RESULTS - 4 * RESULT_WORDS as u64;
+    const WORDS: usize = GRAD_LOG_BETA + 1;
+    let after = state.size_in_used() - FIRST_BYTE - 4 * WORDS as u64;
     let results = CubeTensor::new_contiguous(
         client.clone(),
         q.device.clone(),
-        Shape::from([RESULT_WORDS]),
-        state.clone().offset_start(RESULTS).offset_end(after),
+        Shape::from([WORDS]),
+        state.clone().offset_start(FIRST_BYTE).offset_end(after),
         DType::F32,
     );
     // Copies: views of the state would have to begin where no device lets a binding begin, and would keep it.
     let result = |word: usize| {
         CubeBackend::float_add_scalar(CubeBackend::float_slice(results.clone(), &[(word..word + 1).into()]), 0.0.into())
     };
-    let of_temperature = wanted.temperature.then(|| result(if by_log_beta { OF_LOG_BETA } else { OF_TAU }));
-    let loss = result(0);
+    let of_temperature = wanted.temperature.then(|| result(if by_log_beta { GRAD_LOG_BETA } else { GRAD_TAU }));
+    let loss = result(LOSS);
     Ok(Outputs {
         loss,
         gradients: [dq, dp, of_temperature],
