@@ -4,9 +4,9 @@
 //! the environment variable `SAMTONE_REQUIRE`, names separated by commas, turns that into a failure. With `SAMTONE_TRACE` set, each
 //! case is announced on standard error before it runs, so that one that never ends is known by name.
 //!
-//! Emulated kernels take most of the time. Of golden files, and of the cases that combine losses with kinds of data and with options, each
-//! runs in one type on each emulator, in turn; in the others it is ignored, and runs with `cuda-emulated --include-ignored`. CI also runs
-//! golden files in every type, by `examples/evaluate`.
+//! Emulated kernels, and WGSL on a processor, take most of the time. Of golden files, and of the cases that combine losses with kinds of data
+//! and with options, each runs in one type on each of [`IN_TURN`], in turn; in the others it is ignored, and runs with
+//! `--include-ignored`. CI also runs golden files in every type, by `examples/evaluate`.
 
 #[path = "conformance/edges.rs"]
 mod edges;
@@ -38,15 +38,28 @@ struct Case {
     in_turn: bool,
 }
 
+/// Backends that take turns with the types of a case: the emulators of CUDA, and WGSL on devices that have less than this one, which
+/// compute in every type with one code but for the products.
+const IN_TURN: [&str; 8] = [
+    "cuda-emulated",
+    "cuda-emulated-sm90a",
+    "wgpu-baseline",
+    "wgpu-large-tiles",
+    "wgpu-f16",
+    "wgpu-subgroups",
+    "wgpu-cooperative-emulated",
+    "wgpu-small-bindings",
+];
+
 impl Case {
-    /// Whether the `number`-th case is left out of an emulator's usual run in this type.
+    /// Whether the `number`-th case is left out of the backend's usual run in this type.
     fn is_spared(&self, number: usize, backend: &dyn Backend, dtype: DType) -> bool {
-        let emulator = ["cuda-emulated", "cuda-emulated-sm90a"].iter().position(|name| *name == backend.name());
+        let place = IN_TURN.iter().position(|name| *name == backend.name());
         let kind = backend.dtypes().iter().position(|d| *d == dtype);
-        let (Some(emulator), Some(kind)) = (emulator, kind) else { return false };
+        let (Some(place), Some(kind)) = (place, kind) else { return false };
         // Scattered, because the number of losses may be a multiple of that of types.
         let turn = (number * 2_654_435_761) >> 16;
-        self.in_turn && (turn + emulator) % backend.dtypes().len() != kind
+        self.in_turn && (turn + place) % backend.dtypes().len() != kind
     }
 }
 
@@ -84,7 +97,7 @@ fn trials(backends: &[&'static dyn Backend], required: &[&str]) -> Result<Vec<Li
                 let (make, judge, upstream) = (case.make.clone(), judge.clone(), case.upstream);
                 let name = format!("{} {dtype}: {}", backend.name(), case.name);
                 let spared = case.is_spared(number, backend, dtype).then(|| {
-                    "each case runs in one type of three, in turn; in all: `-- cuda-emulated --include-ignored`"
+                    "each case runs in one type of three, in turn; in all: `-- NAME --include-ignored`"
                         .to_string()
                 });
                 let run = move || {

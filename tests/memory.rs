@@ -230,11 +230,11 @@ fn refused_allocations_are_errors() -> Outcome {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build()?;
     let mut purposes = std::collections::BTreeSet::new();
     // The larger batch wants more for its rows than for a panel, the smaller one less.
-    let sizes = [(400, 500), (100, 120)];
+    let sizes = [(400, 500), (100, 130)];
     for (dtype, (rows, passages)) in [DType::F32, DType::BF16].into_iter().flat_map(|t| sizes.map(|s| (t, s))) {
         let base = problem(Loss::samtone_query(), Kind::Random, (rows, passages, 1100), 0.05, 1, 0.0)?.rounded(dtype);
         let (query, passage) = (Buffer::new(dtype, &base.query), Buffer::new(dtype, &base.passage));
-        for bound in [64 << 20, 1 << 20] {
+        for bound in [64 << 20, 1 << 20, 325 << 10] {
             let p = base.clone().with(|call| call.with_workspace_bytes(bound));
             let batch = p.batch(&query, &passage)?;
             let step = |workspace: &mut Workspace, refused_from: usize| {
@@ -249,9 +249,9 @@ fn refused_allocations_are_errors() -> Outcome {
                 result
             };
             let mut used = Workspace::new();
-            for limit in [40 << 10, 120 << 10, 200 << 10, 500 << 10, 1 << 20, 2 << 20, 3 << 20] {
+            for limit in [40 << 10, 80 << 10, 200 << 10, 500 << 10, 1 << 20, 2 << 20, 3 << 20] {
                 // The matrix library cannot say no: only panels of 16-bit rows come before its buffers and are larger.
-                if limit == 120 << 10 && dtype == DType::F32 {
+                if limit == 80 << 10 && dtype == DType::F32 {
                     continue;
                 }
                 used = Workspace::new();
