@@ -26,10 +26,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 type Outcome = Result<(), String>;
+type Check = fn() -> Outcome;
 
 fn main() -> ExitCode {
-    type Check = (&'static str, fn() -> Outcome);
-    let checks: [Check; 6] = [
+    let checks: [(&str, Check); 6] = [
         ("texts of C++ are read", texts),
         ("structs have the members of the PTX", structs),
         ("kernels have the parameters of the PTX", parameters),

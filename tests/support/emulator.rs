@@ -64,7 +64,7 @@ impl Compiler {
     }
 
     /// Whether this text, which includes a kernel file, compiles as that does; `Err` is what the compiler says.
-    #[allow(dead_code)] // by one of the programs that include this file
+    #[allow(dead_code)] // for one of the binaries that include this
     pub fn check(&self, name: &str, text: &str, kernel: &Path) -> Result<(), String> {
         std::fs::create_dir_all(&self.built).map_err(|e| format!("{}: {e}", self.built.display()))?;
         let source = self.built.join(format!("{name}.cpp"));
