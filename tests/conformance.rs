@@ -97,8 +97,7 @@ fn trials(backends: &[&'static dyn Backend], required: &[&str]) -> Result<Vec<Li
                 let (make, judge, upstream) = (case.make.clone(), judge.clone(), case.upstream);
                 let name = format!("{} {dtype}: {}", backend.name(), case.name);
                 let spared = case.is_spared(number, backend, dtype).then(|| {
-                    "each case runs in one type of three, in turn; in all: `-- NAME --include-ignored`"
-                        .to_string()
+                    "each case runs in one type of three, in turn; in all: `-- NAME --include-ignored`".to_string()
                 });
                 let run = move || {
                     let (problem, want) = judge.get_or_init(|| judgement(&make, dtype, upstream)).as_ref()?;
