@@ -1,6 +1,6 @@
-//! What host and kernels share: structs, parameters, constants. Each is declared here and in kernels/, where is said what it means.
-//! tests/cuda_abi.rs compares names, types, order, sizes and values with the PTX and with the C++ of the emulator. Structs have no padding
-//! but members of that name, so that the order of members says where they lie.
+//! What host and kernels share: structs, parameters, constants. Each is declared here and in kernels/, by the same name. The files in
+//! kernels/ say what each means. tests/cuda_abi.rs compares names, types, order, sizes and values with the PTX and with the C++ of the
+//! emulator. Padding is a member of a struct, so that the order of members says where they lie.
 //!
 //! For the driver, for tests and for adapters; no part of the stable interface.
 #![allow(missing_docs)] // kernels/ says it
