@@ -5,25 +5,6 @@ use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::pairs::Pairs;
 use half::{bf16, f16};
-use std::fmt;
-
-/// One of the two sides of a dual encoder.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Tower {
-    /// The side of q.
-    Query,
-    /// The side of p.
-    Passage,
-}
-
-impl fmt::Display for Tower {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Query => "query",
-            Self::Passage => "passage",
-        })
-    }
-}
 
 /// Borrowed elements of any supported type.
 #[derive(Debug, Clone, Copy)]

@@ -1,7 +1,7 @@
 //! Every way a call can fail, as a sentence that names the argument, its value and what is allowed.
 
-use crate::batch::Tower;
 use crate::dtype::DType;
+use crate::tower::Tower;
 
 /// Result of every fallible function of the crate.
 pub type Result<T> = std::result::Result<T, Error>;

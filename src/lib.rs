@@ -27,6 +27,7 @@ pub mod error;
 mod identity;
 pub mod loss;
 pub mod mask;
+mod memory;
 mod order;
 pub mod output;
 mod pairs;
@@ -36,9 +37,10 @@ pub mod reference;
 mod regions;
 mod super_blocks;
 mod temperature;
+mod tower;
 pub mod wgpu;
 
-pub use batch::{Batch, Data, DataMut, Embeddings, EmbeddingsMut, Tower};
+pub use batch::{Batch, Data, DataMut, Embeddings, EmbeddingsMut};
 pub use call::{Call, NoNegative, Scope, ZeroNorm};
 pub use cpu::loss_and_gradients;
 pub use dtype::{DType, Element};
@@ -49,6 +51,7 @@ pub use pairs::Pairs;
 pub use partials::{ExpSum, Partials};
 pub use problem::{GradientOutput, Problem};
 pub use temperature::Temperature;
+pub use tower::Tower;
 
 /// The crates whose types appear in this one's signatures.
 pub use half;

@@ -74,7 +74,7 @@ impl Gradients {
     ) -> Result<(T, Self)> {
         let vector = |rows: usize| {
             let mut vector = Vec::new();
-            crate::cpu::reserve(&mut vector, rows * batch.dim(), "the gradients").map(|()| vector)
+            crate::memory::reserve(&mut vector, rows * batch.dim(), "the gradients").map(|()| vector)
         };
         let (mut query, mut passage) = (vector(rows)?, vector(batch.passages())?);
         let buffers = GradientBuffers {

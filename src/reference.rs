@@ -10,7 +10,7 @@
 //! gradient follows the softmax probabilities, element by element, and deliberately not the factorised form that the fast
 //! backends use.
 
-use crate::batch::{Batch, Embeddings, EmbeddingsMut, Tower, for_each_dtype};
+use crate::batch::{Batch, Embeddings, EmbeddingsMut, for_each_dtype};
 use crate::call::{NoNegative, ZeroNorm};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
@@ -18,6 +18,7 @@ use crate::loss::Block;
 use crate::mask::{COSINE_TIE, Key, Keys, threshold};
 use crate::output::{Evaluation, GradientBuffers, Metrics, TemperatureGradient, check_upstream};
 use crate::pairs::Pairs;
+use crate::tower::Tower;
 use rayon::prelude::*;
 
 /// Everything the reference computes, in f64.

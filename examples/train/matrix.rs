@@ -1,65 +1,33 @@
 //! Row-major matrix products over the gemm crate, with the bounds checked. Each runs on the calling thread: the callers
 //! split their rows into blocks of fixed size, so results do not depend on the number of threads.
 
+// The library's own wrapper of that crate, with its proof that no product leaves its slices.
+#[path = "../../src/cpu/matmul.rs"]
+mod matmul;
+
+use matmul::MatRef;
+
 /// A row-major matrix, or its transpose.
 #[derive(Clone, Copy)]
-pub struct Matrix<'a> {
-    data: &'a [f32],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
-}
+pub struct Matrix<'a>(MatRef<'a>);
 
 impl<'a> Matrix<'a> {
     /// Panics unless `data` holds whole rows of `cols` elements.
     pub fn new(data: &'a [f32], cols: usize) -> Self {
         assert!(cols > 0 && data.len().is_multiple_of(cols), "{} elements are no rows of {cols}", data.len());
-        Self { data, rows: data.len() / cols, cols, row_stride: cols, col_stride: 1 }
+        Self(MatRef::new(data, data.len() / cols, cols, cols))
     }
 
     /// The transposed view.
     pub fn t(self) -> Self {
-        Self {
-            data: self.data,
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-        }
+        Self(self.0.transposed())
     }
 }
 
 /// out = a·b, or out += a·b with `accumulate`; `out` is row-major.
-pub fn multiply(out: &mut [f32], a: Matrix<'_>, b: Matrix<'_>, accumulate: bool) {
-    assert_eq!(a.cols, b.rows, "inner dimensions");
+pub fn multiply(out: &mut [f32], Matrix(a): Matrix<'_>, Matrix(b): Matrix<'_>, accumulate: bool) {
     assert_eq!(out.len(), a.rows * b.cols, "size of the product");
-    let stride = |x: usize| x.cast_signed();
-    // SAFETY: `Matrix` covers exactly rows·cols elements of its slice with its strides, `out` has the size of the product, and
-    // it cannot overlap the inputs because it is borrowed mutably.
-    unsafe {
-        gemm::gemm(
-            a.rows,
-            b.cols,
-            a.cols,
-            out.as_mut_ptr(),
-            1,
-            stride(b.cols),
-            accumulate,
-            a.data.as_ptr(),
-            stride(a.col_stride),
-            stride(a.row_stride),
-            b.data.as_ptr(),
-            stride(b.col_stride),
-            stride(b.row_stride),
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
+    matmul::multiply(out, b.cols, accumulate, a, b);
 }
 
 /// Scales each row to norm 1.

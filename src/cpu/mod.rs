@@ -26,11 +26,11 @@ mod workspace;
 
 pub use plan::Plan;
 pub use workspace::Workspace;
-pub(crate) use workspace::reserve;
 
 use crate::batch::{Batch, EmbeddingsMut};
 use crate::combine::Combined;
 use crate::error::Result;
+use crate::memory::reserve;
 use crate::output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, TemperatureGradient, check_upstream};
 use crate::partials::Partials;
 use state::State;
@@ -96,7 +96,7 @@ impl Workspace {
         let task = Task { state: &state, batch, plan: &plan };
         let stored = plan.stored;
         if stored {
-            workspace::reserve(&mut self.tiles, plan.slots * plan.tile_len(), "tiles of logits")?;
+            reserve(&mut self.tiles, plan.slots * plan.tile_len(), "tiles of logits")?;
         }
         let store = stored.then_some(self.tiles.as_mut_slice());
         let combined = state.combine(&sums::partials(task, store, &self.pool)?)?;

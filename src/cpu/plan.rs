@@ -149,7 +149,7 @@ impl Plan {
         self.tile
     }
 
-    /// Bytes of tiles and panels: at most the bound in the options.
+    /// Bytes of tiles and panels: at most the bound of the call.
     pub fn workspace_bytes(&self) -> usize {
         let of_first_pass = if self.stored { 0 } else { self.tile_len() };
         (self.slots * self.tile_len() + self.workers * (PANELS * self.panel + of_first_pass)) * size_of::<f32>()

@@ -4,7 +4,7 @@ use super::epilogue::{Anchors, Candidates, Side};
 use super::simd::{Beta, LANES};
 use super::tower::{Norms, Panels, dot};
 use super::workspace::expect_room;
-use crate::batch::{Batch, Tower};
+use crate::batch::Batch;
 use crate::call::NoNegative;
 use crate::combine::{self, Combined, Rows};
 use crate::dtype::DType;
@@ -14,6 +14,7 @@ use crate::loss::Loss;
 use crate::mask::{COSINE_TIE, Keys, may_mask, threshold};
 use crate::order::{Order, Space};
 use crate::partials::{Partials, SAME_COSINE, expect_positives};
+use crate::tower::Tower;
 use rayon::prelude::*;
 use std::ops::Range;
 

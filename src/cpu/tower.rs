@@ -2,10 +2,11 @@
 
 use super::matmul::MatRef;
 use super::simd::{widen_bf16, widen_f16};
-use crate::batch::{Data, Embeddings, Tower, for_each_dtype};
+use crate::batch::{Data, Embeddings, for_each_dtype};
 use crate::call::ZeroNorm;
 use crate::dtype::Element;
 use crate::error::{Error, Result};
+use crate::tower::Tower;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use std::ops::Range;

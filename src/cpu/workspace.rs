@@ -2,12 +2,13 @@
 
 use super::gradient::GradientSums;
 use crate::error::{Error, Result};
+use crate::memory::reserve;
 use std::sync::{Mutex, PoisonError};
 
 /// Memory of the CPU backend, kept between calls. A trainer that holds one saves the operating system the work of mapping
 /// and clearing it in every step; results are the same bits either way.
 ///
-/// It grows to what the largest call needed: the bound in the options, and O((M + N)·d) for the sums of the gradients.
+/// It grows to what the largest call needed: the bound of the call, and O((M + N)·d) for the sums of the gradients.
 #[derive(Debug, Default)]
 pub struct Workspace {
     /// Tiles of cosines.
@@ -32,17 +33,6 @@ impl Workspace {
             }
         }
     }
-}
-
-/// Makes `buffer` hold `len` numbers of any value, or gives an error instead of aborting.
-pub(crate) fn reserve(buffer: &mut Vec<f32>, len: usize, purpose: &'static str) -> Result<()> {
-    if buffer.len() < len {
-        buffer.clear(); // nothing of the old content is worth copying
-        let bytes = len.saturating_mul(size_of::<f32>());
-        buffer.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { bytes, purpose })?;
-    }
-    buffer.resize(len, 0.0);
-    Ok(())
 }
 
 /// Bytes that a call takes for each row and each passage, whatever d is: keys, thresholds, norms, partial sums, coefficients.

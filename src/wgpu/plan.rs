@@ -224,8 +224,8 @@ impl Plan {
 
     /// Type, row stride and dimension of a tower's embeddings.
     #[cfg(feature = "wgpu")]
-    pub(super) fn raw(&self, tower: crate::batch::Tower) -> (DType, usize, usize) {
-        self.facts.raw[usize::from(tower == crate::batch::Tower::Passage)]
+    pub(super) fn raw(&self, tower: crate::tower::Tower) -> (DType, usize, usize) {
+        self.facts.raw[usize::from(tower == crate::tower::Tower::Passage)]
     }
 
     /// Which shaders run.

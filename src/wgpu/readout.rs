@@ -2,12 +2,12 @@
 
 use super::layout::{RESULT_WORDS, STATUS_BYTES};
 use super::plan::Plan;
-use crate::batch::Tower;
 use crate::candidates::NONE;
 use crate::error::{Error, Result};
 use crate::loss::Block;
 use crate::output::{Evaluation, Metrics, TemperatureGradient};
 use crate::partials::{ExpSum, Partials, SAME_COSINE, expect_positives};
+use crate::tower::Tower;
 use std::ops::Range;
 
 // Words of the results, of a sum, and of the status, see shaders/common/state.wgsl.

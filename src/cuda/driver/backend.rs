@@ -11,7 +11,7 @@ use crate::cuda::{Architecture, Cosines, GradientOutput, Plan, Problem, Slot, Ti
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::output::{Evaluation, GradientBuffers, TemperatureGradient, check_upstream};
-use std::sync::{Mutex, PoisonError};
+use std::sync::OnceLock;
 
 /// Launches on the first device that the kernels run on, one call at a time for each thread.
 #[derive(Debug)]
@@ -23,22 +23,28 @@ pub struct Cuda {
 impl Cuda {
     /// `cuda`: the kernels that a plan takes for the batch.
     pub const PLANNED: Self = Self { clusters: false, kept: false };
+    #[doc(hidden)] // for tests, as the two below
     /// `cuda-kept`: the same, with cosines kept for the gradient in any dimension.
     pub const KEPT: Self = Self { clusters: false, kept: true };
+    #[doc(hidden)]
     /// `cuda-clusters`: the kernels of compute capability 9.0 for batches of any size, and unavailable where they do not run.
     pub const CLUSTERS: Self = Self { clusters: true, kept: false };
+    #[doc(hidden)]
     /// `cuda-clusters-kept`: both.
     pub const KEPT_CLUSTERS: Self = Self { clusters: true, kept: true };
 }
 
-/// The device of all calls, so that kernels are loaded once; none until it is first asked for.
+/// The first device that the kernels run on, which the whole process shares. It is looked for once, unless that fails.
 fn device() -> Result<Device> {
-    static DEVICE: Mutex<Option<Device>> = Mutex::new(None);
-    let mut device = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
-    match &*device {
-        Some(device) => Ok(device.clone()),
-        None => Ok(device.insert(Device::first()?).clone()),
-    }
+    static ORDINAL: OnceLock<usize> = OnceLock::new();
+    let ordinal = match ORDINAL.get() {
+        Some(ordinal) => *ordinal,
+        None => {
+            let found = probe::first_supported()?.ordinal;
+            *ORDINAL.get_or_init(|| found)
+        }
+    };
+    Device::shared(ordinal)
 }
 
 impl Backend for Cuda {

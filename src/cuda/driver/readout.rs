@@ -2,7 +2,6 @@
 
 use super::arguments::{Pointers, Stream};
 use super::device::Device;
-use crate::batch::Tower;
 use crate::call::ZeroNorm;
 use crate::cuda::abi::{
     self, CHANGED_PASSAGE, CHANGED_QUERY, GRAD_LOG_BETA, GRAD_TAU, LOSS, MRR_PQ, MRR_QP, NO_NEGATIVE,
@@ -16,6 +15,7 @@ use crate::identity::Identity;
 use crate::loss::{Block, Loss};
 use crate::output::{Evaluation, Metrics, TemperatureGradient};
 use crate::partials::{ExpSum, Partials, SAME_COSINE, expect_positives};
+use crate::tower::Tower;
 use half::{bf16, f16};
 use std::ffi::c_int;
 use std::ops::Range;

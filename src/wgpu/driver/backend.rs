@@ -28,6 +28,7 @@ impl Wgpu {
         Self { name: "wgpu", choose: None }
     }
 
+    #[doc(hidden)]
     /// With what `choose` leaves of the device's limits and features, under a name of its own: for tests of variants and of
     /// smaller devices. Where `choose` gives none, the backend is not available, rather than another variant in its place.
     pub const fn restricted(name: &'static str, choose: fn(Capabilities) -> Option<Capabilities>) -> Self {

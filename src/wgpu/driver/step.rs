@@ -2,11 +2,11 @@
 
 use super::buffers::{BufferRange, Buffers};
 use super::engine::Engine;
-use crate::batch::Tower;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::output::{Evaluation, TemperatureGradient};
 use crate::partials::Partials;
+use crate::tower::Tower;
 use crate::wgpu::{Dispatch, Plan, Slot};
 
 /// A plan whose own buffers are allocated once and used by call after call. The caller brings embeddings and gradients.

@@ -1,0 +1,14 @@
+//! Memory that is asked for in a way that can be refused.
+
+use crate::error::{Error, Result};
+
+/// Makes `buffer` hold `len` numbers of any value, or gives an error instead of aborting.
+pub(crate) fn reserve(buffer: &mut Vec<f32>, len: usize, purpose: &'static str) -> Result<()> {
+    if buffer.len() < len {
+        buffer.clear(); // nothing of the old content is worth copying
+        let bytes = len.saturating_mul(size_of::<f32>());
+        buffer.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { bytes, purpose })?;
+    }
+    buffer.resize(len, 0.0);
+    Ok(())
+}
