@@ -129,6 +129,25 @@ impl Workspace {
         Ok((evaluation, gradients, temperature))
     }
 
+    /// [`Forward::backward_into`] with the memory of earlier calls.
+    ///
+    /// # Errors
+    /// As that; the workspace stays usable.
+    pub fn backward_into(
+        &mut self,
+        forward: &Forward,
+        batch: &Batch<'_>,
+        upstream: f64,
+        buffers: GradientBuffers<'_>,
+    ) -> Result<TemperatureGradient> {
+        check_upstream(upstream)?;
+        forward.state.expect_batch(batch)?;
+        buffers.expect_shapes(batch.rows(), batch)?;
+        let plan = Plan::of(&forward.state, batch)?;
+        let task = Task { state: &forward.state, batch, plan: &plan };
+        self.backward(task, &forward.combined, false, upstream, buffers)
+    }
+
     fn backward(
         &mut self,
         task: Task<'_>,
@@ -192,12 +211,7 @@ impl Forward {
         upstream: f64,
         buffers: GradientBuffers<'_>,
     ) -> Result<TemperatureGradient> {
-        check_upstream(upstream)?;
-        self.state.expect_batch(batch)?;
-        buffers.expect_shapes(batch.rows(), batch)?;
-        let plan = Plan::of(&self.state, batch)?;
-        let task = Task { state: &self.state, batch, plan: &plan };
-        Workspace::new().backward(task, &self.combined, false, upstream, buffers)
+        Workspace::new().backward_into(self, batch, upstream, buffers)
     }
 }
 
