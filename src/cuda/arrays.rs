@@ -3,7 +3,7 @@
 use super::abi::{self, COMBINED_ROWS, FOUND, MAX_CUTS, RESULTS, ROWS_PER_BLOCK, STATUS_WORDS, Shared, number};
 use super::launches::{Launches, at};
 use super::plan::Layouts;
-use super::problem::{Arithmetic, Tile};
+use super::problem::{Arithmetic, Packing};
 use super::schedule::{Address, Slot};
 use crate::call::{NoNegative, ZeroNorm};
 use crate::candidates::candidates;
@@ -199,11 +199,11 @@ impl Launches<'_> {
         let passage_order = order.passage.as_ref().filter(|_| space == Space::Passage);
         let visited = passage_order.map_or(Address::Null, |o| self.side_array("order", o));
         let (mut index, mut row) = ([0; MAX_CUTS], [0; MAX_CUTS]);
-        let (parts, padded) = match tile {
+        let (parts, padded) = match tile.kernels().packing {
             // A tile that begins at the last index reads a tile's rows from there on.
-            Tile::Small | Tile::Large => (1, (indices + tile.edge()).next_multiple_of(ROWS_PER_BLOCK)),
+            Packing::Rows => (1, (indices + tile.edge()).next_multiple_of(ROWS_PER_BLOCK)),
             // Every part begins at a whole square, so that tiles are whole eights of rows.
-            Tile::Cluster => {
+            Packing::Panels => {
                 let cuts = &crate::regions::cuts(&problem.rows, order, m)[space as usize];
                 let mut padded = 0;
                 for (ends, (index, row)) in cuts.windows(2).zip(index.iter_mut().zip(&mut row)) {
@@ -215,9 +215,9 @@ impl Launches<'_> {
         };
         let packed_row_bytes = self.packed_row_bytes();
         let plane = padded * packed_row_bytes;
-        let (row_pitch, panel) = match tile {
-            Tile::Small | Tile::Large => (packed_row_bytes, 128),
-            Tile::Cluster => (128, 128 * padded),
+        let (row_pitch, panel) = match tile.kernels().packing {
+            Packing::Rows => (packed_row_bytes, 128),
+            Packing::Panels => (128, 128 * padded),
         };
         let mut workspace = |name, bytes| at(self.layout.add(Slot::Workspace, name, bytes));
         let packing = abi::Packing {
@@ -240,7 +240,7 @@ impl Launches<'_> {
                 Arithmetic::F16x3 => abi::PACK_F16X3,
                 Arithmetic::Exact => abi::PACK_F32,
             },
-            swizzled: *tile == Tile::Cluster,
+            swizzled: tile.kernels().packing == Packing::Panels,
             parts: number(parts),
             index,
             row,

@@ -3,7 +3,7 @@
 use super::abi::{self, MAX_CUTS, MAX_SUPER_BLOCKS, REDUCE_BYTES, REDUCE_THREADS, Shared, kernels, number};
 use super::arrays::{Common, Skipping, Sums, TowerArrays};
 use super::plan::{Layout, Layouts};
-use super::problem::{Arithmetic, Pass, Tile};
+use super::problem::{Arithmetic, Pass};
 use super::schedule::{Address, ArrayId, Launch, Slot};
 use super::waves::{PARTIAL_BYTES, Wave};
 use crate::error::Result;
@@ -151,9 +151,9 @@ impl<'a> Launches<'a> {
     fn tiled(&self, pass: Pass, arithmetic: Arithmetic, tiles: u32, squares: usize) -> Launch {
         let tile = self.layouts.tile;
         let (kernel, module) = pass.kernel(arithmetic, tile);
-        let blocks = match tile {
-            Tile::Small | Tile::Large => tiles,
-            Tile::Cluster => 2 * number(squares.min(self.layouts.problem.clusters())),
+        let blocks = match tile.kernels().persistent {
+            false => tiles,
+            true => 2 * number(squares.min(self.layouts.problem.clusters())),
         };
         Launch::new(module, kernel, [blocks, 1], tile.threads()).shared(tile.shared_bytes(pass, arithmetic))
     }
@@ -284,7 +284,7 @@ impl<'a> Launches<'a> {
                     self.backward.push(recomputing);
                 }
                 element += part.iter().map(|s| s.elements(tile.tiling())).sum::<usize>();
-                dot_count += if *tile == Tile::Cluster { 2 * squares } else { wave.tiles as usize };
+                dot_count += if tile.kernels().persistent { 2 * squares } else { wave.tiles as usize };
             }
             last_dots = abi::Dots { count: number(dot_count), first: k == 0, ..last_dots };
             // The projection adds those of the last.

@@ -108,13 +108,80 @@ pub enum Tile {
     Cluster,
 }
 
+/// A set of kernels, one for each pass that multiplies. Another tile, or another architecture, is a row of [`Tile::kernels`].
+pub(super) struct KernelSet {
+    /// Length of a tile, in rows and columns.
+    pub edge: usize,
+    /// A square of so many tiles along either axis is visited by one cluster of as many thread blocks.
+    pub together: usize,
+    /// Threads of a block.
+    pub threads: u32,
+    /// End of the kernels' names.
+    pub suffix: &'static str,
+    /// Their files in kernels/: of sums, of gradient tiles, of their products.
+    pub files: [&'static str; 3],
+    /// How their embeddings are packed.
+    pub packing: Packing,
+    /// Whether a launch has as many clusters as the device holds, which share its squares, instead of a block for each tile.
+    pub persistent: bool,
+    /// Dynamic shared memory of a block.
+    shared_bytes: fn(&Self, Pass, Arithmetic) -> u32,
+}
+
+/// Where the bytes of packed embeddings lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Packing {
+    /// Row after row.
+    Rows,
+    /// Panels of 128 bytes of every row, swizzled as wgmma reads them. Every part of the passages begins at a whole square.
+    Panels,
+}
+
 impl Tile {
+    /// The kernels that compute in tiles of this kind.
+    pub(super) const fn kernels(self) -> KernelSet {
+        let sm80 = KernelSet {
+            edge: 64,
+            together: 1,
+            threads: 128,
+            suffix: "64",
+            files: ["logsumexp_sm80", "gradient_tile_sm80", "gradient_product_sm80"],
+            packing: Packing::Rows,
+            persistent: false,
+            shared_bytes: |set, pass, arithmetic| match pass {
+                // Both axes, the tile's gradients in padded rows, and four bytes for each warp.
+                Pass::KeptGradientTile => {
+                    let (edge, bytes) = (set.edge as u32, arithmetic.bytes() as u32);
+                    2 * 48 * edge + arithmetic.gradient_planes() as u32 * edge * (edge * bytes + 16) + set.threads / 8
+                }
+                // Three stages of both operands, 128 bytes of each row.
+                Pass::LogSumExp | Pass::GradientTile | Pass::GradientProduct => 3 * 2 * 128 * set.edge as u32,
+            },
+        };
+        match self {
+            Self::Small => sm80,
+            Self::Large => KernelSet { edge: 128, threads: 256, suffix: "128", ..sm80 },
+            Self::Cluster => KernelSet {
+                edge: 128,
+                together: 2,
+                threads: 384, // one warpgroup copies, two multiply
+                suffix: "sm90a",
+                files: ["logsumexp_sm90a", "gradient_tile_sm90a", "gradient_product_sm90a"],
+                packing: Packing::Panels,
+                persistent: true,
+                // Stages of 48 KiB, or as much, and what the headers of the kernels list.
+                shared_bytes: |_, pass, _| match pass {
+                    Pass::LogSumExp => 231_504,
+                    Pass::GradientTile | Pass::KeptGradientTile => 200_848,
+                    Pass::GradientProduct => 196_672,
+                },
+            },
+        }
+    }
+
     /// In rows and columns.
     pub const fn edge(self) -> usize {
-        match self {
-            Self::Small => 64,
-            Self::Large | Self::Cluster => 128,
-        }
+        self.kernels().edge
     }
 
     /// What one super-block of this tile takes of the bounded workspace in any arithmetic, in bytes.
@@ -125,38 +192,23 @@ impl Tile {
     }
 
     pub(super) const fn tiling(self) -> Tiling {
-        Tiling { edge: self.edge(), together: if matches!(self, Self::Cluster) { 2 } else { 1 } }
+        Tiling { edge: self.edge(), together: self.kernels().together }
     }
 
     /// What edges of super-blocks, blocks of rows of the sums, and tiles along the dimension are multiples of.
     pub(super) const fn step(self) -> usize {
-        self.edge() * self.tiling().together
+        self.edge() * self.kernels().together
     }
 
     /// Threads of a block.
     pub(super) const fn threads(self) -> u32 {
-        match self {
-            Self::Small => 128,
-            Self::Large => 256,
-            Self::Cluster => 384, // one warpgroup copies, two multiply
-        }
+        self.kernels().threads
     }
 
     /// Dynamic shared memory of a block of a pass.
-    pub(super) const fn shared_bytes(self, pass: Pass, arithmetic: Arithmetic) -> u32 {
-        match (self, pass) {
-            // Edges, the tile's gradients in padded rows, and four bytes for each warp.
-            (Self::Small | Self::Large, Pass::KeptGradientTile) => {
-                let (edge, bytes) = (self.edge() as u32, arithmetic.bytes() as u32);
-                2 * 48 * edge + arithmetic.gradient_planes() as u32 * edge * (edge * bytes + 16) + self.threads() / 8
-            }
-            // Three stages of both operands, 128 bytes of each row.
-            (Self::Small | Self::Large, _) => 3 * 2 * 128 * self.edge() as u32,
-            // Stages of 48 KiB, or as much, and what the headers of the kernels list.
-            (Self::Cluster, Pass::LogSumExp) => 231_504,
-            (Self::Cluster, Pass::GradientTile | Pass::KeptGradientTile) => 200_848,
-            (Self::Cluster, Pass::GradientProduct) => 196_672,
-        }
+    pub(super) fn shared_bytes(self, pass: Pass, arithmetic: Arithmetic) -> u32 {
+        let set = self.kernels();
+        (set.shared_bytes)(&set, pass, arithmetic)
     }
 }
 
@@ -172,20 +224,18 @@ pub(super) enum Pass {
 impl Pass {
     /// Kernel and its file, without `.cu`.
     pub(super) fn kernel(self, arithmetic: Arithmetic, tile: Tile) -> (String, &'static str) {
-        let (name, sm80, sm90a) = match self {
-            Self::LogSumExp => ("logsumexp", "logsumexp_sm80", "logsumexp_sm90a"),
-            Self::GradientTile => ("gradient_tile", "gradient_tile_sm80", "gradient_tile_sm90a"),
-            Self::KeptGradientTile => ("gradient_tile_kept", "gradient_tile_sm80", "gradient_tile_sm90a"),
-            Self::GradientProduct => ("gradient_product", "gradient_product_sm80", "gradient_product_sm90a"),
+        let KernelSet { suffix, files: [sums, tiles, products], .. } = tile.kernels();
+        let (name, file) = match self {
+            Self::LogSumExp => ("logsumexp", sums),
+            Self::GradientTile => ("gradient_tile", tiles),
+            Self::KeptGradientTile => ("gradient_tile_kept", tiles),
+            Self::GradientProduct => ("gradient_product", products),
         };
-        let suffix = match self {
-            Self::KeptGradientTile => arithmetic.of_gradients().suffix(),
-            _ => arithmetic.suffix(),
+        let arithmetic = match self {
+            Self::KeptGradientTile => arithmetic.of_gradients(),
+            Self::LogSumExp | Self::GradientTile | Self::GradientProduct => arithmetic,
         };
-        match tile {
-            Tile::Small | Tile::Large => (format!("{name}_{suffix}_{}", tile.edge()), sm80),
-            Tile::Cluster => (format!("{name}_{suffix}_sm90a"), sm90a),
-        }
+        (format!("{name}_{}_{suffix}", arithmetic.suffix()), file)
     }
 }
 
