@@ -1,4 +1,5 @@
-//! A web server for one page on this machine: files of the site from memory, and reports of the page as events.
+//! A web server for one page on this machine, by hand, because the small crate for it (tiny_http) has had no release since 2022 and the
+//! others bring an asynchronous runtime: files of the site from memory, and reports of the page as events.
 //!
 //! | request | body | answer |
 //! |---|---|---|

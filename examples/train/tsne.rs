@@ -1,4 +1,5 @@
-//! Exact t-SNE (van der Maaten & Hinton 2008) for a few hundred points, deterministic for a seed.
+//! Exact t-SNE (van der Maaten & Hinton 2008) for a few hundred points, deterministic for a seed. In place of the crate bhtsne, because the
+//! pictures of a report must come out alike on every run, and these are 100 lines without a dependency.
 
 /// Descent steps.
 const STEPS: usize = 350;

@@ -1,4 +1,5 @@
-//! DLPack: memory of other libraries, borrowed from the capsules they hand out.
+//! DLPack: memory of other libraries, borrowed from the capsules they hand out. By hand rather than by the crate dlpark: of its structures
+//! only those are needed that import, and every refusal here names the argument, as PyTorch's users see it.
 //!
 //! ```text
 //! capsule "dltensor" or "dltensor_versioned" ── Tensor::import ──► renamed "used_…", so that nobody takes it twice

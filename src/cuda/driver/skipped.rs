@@ -17,7 +17,7 @@ pub struct SkippedSquares {
 
 impl Device {
     /// Waits for the stream, then says how many squares of cosines the call that was enqueued there leaves out of its gradient, if
-    /// its options ask for [tile skipping](crate::Options::with_tile_skipping); known from the forward call on.
+    /// its call asks for [tile skipping](crate::Call::with_tile_skipping); known from the forward call on.
     ///
     /// # Errors
     /// [`Error::StateMismatch`] for a plan without the option, or a state that no call has written; [`Error::InvalidArgument`] while
