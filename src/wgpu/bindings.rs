@@ -1,7 +1,7 @@
 //! Collects dispatches: bindings as windows of slots, parameters as bytes, and the size that each slot needs.
 
 use super::layout::STATUS_BYTES;
-use super::plan::Parts;
+use super::parts::Parts;
 use super::schedule::{ALIGNMENT, Binding, Dispatch, Slot};
 use super::shaders::Module;
 use crate::error::{Error, Result};

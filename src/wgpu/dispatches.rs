@@ -2,7 +2,7 @@
 
 use super::bindings::Recorder;
 use super::layout::{LANES, Layout, Sums, Tower};
-use super::plan::Parts;
+use super::parts::Parts;
 use super::schedule::{Binding, Dispatch, Slot};
 use super::shaders::{Module, Products};
 use super::uniforms::{Combine, Product, Tiles, scaled, split};

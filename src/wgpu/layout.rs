@@ -1,6 +1,6 @@
 //! Where things lie in the slots of a plan, and what the side data hold.
 
-use super::plan::Parts;
+use super::parts::Parts;
 use super::schedule::{ALIGNMENT, Slot};
 use super::shaders::Products;
 use super::uniforms::scaled;

@@ -27,6 +27,7 @@ mod dispatches;
 mod driver;
 mod embeddings;
 mod layout;
+mod parts;
 mod plan;
 mod readout;
 mod schedule;

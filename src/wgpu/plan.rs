@@ -4,6 +4,7 @@ use super::bindings::beyond;
 use super::capabilities::Capabilities;
 use super::dispatches::Dispatches;
 use super::layout::Layout;
+use super::parts::Parts;
 use super::schedule::{ALIGNMENT, Dispatch, Slot};
 use super::shaders::{Products, Variant};
 use crate::dtype::DType;
@@ -46,18 +47,6 @@ pub(super) struct Facts {
     /// Type, row stride and dimension of the embeddings of each tower.
     #[cfg(feature = "wgpu")]
     pub raw: [(DType, usize, usize); 2],
-}
-
-/// What a plan is made from.
-pub(super) struct Parts<'a> {
-    pub problem: &'a Problem<'a>,
-    pub order: Order,
-    pub occurrences: Occurrences,
-    pub capabilities: Capabilities,
-    pub variant: Variant,
-    pub blocks: Vec<SuperBlock>,
-    /// Whether a super-block has coefficients, and so gradients.
-    pub graded: Vec<bool>,
 }
 
 impl Plan {
