@@ -1,5 +1,5 @@
-//! The PTX in kernels/ptx is what the kernel files give, as far as can be told without a compiler: each names the hash of
-//! what it was compiled from. `kernels/compile.py --check` compares the bytes.
+//! The PTX in kernels/ptx is compiled from the kernel files as they are. Without a compiler this test sees as much as it can: each PTX file
+//! names the hash of what it was compiled from. `kernels/compile.py --check` compares the bytes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Component, Path};

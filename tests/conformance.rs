@@ -1,12 +1,12 @@
-//! One table: every backend × every type it takes × every case, against the definition in f64 on the same embeddings.
+//! One table: every backend × every type it takes × every case. Each trial compares with the definition in f64 on the same embeddings.
 //!
-//! A backend enters by its line in `samtone::backend::all`. One that cannot run on this machine is reported as ignored, with the reason;
-//! the environment variable `SAMTONE_REQUIRE`, names separated by commas, turns that into a failure. With `SAMTONE_TRACE` set, each
-//! case is announced on standard error before it runs, so that one that never ends is known by name.
+//! A backend enters by its line in `samtone::backend::all`. One that cannot run on this machine is reported as ignored, with the reason.
+//! If the environment variable `SAMTONE_REQUIRE` (names separated by commas) has its name, that is a failure instead. With
+//! `SAMTONE_TRACE` set, each case is announced on standard error before it runs. So if a case never ends, its name is known.
 //!
-//! Emulated kernels, and WGSL on a processor, take most of the time. Of golden files, and of the cases that combine losses with kinds of data
-//! and with options, each runs in one type on each of [`IN_TURN`], in turn; in the others it is ignored, and runs with
-//! `--include-ignored`. CI also runs golden files in every type, by `examples/evaluate`.
+//! Emulated kernels, and WGSL on a processor, take most of the time. So on each of [`IN_TURN`] two kinds of cases run in only one type
+//! each: golden files, and cases that combine losses with kinds of data and with options. The types take turns. In the other types these
+//! cases are ignored, and run with `--include-ignored`. CI also runs golden files in every type, by `examples/evaluate`.
 
 #[path = "conformance/edges.rs"]
 mod edges;

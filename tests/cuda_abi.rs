@@ -1,11 +1,12 @@
-//! What src/cuda/abi.rs declares is what kernels declare. Both the PTX that ships and the C++ that the emulator runs are asked.
+//! What src/cuda/abi.rs declares is what the kernels declare. Two witnesses are asked: the PTX that ships, and the C++ that the emulator
+//! runs.
 //!
-//! The PTX names as text the members of every shared struct and the parameters of every kernel (`ABI_STRUCT` and `KERNEL` in
-//! kernels/common/platform.cuh), and as numbers their sizes, the shared memory of kernels, and constants. No struct has padding, so that
+//! The PTX has the members of every shared struct and the parameters of every kernel as text (`ABI_STRUCT` and `KERNEL` in
+//! kernels/common/platform.cuh). It has their sizes, the shared memory of kernels, and constants as numbers. No struct has padding, so
 //! the order of members says where they lie. The C++ compiler is asked for offsets and types.
 //!
-//! Without a C++ compiler the trials of the emulator's build are reported as ignored; `emulator` in `SAMTONE_REQUIRE` turns that into a
-//! failure.
+//! Without a C++ compiler the trials of the emulator's build are reported as ignored. With `emulator` in `SAMTONE_REQUIRE` they fail
+//! instead.
 
 #[path = "support/emulator.rs"]
 #[allow(dead_code)]

@@ -1,5 +1,5 @@
-//! Kept cosines of the CUDA backend on the emulator: the same bits as recomputed ones, for all of them, some or none, whatever else a call
-//! asks for; nothing reads what is not kept; and kernels with a barrier left out.
+//! Kept cosines of the CUDA backend on the emulator. Results have the same bits as with recomputed ones, whether all cosines are kept,
+//! some or none, and whatever else a call asks for. Nothing reads what is not kept. Kernels with a barrier left out are noticed.
 //!
 //! Without a C++ compiler the trials are reported as ignored, as in tests/cuda_plans.rs.
 

@@ -1,9 +1,9 @@
-//! The driver layer of the CUDA backend: on this machine's GPU where there is one; everywhere, on a driver that emulates one
+//! The driver layer of the CUDA backend. It is tested on this machine's GPU if there is one, on a driver that emulates one
 //! (tests/cuda_driver/driver.cpp), and without any driver.
 //!
-//! Checks that need a GPU are reported as ignored without one, and fail if the variable `SAMTONE_REQUIRE` names `cuda`; those on
-//! the emulated driver need a C++ compiler and Linux, and `emulator` in the variable demands them. They run in child processes
-//! of this executable, in which a panic ends the process at once, as with `panic = "abort"`.
+//! Checks that need a GPU are reported as ignored without one. With `cuda` in the variable `SAMTONE_REQUIRE` they fail instead. Checks on
+//! the emulated driver need a C++ compiler and Linux, and `emulator` in the variable makes them fail without. All checks run in child
+//! processes of this executable, in which a panic ends the process at once, as with `panic = "abort"`.
 
 mod support;
 

@@ -1,7 +1,7 @@
-//! Plans of the CUDA backend on the emulator: every arithmetic and tile, super-blocks and waves, shards, the split call, types and
-//! strides of outputs, refused inputs, the same bits under every order of threads, and kernels with a barrier left out.
+//! Plans of the CUDA backend on the emulator: every arithmetic and tile, super-blocks and waves, shards, forward and backward apart,
+//! types and strides of outputs, refused inputs. Every order of threads gives the same bits. Kernels with a barrier left out are noticed.
 //!
-//! Without a C++ compiler the trials are reported as ignored; `cuda-emulated` in `SAMTONE_REQUIRE` turns that into a failure.
+//! Without a C++ compiler the trials are reported as ignored. With `cuda-emulated` in `SAMTONE_REQUIRE` they fail instead.
 
 #[path = "cuda_plans/fallbacks.rs"]
 mod fallbacks;

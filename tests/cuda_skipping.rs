@@ -1,5 +1,5 @@
-//! Tile skipping of the CUDA backend on the emulator: what is left out of the gradient is bounded for every row, by sums over the
-//! definition in f64; nothing else changes, to the bit; and a threshold that is too lax is noticed.
+//! Tile skipping of the CUDA backend on the emulator. What is left out of the gradient is bounded for every row; the sums for that are by
+//! the definition in f64. Nothing else changes, to the bit. A threshold that is too lax is noticed.
 //!
 //! Without a C++ compiler the trials are reported as ignored, as in tests/cuda_plans.rs.
 

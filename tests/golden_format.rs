@@ -1,4 +1,4 @@
-//! The reader of golden files: whatever is wrong, a sentence names the file and the field.
+//! The reader of golden files. Whatever is wrong with a file, a sentence names the file and the field.
 
 mod support;
 

@@ -1,5 +1,5 @@
-//! What a call allocates, what it writes, and what happens when the allocator refuses. A binary of its own with a single
-//! test, because the allocator counts for the whole process.
+//! What a call allocates, what it writes, and what happens when the allocator refuses. This binary has a single test, because the allocator
+//! counts for the whole process.
 
 mod support;
 

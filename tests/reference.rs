@@ -1,4 +1,4 @@
-//! The reference against everything that is not the reference: golden files from automatic differentiation, finite
+//! The reference, compared with everything that is not the reference: golden files from automatic differentiation, finite
 //! differences, and closed forms.
 
 mod support;

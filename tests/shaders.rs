@@ -1,9 +1,8 @@
-//! The shaders without a device: every module of every variant is valid WGSL of no more than its variant needs, is translated to
-//! what drivers take, and keeps the limits that every WebGPU device has; and every dispatch of every plan binds what its entry
-//! point uses.
+//! The shaders without a device. Every module of every variant is valid WGSL and uses no more than its variant needs. It is translated to
+//! what drivers take, and keeps the limits that every WebGPU device has. Every dispatch of every plan binds what its entry point uses.
 //!
-//! Two more compilers judge them where they are on the PATH: `spirv-val` of the SPIR-V tools and `tint`, which browsers use. Their
-//! checks are reported as ignored otherwise, and fail if the variable `SAMTONE_REQUIRE` names the tool.
+//! Two more compilers judge the modules if they are on the PATH: `spirv-val` of the SPIR-V tools and `tint`, which browsers use. Otherwise
+//! their checks are reported as ignored, or fail if the variable `SAMTONE_REQUIRE` names the tool.
 
 #[path = "shaders/plans.rs"]
 mod plans;

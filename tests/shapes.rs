@@ -1,4 +1,4 @@
-//! Every edge of every tile, every length of embedding, every extreme of the number range: against the definition.
+//! Every edge of every tile, every length of an embedding, and every extreme of the range of numbers, compared with the definition.
 
 mod support;
 

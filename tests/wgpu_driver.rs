@@ -1,7 +1,7 @@
-//! The driver layer of the WGSL backend on this machine's device, be it a software one: the caller's buffers, calls in parts,
+//! The driver layer of the WGSL backend on this machine's device, even if that is software: the caller's buffers, calls in parts,
 //! shards, what the device leaves for the caller's shaders, limits, and every way to be refused.
 //!
-//! Without a device the checks are reported as ignored; `wgpu` in the variable `SAMTONE_REQUIRE` turns that into a failure.
+//! Without a device the checks are reported as ignored. With `wgpu` in the variable `SAMTONE_REQUIRE` they fail instead.
 
 mod support;
 

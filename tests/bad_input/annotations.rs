@@ -1,4 +1,4 @@
-//! What a call refuses: as soon as it meets M queries and N passages, or already when it is checked alone.
+//! What a call refuses: some of it when it is joined with M queries and N passages, some already when it is checked alone.
 
 use super::{M, N, Outcome, batch, expect_invalid, good, present, towers};
 use crate::support::data::{Kind, problem};

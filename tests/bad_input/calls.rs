@@ -1,4 +1,4 @@
-//! What only a call can refuse: the values of embeddings, states, shards, buffers, workspaces.
+//! What is refused only when a loss is computed: values of embeddings, states, shards, buffers, workspaces.
 
 use super::{
     D, M, N, Outcome, PATTERN, batch, expect_invalid, good, present, refused, refused_everywhere, still_works, towers,

@@ -1,4 +1,4 @@
-//! What the constructors of the inputs refuse.
+//! What the constructors of embeddings, buffers and losses refuse.
 
 use super::{D, M, N, Outcome, expect_invalid, good, towers};
 use samtone::backend;

@@ -1,4 +1,4 @@
-//! Bad input: the error says which argument, what its value is and what is allowed; outputs stay as they were; the crate
+//! Bad input is an error that says which argument is wrong, what its value is and what is allowed. Outputs stay as they were, and the crate
 //! works afterwards.
 
 mod annotations;

@@ -1,4 +1,5 @@
-//! The ends of the range of every option, and data at which arithmetic ends: what is accepted there is right on every backend.
+//! The ends of the range of every option, and data at the limits of arithmetic. Whatever is accepted there is computed right by every
+//! backend.
 
 use super::{Case, Make};
 use crate::support::data::{Kind, Source, problem};

@@ -1,4 +1,4 @@
-//! Batches in which every positive wins: P@1 and MRR are exactly 1, whatever rounding does to the sum of the weights.
+//! Batches in which every positive wins. P@1 and MRR are exactly 1 there, whatever rounding does to the sum of the weights.
 
 use super::{Case, Make};
 use crate::support::data::{Kind, problem};

@@ -1,4 +1,4 @@
-//! Backward calls with other embeddings than the forward call had. Each check runs on a GPU, or on the emulated driver.
+//! Backward calls with other embeddings than those of the forward call. Each check runs on a GPU, or on the emulated driver.
 
 use super::raw::{Call, sample, with_call};
 #[cfg(feature = "cudarc")]

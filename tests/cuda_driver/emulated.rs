@@ -1,5 +1,5 @@
-//! What a real driver does only at times, or only to callers in a corner: checks that need the emulated driver, and what it is
-//! told for each of them. See driver.cpp.
+//! What a real driver does only at times, or only to unusual callers. These checks need the emulated driver, which is told what to do in
+//! each of them. See driver.cpp.
 
 use super::memory::Driver;
 use super::raw::{sample, with_call};

@@ -1,5 +1,5 @@
-//! Every kernel that a device runs, whatever plans take by themselves. Each case is announced before it runs, so that one that never
-//! ends is known by name, and all that fail are listed, so that one run on a GPU tells everything.
+//! Every kernel that a device runs, even one that no plan takes unless told to. Each case is announced before it runs, so that one that
+//! never ends is known by name. All cases that fail are listed, so that one run on a GPU tells everything.
 
 use super::raw::{sample, with_call};
 use super::support::case::Expected;

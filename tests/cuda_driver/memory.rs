@@ -1,4 +1,4 @@
-//! Memory, streams and graphs straight from the driver, as an application without any Rust library for CUDA has them.
+//! Memory, streams and graphs straight from the driver, as an application has them that uses no Rust library for CUDA.
 
 use super::text;
 use libloading::Library;

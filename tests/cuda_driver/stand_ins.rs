@@ -1,4 +1,4 @@
-//! Drivers for tests, and child processes that find them in place of the machine's own.
+//! Drivers for tests, and child processes that find these drivers in place of the machine's own.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

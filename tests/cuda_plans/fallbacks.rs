@@ -1,4 +1,4 @@
-//! What kernels do where one exponential cannot serve all sums, or all gradients, of a tile: at small temperatures.
+//! What kernels do at small temperatures, where one exponential cannot serve all sums, or all gradients, of a tile.
 
 use super::{Run, compare, run_with, sized};
 use crate::support::cuda_emulated::{CudaEmulated, clusters};

@@ -1,4 +1,4 @@
-//! What goes wrong ends as a sentence, and the machine that runs the tests goes on.
+//! A defect of a kernel ends as a sentence, and the process that runs the tests goes on.
 
 use crate::emulator::{Device, Launch};
 use crate::{Check, Emulators};

@@ -1,4 +1,4 @@
-//! Instructions of compute capability 9.0, against the same thing said in Rust.
+//! Instructions of compute capability 9.0, compared with the same computation in Rust.
 
 use crate::emulator::Launch;
 use crate::instructions::{fused_sum, uneven};

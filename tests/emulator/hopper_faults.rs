@@ -1,4 +1,4 @@
-//! What goes wrong with instructions of compute capability 9.0 ends as a sentence: one defect each.
+//! Defects in the use of instructions of compute capability 9.0 end as a sentence. Each kernel has one defect.
 
 use crate::emulator::{Device, Launch};
 use crate::{Check, Emulators};

@@ -1,4 +1,4 @@
-//! Single instructions, against the same thing said in Rust.
+//! Single instructions, compared with the same computation in Rust.
 
 use crate::emulator::Launch;
 use crate::{Check, Emulators};

@@ -1,4 +1,4 @@
-//! Whole kernels: right in every order of their threads; every planted defect is noticed.
+//! Whole kernels. They are right in every order of their threads, and every planted defect is noticed.
 
 use crate::emulator::{Device, Launch};
 use crate::{Check, Emulators};

@@ -1,7 +1,7 @@
 //! The emulator of `kernels/emulator`, on test kernels whose results are known and whose defects are planted.
 //!
-//! Without a C++ compiler the trials are reported as ignored; `emulator` in the environment variable `SAMTONE_REQUIRE`
-//! turns that into a failure.
+//! Without a C++ compiler the trials are reported as ignored. With `emulator` in the environment variable `SAMTONE_REQUIRE` they fail
+//! instead.
 
 #[path = "../support/emulator.rs"]
 mod emulator;

@@ -1,4 +1,4 @@
-//! A whole pipeline of compute capability 9.0: right in every order of its threads; every planted defect is noticed.
+//! A whole pipeline of compute capability 9.0. It is right in every order of its threads, and every planted defect is noticed.
 
 use crate::emulator::{Device, Launch};
 use crate::kernels::{WRONG, compare_to, named_in, random};

@@ -1,4 +1,4 @@
-//! The keys of src/mask.rs against the rule as docs/loss.md words it, read pair by pair.
+//! The keys of src/mask.rs, compared pair by pair with the rule in the words of docs/loss.md.
 
 use super::setup::{config, different, failed, pairs, setup, solve};
 use super::support::problem::Buffer;

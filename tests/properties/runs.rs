@@ -1,4 +1,4 @@
-//! Other ways to run the same call: in shards, forward and backward apart, into other buffers, with another workspace.
+//! Other ways to make the same call: in shards, forward and backward apart, into other buffers, with another workspace.
 
 use super::setup::{SLACK, Setup, Tested, close, config, failed, setup, shuffled, solve_as};
 use super::support::case::Expected;

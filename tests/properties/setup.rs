@@ -1,4 +1,4 @@
-//! Random problems in a form that shrinks, and what is done with them.
+//! Random problems, in a form that proptest can shrink, and what the tests do with them.
 
 use super::support::compare::{against_definition, verdict};
 use super::support::data::{Kind, Source, problem};

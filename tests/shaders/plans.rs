@@ -1,4 +1,4 @@
-//! Plans of many kinds of calls, for what must hold of every dispatch.
+//! Plans of many kinds of calls, to check what must hold of every dispatch.
 
 use samtone::wgpu::{Capabilities, Plan, Products};
 use samtone::{Call, DType, GradientOutput, Loss, Problem, Scope};

@@ -1,4 +1,4 @@
-//! Comparison of what a backend gave with what the definition says. A check passes if `difference <= allowed`, so NaN fails.
+//! Compares what a backend gave with what the definition says. A check passes if `difference <= allowed`, so NaN fails.
 
 use super::case::Expected;
 use super::problem::{Outputs, Problem};

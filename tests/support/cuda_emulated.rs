@@ -1,4 +1,4 @@
-//! The CUDA backend's plans, run launch by launch on the emulator: what a GPU would do, on any machine.
+//! The CUDA backend's plans, run launch by launch on the emulator. It does what a GPU would do, on any machine.
 
 use super::emulator::{self, Compiler, Device};
 use super::report::{self, Listed, is_required};

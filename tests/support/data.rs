@@ -1,4 +1,4 @@
-//! Seeded embeddings of the kinds that break losses.
+//! Seeded embeddings of the kinds at which implementations of losses fail.
 
 use super::problem::Problem;
 use rand::rngs::ChaCha8Rng;

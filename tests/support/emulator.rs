@@ -1,6 +1,6 @@
-//! Kernels of `kernels/`, compiled as C++ and run without a GPU; kernels/README.md says what is modelled.
+//! Kernels of `kernels/`, compiled as C++ and run without a GPU. kernels/README.md says what is modelled.
 //!
-//! The emulator is a process of its own, so that whatever emulated code does to itself comes back as a sentence.
+//! The emulator is a process of its own. So a crash of emulated code comes back as a sentence.
 
 use bytemuck::Pod;
 use std::io::{BufReader, BufWriter, Read, Write};

@@ -1,4 +1,4 @@
-//! Partial sums of other problems, each of which differs in one part from a given one.
+//! Partial sums of other problems, each of which differs from a given problem in one part.
 
 use super::problem::{Buffer, Problem};
 use samtone::{Block, Call, DType, Error, Group, Loss, NoNegative, Partials, Result, Scope, ZeroNorm, cpu};

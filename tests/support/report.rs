@@ -1,5 +1,5 @@
 //! Runs trials and says on one screen what came out: a line for each group, the reason for whatever was ignored, and every
-//! failure. Where few trials are chosen each has a line of its own.
+//! failure. If few trials are chosen, each has a line of its own.
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::collections::BTreeMap;

@@ -1,4 +1,4 @@
-//! What tile skipping left out of a call on the emulator, held against the definition in f64.
+//! What tile skipping left out of a call on the emulator, compared with the definition in f64.
 
 use super::cuda_emulated::Emulated;
 use super::problem::{Outputs, Problem};

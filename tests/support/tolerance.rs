@@ -1,4 +1,4 @@
-//! The one table of tolerances. A commit that changes a kernel never changes it.
+//! The only table of tolerances. A commit that changes a kernel never changes it.
 
 use samtone::DType;
 

@@ -1,4 +1,4 @@
-//! A call on buffers with guards: in front of and behind every range, and between its rows.
+//! A call on buffers with guards, which lie before and behind every range, and between its rows.
 
 use super::support::problem::{Buffer, Outputs, Problem};
 use super::text;

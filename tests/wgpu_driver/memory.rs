@@ -1,4 +1,4 @@
-//! Buffers: shared ones, ones of exactly the size that a plan asks for, and devices that bind little at once.
+//! Buffers: shared ones, buffers of exactly the size that a plan asks for, and devices that bind little at once.
 
 use super::call::{CALLERS, Call, Memory, Spec, f32_output, rows_of_bytes, rows_to_bytes};
 use super::support::problem::{Outputs, Problem};

@@ -1,4 +1,4 @@
-//! Every way to be refused: a sentence that names what is wrong, and never a panic.
+//! Every way to be refused. Each gives a sentence that names what is wrong, and never a panic.
 
 use super::call::{Call, Memory, Spec, f32_output};
 use super::steps::on_device;

@@ -1,4 +1,4 @@
-//! Calls: types and strides, in parts, frozen, sharded, from threads.
+//! Calls: in every type and stride, in parts, with frozen towers, in shards, from threads.
 
 use super::call::{Call, Spec, f32_output};
 use super::support::foreign;
