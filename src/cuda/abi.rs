@@ -1,6 +1,6 @@
 //! What host and kernels share: structs, parameters, constants. Each is declared here and in kernels/, which says what it means.
-//! tests/cuda_abi.rs compares names, types, order, sizes and values with the PTX and with the C++ of the emulator. Padding of a struct is a
-//! member called `padding`, so the order of the members alone says where they lie.
+//! tests/cuda_abi.rs compares names, types, order, sizes and values with the PTX and with the C++ of the emulator. Padding of a struct is
+//! a member called `padding`, so the order of the members alone says where they lie.
 //!
 //! This module is for the driver, for tests and for adapters. It is no part of the stable interface.
 #![allow(missing_docs)] // kernels/ says what each means
@@ -57,7 +57,7 @@ impl<T: Shared, const N: usize> Shared for [T; N] {
     }
 }
 
-/// A count as kernels have it. Problems and plans bound every count so that it fits; what does not fit saturates, because this cannot fail.
+/// A count as kernels have it. Problems and plans bound what they count, so that it fits. A larger number would saturate.
 pub(super) fn number(count: usize) -> u32 {
     count.try_into().unwrap_or(u32::MAX)
 }

@@ -162,7 +162,8 @@ impl Launches<'_> {
             self.first_squares.insert(block.number, squares);
             squares += block.squares(tile.tiling());
         }
-        // What a row meets in all its blocks, itself and its positive included. Counting these two keeps the sum of all shares at η at most.
+        // The candidates that a row meets in all its blocks. They include the row itself and its positive, so the shares of all squares
+        // add up to η at most.
         let (m, n, _) = problem.shape();
         let candidates = |block: &Block| if matches!(block, Block::QP | Block::PP) { n } else { m };
         let met: usize = Block::ALL.iter().filter(|b| problem.call().loss().uses(**b)).map(candidates).sum();
@@ -202,7 +203,7 @@ impl Launches<'_> {
         let (parts, padded) = match tile {
             // A tile may begin at the last index. It reads as many rows from there on as a tile has, so the rows are padded by a tile.
             Tile::Small | Tile::Large => (1, (indices + tile.edge()).next_multiple_of(ROWS_PER_BLOCK)),
-            // Every part begins at a multiple of a square's length, because wgmma reads packed rows by eights that begin at multiples of eight.
+            // Every part begins at a multiple of a square's length. So every tile begins at a multiple of eight rows, as wgmma demands.
             Tile::Cluster => {
                 let cuts = &crate::regions::cuts(&problem.rows, order, m)[space as usize];
                 let mut padded = 0;
@@ -228,7 +229,8 @@ impl Launches<'_> {
             inverse: workspace(inverse, f32::BYTES * indices),
             // A backward call compares norms with these, to know whether it was given the embeddings of the forward call.
             inverse_norm: at(self.layout.add(Slot::State, inverse_norm, f64::BYTES * indices)),
-            // These are in the state because shards exchange sums before `combine` reads them, and another call may use the workspace then.
+            // These are part of the state. Shards exchange sums before `combine` reads the faults, and meanwhile another call may use the
+            // workspace.
             faults: at(self.layout.add(Slot::State, faults, <[u32; 2]>::BYTES * indices)),
             row_pitch: row_pitch as u64,
             panel: panel as u64,

@@ -241,7 +241,8 @@ impl<'a> Launches<'a> {
         self.forward.extend(chosen);
     }
 
-    /// Adds the gradients of logits and their products, wave by wave. Returns the dots of the last wave, which the projection adds up.
+    /// For each wave, adds the launches of its gradients of logits and of their products. Returns the dots of the last wave, which the
+    /// projection adds up. A dot is a tile's part of ∂L/∂β.
     fn gradient_pass(
         &mut self,
         towers: &[TowerArrays; 2],
@@ -256,8 +257,8 @@ impl<'a> Launches<'a> {
         let (gradients, skipped) = (at(gradients), common.skipping.map_or(Address::Null, |s| s.skipped));
         let mut last_dots = abi::Dots { dots: at(dots), results, count: 0, first: true };
         for (k, super_blocks) in division.backward.iter().enumerate() {
-            // Super-blocks whose cosines are stored come first. They have a launch of their own, and the others another. Gradients and dots
-            // of the second launch lie behind those of the first.
+            // Super-blocks whose cosines are stored come first and have a launch of their own. The others have another launch, whose
+            // gradients and dots lie behind those of the first.
             let kept = super_blocks.iter().take_while(|s| self.first_cosines.contains_key(&s.number)).count();
             let (mut element, mut dot_count) = (0, 0);
             for part in [&super_blocks[..kept], &super_blocks[kept..]].into_iter().filter(|part| !part.is_empty()) {

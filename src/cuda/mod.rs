@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! Problem    loss, pairs, options, types, strides, rows of the shard      validated                       problem.rs
-//! Plan       tile, super-blocks, waves, arrays, launches: all as data     no GPU needed, prints itself    plan.rs, waves.rs, launches.rs, per_row.rs
+//! Plan       tile, super-blocks, waves, arrays, launches: all as data     no GPU needed, prints itself    plan.rs, waves.rs, arrays.rs,
+//!                                                                                                          launches.rs, per_row.rs
 //! prepare    pack: norms, powers of two, f16; positives in f64            O((M+N)·d)                      prepare.cu
 //! [1] sums       products → cosines → mask → exponential sums, ranks      3 B²d (one same-tower block)    logsumexp_sm*.cu
 //! [2] combine    loss, row losses, metrics, coefficients, f64             O(M)                            combine.cu
@@ -17,8 +18,8 @@
 //! same bits on every run on one kind of device.
 //!
 //! A call neither allocates nor waits. [`Plan`] says how much memory it needs and what it launches. The caller owns memory and stream.
-//! Some inputs are refused: NaN and infinities, a norm of zero, a row without negative. They leave the number of the lowest such row in the
-//! state, and NaN in loss and gradients.
+//! Some inputs are refused: NaN and infinities, a norm of zero, a row without negative. They leave the number of the lowest such row in
+//! the state, and NaN in loss and gradients.
 
 #[doc(hidden)]
 pub mod abi;
