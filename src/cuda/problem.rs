@@ -95,7 +95,7 @@ pub enum Architecture {
     Sm80,
     /// These, and the kernels of 9.0 (H100, H200), which run on no other device.
     Sm90a {
-        /// Multiprocessors of the device. Two make a cluster, so this says how many clusters share the work. Results do not depend on it.
+        /// Multiprocessors of the device. Two make a cluster, so this says how many clusters share the work. Any number is right.
         multiprocessors: u32,
     },
 }

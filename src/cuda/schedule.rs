@@ -1,5 +1,5 @@
 //! What a call does on a device, as data: arrays in a few slots of memory, and launches in order. A driver turns addresses into pointers
-//! and enqueues the launches. The emulator of the tests gives each array a buffer of its own, so that it detects any access outside of one.
+//! and enqueues the launches. The emulator of the tests gives each array a buffer of its own, so that it detects any access outside.
 
 use super::abi::Shared;
 use std::fmt;
