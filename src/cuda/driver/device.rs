@@ -207,8 +207,8 @@ impl Device {
         self.inner.capability
     }
 
-    /// The kernels that plans for this device take by default: those of 9.0 if it has compute capability 9.0 and its driver reads their PTX,
-    /// which is of a later version than that of the others.
+    /// The kernels that plans for this device take by default: those of 9.0 if it has compute capability 9.0 and its driver reads their
+    /// PTX, which is of a later version than that of the others.
     pub fn architecture(&self) -> Architecture {
         self.inner.architecture
     }
@@ -261,8 +261,8 @@ impl Device {
         launches.map(|launch| self.function(launch)).collect()
     }
 
-    /// The function of a launch. Loads it, and asks the driver to allow it the launch's shared memory, if that was not done yet. The context
-    /// must be current.
+    /// The function of a launch. Loads it, and asks the driver to allow it the launch's shared memory, if that was not done yet. The
+    /// context must be current.
     fn function(&self, launch: &Launch) -> Result<Function> {
         let mut modules: MutexGuard<'_, _> = self.inner.modules.lock().unwrap_or_else(PoisonError::into_inner);
         let source =
@@ -298,8 +298,8 @@ impl Device {
         let [info, error] = logs.each_mut().map(|log| log.as_mut_ptr().cast::<c_void>());
         let (mut options, mut values, mut module) = (LOG_OPTIONS, [info, size, error, size], std::ptr::null_mut());
         let image = source.image(self.inner.capability);
-        // SAFETY: the image ends with a 0. There are as many options as values. Sizes are passed in place of pointers, and the buffers have
-        // these sizes.
+        // SAFETY: the image ends with a 0. There are as many options as values. Sizes are passed in place of pointers, and the buffers
+        // have these sizes.
         let result = unsafe {
             self.driver().cuModuleLoadDataEx(
                 &mut module,
@@ -361,10 +361,10 @@ impl Device {
             let ([x, y], threads, shared_bytes) = (launch.grid, launch.threads, launch.shared_bytes);
             // The first launch does not overlap: what runs before it on the stream is not ours, and may not be made for it.
             let overlaps = self.overlaps && k > 0;
-            // SAFETY: the function is of this context. There is a pointer to each of its parameters, which have the sizes that it declares.
-            // The driver copies them, and the configuration with its one attribute, before the call returns. The caller promises that memory
-            // is there. The plan's kernels stay within it, and touch none before they have waited: tests run them on an emulator that
-            // checks every access.
+            // SAFETY: the function is of this context. There is a pointer to each of its parameters, which have the sizes that it
+            // declares. The driver copies them, and the configuration with its one attribute, before the call returns. The caller
+            // promises that memory is there. The plan's kernels stay within it, and touch none before they have waited: tests run them on
+            // an emulator that checks every access.
             unsafe {
                 if overlaps {
                     let config = LaunchConfig {
@@ -387,9 +387,9 @@ impl Device {
 
     /// Enqueues [`Plan::forward`]: loss, metrics and coefficients into the state.
     ///
-    /// It neither allocates device memory nor waits. So it can be captured into a CUDA graph after [`Device::load`] has loaded the kernels.
-    /// The graph needs the kernels, and so a clone of this device, for as long as it is launched. What the kernels find wrong with the
-    /// embeddings is in the state: see [`Device::evaluation`].
+    /// It neither allocates device memory nor waits. So it can be captured into a CUDA graph after [`Device::load`] has loaded the
+    /// kernels. The graph needs the kernels, and so a clone of this device, for as long as it is launched. What the kernels find wrong
+    /// with the embeddings is in the state: see [`Device::evaluation`].
     ///
     /// # Errors
     /// Before anything is enqueued: [`Error::InvalidArgument`] for a null pointer, [`Error::Misaligned`], and the errors of
@@ -409,10 +409,10 @@ impl Device {
 
     /// Enqueues [`Plan::backward`], the gradients, after [`Device::forward`] with the same pointers.
     ///
-    /// The embeddings must be those of the forward call. The call compares the norm of each embedding whose gradient is asked for. If the norm
-    /// is another one, or not finite, the embedding's gradient is NaN, and reading results is an error until the next forward call. Gradients
-    /// of embeddings that are in no pair with it are right for the forward call. The call does not notice an embedding that changed but has
-    /// the same norm to the last bit of f64, nor any change in a tower whose gradients are not asked for.
+    /// The embeddings must be those of the forward call. The call compares the norm of each embedding whose gradient is asked for. If the
+    /// norm is another one, or not finite, the embedding's gradient is NaN, and reading results is an error until the next forward call.
+    /// Gradients of embeddings that are in no pair with it are right for the forward call. The call does not notice an embedding that
+    /// changed but has the same norm to the last bit of f64, nor any change in a tower whose gradients are not asked for.
     ///
     /// # Errors
     /// As [`Device::forward`].
@@ -424,11 +424,11 @@ impl Device {
         unsafe { self.enqueue(plan, [plan.backward(), &[]], pointers, stream) }
     }
 
-    /// Enqueues [`Plan::backward_alone`], the gradients, after [`Device::forward`] with the same state and embeddings. The workspace may hold
-    /// anything.
+    /// Enqueues [`Plan::backward_alone`], the gradients, after [`Device::forward`] with the same state and embeddings. The workspace may
+    /// hold anything.
     ///
-    /// The call compares the norms of all embeddings of both towers, as [`Device::backward`] does for some. If one differs, all gradients are
-    /// NaN.
+    /// The call compares the norms of all embeddings of both towers, as [`Device::backward`] does for some. If one differs, all gradients
+    /// are NaN.
     ///
     /// # Errors
     /// As [`Device::forward`].

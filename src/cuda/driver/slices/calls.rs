@@ -61,8 +61,8 @@ impl DeviceLossAndGradients {
     }
 }
 
-/// Enqueues loss, metrics and gradients on `stream`, in memory that is allocated on it. Embeddings are f32, f16 or bf16. Gradients are f32,
-/// and are multiplied by `upstream`. A [`Step`] repeats a call without allocating.
+/// Enqueues loss, metrics and gradients on `stream`, in memory that is allocated on it. Embeddings are f32, f16 or bf16. Gradients are
+/// f32, and are multiplied by `upstream`. A [`Step`] repeats a call without allocating.
 ///
 /// # Errors
 /// As [`Step::new`] and [`Step::loss_and_gradients`]. [`DeviceLossAndGradients::results`] says what is wrong with the embeddings.

@@ -14,8 +14,8 @@ use std::sync::Arc;
 
 /// One shard of a larger batch: a range of its rows against all queries and all passages, as [`cpu::Shard`](crate::cpu::Shard).
 ///
-/// Shards that cover every row once give together what one device gives. The caller merges their [`Partials`], evaluates, and adds up their
-/// passage and temperature gradients. Each device holds the whole batch. Partial sums of shards on a CPU may be merged with these.
+/// Shards that cover every row once give together what one device gives. The caller merges their [`Partials`], evaluates, and adds up
+/// their passage and temperature gradients. Each device holds the whole batch. Partial sums of shards on a CPU may be merged with these.
 #[derive(Debug)]
 pub struct Shard<'a, T> {
     step: Step,

@@ -76,10 +76,10 @@ type Call = unsafe fn(&Device, &Plan, &Pointers, Stream) -> Result<()>;
 /// One step of training, ready to run: plan, side data, state and workspace on one stream. It can be used again and again. It neither
 /// allocates nor waits until results are asked for.
 ///
-/// [`Step::capture`] records a call as a CUDA graph. Callers may also capture [`Step::loss_and_gradients`] into a graph of their own. They
-/// must turn cudarc's event tracking off before anything is allocated. Their graph uses the memory of this object and the addresses of the
-/// slices of the captured call. So this object must outlive it, and must neither prepare another problem nor release its workspace. Results
-/// are read after a launch of the graph as after a call.
+/// [`Step::capture`] records a call as a CUDA graph. Callers may also capture [`Step::loss_and_gradients`] into a graph of their own.
+/// They must turn cudarc's event tracking off before anything is allocated. Their graph uses the memory of this object and the addresses
+/// of the slices of the captured call. So this object must outlive it, and must neither prepare another problem nor release its
+/// workspace. Results are read after a launch of the graph as after a call.
 ///
 /// If its stream is the default stream of a thread, a step that moves to another thread first waits for the whole context.
 pub struct Step {
@@ -158,8 +158,8 @@ impl Step {
     }
 
     /// Turns to another problem, such as a batch with other ids or positives. It must be called whenever anything but the embeddings
-    /// changes. The step allocates only if its memory does not hold the new problem. This waits until the side data of the previous problem
-    /// are copied, and so for everything that was enqueued before that copy.
+    /// changes. The step allocates only if its memory does not hold the new problem. This waits until the side data of the previous
+    /// problem are copied, and so for everything that was enqueued before that copy.
     ///
     /// # Errors
     /// As [`Step::new`]. If there is no memory for side data or state, or during a capture, the step remains as it was.
@@ -353,8 +353,8 @@ impl Step {
         Ok(())
     }
 
-    /// Checks slices and upstream gradient, gathers addresses, and calls. If only a part of the call was enqueued, `remains` is the progress
-    /// of the step.
+    /// Checks slices and upstream gradient, gathers addresses, and calls. If only a part of the call was enqueued, `remains` is the
+    /// progress of the step.
     fn enqueue<T: Element, G: Element>(
         &mut self,
         call: Call,
@@ -379,8 +379,8 @@ impl Step {
             Some((GradientSlices { query, passage }, upstream)) => ([query, passage], Some(upstream)),
             None => ([None, None], None),
         };
-        // cudarc makes the stream wait for each slice here. A guard comes with each address. When it is dropped, after the launches, cudarc
-        // records that the slice was used.
+        // cudarc makes the stream wait for each slice here. A guard comes with each address. When it is dropped, after the launches,
+        // cudarc records that the slice was used.
         let ((query, _q), (passage, _p)) = (query.device_ptr(stream), passage.device_ptr(stream));
         let (state, _state) = state.slice.device_ptr_mut(stream);
         let outputs = gradients.each_mut().map(|view| view.as_mut().map(|view| view.device_ptr_mut(stream)));

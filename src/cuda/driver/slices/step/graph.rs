@@ -15,8 +15,8 @@ use std::fmt;
 /// Forward and backward of a step in one launch of a graph. [`Step::capture`] makes it. It pays for batches so small that the time for
 /// enqueueing launches matters.
 ///
-/// It borrows the step and every slice that it reads or writes. While it exists, [`StepGraph::buffers`] gives access to the slices. After it
-/// is dropped, the caller can use slices and step as before.
+/// It borrows the step and every slice that it reads or writes. While it exists, [`StepGraph::buffers`] gives access to the slices. After
+/// it is dropped, the caller can use slices and step as before.
 ///
 /// Each launch waits for what other streams do with the slices, and they wait for it, as with cudarc's own calls. If one stream does
 /// everything, cudarc's event tracking can be turned off, which saves the host more time.
@@ -159,8 +159,8 @@ impl<T: Element, G: Element> StepGraph<'_, T, G> {
         Ok(())
     }
 
-    /// What the graph reads and writes. Work on it that is enqueued on the step's stream, or on another stream with cudarc's event tracking,
-    /// is done after earlier launches and before the next one.
+    /// What the graph reads and writes. Work on it that is enqueued on the step's stream, or on another stream with cudarc's event
+    /// tracking, is done after earlier launches and before the next one.
     pub fn buffers(&mut self) -> GraphBuffers<'_, T, G> {
         let Self { query, passage, gradients: GradientSlices { query: of_query, passage: of_passage }, step, .. } =
             self;

@@ -40,7 +40,8 @@ impl Step {
     /// element that is not finite looks its value up there.
     ///
     /// # Errors
-    /// As [`Device::evaluation`](crate::cuda::Device::evaluation), and [`Error::StateMismatch`](crate::Error::StateMismatch) without a forward call.
+    /// As [`Device::evaluation`](crate::cuda::Device::evaluation), and [`Error::StateMismatch`](crate::Error::StateMismatch) without a
+    /// forward call.
     pub fn evaluation<T: Element>(&self, query: &impl DevicePtr<T>, passage: &impl DevicePtr<T>) -> Result<Evaluation> {
         self.expect(Progress::Forward)?;
         self.check_inputs(query, passage)?;
@@ -54,7 +55,8 @@ impl Step {
     /// [`Step::evaluation`], and the gradient of the temperature.
     ///
     /// # Errors
-    /// As [`Device::evaluation`](crate::cuda::Device::evaluation), and [`Error::StateMismatch`](crate::Error::StateMismatch) without a backward call.
+    /// As [`Device::evaluation`](crate::cuda::Device::evaluation), and [`Error::StateMismatch`](crate::Error::StateMismatch) without a
+    /// backward call.
     pub fn results<T: Element>(
         &self,
         query: &impl DevicePtr<T>,
