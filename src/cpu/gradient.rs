@@ -108,7 +108,8 @@ pub(super) fn gradients(
     workspace: &mut Workspace,
 ) -> Result<GradientSums> {
     let Task { state, plan, .. } = task;
-    // Dividing by this makes the largest coefficient times exponential about 1. It is a power of two, so only exponents change.
+    // Divided by this, the largest share of a row in a block is about 1 (`Combined::log_magnitude`). It is a power of two, so that the
+    // division changes exponents alone.
     let shift = (combined.log_magnitude * std::f64::consts::LOG2_E).round();
     let shift = if shift.is_finite() { shift } else { 0.0 };
     let coefficients = Block::ALL.map(|b| coefficients(state, combined, b, shift));

@@ -50,7 +50,7 @@ impl Recorder {
     /// Binds bytes `range` of a slot as binding `index`. The shader counts in units of `unit` bytes.
     pub(super) fn window(&mut self, index: u32, slot: Slot, range: Range<u64>, unit: u64) -> Result<Window> {
         let offset = range.start / ALIGNMENT * ALIGNMENT;
-        let bytes = (range.end - offset).next_multiple_of(4).max(if unit > 4 { 16 } else { 4 }); // at least one element of the shader's array
+        let bytes = (range.end - offset).next_multiple_of(4).max(if unit > 4 { 16 } else { 4 }); // at least one vector
         if bytes > self.max_binding_bytes {
             return Err(beyond(slot, bytes, "bindings", self.max_binding_bytes));
         }
