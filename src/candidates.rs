@@ -1,15 +1,17 @@
-//! What a device is told of the indices of a space as candidates.
+//! The table that tells a GPU what each index of a space is as a candidate, and which row it anchors.
 
 use crate::mask::Keys;
 use crate::order::{Order, Space};
 use crate::problem::Problem;
 
-/// In place of a row, an owner or a place in an array: there is none.
+/// Says that there is none, in place of a row, an owner or an index of an array.
 pub(crate) const NONE: u32 = u32::MAX;
 
-/// For each index of a space: its query key, its passage key, the row whose hard negative it is ([`NONE`]: everyone's), and the
-/// row that it anchors, or [`NONE`]. Keys of queries are swapped ([`Key::swapped`](crate::mask::Key::swapped)), as kernels
-/// swap those of the anchors that they meet.
+/// For each index of a space: its query key, its passage key, its owner, and the row that it anchors.
+///
+/// The owner is the row whose hard negative it is, or [`NONE`] if it is everyone's. The row is [`NONE`] if it anchors none. The two keys
+/// of a query are exchanged ([`Key::swapped`](crate::mask::Key::swapped)). Kernels exchange the keys of an anchor that meets queries, too,
+/// so one comparison serves queries and passages.
 pub(crate) fn candidates(problem: &Problem<'_>, order: &Order, keys: &Keys, space: Space) -> Vec<[u32; 4]> {
     match space {
         Space::Query => {

@@ -1,18 +1,18 @@
 //! The order of the passages: which index stands for which passage, and for whose anchor.
 //!
-//! Passages are visited as [anchors | others | extras]: first the positives of the rows, in the order of the lowest row that
-//! owns each; then all other passages; then one repetition of a passage for every further row that shares it. So every index
-//! has at most one anchor row, the anchors are one range, and with π(i) = i the order is the identity.
+//! Passages are visited as [anchors | others | extras]. First come the positives of the rows, in the order of the lowest row of
+//! each. Then come all other passages. Last comes a repetition of a positive for every further row that shares it. So every index anchors
+//! at most one row, the anchors are one range, and with π(i) = i the order is the identity.
 
 use crate::pairs::Pairs;
 use std::ops::Range;
 
-/// Which of the two towers' index spaces.
+/// The index space of a tower.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Space {
     /// Indices are rows.
     Query,
-    /// Indices are those of [`Order`].
+    /// Indices are places in the [`Order`].
     Passage,
 }
 
@@ -21,7 +21,7 @@ pub(crate) enum Space {
 pub(crate) struct Order {
     /// Passage behind each index; `None` for the identity.
     pub(crate) passage: Option<Vec<u32>>,
-    /// Row of the anchor behind each index; rows of `others` are meaningless and never read.
+    /// Row that each index anchors; `u32::MAX` for the others, which anchor none.
     pub(crate) anchor_row: Vec<u32>,
     /// Number of anchors A: indices 0..A.
     pub(crate) anchors: usize,
@@ -61,20 +61,20 @@ impl Order {
         self.passage.as_ref().map_or(index, |p| p[index] as usize)
     }
 
-    /// Indices whose anchor rows lie in `rows`, among the primary anchors. Rows ascend there, so this is a range.
+    /// Indices among the anchors that anchor one of `rows`. Their rows ascend, so this is a range.
     pub(crate) fn anchors_of(&self, rows: &Range<usize>) -> Range<usize> {
         let below = |bound: usize| self.anchor_row[..self.anchors].partition_point(|&r| (r as usize) < bound);
         below(rows.start)..below(rows.end)
     }
 
-    /// Likewise among the extras.
+    /// The same among the extras.
     pub(crate) fn extras_of(&self, rows: &Range<usize>) -> Range<usize> {
         let below = |bound: usize| self.anchor_row[self.passages..].partition_point(|&r| (r as usize) < bound);
         self.passages + below(rows.start)..self.passages + below(rows.end)
     }
 
-    /// Index whose anchor each of the batch's `rows` rows is, primary or extra: the inverse of `anchor_row`. Every row has
-    /// exactly one.
+    /// For each of the batch's `rows` rows, the index that anchors it, whether among the anchors or the extras. Every row has exactly
+    /// one. The inverse of `anchor_row`.
     pub(crate) fn anchor_index(&self, rows: usize) -> Vec<u32> {
         let mut index = vec![u32::MAX; rows];
         for k in (0..self.anchors).chain(self.passages..self.len()) {
@@ -84,17 +84,17 @@ impl Order {
     }
 }
 
-/// The indices behind which each passage stands: one, and one more for every further row that shares it.
+/// The indices of each passage: one, and one more for every further row whose positive it is.
 #[derive(Debug, Clone)]
 pub(crate) struct Occurrences {
-    /// Where each passage's indices begin in `index`, and where the last one's end: N + 1 numbers.
+    /// Where the indices of each passage begin in `index`, and where those of the last one end: N + 1 numbers.
     pub(crate) start: Vec<u32>,
     /// Indices, passage by passage, ascending within each.
     pub(crate) index: Vec<u32>,
 }
 
 impl Occurrences {
-    /// Those of every passage.
+    /// The indices of every passage.
     pub(crate) fn new(order: &Order) -> Self {
         let mut start = vec![0_u32; order.passages + 1];
         (0..order.len()).for_each(|k| start[order.passage(k) + 1] += 1);
@@ -109,7 +109,7 @@ impl Occurrences {
         Self { start, index }
     }
 
-    /// Those of one passage.
+    /// The indices of one passage.
     pub(crate) fn of(&self, passage: usize) -> &[u32] {
         &self.index[self.start[passage] as usize..self.start[passage + 1] as usize]
     }
@@ -128,7 +128,7 @@ impl Order {
 mod tests {
     use super::*;
 
-    /// Everything that must hold for any positives.
+    /// Checks everything that must hold for any positives.
     fn check(positives: &[u32], passages: usize) -> Order {
         let order = Order::of_positives(positives, passages);
         let m = positives.len();

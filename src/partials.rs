@@ -1,12 +1,12 @@
-//! What the logsumexp pass produces and shards exchange: per row and block, a sum of exponentials that merges exactly.
+//! Partial sums: what the first pass leaves for each row and block, and what shards exchange.
 
 use crate::error::{Error, Result};
 use crate::identity::Identity;
 use crate::loss::Block;
 use std::ops::Range;
 
-/// Σ exp(β s) over some kept negatives, held as `sum`·2^`exponent`, so that no logit overflows and merging two is an
-/// addition of exactly scaled f64 numbers. Without any negative the sum is 0.
+/// Σ exp(β s) over some of a row's negatives, held as `sum`·2^`exponent`. So no logit overflows, and two are merged by adding f64
+/// numbers that are scaled without error. Without any negative the sum is 0.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ExpSum {
     sum: f64,
@@ -17,7 +17,7 @@ impl ExpSum {
     /// The sum over no negatives.
     pub const EMPTY: Self = Self { sum: 0.0, exponent: 0 };
 
-    /// `sum`·2^`exponent`, `sum` ≥ 0 and finite.
+    /// The sum of value `sum`·2^`exponent`; `sum` must be finite and at least 0.
     pub fn new(sum: f64, exponent: i32) -> Self {
         Self { sum, exponent }
     }
@@ -51,35 +51,36 @@ impl ExpSum {
     }
 }
 
-/// 2^n for n ≤ 0, exactly; 0 below the normal range, where a term is invisible beside the one it is added to.
+/// 2^n for n ≤ 0, exactly. Below the normal range it is 0, because such a term vanishes beside the one that it is added to.
 fn power_of_two(n: i32) -> f64 {
     if n < -1022 { 0.0 } else { f64::from_bits(((n + 1023) as u64) << 52) }
 }
 
-/// The state that the logsumexp pass leaves: O(M) numbers, mergeable across shards that cover different rows.
+/// The partial sums that the first pass leaves: O(M) numbers, which shards of different rows merge.
 ///
-/// A shard of rows fills QP, QQ and PP of what it owns, and adds its queries to PQ of every row.
+/// A shard gives the complete sums of its own rows in QP, QQ and PP. In PQ its queries are candidates of every row, so it gives a part of
+/// every row's sum.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Partials {
-    /// Σ exp(β s) of each row in each block, ordered as [`Block::ALL`]; empty for a block the loss does not use.
+    /// Σ exp(β s) of each row in each block, in the order of [`Block::ALL`]; empty for a block that the loss does not use.
     pub(crate) sums: [Vec<ExpSum>; 4],
-    /// Kept negatives above the positive, in block QP and in block PQ.
+    /// For each row, the number of negatives with a cosine above s⁺, in block QP and in block PQ.
     pub(crate) above: [Vec<u32>; 2],
-    /// Rows whose shards are in here.
+    /// Rows of the shards that are merged here.
     pub(crate) covered: Vec<Range<usize>>,
     /// M.
     pub(crate) rows: usize,
-    /// The problem it was made from; partials of different ones say nothing together.
+    /// Identity of the problem that they were made from. Partial sums of different problems must not be merged.
     identity: Identity,
-    /// s⁺ᵢ of all M rows, by which other embeddings of the same shape are told apart.
+    /// s⁺ᵢ of all M rows. They tell other embeddings of the same shape apart.
     pub(crate) positive: Vec<f64>,
 }
 
-/// Cosines that the backends compute of the same embeddings differ by less.
+/// Two backends compute cosines of the same embeddings that differ by less than this.
 pub(crate) const SAME_COSINE: f64 = 1e-5;
 
 impl Partials {
-    /// Without any negative yet. `positive` is s⁺ᵢ of all rows, of the shard or not.
+    /// Partial sums of the shard `covered`, without any negative yet. `positive` is s⁺ᵢ of all rows of the batch.
     pub(crate) fn new(
         rows: usize,
         uses: impl Fn(Block) -> bool,
@@ -97,12 +98,12 @@ impl Partials {
         }
     }
 
-    /// Adds the partials of a shard of other rows of the same batch, whichever backend they are from.
+    /// Adds the partial sums of a shard of other rows of the same batch. They may come from another backend.
     ///
     /// # Errors
-    /// [`Error::StateMismatch`] that names what differs if `other` is of another problem: shape, type, groups of the loss,
-    /// temperature, margin, policies, positives, weights, ids, owners, or embeddings, by the cosines of the positives.
-    /// [`Error::InvalidArgument`] if it covers a row that is covered already. `self` is unchanged then.
+    /// [`Error::StateMismatch`] if `other` is of another problem. It names what differs: shape, type, groups of the loss, temperature,
+    /// margin, policies, positives, weights, ids, owners, or embeddings, which are told apart by the cosines of the positives.
+    /// [`Error::InvalidArgument`] if `other` covers a row that is covered already. `self` is unchanged after either.
     pub fn merge(&mut self, other: &Self) -> Result<()> {
         other.expect_problem(&self.identity)?;
         expect_positives(&other.positive, &self.positive, SAME_COSINE)?;
@@ -125,13 +126,13 @@ impl Partials {
         Ok(())
     }
 
-    /// log Σ exp(β s) of each of the M rows over its kept negatives of `block`, in nats; `None` if the loss does not use it.
+    /// log Σ exp(β s) of each of the M rows over its negatives in `block`, in nats; `None` if the loss does not use the block.
     pub fn log_sum_exp(&self, block: Block) -> Option<Vec<f64>> {
         let sums = &self.sums[block.index()];
         (!sums.is_empty()).then(|| sums.iter().map(|s| s.ln()).collect())
     }
 
-    /// An error unless made from this problem.
+    /// An error unless they were made from this problem.
     pub(crate) fn expect_problem(&self, problem: &Identity) -> Result<()> {
         self.identity.expect(problem)
     }
@@ -147,7 +148,7 @@ impl Partials {
     }
 }
 
-/// An error unless the cosines of all rows with their positives differ by no more than `slack`, as those of the same embeddings do.
+/// An error if a row's cosine with its positive differs from the saved one by more than `slack`. Those of the same embeddings do not.
 pub(crate) fn expect_positives(saved: &[f64], given: &[f64], slack: f64) -> Result<()> {
     let Some(row) = saved.iter().zip(given).position(|(a, b)| (a - b).abs() > slack) else { return Ok(()) };
     let sentence = |s: f64| format!("embeddings whose row {row} has a cosine of {s} with its positive");

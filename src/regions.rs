@@ -1,12 +1,14 @@
-//! Regions: S, QQ and PP cut into rectangles and triangles in which every tile has the same answer to: whose sums, which
-//! coefficients, whose gradients. Ranges are of indices; how a backend tiles them is its own affair, as long as no tile
-//! straddles a cut. A shard only changes the regions.
+//! Regions: the three matrices of cosines, cut into rectangles and triangles in which every tile has the same purpose.
+//!
+//! The matrices are S (queries with passages, for QP and PQ), QQ and PP. Whose sums are taken, which coefficients apply, and whose
+//! gradients are added is the same in every tile of a region. Ranges are of indices. A backend cuts them into tiles as it likes, as long
+//! as no tile straddles a cut. A shard differs from the whole batch in its regions alone.
 
 use crate::loss::{Block, Loss};
 use crate::order::{Order, Space};
 use std::ops::Range;
 
-/// A rectangle or triangle of one matrix of cosines, with what its two edges take part in.
+/// A rectangle or triangle of one matrix of cosines, with what happens along its two axes. Pairs are of the rows and of the columns.
 #[derive(Debug, Clone)]
 pub(crate) struct Region {
     /// Spaces of the row and column indices.
@@ -15,20 +17,20 @@ pub(crate) struct Region {
     pub(crate) rows: Range<usize>,
     /// Column indices, likewise.
     pub(crate) cols: Range<usize>,
-    /// Blocks of the row's and the column's softmax.
+    /// Blocks of the softmaxes of the row anchors and of the column anchors.
     pub(crate) blocks: [Block; 2],
-    /// Whether row and column are the same index space and range: tiles below the diagonal are skipped.
+    /// Whether rows and columns are the same range of the same space. Tiles below the diagonal are mirror images then, and not visited.
     pub(crate) triangle: bool,
-    /// Whether columns' sums are taken here.
+    /// Whether the sums of the column anchors are taken here. Those of the row anchors always are.
     pub(crate) sum_cols: bool,
-    /// Whether row anchors, column anchors take part at all.
+    /// Whether the row indices, and the column indices, are anchors here.
     pub(crate) anchors: [bool; 2],
-    /// Whether gradients of the rows, of the columns are added here.
+    /// Whether gradients of the row embeddings, and of the column embeddings, are added here.
     pub(crate) gradients: [bool; 2],
 }
 
-/// Where regions of a shard may begin and end: ascending indices of the query space and of the passage space, from 0 to the
-/// end of each.
+/// Where regions of a shard may begin and end: ascending indices of the query space, and of the passage space. The first is 0, the last
+/// is the length of the space.
 pub(crate) fn cuts(rows: &Range<usize>, order: &Order, m: usize) -> [Vec<usize>; 2] {
     let (own, extras) = (order.anchors_of(rows), order.extras_of(rows));
     let query = vec![0, rows.start, rows.end, m];
@@ -40,8 +42,8 @@ pub(crate) fn cuts(rows: &Range<usize>, order: &Order, m: usize) -> [Vec<usize>;
     })
 }
 
-/// Every region of the shard of `rows` of `m`, empty ones left out. With all rows in one shard and injective positives these
-/// are S (anchors and others), the triangle of QQ, the triangle of PP and PP's others.
+/// Every region of the shard that has `rows` of `m` rows, but for empty ones. If one shard has all rows and no two rows share a positive,
+/// these are: S with the anchors, S with the others, the triangle of QQ, the triangle of PP, and PP with the others.
 pub(crate) fn regions(loss: &Loss, rows: &Range<usize>, order: &Order, m: usize) -> Vec<Region> {
     use Block::{PP, PQ, QP, QQ};
     use Space::{Passage, Query};
@@ -65,13 +67,14 @@ pub(crate) fn regions(loss: &Loss, rows: &Range<usize>, order: &Order, m: usize)
         gradients: [true, true],
     };
 
-    // S is always visited: its ranks are the metrics.
+    // S is visited whatever the loss, because the metrics are made from its ranks.
     let s = || template([QP, PQ]);
     add([Query, Passage], rows, anchors.clone(), s());
     add([Query, Passage], rows, others.clone(), Region { sum_cols: false, anchors: [true, false], ..s() });
     add([Query, Passage], rows, extras, Region { anchors: [false, true], ..s() });
 
-    // Towards rows of other shards, a symmetric block serves this shard's rows only; both parts of their gradient are here.
+    // Where a matrix is symmetric and its columns are rows of other shards, the cosines are visited for this shard's rows only. Both parts
+    // of their gradient are added here: as anchors, and as candidates of the column anchors.
     let one_sided = |blocks| Region { sum_cols: false, gradients: [true, false], ..template(blocks) };
     if loss.uses(QQ) {
         add([Query, Query], rows, rows.clone(), Region { triangle: true, ..template([QQ, QQ]) });
@@ -110,19 +113,19 @@ mod tests {
         Loss::PRESETS.iter().map(|(name, ..)| Loss::by_name(name).unwrap())
     }
 
-    /// A pair of indices of a region as one of its edges sees it.
+    /// A pair of indices of a region: an anchor on one axis, and its candidate on the other.
     struct Pair {
-        /// Edges that hold the anchor and the candidate.
-        edges: [usize; 2],
+        /// Axes of the anchor and of the candidate.
+        axes: [usize; 2],
         block: Block,
         /// Row of the anchor.
         row: usize,
-        /// Query or passage.
+        /// The query or the passage.
         candidate: usize,
     }
 
-    /// Every pair of a region with an anchor, by the edge of that anchor. On the diagonal of a triangle, where a tile holds
-    /// both triangles of elements, the row edge stands for both.
+    /// Every pair of a region, once for each of its two indices that is an anchor. On the diagonal of a triangle both are the same index,
+    /// so the pair counts once, for the row.
     fn pairs(region: &Region, order: &Order) -> Vec<Pair> {
         let behind = |space: Space, k: usize| if space == Space::Query { k } else { order.passage(k) };
         let anchor = |space: Space, k: usize| if space == Space::Query { k } else { order.anchor_row[k] as usize };
@@ -130,13 +133,13 @@ mod tests {
         for r in region.rows.clone() {
             for c in region.cols.clone().filter(|&c| !region.triangle || c >= r) {
                 let diagonal = region.triangle && r == c;
-                for edge in (0..2).filter(|&e| region.anchors[e] && !(diagonal && e == 1)) {
-                    let (own, other) = ([r, c][edge], [r, c][1 - edge]);
-                    let row = anchor(region.spaces[edge], own);
+                for axis in (0..2).filter(|&a| region.anchors[a] && !(diagonal && a == 1)) {
+                    let (own, other) = ([r, c][axis], [r, c][1 - axis]);
+                    let row = anchor(region.spaces[axis], own);
                     assert!(row < M, "index {own} anchors no row");
-                    let candidate = behind(region.spaces[1 - edge], other);
-                    let edges = [edge, if diagonal { edge } else { 1 - edge }];
-                    pairs.push(Pair { edges, block: region.blocks[edge], row, candidate });
+                    let candidate = behind(region.spaces[1 - axis], other);
+                    let axes = [axis, if diagonal { axis } else { 1 - axis }];
+                    pairs.push(Pair { axes, block: region.blocks[axis], row, candidate });
                 }
             }
         }
@@ -155,14 +158,14 @@ mod tests {
             &mut self.0[(block.index() * M + row) * N + candidate]
         }
 
-        /// Once for every pair of every block that the shard of `rows` must see, and nothing else.
+        /// Fails unless it happened once for every pair of every block that the shard of `rows` must see, and never for another.
         fn expect(mut self, what: &str, loss: &Loss, order: &Order, rows: &Range<usize>) {
             for block in Block::ALL {
                 for row in 0..M {
                     for candidate in 0..N {
                         let among = if matches!(block, Block::QP | Block::PP) { order.passages } else { M };
                         let used = matches!(block, Block::QP | Block::PQ) || loss.uses(block);
-                        // A shard has its rows of every matrix, and of S these are PQ's candidates.
+                        // A shard visits its own rows of every matrix. In S these are queries, which in PQ are the candidates.
                         let own = rows.contains(if block == Block::PQ { &candidate } else { &row });
                         let want = usize::from(used && own && candidate < among);
                         let got = *self.at(block, row, candidate);
@@ -204,7 +207,7 @@ mod tests {
             for rows in shards() {
                 let mut sums = Counts::new();
                 for region in regions(&loss, &rows, order, M) {
-                    let summed = pairs(&region, order).into_iter().filter(|p| p.edges[0] == 0 || region.sum_cols);
+                    let summed = pairs(&region, order).into_iter().filter(|p| p.axes[0] == 0 || region.sum_cols);
                     summed.for_each(|p| *sums.at(p.block, p.row, p.candidate) += 1);
                 }
                 sums.expect("sums", &loss, order, &rows);
@@ -212,8 +215,8 @@ mod tests {
         }
     }
 
-    /// Shards together add every pair's derivative to its anchor once and to its candidate once, and each of them adds to
-    /// queries of its own rows only.
+    /// All shards together add the derivative of every pair once to its anchor and once to its candidate. Each shard adds to the queries
+    /// of its own rows only.
     #[test]
     fn gradients_of_shards_see_both_sides_of_every_pair_once() {
         for (order, loss) in orders().iter().flat_map(|o| losses().map(move |l| (o, l))) {
@@ -221,12 +224,12 @@ mod tests {
                 let (mut of_anchors, mut of_candidates) = (Counts::new(), Counts::new());
                 for rows in shards.windows(2).map(|w| w[0]..w[1]) {
                     for region in regions(&loss, &rows, order, M) {
-                        for (edge, range) in [&region.rows, &region.cols].into_iter().enumerate() {
-                            let queries = region.gradients[edge] && region.spaces[edge] == Space::Query;
+                        for (axis, range) in [&region.rows, &region.cols].into_iter().enumerate() {
+                            let queries = region.gradients[axis] && region.spaces[axis] == Space::Query;
                             assert!(!queries || (rows.start <= range.start && range.end <= rows.end));
                         }
                         for p in pairs(&region, order) {
-                            let added = p.edges.map(|edge| usize::from(region.gradients[edge]));
+                            let added = p.axes.map(|axis| usize::from(region.gradients[axis]));
                             *of_anchors.at(p.block, p.row, p.candidate) += added[0];
                             *of_candidates.at(p.block, p.row, p.candidate) += added[1];
                         }

@@ -6,22 +6,32 @@ use crate::problem::Problem;
 use crate::regions::{Region, cuts, regions};
 use std::ops::Range;
 
-/// A piece of a region; in kernels/common/problem.cuh, `SuperBlock`.
+/// A piece of a region. `SuperBlock` in kernels/common/problem.cuh is what a CUDA kernel sees of it. Pairs are of the rows and of the
+/// columns.
 #[derive(Debug, Clone)]
 pub(crate) struct SuperBlock {
-    /// Among those of the call.
+    /// Its place among the super-blocks of the call.
     pub number: usize,
+    /// Spaces of the row and column indices.
     pub spaces: [Space; 2],
+    /// Blocks of the softmaxes of the row anchors and of the column anchors.
     pub blocks: [Block; 2],
+    /// Row and column indices.
     pub ranges: [Range<usize>; 2],
+    /// Whether it is a square on the diagonal of a triangle. Tiles below the diagonal are mirror images then, and are not visited.
     pub triangle: bool,
+    /// Whether its indices are anchors here.
     pub anchors: [bool; 2],
+    /// Whether the sums of its anchors are taken here.
     pub sums: [bool; 2],
+    /// Whether gradients of its embeddings are added here.
     pub gradients: [bool; 2],
+    /// Whether the column anchors' part of ∂L/∂β is added here.
     pub counted: bool,
 }
 
-/// Tiles of `edge` indices, visited so many at once along either edge: every edge has a multiple of that.
+/// Tiles of `edge` x `edge` cosines. A backend visits squares of `together` x `together` tiles, so the number of tiles along either axis
+/// is a multiple of `together`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Tiling {
     pub edge: usize,
@@ -35,18 +45,20 @@ impl From<usize> for Tiling {
 }
 
 impl SuperBlock {
-    pub(crate) fn tiles_along(&self, edge: usize, tile: impl Into<Tiling>) -> usize {
+    /// Tiles along an axis.
+    pub(crate) fn tiles_along(&self, axis: usize, tile: impl Into<Tiling>) -> usize {
         let tile = tile.into();
-        self.ranges[edge].len().div_ceil(tile.edge * tile.together) * tile.together
+        self.ranges[axis].len().div_ceil(tile.edge * tile.together) * tile.together
     }
 
+    /// Tiles that are visited: all of a rectangle, those on and above the diagonal of a triangle.
     pub(crate) fn tiles(&self, tile: impl Into<Tiling>) -> usize {
         let tile = tile.into();
-        let [rows, cols] = [0, 1].map(|edge| self.tiles_along(edge, tile));
+        let [rows, cols] = [0, 1].map(|axis| self.tiles_along(axis, tile));
         if self.triangle { rows * (rows + 1) / 2 } else { rows * cols }
     }
 
-    /// Squares of tiles that are visited together, mirror images of a triangle's included.
+    /// Squares of tiles that are visited together. Those below the diagonal of a triangle, which are mirror images, count too.
     pub(crate) fn squares(&self, tile: Tiling) -> usize {
         self.tiles_along(0, tile) * self.tiles_along(1, tile) / (tile.together * tile.together)
     }
@@ -57,52 +69,57 @@ impl SuperBlock {
         self.tiles_along(0, tile) * self.tiles_along(1, tile) * tile.edge * tile.edge
     }
 
-    /// Partial sums along rows and down columns.
+    /// Number of partial sums of the row anchors and of the column anchors: one for each anchor and each tile that it meets.
     pub(crate) fn partials(&self, tile: impl Into<Tiling>) -> [usize; 2] {
         let tile = tile.into();
-        let [rows, cols] = [0, 1].map(|edge| self.tiles_along(edge, tile));
+        let [rows, cols] = [0, 1].map(|axis| self.tiles_along(axis, tile));
         [cols * rows * tile.edge, rows * cols * tile.edge]
     }
 
-    /// Whether an anchor here has a coefficient in the loss, and so the cosines gradients.
+    /// Whether the loss uses a block of an anchor here. If not, the loss has no gradient with respect to these cosines.
     pub(crate) fn has_coefficients(&self, loss: &Loss) -> bool {
-        (0..2).any(|edge| self.anchors[edge] && loss.uses(self.blocks[edge]))
+        (0..2).any(|axis| self.anchors[axis] && loss.uses(self.blocks[axis]))
     }
 
-    /// Whether every anchor that has gradients here has its sums taken here, too, so that its share in each tile is known.
+    /// Whether the sums of all anchors here are taken here, too. Tile skipping needs them: they are the shares of a tile in the softmaxes
+    /// of its anchors.
     pub(crate) fn knows_shares(&self) -> bool {
-        (0..2).all(|edge| self.sums[edge] || !self.anchors[edge])
+        (0..2).all(|axis| self.sums[axis] || !self.anchors[axis])
     }
 
-    /// Floating-point operations of the cosines of dimension `dim`.
+    /// Floating-point operations of the cosines of embeddings of dimension `dim`.
     pub(crate) fn forward_flops(&self, dim: usize) -> f64 {
         let whole = self.ranges[0].len() as f64 * self.ranges[1].len() as f64;
         2.0 * dim as f64 * if self.triangle { whole / 2.0 } else { whole }
     }
 
-    /// Floating-point operations of the cosines again, and of the products of their gradients with the embeddings.
+    /// Floating-point operations of computing the cosines again, and of the products of their gradients with the embeddings.
     pub(crate) fn backward_flops(&self, dim: usize) -> f64 {
         let products = self.gradients.iter().map(|g| f64::from(u8::from(*g))).sum::<f64>();
-        // A square on the diagonal of a triangle is one product over the whole square, twice its tiles.
+        // The products of a triangle read the whole square, which is twice the cosines of the triangle.
         self.forward_flops(dim) * (1.0 + products * if self.triangle { 2.0 } else { 1.0 })
     }
 
+    /// Whether negatives above the positive are counted here. Only the cosines of S give ranks.
     fn ranks(&self) -> bool {
         matches!(self.blocks[0], Block::QP)
     }
 
+    /// What kernels and shaders are told besides: `triangle`, `ranks` and `counted`.
     pub(crate) fn flags(&self) -> [bool; 3] {
         [self.triangle, self.ranks(), self.counted]
     }
 }
 
-/// Most super-blocks of a plan. Each is 2 to 4 KiB of launches on the host, so that plans stay below 64 MiB. A bound on the
-/// workspace that cuts the work into more is refused.
+/// Most super-blocks of a plan. The launches of each take 2 to 4 KiB on the host, so a plan stays below 64 MiB. Plans refuse a bound on
+/// the workspace that would cut the work into more.
 const MAX_SUPER_BLOCKS: usize = 1 << 14;
 
-/// Edges of a super-block along the rows and along the columns of a region: at most `longest` indices, a multiple of `step`.
+/// Ranges of the super-blocks of a region, along its rows and along its columns. Each has at most `longest` indices. Each but the last
+/// before a cut has a multiple of `step`.
 fn edges(region: &Region, cuts: &[Vec<usize>; 2], step: usize, longest: usize) -> [Vec<Range<usize>>; 2] {
-    // No super-block straddles a cut, so that the blocks of rows of the products, which begin at cuts, meet whole tiles.
+    // No super-block straddles a cut. The products that add up gradients take blocks of rows that begin at cuts, and these must meet
+    // whole tiles.
     let parts = |range: &Range<usize>, cuts: &[usize]| -> Vec<Range<usize>> {
         let inside = cuts.iter().copied().filter(|c| range.start < *c && *c < range.end);
         let points: Vec<_> = [range.start].into_iter().chain(inside).chain([range.end]).collect();
@@ -114,10 +131,10 @@ fn edges(region: &Region, cuts: &[Vec<usize>; 2], step: usize, longest: usize) -
         };
         points.windows(2).flat_map(split).collect()
     };
-    [(&region.rows, 0), (&region.cols, 1)].map(|(range, k)| parts(range, &cuts[region.spaces[k] as usize]))
+    [(&region.rows, 0), (&region.cols, 1)].map(|(range, axis)| parts(range, &cuts[region.spaces[axis] as usize]))
 }
 
-/// The shortest edge, a multiple of `step`, of which a plan has at most [`MAX_SUPER_BLOCKS`].
+/// The least length, a multiple of `step`, for which super-blocks of that many indices are at most [`MAX_SUPER_BLOCKS`].
 pub(crate) fn least_edge(problem: &Problem<'_>, order: &Order, step: usize) -> usize {
     let m = problem.pairs.rows();
     let (regions, cuts) = (regions(problem.call().loss(), &problem.rows, order, m), cuts(&problem.rows, order, m));
@@ -129,7 +146,7 @@ pub(crate) fn least_edge(problem: &Problem<'_>, order: &Order, step: usize) -> u
         regions.iter().map(of).sum()
     };
     let many = |steps: usize| count(steps * step) > MAX_SUPER_BLOCKS;
-    let (mut low, mut high) = (0, 1); // in steps: super-blocks of `low` are too many
+    let (mut low, mut high) = (0, 1); // in steps; super-blocks of length `low` are too many
     while many(high) {
         (low, high) = (high, 2 * high);
     }
@@ -140,7 +157,8 @@ pub(crate) fn least_edge(problem: &Problem<'_>, order: &Order, step: usize) -> u
     high * step
 }
 
-/// Super-blocks of every region: edges of at most `longest` indices, a multiple of the tile's edge `step`.
+/// Super-blocks of every region, of at most `longest` indices along either axis. `longest` is a multiple of `step`, the indices that are
+/// visited together.
 pub(crate) fn super_blocks(
     problem: &Problem<'_>,
     regions: &[Region],
@@ -158,7 +176,7 @@ pub(crate) fn super_blocks(
                     continue;
                 }
                 let triangle = region.triangle && c == r;
-                let gradient = |edge: usize| region.gradients[edge] && wanted(region.spaces[edge]);
+                let gradient = |axis: usize| region.gradients[axis] && wanted(region.spaces[axis]);
                 blocks.push(SuperBlock {
                     number: blocks.len(),
                     spaces: region.spaces,
@@ -200,7 +218,7 @@ mod tests {
                     count(edge) <= MAX_SUPER_BLOCKS && (edge == 64 || count(edge - 64) > MAX_SUPER_BLOCKS),
                     "{edge}"
                 );
-                // More room means fewer.
+                // Longer super-blocks are fewer.
                 assert!([2, 3, 10].iter().all(|times| count(edge * times) <= MAX_SUPER_BLOCKS));
             }
         }

@@ -1,5 +1,5 @@
-//! What happens to a tile of products besides the product: scale, mask, exponentials, sums. One pass over sixteen columns at
-//! a time; the same steps, in the same order, as every other backend's epilogue.
+//! The epilogue of a tile: all that follows the matrix product. It scales, masks, takes exponentials and sums, sixteen columns at a time.
+//! Its steps and their order are those of every other backend's epilogue.
 //!
 //! A tile element pairs index r of one space with index c of another. Seen along the row it is a candidate c of anchor r;
 //! seen down the column a candidate r of anchor c. The two have their own masks, sums and coefficients, and share the cosine.
@@ -9,22 +9,22 @@ use super::state::padded;
 use crate::mask::Key;
 use crate::partials::ExpSum;
 
-/// Indices as anchors: the rows that ask which candidates are their negatives.
+/// What a tile needs to know of indices as anchors, whose rows ask which candidates are their negatives.
 #[derive(Debug, Clone)]
 pub(super) struct Anchors {
     pub query_key: Vec<u32>,
     pub passage_key: Vec<u32>,
     pub row: Vec<u32>,
-    /// Highest cosine kept: +∞ without a margin.
+    /// Highest cosine that the row keeps; +∞ without a margin.
     pub threshold: Vec<f32>,
     /// s⁺.
     pub positive: Vec<f32>,
-    /// A kept negative above this outranks the positive.
+    /// A negative whose cosine is above this ranks above the positive.
     pub above: Vec<f32>,
 }
 
 impl Anchors {
-    /// Query keys and passage keys, exchanged for candidates whose keys are.
+    /// Query keys and passage keys. They are exchanged if those of the candidates are.
     #[inline(always)]
     fn keys(&self, candidates: &Candidates) -> (&[u32], &[u32]) {
         match candidates.swapped {
@@ -34,25 +34,26 @@ impl Anchors {
     }
 }
 
-/// Indices as candidates.
+/// What a tile needs to know of indices as candidates.
 #[derive(Debug, Clone)]
 pub(super) struct Candidates {
     pub query_key: Vec<u32>,
     pub passage_key: Vec<u32>,
     /// Whether they are queries, whose keys are exchanged: see [`Key::swapped`].
     pub swapped: bool,
-    /// The one row that sees the candidate, or [`Candidates::EVERYONE`].
+    /// The only row that may keep the candidate, or [`Candidates::EVERYONE`].
     pub owner: Vec<u32>,
 }
 
 impl Candidates {
     pub(super) const EVERYONE: u32 = u32::MAX;
 
-    /// Of queries, by the keys of their rows.
+    /// Queries as candidates. `keys` are those of their rows.
     pub(super) fn queries(keys: &[Key]) -> Self {
         Self { swapped: true, ..Self::passages(keys.iter().map(|k| k.swapped()), None) }
     }
 
+    /// Passages as candidates.
     pub(super) fn passages(keys: impl Iterator<Item = Key> + Clone, owners: Option<Vec<i32>>) -> Self {
         let owner = match owners {
             Some(owners) => {
@@ -69,7 +70,7 @@ impl Candidates {
     }
 }
 
-/// All that a tile needs to know of the indices along one of its edges. Every vector has [`LANES`] entries of padding.
+/// All that tiles need to know of the indices of a space. Every vector has [`LANES`] entries of padding.
 #[derive(Debug, Clone)]
 pub(super) struct Side {
     /// 1/‖x‖ of the panel's row.
@@ -100,8 +101,8 @@ pub(super) struct TileSums {
     pub cols_above: Vec<u32>,
 }
 
-/// Coefficients along one edge: the gradient's factor of an anchor is `factor`·2^−`exponent`, so that the exponential times
-/// it is exp2(β' s − exponent)·factor without ever leaving f32. Padded like [`Side`].
+/// Coefficients of the anchors of a space. The coefficient of an anchor is `factor`·2^−`exponent`. Times exp(β s) it is
+/// exp2(β s·log₂e − exponent)·factor, in which no number leaves the range of f32. The vectors are padded like those of [`Side`].
 #[derive(Debug, Clone)]
 pub(super) struct Coefficients {
     exponent: Vec<f32>,
@@ -109,7 +110,7 @@ pub(super) struct Coefficients {
 }
 
 impl Coefficients {
-    /// From natural logarithms, divided by 2^shift; −∞ contributes nothing.
+    /// Coefficients of these natural logarithms, divided by 2^shift. That of −∞ contributes nothing.
     pub(super) fn new(logs: impl Iterator<Item = f64>, shift: f64) -> Self {
         const NEVER: f32 = 1e9; // flushes any exponential to 0
         let (exponent, factor) = logs
@@ -126,7 +127,7 @@ impl Coefficients {
     }
 }
 
-/// The anchor's and the candidates' data of one row against sixteen columns.
+/// Tells which elements of a row of a tile are kept: sixteen columns from `c` on, of which the first `live` are in the tile.
 #[derive(Clone, Copy)]
 struct Lookup<'a, 't> {
     tile: &'t Tile<'a>,
@@ -136,7 +137,7 @@ struct Lookup<'a, 't> {
 }
 
 impl Lookup<'_, '_> {
-    /// Candidates c of anchor r.
+    /// Which candidates from c on the row of anchor r keeps.
     #[inline(always)]
     fn along_row<const MASKED: bool>(self, s: &F) -> U {
         if !MASKED {
@@ -157,7 +158,7 @@ impl Lookup<'_, '_> {
         ))
     }
 
-    /// Candidate r of anchors c.
+    /// Which rows of the anchors from c on keep candidate r.
     #[inline(always)]
     fn down_column<const MASKED: bool>(self, s: &F) -> U {
         if !MASKED {
@@ -179,15 +180,15 @@ impl Lookup<'_, '_> {
     }
 }
 
-/// The chunk with zeros beyond the tile's last column, where the buffer holds whatever an earlier tile left: masks keep such
-/// lanes out of every sum, but 0 times an infinity would still be NaN.
+/// The chunk, with zeros beyond the tile's last column. There the buffer holds what an earlier tile left. Masks keep these lanes out of
+/// every sum, but 0 times an infinity would be NaN.
 #[inline(always)]
 fn live_lanes(x: F, live: usize, checked: bool) -> F {
     if checked { lanes!(l => if l < live { x[l] } else { 0.0 }) } else { x }
 }
 
-/// Runs the block for every sixteen columns of a tile, with `checked` false and known to the compiler for all but a ragged
-/// last chunk of `live` columns. A macro for the same reason as [`lanes`].
+/// Runs the block for every sixteen columns of a tile. `checked` is true only for a last chunk of fewer columns, `live` of them. The
+/// compiler knows its value in either case. This is a macro for the same reason as [`lanes`].
 macro_rules! for_each_chunk {
     ($tile:expr, |$c:ident, $live:ident, $checked:ident| $body:block) => {
         let whole = $tile.cols - $tile.cols % LANES;
@@ -210,7 +211,7 @@ const FLUSH: usize = 64;
 dispatch! {
     /// Scales the products in `x` to cosines, in place; masks; finds maxima and ranks; sums exponentials.
     ///
-    /// `MASKED`: pairs may be masked. `COLS`: columns anchor rows too.
+    /// `MASKED`: pairs may be masked. `COLS`: the sums of the column anchors are taken, too.
     pub(super) fn sum_tile<const MASKED, const COLS>(x: &mut [f32], tile: &Tile<'_>) -> TileSums = sum_tile_body
 }
 
@@ -297,16 +298,16 @@ fn sum_tile_body<const FMA: bool, const MASKED: bool, const COLS: bool>(x: &mut 
     out
 }
 
-/// Coefficients of both edges; an edge whose block the loss does not use has none.
+/// Coefficients of the row anchors and of the column anchors; `None` if the loss does not use their block.
 pub(super) struct Edges<'a> {
     pub rows: Option<&'a Coefficients>,
     pub cols: Option<&'a Coefficients>,
-    /// Whether the column's part counts towards ∂L/∂β here, rather than where its own row is visited.
+    /// Whether the column anchors' part of ∂L/∂β is added here. Otherwise it is added where the anchors are rows.
     pub count_cols: bool,
 }
 
-/// Replaces a tile by Ĝ = G/(‖x_r‖‖y_c‖), where G = exp(β s)·([kept for r] a_r + [kept for c] b_c), and returns
-/// Σ G·(s − s⁺), each part with the positive of its own anchor. `raw`: the tile still holds products rather than cosines.
+/// Replaces a tile by Ĝ = G/(‖x_r‖‖y_c‖), where G = exp(β s)·([kept for r] a_r + [kept for c] b_c). Returns Σ G·(s − s⁺), where each of
+/// the two parts of G has the s⁺ of its own anchor. `raw` says that the tile still holds products, not cosines.
 pub(super) fn gradient_tile(x: &mut [f32], tile: &Tile<'_>, edges: &Edges<'_>, masked: bool, raw: bool) -> f64 {
     if raw {
         scale_tile(x, tile);
@@ -432,7 +433,7 @@ mod tests {
         assert_eq!((&got.rows_above, &got.cols_above), (&want.rows_above, &want.cols_above));
         assert!(got.rows.iter().any(|s| s.ln() > 0.0) && got.cols_above.iter().any(|&a| a > 0));
 
-        // Without fused multiply-add only the last digits may move.
+        // Without fused multiply-add only the last digits may differ.
         let mut unfused = raw;
         let near = sum_tile_body::<false, true, true>(&mut unfused, &tile);
         for (a, b) in near.rows.iter().zip(&got.rows) {

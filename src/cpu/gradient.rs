@@ -1,8 +1,9 @@
-//! Second pass: gradient tiles, and their products with the raw embeddings of the other edge.
+//! Third pass: tiles of gradients of logits, and their products with the raw embeddings.
 //!
-//! In waves of as many tiles as the workspace holds: first every tile of the wave becomes Ĝ, each by one worker; then every
-//! block of the outputs collects its tiles in the order of the list, each by one worker. No two workers ever add to the same
-//! number, and the order of every addition is that of the list: same bits for any number of threads and any workspace.
+//! It works in waves of as many tiles as the workspace holds. First every tile of the wave becomes Ĝ; one worker does all of a tile. Then
+//! every block of the outputs adds up the products of its tiles in the order of the list; one worker does all of a block. No two workers
+//! ever add to the same number, and the list decides the order of every addition. So results have the same bits for any number of threads
+//! and any workspace.
 
 use super::Task;
 use super::epilogue::{Coefficients, Edges, gradient_tile};
@@ -19,8 +20,8 @@ use crate::order::Space;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Σ Ĝ·x for a range of indices of one space: panels of columns, each row-major, so that a block of rows of one panel is one
-/// slice.
+/// Σ Ĝ·x for a range of indices of one space. It is cut into panels of columns, and each panel is row-major, so a block of rows of a panel
+/// is one slice.
 pub(super) struct Accumulator {
     data: Vec<f32>,
     /// Indices it covers.
@@ -30,7 +31,7 @@ pub(super) struct Accumulator {
 }
 
 impl Accumulator {
-    /// Zeros, in memory that is given back by [`Accumulator::into_memory`].
+    /// Zeros in this memory. [`Accumulator::into_memory`] gives the memory back.
     fn new(mut data: Vec<f32>, range: Range<usize>, dim: usize, width: usize) -> Result<Self> {
         reserve(&mut data, range.len() * dim, "the sums of the gradients")?;
         data.fill(0.0);
@@ -46,7 +47,7 @@ impl Accumulator {
         (0..dim).step_by(width).map(move |start| start..dim.min(start + width))
     }
 
-    /// Row `index` of the space, panel by panel: (first column, values).
+    /// The row of an index of the space, panel by panel: the panel's first column, and the values.
     pub(super) fn row(&self, index: usize) -> impl Iterator<Item = (usize, &[f32])> {
         let row = index - self.range.start;
         self.columns().map(move |c| {
@@ -55,7 +56,7 @@ impl Accumulator {
         })
     }
 
-    /// Disjoint slices, one for each panel and each of `blocks`, which tile the range.
+    /// A slice for each panel and each of `blocks`, which together are the whole range. No two slices overlap.
     fn split<'a>(&'a mut self, space: Space, blocks: &[(usize, Range<usize>)]) -> Vec<Output<'a>> {
         let columns: Vec<_> = self.columns().collect();
         let mut rest = self.data.as_mut_slice();
@@ -79,8 +80,9 @@ struct Output<'a> {
     data: &'a mut [f32],
 }
 
-/// A tile seen from one of its edges.
+/// A product of a tile that a block of the outputs adds: with the tile, or with its transpose.
 struct Term {
+    /// Place of the tile in the workspace.
     slot: usize,
     id: TileId,
     transposed: bool,
@@ -90,14 +92,15 @@ struct Term {
 pub(super) struct GradientSums {
     pub query: Option<Accumulator>,
     pub passage: Option<Accumulator>,
-    /// Σ G·(s − s⁺) over the shard's tiles. Since Σ_j G_ij = −D_i for every row, this is ∂L/∂β of its share, without the
-    /// cancellation between the negatives and the positive when all cosines are close.
+    /// Σ G·(s − s⁺) over the shard's tiles. Because Σ_j G_ij = −D_i for every row, this is the shard's part of ∂L/∂β. A sum over negatives
+    /// plus one over positives would be the same, but would cancel where all cosines are close.
     pub beta: f64,
-    /// What all of the above must be multiplied by: a power of two.
+    /// A power of two. All of the above must be multiplied by it.
     pub scale: f64,
 }
 
-/// `stored`: the workspace holds the cosines of every tile from the first pass. `wanted`: which towers need gradients.
+/// The pass. `stored` says that the workspace holds the cosines of every tile from the first pass, and `wanted` which towers need
+/// gradients.
 pub(super) fn gradients(
     task: Task<'_>,
     combined: &Combined,
@@ -106,7 +109,8 @@ pub(super) fn gradients(
     workspace: &mut Workspace,
 ) -> Result<GradientSums> {
     let Task { state, plan, .. } = task;
-    // The largest share becomes about 1. A power of two, so that no bit changes but the exponent.
+    // Divided by this, the largest share of a row in a block is about 1 (`Combined::log_magnitude`). It is a power of two, so that the
+    // division changes exponents alone.
     let shift = (combined.log_magnitude * std::f64::consts::LOG2_E).round();
     let shift = if shift.is_finite() { shift } else { 0.0 };
     let coefficients = Block::ALL.map(|b| coefficients(state, combined, b, shift));
@@ -123,7 +127,7 @@ pub(super) fn gradients(
         let of = |k: usize| if region.anchors[k] { coefficients[region.blocks[k].index()].as_ref() } else { None };
         Edges { rows: of(0), cols: of(1), count_cols: region.sum_cols && !plan.on_diagonal(id) }
     };
-    // Stored, slot k holds tile k; else slots are reused, and tiles without any coefficient are left out.
+    // If cosines are stored, slot k holds tile k. If not, each wave uses the slots anew. Tiles without any coefficient are left out.
     let mut work: Vec<(usize, TileId)> = plan.tiles.iter().copied().enumerate().collect();
     work.retain(|(_, id)| edges(*id).rows.is_some() || edges(*id).cols.is_some());
     let len = plan.tile_len();
@@ -149,7 +153,7 @@ pub(super) fn gradients(
                 gradient_tile(x, &tile, &edges(id), masked, !stored)
             })
             .collect();
-        beta = dots.iter().fold(beta, |sum, dot| sum + dot); // in the order of the list, wherever a wave ends
+        beta = dots.iter().fold(beta, |sum, dot| sum + dot); // in the order of the list, so that waves make no difference
 
         let terms = terms(plan, wave.iter().enumerate().map(|(position, &(tile, id))| (slot(position, tile), id)));
         let outputs = [(Space::Query, &mut query), (Space::Passage, &mut passage)]
@@ -173,7 +177,7 @@ pub(super) fn gradients(
     Ok(GradientSums { query, passage, beta, scale: shift.exp2() })
 }
 
-/// Coefficients of a block along the space of its anchors, divided by 2^shift.
+/// Coefficients of a block for the indices of its anchors, divided by 2^shift.
 fn coefficients(state: &State, combined: &Combined, block: Block, shift: f64) -> Option<Coefficients> {
     let logs = &combined.log_coefficients[block.index()];
     if logs.is_empty() {
@@ -188,7 +192,7 @@ fn coefficients(state: &State, combined: &Combined, block: Block, shift: f64) ->
     })
 }
 
-/// For every block of both spaces, the tiles that add to it, in list order.
+/// For every block of indices of both spaces, the tiles that add to its gradients, in the order of the list.
 fn terms(plan: &Plan, tiles: impl Iterator<Item = (usize, TileId)>) -> [Vec<Vec<Term>>; 2] {
     let mut terms =
         [Space::Query, Space::Passage].map(|s| plan.grid(s).blocks.iter().map(|_| Vec::new()).collect::<Vec<_>>());
@@ -197,7 +201,7 @@ fn terms(plan: &Plan, tiles: impl Iterator<Item = (usize, TileId)>) -> [Vec<Vec<
         if region.gradients[0] {
             terms[region.spaces[0] as usize][id.row].push(Term { slot, id, transposed: false });
         }
-        // On the diagonal the rows already stand for both: the tile is symmetric.
+        // A tile on the diagonal is symmetric, and its rows and columns are the same indices. Its product for the rows is the whole.
         if region.gradients[1] && !plan.on_diagonal(id) {
             terms[region.spaces[1] as usize][id.col].push(Term { slot, id, transposed: true });
         }
@@ -205,6 +209,7 @@ fn terms(plan: &Plan, tiles: impl Iterator<Item = (usize, TileId)>) -> [Vec<Vec<
     terms
 }
 
+/// Adds the products of these tiles to a block of the outputs.
 fn collect(task: Task<'_>, slots: &[f32], terms: &[Term], output: Output<'_>, scratch: &mut Vec<f32>) {
     let Task { state, batch, plan } = task;
     let len = plan.tile_len();

@@ -1,4 +1,4 @@
-//! The one door to the matrix-product library: checked slices in, single-threaded product out.
+//! The only place that calls the matrix-product library. It checks slices, and multiplies on one thread.
 
 /// A strided matrix inside a slice.
 #[derive(Clone, Copy)]
@@ -11,7 +11,7 @@ pub(super) struct MatRef<'a> {
 }
 
 impl<'a> MatRef<'a> {
-    /// Row-major.
+    /// A row-major matrix.
     pub(super) fn new(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
         Self { data, rows, cols, row_stride, col_stride: 1 }
     }
@@ -25,22 +25,22 @@ impl<'a> MatRef<'a> {
     }
 }
 
-/// Index of the last element; `None` for an empty matrix or one beyond usize.
+/// Index of the last element; `None` for an empty matrix, or if the index does not fit usize.
 fn last(rows: usize, cols: usize, row_stride: usize, col_stride: usize) -> Option<usize> {
     let r = rows.checked_sub(1)?.checked_mul(row_stride)?;
     let c = cols.checked_sub(1)?.checked_mul(col_stride)?;
     r.checked_add(c)
 }
 
-/// dst (+)= lhs·rhs with dst row-major, f32 products and f32 accumulation, on the calling thread only: who adds what, and in
-/// which order, must not depend on the number of threads.
+/// dst = lhs·rhs, or dst += lhs·rhs to `accumulate`, with a row-major dst, in f32. It runs on the calling thread alone, because the order
+/// of additions must not depend on the number of threads.
 pub(super) fn multiply(dst: &mut [f32], dst_stride: usize, accumulate: bool, lhs: MatRef<'_>, rhs: MatRef<'_>) {
     let (m, n, k) = (lhs.rows, rhs.cols, lhs.cols);
     let dst_fits = dst_stride >= n && last(m, n, dst_stride, 1).is_some_and(|last| last < dst.len());
     assert!(dst_fits && lhs.fits() && rhs.fits() && rhs.rows == k, "matrix product outside its slices");
-    // SAFETY: the assertion above proves that every element the library addresses, base + i·row_stride + j·col_stride for
-    // i, j inside the shapes, lies in its slice. `dst` is borrowed mutably, so it overlaps neither operand, and its rows do
-    // not overlap each other because dst_stride >= n. Strides come from slices, so they fit isize.
+    // SAFETY: the library addresses base + i·row_stride + j·col_stride for i, j inside the shapes. The assertion above proves that all of
+    // these lie in their slices. `dst` is borrowed mutably, so it overlaps neither operand. Its rows do not overlap each other, because
+    // dst_stride >= n. Strides fit isize, because they lie within slices.
     unsafe {
         gemm::gemm(
             m,

@@ -36,10 +36,10 @@ use crate::partials::Partials;
 use state::State;
 use std::ops::Range;
 
-/// Bound on the workspace if the options set none: 256 MiB.
+/// Bound on the workspace if the call sets none: 256 MiB.
 pub const DEFAULT_WORKSPACE_BYTES: usize = 256 << 20;
 
-/// ∂L/∂q and ∂L/∂p as f32, row-major and contiguous, where they are wanted.
+/// ∂L/∂q and ∂L/∂p as f32, row-major and contiguous; `None` for a tower that is not wanted.
 pub type WantedGradients = [Option<Vec<f32>>; 2];
 
 /// What every pass works on.
@@ -65,7 +65,8 @@ pub fn loss_and_gradients(batch: &Batch<'_>, upstream: f64) -> Result<LossAndGra
     Ok(LossAndGradients { evaluation, gradients })
 }
 
-/// [`loss_and_gradients`] into buffers of the caller, of any type and row stride; a tower without a buffer is not computed.
+/// [`loss_and_gradients`], into buffers of the caller, of any type and row stride. The gradient of a tower without a buffer is not
+/// computed.
 ///
 /// # Errors
 /// As [`loss_and_gradients`], and [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a buffer of another shape.
@@ -79,10 +80,10 @@ pub fn loss_and_gradients_into(
 }
 
 impl Workspace {
-    /// The function [`loss_and_gradients_into`] with the memory of earlier calls.
+    /// The function [`loss_and_gradients_into`], in the memory of earlier calls.
     ///
     /// # Errors
-    /// As the function; the workspace stays usable.
+    /// As the function. The workspace can be used after an error, too.
     pub fn loss_and_gradients_into(
         &mut self,
         batch: &Batch<'_>,
@@ -104,10 +105,10 @@ impl Workspace {
         Ok((combined.evaluation, temperature))
     }
 
-    /// The same for the towers that are wanted, query and passage, into vectors made for them: what frameworks make tensors of.
+    /// The same for the towers that are `wanted` (query, passage), into new vectors. Adapters make tensors of these.
     ///
     /// # Errors
-    /// As the function; the workspace stays usable.
+    /// As the function. The workspace can be used after an error, too.
     pub fn loss_and_wanted_gradients(
         &mut self,
         batch: &Batch<'_>,
@@ -166,7 +167,7 @@ impl Workspace {
     }
 }
 
-/// Loss and metrics now, gradients later.
+/// Loss and metrics. [`Forward::backward`] gives the gradients later.
 ///
 /// # Errors
 /// As [`loss_and_gradients`].
@@ -191,17 +192,17 @@ impl Forward {
         &self.combined.evaluation
     }
 
-    /// Gradients for the embeddings of the forward call, unchanged since, times `upstream`.
+    /// Gradients, multiplied by `upstream`. `batch` must be that of the forward call, and its embeddings unchanged.
     ///
     /// # Errors
-    /// [`Error::StateMismatch`](crate::Error::StateMismatch) for a batch of another shape or type; otherwise as
+    /// [`Error::StateMismatch`](crate::Error::StateMismatch) for another batch, which names what differs. Otherwise as
     /// [`loss_and_gradients`].
     pub fn backward(&self, batch: &Batch<'_>, upstream: f64) -> Result<Gradients> {
         let compute = |buffers: GradientBuffers<'_>| Ok(((), self.backward_into(batch, upstream, buffers)?));
         Gradients::computed(batch.rows(), batch, compute).map(|((), gradients)| gradients)
     }
 
-    /// [`Forward::backward`] into buffers of the caller.
+    /// [`Forward::backward`], into buffers of the caller.
     ///
     /// # Errors
     /// As [`Forward::backward`] and [`loss_and_gradients_into`].
@@ -217,8 +218,8 @@ impl Forward {
 
 /// One shard of a larger batch: a range of its rows against all queries and all passages.
 ///
-/// Shards that cover every row once give, together, what one device gives: merge their [`Partials`], evaluate, and add up
-/// their passage and temperature gradients. Each holds the whole batch, since every row meets every column.
+/// Shards that cover every row once give together what one device gives. The caller merges their [`Partials`], evaluates, and adds up
+/// their passage and temperature gradients. Each shard holds the whole batch, because every row meets every candidate.
 #[derive(Debug, Clone)]
 pub struct Shard<'a> {
     state: State,
@@ -227,10 +228,10 @@ pub struct Shard<'a> {
 }
 
 impl<'a> Shard<'a> {
-    /// The shard of `rows` of `batch`; `batch` is the whole one.
+    /// The shard of `rows`. `batch` is the whole batch.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a range that is empty or beyond the batch; otherwise as
+    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a range that is empty or beyond the batch. Otherwise as
     /// [`loss_and_gradients`].
     pub fn new(batch: &Batch<'a>, rows: Range<usize>) -> Result<Self> {
         let state = State::new(batch, rows)?;
@@ -242,7 +243,7 @@ impl<'a> Shard<'a> {
         Task { state: &self.state, batch: &self.batch, plan: &self.plan }
     }
 
-    /// The shard's share of every row's sums, O(M) numbers.
+    /// The shard's part of every row's sums, O(M) numbers.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
@@ -250,7 +251,7 @@ impl<'a> Shard<'a> {
         sums::partials(self.task(), None, &Workspace::new().pool)
     }
 
-    /// Loss, row losses and metrics of the whole batch, from the merged partials of all shards.
+    /// Loss, row losses and metrics of the whole batch, from the merged partial sums of all shards.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if they do not cover every row, and
@@ -259,8 +260,8 @@ impl<'a> Shard<'a> {
         Ok(self.state.combine(merged)?.evaluation)
     }
 
-    /// Gradients: `query` for the shard's rows (rows.len() × d, complete), `passage` for all passages (N × d) and the
-    /// temperature, both to be added up over the shards.
+    /// Gradients. Those of the queries are for the shard's rows only (rows.len() × d), and complete. Those of the passages (N × d) and of
+    /// the temperature are parts that the caller adds up over the shards.
     ///
     /// # Errors
     /// As [`Shard::evaluate`] and [`loss_and_gradients`].

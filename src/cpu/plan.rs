@@ -1,5 +1,6 @@
-//! What will run: tile size, which tiles of which matrices, stored or recomputed, and how much memory that takes. A pure
-//! function of the inputs and the number of threads; only the split into waves depends on the latter, never a bit of a result.
+//! The plan of a call: the edge of its tiles, which tiles it visits, whether cosines are stored or recomputed, and how much memory that
+//! takes. It follows from the inputs and the number of threads alone. The number of threads decides only how tiles are split into waves,
+//! and whether cosines are stored. Neither changes a bit of a result.
 
 use super::DEFAULT_WORKSPACE_BYTES;
 use super::state::State;
@@ -11,35 +12,35 @@ use crate::regions::{Region, cuts, regions};
 use std::fmt;
 use std::ops::Range;
 
-/// Largest tile edge: on two Zen 3 cores, products in tiles of 512² run within 3% of tiles of 1024², and edges of 256 and 128
-/// lose 7 to 8 and 9 to 18%. `bench_step --products` compares such schedules on the machine at hand.
+/// Largest edge of a tile. On two Zen 3 cores, products in tiles of 512² are within 3% of the speed of those in tiles of 1024². With an
+/// edge of 256 they lose 7 to 8%, with 128 they lose 9 to 18%. `bench_step --products` compares such schedules on any machine.
 const MAX_TILE: usize = 512;
-/// Smallest tile edge, taken only under a tight workspace bound.
+/// Smallest edge of a tile. A plan takes it only if the bound on the workspace is tight.
 const MIN_TILE: usize = 16;
-/// Most tiles of a plan, so that the lists of them stay within 15 MiB. A bound on the workspace that cuts the work into more is
-/// refused. Only tiles of [`MAX_TILE`] may be more, beyond 180,000 pairs.
+/// Most tiles of a plan, so that lists of tiles stay within 15 MiB. A bound on the workspace that cuts the work into more is refused. Only
+/// tiles of [`MAX_TILE`] may be more: those of batches beyond 180,000 pairs.
 const MAX_TILES: usize = 1 << 18;
 /// Widest panel of the embedding dimension in the gradient products.
 const MAX_WIDTH: usize = 512;
-/// Panels a worker holds at a time: both edges of a tile.
+/// Panels that a worker holds at a time: one for the rows and one for the columns of a tile.
 const PANELS: usize = 2;
-/// Tiles are visited in squares of this many tiles, so that panels and gradients are reused while they are near.
+/// Tiles are visited in squares of this many by this many, so that panels and gradients are used again while caches hold them.
 const SQUARE: usize = 8;
-/// Tiles a worker should find in a wave, so that the last ones do not leave the others idle.
+/// Tiles that a wave should have for each worker. With fewer, many workers would wait for those that work on the last tiles.
 const TILES_PER_WORKER: usize = 4;
-/// Bound on the tiles of a wave of the logsumexp pass, whose tiles need no memory beyond a wave's sums.
+/// Tiles of a wave of the first pass. The sums of all these tiles are in memory at the same time, whatever their cosines are.
 pub(super) const SUM_WAVE: usize = 256;
 
-/// Which tile of which region.
+/// Names a tile: its region, and its place there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct TileId {
     pub region: usize,
-    /// Index into the blocks of the row space and of the column space.
+    /// Index into the blocks of the row space; `col` is one into those of the column space.
     pub row: usize,
     pub col: usize,
 }
 
-/// An index space cut into blocks of at most one tile edge; no block straddles one of its cuts.
+/// An index space that is cut into blocks of at most the edge of a tile. No block straddles a cut (see [`cuts`]).
 #[derive(Debug, Clone)]
 pub(super) struct Grid {
     pub blocks: Vec<Range<usize>>,
@@ -54,14 +55,14 @@ impl Grid {
         Self { blocks: blocks.collect() }
     }
 
-    /// The blocks that tile `range`, whose ends are cuts.
+    /// The blocks that make up `range`, whose ends must be cuts.
     fn within(&self, range: &Range<usize>) -> Range<usize> {
         let below = |bound: usize| self.blocks.partition_point(|b| b.start < bound);
         below(range.start)..below(range.end)
     }
 }
 
-/// What a CPU call will do. `Display` tells it in one line.
+/// What a CPU call will do. A plan can be printed, in one line.
 #[derive(Debug, Clone)]
 pub struct Plan {
     pub(super) tile: usize,
@@ -70,11 +71,11 @@ pub struct Plan {
     pub(super) tiles: Vec<TileId>,
     pub(super) stored: bool,
     pub(super) workers: usize,
-    /// Tile buffers of the gradient pass.
+    /// Number of tiles that the workspace holds in the gradient pass.
     pub(super) slots: usize,
-    /// Elements of one panel of f32 rows; 0 where the caller's memory is read in place.
+    /// Elements of one panel of f32 rows; 0 if the caller's memory is read in place.
     panel: usize,
-    /// Width of the panels of the embedding dimension, and their number.
+    /// Columns of a panel of embeddings.
     pub(super) width: usize,
     dim: usize,
     loss: String,
@@ -98,14 +99,14 @@ impl Plan {
         let grids = |tile: usize| cuts(&state.rows, &state.order, m).map(|cuts| Grid::new(&cuts, tile));
         let few = |tile: &usize| count_tiles(&regions, &grids(*tile)) <= MAX_TILES;
         let least = (MIN_TILE..MAX_TILE).step_by(MIN_TILE).find(few).unwrap_or(MAX_TILE);
-        // Sixteen tiles at the least where the batch allows, so that a small batch still has work for every core.
+        // If the batch allows it, there are at least sixteen tiles, so that a small batch has work for every core, too.
         let mut tile = m.div_ceil(4).next_multiple_of(MIN_TILE).clamp(64, MAX_TILE).max(least);
         let bound = batch.call().workspace_bytes().unwrap_or(DEFAULT_WORKSPACE_BYTES);
         let direct = [Space::Query, Space::Passage].iter().all(|&s| Panels::is_direct(&state.panels(s, batch)));
         let panel = |tile: usize| if direct { 0 } else { tile * width };
         let panel_bytes = |tile: usize| PANELS * panel(tile) * size_of::<f32>();
         let needed = |tile: usize| 2 * tile * tile * size_of::<f32>() + panel_bytes(tile);
-        // The edge depends on the inputs alone: another number of threads must not move a tile's border.
+        // The edge of a tile depends on the inputs alone, because it decides the order of additions. The number of threads must not.
         while tile > least && needed(tile) + needed(tile) / 2 > bound {
             tile = (tile / 2).next_multiple_of(MIN_TILE).max(least);
         }
@@ -122,7 +123,7 @@ impl Plan {
         let per_worker = panel_bytes(tile) + tile_bytes;
         let workers = threads.min(room / per_worker).max(1);
         let stored = tiles.len() <= (bound - workers * panel_bytes(tile)) / tile_bytes;
-        // Recomputed, the workers of the first pass keep a tile each beside those of the second.
+        // If cosines are recomputed, the workspace also holds a tile for each worker of the first pass.
         let slots = if stored { tiles.len() } else { (bound - workers * per_worker) / tile_bytes };
         Ok(Self {
             tile,
@@ -139,17 +140,17 @@ impl Plan {
         })
     }
 
-    /// Whether cosines of the first pass are kept for the second, rather than computed twice.
+    /// Whether the first pass stores its cosines for the gradients. If not, they are computed twice.
     pub fn stores_logits(&self) -> bool {
         self.stored
     }
 
-    /// Edge of a tile, in rows and columns.
+    /// Edge of a tile: its length in rows and in columns.
     pub fn tile(&self) -> usize {
         self.tile
     }
 
-    /// Bytes of tiles and panels: at most the bound of the call.
+    /// Bytes of tiles and panels. They are at most the bound of the call.
     pub fn workspace_bytes(&self) -> usize {
         let of_first_pass = if self.stored { 0 } else { self.tile_len() };
         (self.slots * self.tile_len() + self.workers * (PANELS * self.panel + of_first_pass)) * size_of::<f32>()
@@ -177,7 +178,7 @@ impl Plan {
         [self.grid(rows).blocks[id.row].clone(), self.grid(cols).blocks[id.col].clone()]
     }
 
-    /// Whether the tile lies on the diagonal of a triangle, where one triangle of elements mirrors the other.
+    /// Whether the tile lies on the diagonal of a triangle. Its elements below the diagonal mirror those above.
     pub(super) fn on_diagonal(&self, id: TileId) -> bool {
         self.region(id).triangle && id.row == id.col
     }
@@ -221,7 +222,7 @@ fn count_tiles(regions: &[Region], grids: &[Grid; 2]) -> usize {
     regions.iter().map(of).sum()
 }
 
-/// All tiles, region by region, in squares of [`SQUARE`]: the order in which every sum of the backend is taken.
+/// All tiles, region by region, in squares of [`SQUARE`]. The backend takes every sum in the order of this list.
 fn list_tiles(regions: &[Region], grids: &[Grid; 2]) -> Vec<TileId> {
     let mut tiles = Vec::new();
     for (region, r) in regions.iter().enumerate() {
@@ -240,13 +241,13 @@ fn list_tiles(regions: &[Region], grids: &[Grid; 2]) -> Vec<TileId> {
 }
 
 impl Plan {
-    /// The smallest piece of work that keeps the number of concurrent workers within the plan.
+    /// Items that a worker must take at once, so that no more workers run at a time than the plan has.
     pub(super) fn min_len(&self, items: usize) -> usize {
         let pieces = if self.workers >= rayon::current_num_threads() { items } else { self.workers };
         items.div_ceil(pieces.max(1)).max(1)
     }
 
-    /// Tiles whose buffers live at the same time in the logsumexp pass when nothing is stored.
+    /// Tiles of a wave of the first pass.
     pub(super) fn sum_wave(&self) -> usize {
         SUM_WAVE.max(self.workers * TILES_PER_WORKER)
     }
@@ -276,7 +277,7 @@ mod tests {
         assert_eq!(count_tiles(&least.regions, &least.grids), least.tiles.len());
         assert!(plan(x, needed - 1).is_err());
         assert!(plan(x, 3 * needed).unwrap().tiles.len() <= MAX_TILES);
-        // Few tiles of the smallest edge, and as small a workspace as ever.
+        // If the batch has few tiles of the smallest edge, the smallest workspace is enough.
         assert_eq!(plan(four, 2048).unwrap().tile(), MIN_TILE);
     }
 }

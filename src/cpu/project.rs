@@ -1,7 +1,8 @@
-//! Last step: the diagonal term, the projection onto the tangent of each embedding, the factor β, and the output type.
+//! Last pass: adds the term of the positives (the diagonal), projects onto the tangent of each embedding, multiplies by β, and rounds to
+//! the output type.
 //!
-//! With u the sum over negatives from the gradient pass, already divided by ‖x‖: ∂L/∂x = β (I − x̂x̂ᵀ)(u + Σ D_i ŷ/‖x‖),
-//! where ŷ is the other side of each positive pair that x belongs to.
+//! Let u be the sum over negatives from the gradient pass, which is divided by ‖x‖ already. Then ∂L/∂x = β (I − x̂x̂ᵀ)(u + Σ D_i ŷ/‖x‖).
+//! The sum is over the rows i whose query or positive is x, and ŷ is the direction of the row's other embedding.
 
 use super::Task;
 use super::gradient::{Accumulator, GradientSums};
@@ -13,7 +14,7 @@ use crate::order::{Occurrences, Space};
 use crate::output::GradientBuffers;
 use rayon::prelude::*;
 
-/// Writes the gradients; nothing can fail any more.
+/// Writes the gradients. Nothing can fail any more.
 pub(super) fn project(
     task: Task<'_>,
     combined: &Combined,
@@ -51,7 +52,7 @@ pub(super) fn project(
     }
 }
 
-/// Calls `f(row, zeros)` for every row and stores what it leaves there, rounded once.
+/// Calls `f(row, zeros)` for every row. Rounds what it leaves there once, and stores it.
 fn write(mut out: EmbeddingsMut<'_>, f: impl Fn(usize, &mut [f64]) + Sync) {
     let (rows, dim, stride) = (out.rows(), out.dim(), out.row_stride());
     for_each_dtype!(DataMut, out.data_mut(), data => {
@@ -63,19 +64,22 @@ fn write(mut out: EmbeddingsMut<'_>, f: impl Fn(usize, &mut [f64]) + Sync) {
     });
 }
 
+/// Adds the sum over negatives of an index.
 fn add_sum(gradient: &mut [f64], sums: &Accumulator, index: usize, scale: f64, shift: i32) {
-    // Panels were read as x·2^−shift, so their norms were too.
+    // The gradient pass read this embedding as x·2^−shift, and divided by the norm of that.
     let scale = scale * f64::from(-shift).exp2();
     for (start, values) in sums.row(index) {
         gradient[start..start + values.len()].iter_mut().zip(values).for_each(|(g, v)| *g += scale * f64::from(*v));
     }
 }
 
+/// Adds an embedding times a number.
 fn add_scaled(gradient: &mut [f64], x: Embeddings<'_>, row: usize, scale: f64) {
     let range = row * x.row_stride()..row * x.row_stride() + x.dim();
     for_each_dtype!(Data, x.data(), d => gradient.iter_mut().zip(&d[range]).for_each(|(g, v)| *g += scale * v.to_f64()));
 }
 
+/// Projects onto the tangent of an embedding, and multiplies by `factor`.
 fn tangent(gradient: &mut [f64], x: Embeddings<'_>, row: usize, norms: &Norms, factor: f64) {
     let inverse = norms.inverse[row];
     if inverse == 0.0 {

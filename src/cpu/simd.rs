@@ -1,5 +1,5 @@
-//! Sixteen f32 lanes as arrays. The compiler turns the loops into whatever vectors the target has; the arithmetic, and so
-//! every bit, is the same wherever there is fused multiply-add.
+//! Sixteen f32 lanes as arrays. The compiler turns the loops into the vectors of the target. The arithmetic, and so every bit, is the same
+//! on all targets with fused multiply-add.
 
 /// Lanes of a chunk: one AVX-512 register, two AVX registers, four NEON registers.
 pub(super) const LANES: usize = 16;
@@ -21,7 +21,7 @@ macro_rules! lanes {
 }
 pub(super) use lanes;
 
-/// All bits set where true.
+/// All bits are set if the condition is true, and none if it is false.
 #[inline(always)]
 pub(super) fn bits(condition: bool) -> u32 {
     u32::from(condition).wrapping_neg()
@@ -50,8 +50,8 @@ fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
-/// β·log₂e as two floats whose sum is exact to 2⁻⁴⁸: 1/τ itself must not be rounded, because a logit near 100 multiplies
-/// that error.
+/// β·log₂e as two floats whose sum is exact to 2⁻⁴⁸. β must not be rounded to one f32, because a logit near 100 has a hundred times that
+/// error.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Beta {
     high: f32,
@@ -65,21 +65,21 @@ impl Beta {
         Self { high, low: (exact - f64::from(high)) as f32 }
     }
 
-    /// The integer nearest to β·log₂e·cosine: an offset that f32 holds exactly.
+    /// The integer nearest to β·log₂e·cosine. As an offset of exponents, it is exact in f32.
     pub(super) fn exponent(self, cosine: f32) -> f32 {
         (self.high * cosine).round()
     }
 }
 
-/// 2^(s·β·log₂e − k), relative error below 4e-7; 0 below 2⁻¹²⁷. With an integer k the subtraction is exact under fused
-/// multiply-add, so that the only error besides the polynomial's is the rounding of s itself.
+/// 2^(s·β·log₂e − k), with a relative error below 4e-7; 0 below 2⁻¹²⁷. If k is an integer, fused multiply-add subtracts it without error.
+/// Then the only errors are that of the polynomial and the rounding of s.
 #[inline(always)]
 pub(super) fn exp2_scaled<const FMA: bool>(s: &F, beta: Beta, k: &F) -> F {
     lanes!(l => exp2::<FMA>(mul_add::<FMA>(s[l], beta.low, mul_add::<FMA>(s[l], beta.high, -k[l]))))
 }
 
-/// 2^x: nearest integer by a magic constant, degree-6 minimax polynomial on [−½, ½] (relative error 1.9e-9 before rounding),
-/// exponent by integer arithmetic.
+/// 2^x. Adding a constant gives the integer nearest to x. A minimax polynomial of degree 6 on [−½, ½] gives the rest, with a relative
+/// error of 1.9e-9 before rounding. Integer arithmetic adds the integer to the exponent.
 #[inline(always)]
 fn exp2<const FMA: bool>(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5·2²³: adding it leaves the nearest integer in the low mantissa bits
@@ -111,19 +111,19 @@ macro_rules! dispatch {
                         && is_x86_feature_detected!("avx512dq") && is_x86_feature_detected!("avx512bw")
                         && is_x86_feature_detected!("fma")
                     {
-                        // SAFETY: the processor has just been asked for every feature the function enables.
+                        // SAFETY: the processor was just asked for every feature that the function enables.
                         return unsafe { avx512::<$($flag),*>($($arg),*) };
                     }
                 }
                 #[target_feature(enable = "avx2,fma")]
                 unsafe fn avx2<$(const $flag: bool),*>($($arg: $ty),*) -> $ret { $body::<true, $($flag),*>($($arg),*) }
                 if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                    // SAFETY: the processor has just been asked for every feature the function enables.
+                    // SAFETY: the processor was just asked for every feature that the function enables.
                     return unsafe { avx2::<$($flag),*>($($arg),*) };
                 }
                 $body::<false, $($flag),*>($($arg),*)
             }
-            // Every aarch64 has fused multiply-add; elsewhere a fused one in software would be far slower than two roundings.
+            // Every aarch64 has fused multiply-add. Other targets may lack it, and in software it would be far slower than two roundings.
             #[cfg(not(target_arch = "x86_64"))]
             $body::<{ cfg!(target_arch = "aarch64") }, $($flag),*>($($arg),*)
         }
@@ -132,7 +132,7 @@ macro_rules! dispatch {
 pub(super) use dispatch;
 
 dispatch! {
-    /// Exact widening of finite bfloat16 numbers, given as bits: they are the upper half of an f32.
+    /// Widens finite bfloat16 numbers, given as bits, without error. The bits are the upper half of an f32.
     pub(super) fn widen_bf16<>(out: &mut [f32], x: &[u16]) -> () = widen_bf16_body
 }
 
@@ -142,8 +142,8 @@ fn widen_bf16_body<const FMA: bool>(out: &mut [f32], x: &[u16]) {
 }
 
 dispatch! {
-    /// Exact widening of finite binary16 numbers, given as bits. Shifted into place, exponent and mantissa read as the number
-    /// times 2⁻¹¹², subnormal or not; the product undoes that without rounding.
+    /// Widens finite binary16 numbers, given as bits, without error. Shifting puts exponent and mantissa where an f32 has them. Read as
+    /// f32, this is the number times 2⁻¹¹², also if it is subnormal. A multiplication undoes that without rounding.
     pub(super) fn widen_f16<>(out: &mut [f32], x: &[u16]) -> () = widen_f16_body
 }
 
@@ -157,7 +157,7 @@ fn widen_f16_body<const FMA: bool>(out: &mut [f32], x: &[u16]) {
     }
 }
 
-/// Sum in f64, in lane order.
+/// The sum of the lanes in f64, in their order.
 #[inline(always)]
 pub(super) fn sum(x: &F) -> f64 {
     x.iter().map(|&v| f64::from(v)).sum()

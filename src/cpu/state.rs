@@ -1,4 +1,4 @@
-//! Everything about a call that is O(M + N): norms, masks and thresholds, along the order of the passages.
+//! Everything about a call that takes O(M + N) memory: norms, keys and thresholds, by the indices of both spaces.
 
 use super::epilogue::{Anchors, Candidates, Side};
 use super::simd::{Beta, LANES};
@@ -22,19 +22,19 @@ use std::ops::Range;
 #[derive(Debug, Clone)]
 pub(super) struct State {
     pub loss: Loss,
-    /// Rows of the shard; all of them for one device.
+    /// Rows of the shard. One device has all rows.
     pub rows: Range<usize>,
     pub query_norms: Norms,
     pub passage_norms: Norms,
     pub order: Order,
     pub query_side: Side,
     pub passage_side: Side,
-    /// Whether pairs off the diagonal of a matrix of tiles can be masked at all.
+    /// Whether any pair of different indices may be masked: see [`may_mask`].
     pub masked: bool,
     pub beta: Beta,
     /// s⁺ᵢ of every row.
     pub positive: Vec<f64>,
-    /// What a batch and partials must be of to be used with this state.
+    /// Identity of the problem. A batch and partial sums must have the same to be used with this state.
     pub identity: Identity,
     dim: usize,
     inverse_temperature: f64,
@@ -108,10 +108,10 @@ impl State {
         })
     }
 
-    /// An error unless `batch` is the one that the state was made from: as a problem, and by norms and cosines of the positives,
-    /// which are the same to the bit for the same embeddings.
+    /// An error unless the state was made from `batch`. The problem must be the same, and so must norms and cosines of the positives,
+    /// which have the same bits for the same embeddings.
     pub(super) fn expect_batch(&self, batch: &Batch<'_>) -> Result<()> {
-        // Of other positives, the row can be named.
+        // If a positive differs, the error can name its row, which the identity cannot.
         let order = &self.order;
         if (batch.rows(), batch.passages()) == (self.positive.len(), order.passages) {
             let mut anchors = (0..order.anchors).chain(order.passages..order.len());
@@ -157,7 +157,7 @@ impl State {
         }
     }
 
-    /// Row whose anchor the index is.
+    /// Row that the index anchors.
     pub(super) fn anchor_row(&self, space: Space, index: usize) -> usize {
         match space {
             Space::Query => index,
@@ -174,14 +174,14 @@ impl State {
     }
 }
 
-/// A side array with [`LANES`] more entries, so that the last chunk may read past the end.
+/// The values, and [`LANES`] more entries, so that the last chunk of a tile may read past the last index.
 pub(super) fn padded<T: Copy>(values: impl Iterator<Item = T>, padding: T) -> Vec<T> {
     values.chain([padding; LANES]).collect()
 }
 
 impl Anchors {
     fn new(rows: &[u32], keys: &[crate::mask::Key], positive: &[f64], margin: Option<f64>) -> Self {
-        // An index that anchors no row gets neutral values; regions never read them as anchors.
+        // An index that anchors no row gets neutral values. No region has it among its anchors.
         let get = |r: u32| (r as usize) < positive.len();
         let key = |r: u32, f: fn(&crate::mask::Key) -> u32| if get(r) { f(&keys[r as usize]) } else { 0 };
         let cosine = |r: u32| if get(r) { positive[r as usize] } else { 1.0 };

@@ -1,4 +1,4 @@
-//! First pass: tiles of cosines → sums of exponentials and ranks of every row.
+//! First pass: from tiles of cosines to the sums of exponentials and the ranks of every row.
 
 use super::Task;
 use super::epilogue::{Tile, TileSums, sum_tile};
@@ -10,7 +10,7 @@ use crate::loss::Block;
 use crate::partials::Partials;
 use rayon::prelude::*;
 
-/// x ← X_rows · Y_colsᵀ, products of raw embeddings.
+/// x ← X·Yᵀ for the rows and columns of a tile: products of raw embeddings.
 pub(super) fn products(task: Task<'_>, id: TileId, x: &mut [f32], panels: &mut [Vec<f32>; 2]) {
     let Task { state, batch, plan } = task;
     let [row_space, col_space] = plan.region(id).spaces;
@@ -27,12 +27,12 @@ pub(super) fn products(task: Task<'_>, id: TileId, x: &mut [f32], panels: &mut [
     }
 }
 
-/// The epilogue's view of a tile, and whether any of its pairs can be masked.
+/// A tile as the epilogue sees it, and whether any of its pairs may be masked.
 pub(super) fn view(task: Task<'_>, id: TileId) -> (Tile<'_>, bool) {
     let Task { state, plan, .. } = task;
     let [row_space, col_space] = plan.region(id).spaces;
     let [rows, cols] = plan.ranges(id);
-    // Default keys mask a pair only where both indices are the same: the order of the passages sees to it.
+    // Default keys mask a pair only if both indices are the same, because the order of the passages begins with the positives of the rows.
     let masked = state.masked || (rows.start < cols.end && cols.start < rows.end);
     let tile = Tile {
         rows: rows.len(),
@@ -47,6 +47,7 @@ pub(super) fn view(task: Task<'_>, id: TileId) -> (Tile<'_>, bool) {
     (tile, masked)
 }
 
+/// Computes a tile of cosines and its sums.
 fn visit(task: Task<'_>, id: TileId, x: &mut [f32], panels: &mut [Vec<f32>; 2]) -> TileSums {
     products(task, id, x, panels);
     let (tile, masked) = view(task, id);
@@ -60,7 +61,7 @@ fn visit(task: Task<'_>, id: TileId, x: &mut [f32], panels: &mut [Vec<f32>; 2]) 
     }
 }
 
-/// All sums of the shard. `store`, if given, has room for every tile and receives their cosines.
+/// All sums of the shard. If `store` is given, it has room for every tile, and receives the cosines.
 pub(super) fn partials(task: Task<'_>, mut store: Option<&mut [f32]>, pool: &Pool) -> Result<Partials> {
     let Task { state, batch, plan } = task;
     let mut out = Partials::new(
@@ -93,7 +94,7 @@ pub(super) fn partials(task: Task<'_>, mut store: Option<&mut [f32]>, pool: &Poo
                 })
                 .collect(),
         };
-        // One thread merges, in the order of the tiles: O(edge) work for each against O(edge²·d) above.
+        // One thread merges, in the order of the tiles. That is O(edge) work for each tile, beside O(edge²·d) above.
         for (&id, sums) in wave.iter().zip(&sums) {
             merge(&mut out, task, id, sums);
         }
@@ -101,16 +102,17 @@ pub(super) fn partials(task: Task<'_>, mut store: Option<&mut [f32]>, pool: &Poo
     Ok(out)
 }
 
+/// Adds the sums of a tile to those of its anchors' rows.
 fn merge(out: &mut Partials, task: Task<'_>, id: TileId, tile: &TileSums) {
     let Task { state, plan, .. } = task;
     let region = plan.region(id);
-    let edges = [(&tile.rows, &tile.rows_above), (&tile.cols, &tile.cols_above)];
-    for (edge, (sums, above)) in edges.into_iter().enumerate() {
-        if !region.anchors[edge] {
+    let axes = [(&tile.rows, &tile.rows_above), (&tile.cols, &tile.cols_above)];
+    for (axis, (sums, above)) in axes.into_iter().enumerate() {
+        if !region.anchors[axis] {
             continue;
         }
-        let (space, block, range) = (region.spaces[edge], region.blocks[edge], &plan.ranges(id)[edge]);
-        // Ranks belong to the two directions of retrieval, not to same-tower blocks.
+        let (space, block, range) = (region.spaces[axis], region.blocks[axis], &plan.ranges(id)[axis]);
+        // Metrics are of the two directions of retrieval, so same-tower blocks have no ranks.
         let mut ranks = match block {
             Block::QP => Some(&mut out.above[0]),
             Block::PQ => Some(&mut out.above[1]),

@@ -1,4 +1,4 @@
-//! Raw embeddings as the passes read them: norms first, then f32 panels, without a copy where none is needed.
+//! Raw embeddings as the passes read them: their norms, and panels of f32, which are copies only if need be.
 
 use super::matmul::MatRef;
 use super::simd::{widen_bf16, widen_f16};
@@ -11,27 +11,27 @@ use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Norms outside 2^±RANGE make an f32 product of two raw embeddings lose bits or overflow; such a tower is read scaled.
+/// If a norm is outside 2^±RANGE, f32 products of raw embeddings may lose bits or overflow. So the tower is scaled as it is read.
 const RANGE: i32 = 30;
 
-/// What is known of one tower's rows: O(rows), independent of the borrow of the embeddings.
+/// Norms of a tower: O(rows) numbers. They do not borrow the embeddings.
 #[derive(Debug, Clone)]
 pub(super) struct Norms {
     /// 1/‖x‖ of each row; 0 for a row of norm zero under [`ZeroNorm::ZeroGradient`].
     pub inverse: Vec<f64>,
-    /// Exponent e of each row, read as x·2^−e; `None` where every row is read as it is.
+    /// Exponent e of each row, which is read as x·2^−e; `None` if every row is read as it is.
     pub shift: Option<Vec<i32>>,
 }
 
 impl Norms {
-    /// Squares are summed in f64, which neither overflows nor underflows for any f32.
+    /// Norms of all rows. Squares are summed in f64, in which those of an f32 neither overflow nor underflow.
     pub(super) fn new(tower: Tower, x: Embeddings<'_>, policy: ZeroNorm) -> Result<Self> {
         let mut inverse = vec![0.0; x.rows()];
         inverse.par_iter_mut().enumerate().for_each(|(row, inverse)| *inverse = sum_of_squares(x, row));
         let mut wild = false;
         for (row, value) in inverse.iter_mut().enumerate() {
             if !value.is_finite() {
-                // Squares of finite f32 numbers stay finite in f64, so the row itself holds NaN or an infinity.
+                // Squares of finite f32 numbers are finite in f64, so the row itself holds NaN or an infinity.
                 let bad = x.row_to_f64(row)?.into_iter().enumerate().find(|(_, v)| !v.is_finite());
                 let (column, value) = bad.unwrap_or((0, *value));
                 return Err(Error::NonFinite { tower, row, column, value });
@@ -51,7 +51,7 @@ impl Norms {
         Ok(Self { inverse, shift })
     }
 
-    /// 1/‖x·2^−e‖ of row `row`: what scales a product of panels to a cosine.
+    /// 1/‖x·2^−e‖ of a row. It scales products of panels to cosines.
     pub(super) fn panel_inverse(&self, row: usize) -> f32 {
         (self.inverse[row] * self.shift.as_ref().map_or(1.0, |s| f64::from(s[row]).exp2())) as f32
     }
@@ -79,7 +79,7 @@ pub(super) fn dot(x: Embeddings<'_>, x_row: usize, y: Embeddings<'_>, y_row: usi
     }
 }
 
-/// Σ f over the items with eight running sums: a single one is a chain of dependent additions.
+/// Σ f over the items, in eight running sums. Additions to a single one would have to wait for each other.
 pub(super) fn lanes<T>(mut items: impl ExactSizeIterator<Item = T>, f: impl Fn(T) -> f64) -> f64 {
     let mut sums = [0.0; 8];
     while items.len() >= sums.len() {
@@ -90,7 +90,7 @@ pub(super) fn lanes<T>(mut items: impl ExactSizeIterator<Item = T>, f: impl Fn(T
     sums.iter().sum::<f64>() + items.map(f).sum::<f64>()
 }
 
-/// One tower in the index space of the tiles.
+/// The embeddings of one tower, by the indices of its space.
 #[derive(Clone, Copy)]
 pub(super) struct Panels<'a> {
     pub x: Embeddings<'a>,
@@ -100,12 +100,12 @@ pub(super) struct Panels<'a> {
 }
 
 impl<'a> Panels<'a> {
-    /// Whether panels are views of the caller's memory.
+    /// Whether panels are views of the caller's memory, not copies.
     pub(super) fn is_direct(&self) -> bool {
         matches!(self.x.data(), Data::F32(_)) && self.norms.shift.is_none() && self.order.is_none()
     }
 
-    /// Rows `rows` (indices of the space) and columns `cols` as f32: a view where possible, else widened into `scratch`.
+    /// Rows `rows` (indices of the space) and columns `cols` as f32. It is a view if possible, else a copy in `scratch`.
     pub(super) fn panel<'s>(&self, rows: Range<usize>, cols: Range<usize>, scratch: &'s mut Vec<f32>) -> MatRef<'s>
     where
         'a: 's,
@@ -125,7 +125,7 @@ impl<'a> Panels<'a> {
                 Data::BF16(x) => widen_bf16(out, x[at].reinterpret_cast()),
             }
             if let Some(shift) = &self.norms.shift {
-                // In f64: 2^−e alone can exceed f32 for a subnormal row.
+                // This is in f64, because 2^−e of a subnormal row can be too large for f32.
                 let scale = f64::from(-shift[row]).exp2();
                 out.iter_mut().for_each(|v| *v = (f64::from(*v) * scale) as f32);
             }

@@ -1,9 +1,9 @@
-//! What host and kernels share: structs, parameters, constants. Each is declared here and in kernels/, by the same name. The files in
-//! kernels/ say what each means. tests/cuda_abi.rs compares names, types, order, sizes and values with the PTX and with the C++ of the
-//! emulator. Padding is a member of a struct, so that the order of members says where they lie.
+//! What host and kernels share: structs, parameters, constants. Each is declared here and in kernels/, which says what it means.
+//! tests/cuda_abi.rs compares names, types, order, sizes and values with the PTX and with the C++ of the emulator. Padding of a struct is
+//! a member called `padding`, so the order of the members alone says where they lie.
 //!
-//! For the driver, for tests and for adapters; no part of the stable interface.
-#![allow(missing_docs)] // kernels/ says it
+//! This module is for the driver, for tests and for adapters. It is no part of the stable interface.
+#![allow(missing_docs)] // kernels/ says what each means
 
 use super::schedule::{Address, Argument};
 use crate::candidates;
@@ -16,7 +16,7 @@ pub trait Shared {
     const BYTES: usize;
     /// Appends the value as the kernel finds it in memory.
     fn put(&self, to: &mut Argument);
-    /// As parameters of a kernel: of a struct, one for each member.
+    /// The value as parameters of a kernel. A struct gives one parameter for each member.
     fn parameters(&self) -> Vec<Argument> {
         vec![Argument::of(self)]
     }
@@ -57,7 +57,7 @@ impl<T: Shared, const N: usize> Shared for [T; N] {
     }
 }
 
-/// A count as kernels have it. Plans check that every count fits; a saturated one would be refused by the kernel's own bounds.
+/// A count as kernels have it. Problems and plans bound what they count, so that it fits. A larger number would saturate.
 pub(super) fn number(count: usize) -> u32 {
     count.try_into().unwrap_or(u32::MAX)
 }
@@ -104,7 +104,8 @@ constants! {
     usize: MAX_CUTS = 8, MAX_SUPER_BLOCKS = 8;
     u32: TYPE_F32 = DType::F32.code(), TYPE_F16 = DType::F16.code(), TYPE_BF16 = DType::BF16.code();
     u32: PACK_F16 = 0, PACK_F16X3 = 1, PACK_F32 = 2;
-    // Threads and shared memory of the kernels that visit rows; rows of their blocks; numbers that a block of `combine` leaves.
+    // Threads and shared memory of a thread block of the kernels that visit rows; rows of a thread block; numbers that a thread block of
+    // `combine` leaves for the last one.
     u32: REDUCE_THREADS = 256, REDUCE_BYTES = 64;
     usize: ROWS_PER_BLOCK = 8, COMBINED_ROWS = 64, FOUND = 11;
     // Words of the array `status`.
@@ -187,7 +188,7 @@ structs! {
     }
 }
 
-/// Parameters of kernels. A kernel has those of every list whose name its own begins with, in order.
+/// Lists of parameters of kernels. A kernel has the parameters of every list whose name begins its own name, in the order of the lists.
 #[allow(non_camel_case_types)] // the names of the kernels
 pub mod kernels {
     use super::*;

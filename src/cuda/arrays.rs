@@ -21,7 +21,7 @@ pub(super) struct TowerArrays {
 }
 
 impl TowerArrays {
-    /// The packed row of an index.
+    /// Where in the packed embeddings the row of an index is.
     pub(super) fn packed_row(&self, index: u32) -> u32 {
         let abi::Packing { index: starts, row: rows, parts, .. } = &self.packing;
         let mut parts = starts.iter().zip(rows).take(*parts as usize).rev();
@@ -32,10 +32,10 @@ impl TowerArrays {
 /// Arrays of the state and the side data.
 pub(super) struct Common {
     pub(super) positives: abi::Positives,
-    /// But for what it needs of the towers.
+    /// Parameters of `combine`. Those that depend on the towers are not set yet.
     pub(super) combine: abi::Combine,
     pub(super) anchor_row: Address,
-    // Null where the order of the passages is the identity.
+    // These three are null where the order of the passages is the identity.
     pub(super) anchor_index: Address,
     pub(super) occurrence_start: Address,
     pub(super) occurrences: Address,
@@ -48,11 +48,11 @@ pub(super) struct Common {
 pub(super) struct Skipping {
     pub(super) masses: Address,
     pub(super) skipped: Address,
-    /// log₂ of η for each of the candidates that a row meets.
+    /// log₂ of the share of a row's softmax that may be skipped for each candidate that the row meets: η over their number.
     pub(super) log2_share: f64,
 }
 
-/// Where sums of gradients are collected: in the output itself where its type and order allow.
+/// Where the sums of a tower's gradients are collected. That is the output itself if its type, stride and order allow it.
 pub(super) struct Sums {
     pub(super) address: Address,
     pub(super) stride: usize,
@@ -153,7 +153,7 @@ impl Launches<'_> {
         }
     }
 
-    /// Gives every square that may be skipped its place; none if the options ask for no skipping, or there is no such square.
+    /// Gives every square that may be skipped its place. `None` if the call asks for no skipping, or if no square may be skipped.
     fn skipping(&mut self) -> Option<Skipping> {
         let Layouts { problem, tile, division, .. } = self.layouts;
         let share = problem.call().tile_skipping()?;
@@ -162,7 +162,8 @@ impl Launches<'_> {
             self.first_squares.insert(block.number, squares);
             squares += block.squares(tile.tiling());
         }
-        // Of a row in all its blocks, itself and its positive among them, so that shares of tiles add up to η at the most.
+        // The candidates that a row meets in all its blocks. They include the row itself and its positive, so the shares of all squares
+        // add up to η at most.
         let (m, n, _) = problem.shape();
         let candidates = |block: &Block| if matches!(block, Block::QP | Block::PP) { n } else { m };
         let met: usize = Block::ALL.iter().filter(|b| problem.call().loss().uses(**b)).map(candidates).sum();
@@ -200,9 +201,9 @@ impl Launches<'_> {
         let visited = passage_order.map_or(Address::Null, |o| self.side_array("order", o));
         let (mut index, mut row) = ([0; MAX_CUTS], [0; MAX_CUTS]);
         let (parts, padded) = match tile.kernels().packing {
-            // A tile that begins at the last index reads a tile's rows from there on.
+            // A tile may begin at the last index. It reads as many rows from there on as a tile has, so the rows are padded by a tile.
             Packing::Rows => (1, (indices + tile.edge()).next_multiple_of(ROWS_PER_BLOCK)),
-            // Every part begins at a whole square, so that tiles are whole eights of rows.
+            // Every part begins at a multiple of a square's length. So every tile begins at a multiple of eight rows, as wgmma demands.
             Packing::Panels => {
                 let cuts = &crate::regions::cuts(&problem.rows, order, m)[space as usize];
                 let mut padded = 0;
@@ -226,9 +227,10 @@ impl Launches<'_> {
             packed: workspace(packed, plane * problem.arithmetic().planes()),
             plane: plane as u64,
             inverse: workspace(inverse, f32::BYTES * indices),
-            // By which a backward call knows the embeddings of the forward call.
+            // A backward call compares norms with these, to know whether it was given the embeddings of the forward call.
             inverse_norm: at(self.layout.add(Slot::State, inverse_norm, f64::BYTES * indices)),
-            // A shard's sums are exchanged before `combine` reads them, and the workspace may serve others meanwhile.
+            // These are part of the state. Shards exchange sums before `combine` reads the faults, and meanwhile another call may use the
+            // workspace.
             faults: at(self.layout.add(Slot::State, faults, <[u32; 2]>::BYTES * indices)),
             row_pitch: row_pitch as u64,
             panel: panel as u64,
@@ -252,7 +254,7 @@ impl Launches<'_> {
         (self.layouts.problem.dim * self.layouts.problem.arithmetic().bytes()).next_multiple_of(128)
     }
 
-    /// Range of a space that has gradients in this shard.
+    /// Indices of a space that have gradients in this shard.
     pub(super) fn gradient_range(&self, k: usize) -> std::ops::Range<usize> {
         if k == 0 { self.layouts.problem.rows.clone() } else { 0..self.layouts.order.len() }
     }
@@ -265,7 +267,7 @@ impl Launches<'_> {
         let bytes = ((rows - 1) * row_stride + problem.dim) * dtype.bytes();
         let output = self.layout.add(slot, name, bytes);
         let range = self.gradient_range(k);
-        // Pairs of sums are stored at once, so rows of f32 must begin at multiples of 8 bytes.
+        // Kernels store two sums at once, so rows of sums must begin at multiples of 8 bytes.
         let in_place = dtype == DType::F32 && row_stride % 2 == 0 && (k == 0 || order.passage.is_none());
         self.gradient_alignment[k] = if in_place { 8 } else { dtype.bytes() as u64 };
         let (id, stride) = if in_place {
@@ -274,7 +276,7 @@ impl Launches<'_> {
             let stride = problem.dim.next_multiple_of(2);
             (self.layout.add(Slot::Workspace, ["query_sums", "passage_sums"][k], 4 * range.len() * stride), stride)
         };
-        // Kernels address by index; the first one of a shard is not 0.
+        // Kernels address sums by index. The first index of a shard may be above 0, so the address is as far before the array.
         Some(Sums { address: Address::In(id, -((4 * range.start * stride) as i64)), stride, output: at(output) })
     }
 }

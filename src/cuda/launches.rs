@@ -1,4 +1,4 @@
-//! From a plan's waves to launches.
+//! Turns the waves of a plan into launches.
 
 use super::abi::{self, MAX_CUTS, MAX_SUPER_BLOCKS, REDUCE_BYTES, REDUCE_THREADS, Shared, kernels, number};
 use super::arrays::{Common, Skipping, Sums, TowerArrays};
@@ -17,17 +17,17 @@ pub(super) struct Launches<'a> {
     pub side: Vec<u8>,
     pub partials: Vec<Launch>,
     pub combine: Vec<Launch>,
-    /// Both, with the last wave merged and the sums combined in one launch.
+    /// `partials` and then `combine`, but one launch merges the last wave and combines the sums.
     pub forward: Vec<Launch>,
     pub repack: Vec<Launch>,
     pub backward: Vec<Launch>,
-    /// Launches of `backward` that read what is kept, by their index, and what computes the same without.
+    /// For each launch of `backward` that reads stored cosines, its index, and a launch that recomputes them instead.
     pub recomputing: Vec<(usize, Launch)>,
     pub bounded_bytes: usize,
     pub gradient_alignment: [u64; 2],
-    /// Of super-blocks, by number, whose squares may be skipped: the first.
+    /// For each super-block whose squares may be skipped, by its number: the place of its first square.
     pub first_squares: HashMap<usize, usize>,
-    /// Of super-blocks, by number, that keep their cosines: the first element.
+    /// For each super-block whose cosines are stored, by its number: the place of its first cosine.
     pub first_cosines: HashMap<usize, u64>,
     pub cosines: Option<ArrayId>,
 }
@@ -92,21 +92,21 @@ impl<'a> Launches<'a> {
         Ok(this)
     }
 
-    /// Gradients of logits begin at `element`.
+    /// A wave as kernels see it. The gradients of its logits begin at `element`.
     fn wave(&self, wave: &[SuperBlock], towers: &[TowerArrays; 2], mut element: usize) -> abi::Wave {
         let tile = self.layouts.tile.tiling();
         let (mut first_tile, mut partial, mut blocks) = (0, 0, [abi::SuperBlock::default(); MAX_SUPER_BLOCKS]);
         for (s, block) in wave.iter().zip(&mut blocks) {
-            let [row, col] = [0, 1].map(|edge| abi::Edge {
-                begin: number(s.ranges[edge].start),
-                end: number(s.ranges[edge].end),
-                space: s.spaces[edge] as u32,
-                block: number(s.blocks[edge].index()),
-                anchors: s.anchors[edge],
-                sums: s.sums[edge],
-                gradients: s.gradients[edge],
-                tiles: number(s.tiles_along(edge, tile)),
-                packed: towers[s.spaces[edge] as usize].packed_row(number(s.ranges[edge].start)),
+            let [row, col] = [0, 1].map(|axis| abi::Edge {
+                begin: number(s.ranges[axis].start),
+                end: number(s.ranges[axis].end),
+                space: s.spaces[axis] as u32,
+                block: number(s.blocks[axis].index()),
+                anchors: s.anchors[axis],
+                sums: s.sums[axis],
+                gradients: s.gradients[axis],
+                tiles: number(s.tiles_along(axis, tile)),
+                packed: towers[s.spaces[axis] as usize].packed_row(number(s.ranges[axis].start)),
             });
             let [triangle, ranks, counted] = s.flags();
             let [row_partials, col_partials] = s.partials(tile);
@@ -147,7 +147,8 @@ impl<'a> Launches<'a> {
         abi::Beta { high, low: (exact - f64::from(high)) as f32 }
     }
 
-    /// A launch of a kernel that is compiled for every arithmetic and tile; clusters take `squares` in turn.
+    /// A launch of a kernel that is compiled for every arithmetic and tile. There is a thread block for each of `tiles`; or as many
+    /// clusters as the device holds, which take the `squares` in turn.
     fn tiled(&self, pass: Pass, arithmetic: Arithmetic, tiles: u32, squares: usize) -> Launch {
         let tile = self.layouts.tile;
         let (kernel, module) = pass.kernel(arithmetic, tile);
@@ -158,7 +159,7 @@ impl<'a> Launches<'a> {
         Launch::new(module, kernel, [blocks, 1], tile.threads()).shared(tile.shared_bytes(pass, arithmetic))
     }
 
-    /// Squares of 256 x 256 in a wave.
+    /// Squares of a wave that clusters visit.
     fn squares(&self, wave: &[SuperBlock]) -> usize {
         wave.iter().map(|s| s.tiles(self.layouts.tile.step())).sum()
     }
@@ -192,24 +193,25 @@ impl<'a> Launches<'a> {
             }
             self.partials.push(self.combine_launch(towers, common, wave, m, false));
         }
-        // Of sums that are complete: adds no wave to what is there.
+        // For sums that are complete already. This launch merges no wave.
         let nothing = abi::Merge { partials, counts, anchor_index: Address::Null, tile: 1, first: false };
         let no_wave = self.wave(&[], towers, 0);
         self.combine.push(self.combine_launch(towers, common, no_wave, nothing, true));
     }
 
-    /// Squares of a wave that may be skipped, mirror images included; `None` if there are none.
+    /// Number of squares of a wave that may be skipped, mirror images included; `None` if there are none.
     fn squares_to_judge(&self, wave: &Wave) -> Option<u32> {
         let judged = wave.iter().filter(|s| self.first_squares.contains_key(&s.number));
         let squares: usize = judged.map(|s| s.squares(self.layouts.tile.tiling())).sum();
         (squares > 0).then_some(squares as u32)
     }
 
+    /// A launch of a kernel that decides about squares, or counts them.
     fn judge(&self, kernel: &str, blocks: u32) -> Launch {
         Launch::new("skip_squares", kernel, [blocks, 1], REDUCE_THREADS).shared(REDUCE_BYTES)
     }
 
-    /// Which squares the gradient leaves out, once the coefficients are known.
+    /// Decides which squares the gradient leaves out. It needs the coefficients, so it comes after `combine`.
     fn choose_step(&mut self, towers: &[TowerArrays; 2], common: &Common) {
         let Some(Skipping { masses, skipped, log2_share }) = common.skipping else { return };
         let (towers_of_kernels, results) = (self.towers(towers), common.combine.results);
@@ -239,7 +241,8 @@ impl<'a> Launches<'a> {
         self.forward.extend(chosen);
     }
 
-    /// Gives the last wave's dots.
+    /// For each wave, adds the launches of its gradients of logits and of their products. Returns the dots of the last wave, which the
+    /// projection adds up. A dot is a tile's part of ∂L/∂β.
     fn gradient_pass(
         &mut self,
         towers: &[TowerArrays; 2],
@@ -254,7 +257,8 @@ impl<'a> Launches<'a> {
         let (gradients, skipped) = (at(gradients), common.skipping.map_or(Address::Null, |s| s.skipped));
         let mut last_dots = abi::Dots { dots: at(dots), results, count: 0, first: true };
         for (k, super_blocks) in division.backward.iter().enumerate() {
-            // What is kept comes first. Either part has its own launch, and its places behind those of the other.
+            // Super-blocks whose cosines are stored come first and have a launch of their own. The others have another launch, whose
+            // gradients and dots lie behind those of the first.
             let kept = super_blocks.iter().take_while(|s| self.first_cosines.contains_key(&s.number)).count();
             let (mut element, mut dot_count) = (0, 0);
             for part in [&super_blocks[..kept], &super_blocks[kept..]].into_iter().filter(|part| !part.is_empty()) {
@@ -287,7 +291,7 @@ impl<'a> Launches<'a> {
                 dot_count += if tile.kernels().persistent { 2 * squares } else { wave.tiles as usize };
             }
             last_dots = abi::Dots { count: number(dot_count), first: k == 0, ..last_dots };
-            // The projection adds those of the last.
+            // `project` adds up the dots of the last wave itself.
             if k + 1 < division.backward.len() {
                 let launch = Launch::new("project", "sum_dots", [1, 1], REDUCE_THREADS).shared(REDUCE_BYTES);
                 self.backward.push(launch.parameters(&kernels::sum_dots { dots: last_dots }));
@@ -303,7 +307,7 @@ impl<'a> Launches<'a> {
         last_dots
     }
 
-    /// Outputs of the products, and the number of blocks of threads, or of squares of clusters.
+    /// Outputs of the products, and their number of tiles: thread blocks, or squares that clusters take in turn.
     fn product(&self, sums: &[Option<Sums>; 2], accumulate: bool) -> (abi::Product, u32) {
         let Layouts { problem, order, tile, .. } = self.layouts;
         let tile = tile.step();

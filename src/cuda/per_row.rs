@@ -1,14 +1,15 @@
-//! Launches around the heavy passes, a row or an embedding at a time: `prepare`, `combine`, `project`.
+//! Launches of the kernels that work a row or an embedding at a time, around the matrix products: `prepare`, `combine`, `project`.
 
 use super::abi::{self, COMBINED_ROWS, REDUCE_BYTES, REDUCE_THREADS, ROWS_PER_BLOCK, kernels, number};
 use super::arrays::{Common, Sums, TowerArrays};
 use super::launches::Launches;
 use super::schedule::{Address, Launch};
 
-/// Shared memory of a block of `combine`.
+/// Shared memory of a thread block of `combine`.
 const COMBINE_BYTES: u32 = 2816;
 
 impl Launches<'_> {
+    /// Packs both towers. The forward call also wants the cosines of the positives; a backward call that packs again does not.
     pub(super) fn prepare(&mut self, towers: &[TowerArrays; 2], common: &Common) {
         let of = towers.each_ref().map(|tower| tower.packing);
         let blocks = of.iter().map(|packing| packing.padded / number(ROWS_PER_BLOCK)).sum();
@@ -20,7 +21,7 @@ impl Launches<'_> {
         self.repack.push(launch(false));
     }
 
-    /// Merges the partials of a wave, and combines the sums if `complete`.
+    /// Merges the partial sums of a wave. If they are `complete` with it, combines them.
     pub(super) fn combine_launch(
         &self,
         towers: &[TowerArrays; 2],
@@ -41,7 +42,7 @@ impl Launches<'_> {
             .parameters(&kernels::combine { wave, m, c })
     }
 
-    /// The last launch.
+    /// Adds the last launch, which turns sums of gradients into the gradients of the raw embeddings.
     pub(super) fn projection(
         &mut self,
         towers: &[TowerArrays; 2],

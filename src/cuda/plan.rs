@@ -1,7 +1,7 @@
-//! What will run: tile, super-blocks, waves, where everything lies. A pure function of the problem; needs no GPU.
+//! The plan of a call: its tile, super-blocks and waves, and where everything lies. It follows from the problem alone, and needs no GPU.
 //!
-//! Regions (src/regions.rs) are cut into super-blocks whose gradients of logits fit the workspace; as many super-blocks as fit
-//! together form a wave. Each pass makes a launch for each wave, one block of threads for each tile.
+//! Regions (src/regions.rs) are cut into super-blocks whose gradients of logits fit the workspace. As many super-blocks as fit together
+//! form a wave. Each pass has a launch for each wave. In it, a thread block computes one tile, or clusters take squares of tiles in turn.
 
 use super::DEFAULT_WORKSPACE_BYTES;
 use super::launches::Launches;
@@ -14,7 +14,7 @@ use crate::problem::Problem;
 use crate::super_blocks::least_edge;
 use std::fmt;
 
-/// Every array begins at a multiple of this, as allocations do; copies of 16 bytes need 16.
+/// Every array begins at a multiple of this, as allocations of CUDA do. Kernels copy 16 bytes at once, so a multiple of 16 would do.
 pub(super) const ARRAY_ALIGNMENT: u64 = 256;
 
 /// Places of arrays in slots.
@@ -33,7 +33,7 @@ impl Layout {
         ArrayId(self.arrays.len() - 1)
     }
 
-    /// Lays out two groups of arrays of the workspace over each other.
+    /// Lays out two groups of arrays of the workspace over each other, because they are never in use at the same time.
     pub(super) fn overlay<A, B>(&mut self, a: impl FnOnce(&mut Self) -> A, b: impl FnOnce(&mut Self) -> B) -> (A, B) {
         let start = self.ends[Slot::Workspace as usize];
         let first = a(self);
@@ -45,7 +45,7 @@ impl Layout {
     }
 }
 
-/// What a call launches, on what memory. Prints itself.
+/// What a call launches, and on what memory. A plan can be printed.
 #[derive(Debug, Clone)]
 pub struct Plan {
     arrays: Vec<Array>,
@@ -79,8 +79,8 @@ impl Plan {
     /// The plan of one call.
     ///
     /// # Errors
-    /// [`Error::WorkspaceTooSmall`] if the bound of the options does not hold one tile, or cuts the work into more than 16,384
-    /// super-blocks; [`Error::InvalidArgument`] for [`Tile::Cluster`] without [`Architecture::Sm90a`](super::Architecture::Sm90a).
+    /// [`Error::WorkspaceTooSmall`] if the workspace of the call does not hold one tile, or cuts the work into more than 16,384
+    /// super-blocks. [`Error::InvalidArgument`] for [`Tile::Cluster`] without [`Architecture::Sm90a`](super::Architecture::Sm90a).
     pub fn new(problem: &Problem<'_>) -> Result<Self> {
         let (m, n, d) = problem.shape();
         let order = Order::new(&problem.pairs);
@@ -91,7 +91,7 @@ impl Plan {
         let given = problem.workspace_bytes.unwrap_or(DEFAULT_WORKSPACE_BYTES);
         let tile = problem.tile(|tile| needed(tile) <= given)?;
         let needed = needed(tile);
-        // Without a bound of the caller's, batches beyond a million pairs take what they need.
+        // If the caller sets no bound, batches of more than a million pairs take more than the default, as much as they need.
         let bound = problem.workspace_bytes.unwrap_or(given.max(needed));
         if needed > bound {
             return Err(Error::WorkspaceTooSmall { given, needed, rows: m, passages: n, dim: d });
@@ -149,7 +149,7 @@ impl Plan {
         &self.forward
     }
 
-    /// The sums of the shard's rows. A shard merges those of the others into the array `sums` before [`Plan::combine`].
+    /// The partial sums of the shard. A shard merges those of the others into the array `sums` before [`Plan::combine`].
     pub fn partials(&self) -> &[Launch] {
         &self.partials
     }
@@ -159,14 +159,14 @@ impl Plan {
         &self.combine
     }
 
-    /// Gradients, after [`Plan::forward`] with the same state, and with a workspace that nothing has touched since: packed embeddings
-    /// and kept cosines are still there.
+    /// Gradients. They follow [`Plan::forward`] with the same state and the same workspace. Nothing may touch the workspace in between,
+    /// because it holds packed embeddings and stored cosines.
     pub fn backward(&self) -> &[Launch] {
         &self.backward
     }
 
-    /// Gradients, after [`Plan::forward`] with the same state and any workspace: packs the embeddings again, and computes every cosine
-    /// again. The same bits as those of [`Plan::backward`].
+    /// Gradients. They follow [`Plan::forward`] with the same state and any workspace, because they pack the embeddings again and compute
+    /// every cosine again. The bits are those of [`Plan::backward`].
     pub fn backward_alone(&self) -> &[Launch] {
         &self.backward_alone
     }
@@ -181,17 +181,17 @@ impl Plan {
         self.slot_alignment[slot as usize]
     }
 
-    /// What the slot `Side` holds: keys, weights, the order of the passages. To be copied to the device once for each plan.
+    /// What the slot `Side` holds: keys, weights, the order of the passages. The caller copies it to the device once for each plan.
     pub fn side_data(&self) -> &[u8] {
         &self.side
     }
 
-    /// Bytes of the workspace that the options bound, kept cosines among them: all but packed embeddings and sums of gradients.
+    /// Bytes of the workspace that the caller bounds: all but packed embeddings and sums of gradients. Stored cosines are among them.
     pub fn bounded_bytes(&self) -> usize {
         self.bounded_bytes
     }
 
-    /// Edge of a tile.
+    /// The tile that the kernels multiply at once.
     pub fn tile(&self) -> Tile {
         self.tile
     }
@@ -201,14 +201,14 @@ impl Plan {
         self.arithmetic
     }
 
-    /// Squares of cosines, each the unit that a block of threads or a cluster computes: how many the first pass keeps for
-    /// [`Plan::backward`], and how many have gradients.
+    /// Numbers of squares of cosines, of which a thread block or a cluster computes one at a time: those that the first pass stores for
+    /// [`Plan::backward`], and all that have gradients.
     pub fn kept_squares(&self) -> [usize; 2] {
         self.kept_squares
     }
 
-    /// Floating-point operations of the matrix products of forward and backward, products of planes counted once: for SamToNe on the
-    /// query side 12 B²d, or 9 if all cosines are kept.
+    /// Floating-point operations of the matrix products of forward and backward. A product of several planes counts once. For
+    /// `samtone_query` there are 12 B²d, or 9 if all cosines are stored.
     pub fn flops(&self) -> f64 {
         self.flops
     }
@@ -256,7 +256,7 @@ mod tests {
         Plan::new(&change(Problem::new(call.pairs(rows, rows).unwrap(), dtype, 768).unwrap())).unwrap()
     }
 
-    /// What small batches wait for.
+    /// The number of launches decides how long small batches take.
     #[test]
     fn a_wave_is_six_launches_and_each_further_one_five() {
         let launches = |plan: &Plan| {
@@ -271,11 +271,11 @@ mod tests {
         ] {
             let plan = plan(rows, DType::BF16, change);
             assert_eq!((plan.waves, launches(&plan)), ([1, 1], one.map(String::from).to_vec()), "{plan}");
-            // A shard's sums are exchanged in between, which takes one more; packing again takes one.
+            // Shards exchange sums between `partials` and `combine`, which takes one more launch. Packing again takes one, too.
             assert_eq!(plan.partials().len() + plan.combine().len(), plan.forward().len() + 1);
             assert_eq!(plan.backward_alone().len(), plan.backward().len() + 1);
         }
-        // As docs/cuda.md says.
+        // docs/cuda.md says this.
         for dtype in [DType::BF16, DType::F16, DType::F32] {
             let rows = if dtype == DType::F32 { 6000 } else { 8000 };
             assert_eq!(plan(rows, dtype, |p| p).waves, [1, 1], "{dtype}");
@@ -304,7 +304,7 @@ mod tests {
         assert_eq!(launches(&plan_with(&skipping, 1024, DType::BF16, |p| p)).len(), 9);
     }
 
-    /// Bounds that mean more super-blocks than a plan may have are refused with the least that works.
+    /// A bound that would mean more super-blocks than a plan may have is refused, and the error names the least bound that works.
     #[test]
     fn launches_are_bounded() {
         for (dtype, change) in [
@@ -321,7 +321,7 @@ mod tests {
             };
             assert!(plan(needed - 1).is_err());
             let plan = plan(needed).unwrap();
-            // A wave of each super-block: sums and merge, gradients and their products.
+            // Every super-block is a wave of its own: a launch for sums, one for merging them, one for gradients, one for their products.
             let launches = plan.forward().len() + plan.backward().len();
             assert!((1 << 14..6 << 14).contains(&launches), "{launches} launches");
         }
@@ -329,7 +329,7 @@ mod tests {
 
     #[test]
     fn memory_is_linear_in_the_batch_beyond_the_bound() {
-        // The mark: less than 1 GiB beyond inputs and outputs for 131,072 pairs of dimension 768.
+        // The aim is less than 1 GiB beyond inputs and outputs for 131,072 pairs of dimension 768.
         let extra =
             |plan: &Plan| [Slot::Workspace, Slot::State, Slot::Side].map(|s| plan.slot_bytes(s)).iter().sum::<u64>();
         let (large, half) = (plan(131_072, DType::BF16, |p| p), plan(65_536, DType::BF16, |p| p));
@@ -347,7 +347,7 @@ mod tests {
             let (without, with) = (plan(4096, DType::BF16, change), plan_with(&skipping, 4096, DType::BF16, change));
             assert!(without.array("skipped").is_none() && without.array("square_masses").is_none());
             assert!(without.forward().iter().all(|launch| launch.module != "skip_squares"), "{without}");
-            // S, and the square that holds the triangle of QQ, 20 bytes each.
+            // These are the squares of S, and those of the square around the triangle of QQ. Each takes 20 bytes.
             let squares = 2 * (4096 / edge) * (4096 / edge);
             assert_eq!(with.array("skipped").unwrap().bytes, 4 * squares);
             let more = with.slot_bytes(Slot::State) - without.slot_bytes(Slot::State);

@@ -1,4 +1,4 @@
-//! What is particular to CUDA in a problem: what multiplies, and in tiles of which size.
+//! What only CUDA lets one choose in a problem: the arithmetic, the tile, the architecture, and whether cosines are stored.
 
 use super::waves::bounded_bytes;
 use crate::dtype::DType;
@@ -6,24 +6,27 @@ use crate::error::{Error, Result};
 use crate::problem::Problem;
 use crate::super_blocks::Tiling;
 
-/// What multiplies. Sums of products are f32, rounded to nearest at least every 64 terms, whatever multiplies them.
+/// What multiplies. In all of them, sums of products are f32 and are rounded to nearest at least every 64 terms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Arithmetic {
-    /// Tensor cores on f16. Every row is scaled by a power of two to a norm near 2¹², so bf16 inputs, too, are exact down to 2⁻³⁷
-    /// of their norm. Gradients of logits are rounded to f16, 11 bits: up to 2.7e-4 of the gradients on the golden files, on the
-    /// emulator. But where a negative points as its row's positive does, such as a copy of it without ids, the two cancel but for the
-    /// rounding: in a trained batch with copies that is more than all the rest. So no type has it as its default.
+    /// Tensor cores on f16. Every row is scaled by a power of two to a norm near 2¹², so bf16 inputs are exact down to 2⁻³⁷ of their
+    /// norm, too. Gradients of logits are rounded to the 11 bits of f16. On the golden files this changes gradients by up to 2.7e-4 of
+    /// their size, as measured on the emulator. But it is too much where a negative points in the direction of its row's positive, such as
+    /// a copy of the positive without ids. The gradients of the two cancel but for this rounding, and in a trained batch with copies the
+    /// rounding is larger than all the rest. So it is the default of no type.
     F16,
-    /// As `F16`, but gradients of logits are sums of two f16, 22 bits: 18 B²d operations instead of 12. The default for f16 and bf16.
+    /// Like `F16`, but gradients of logits are sums of two f16, which have 22 bits. That takes 18 B²d operations instead of 12. The
+    /// default of f16 and bf16.
     F16x2,
-    /// Tensor cores on sums of two f16, 22 bits, by three products: 36 B²d operations. The default for f32.
+    /// Tensor cores on sums of two f16, which have 22 bits. Each product takes three of f16, which makes 36 B²d operations. The default of
+    /// f32.
     F16x3,
-    /// Fused multiply-add on f32: slow, for checking the others.
+    /// Fused multiply-add on f32. It is slow, and serves to check the others.
     Exact,
 }
 
 impl Arithmetic {
-    /// As in the names of kernels.
+    /// Its name in the names of kernels.
     pub(super) const fn suffix(self) -> &'static str {
         match self {
             Self::F16 => "f16",
@@ -33,7 +36,7 @@ impl Arithmetic {
         }
     }
 
-    /// The one that computes the same cosines.
+    /// The arithmetic whose kernels compute its cosines. Two that differ in the gradients alone share them.
     pub(super) const fn of_cosines(self) -> Self {
         match self {
             Self::F16x2 => Self::F16,
@@ -41,7 +44,7 @@ impl Arithmetic {
         }
     }
 
-    /// The one that turns the same cosines into the same gradients.
+    /// The arithmetic whose kernels turn its stored cosines into gradients. Two that differ in how cosines are multiplied share them.
     pub(super) const fn of_gradients(self) -> Self {
         match self {
             Self::F16x3 => Self::F16x2,
@@ -77,34 +80,34 @@ impl Arithmetic {
 /// Where the gradient takes its cosines from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Cosines {
-    /// The first pass keeps them in f32, as many as the workspace holds: 9 B²d operations instead of 12, if it holds all. The others
-    /// are recomputed, with the same bits.
+    /// The first pass stores as many as the workspace holds, in f32. The gradient recomputes the others, with the same bits. If the
+    /// workspace holds all, there are 9 B²d operations instead of 12.
     Kept,
-    /// They are multiplied again.
+    /// The gradient recomputes all of them.
     Recomputed,
 }
 
 /// Which kernels a plan may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Architecture {
-    /// Those of compute capability 8.0, which run on every later device too.
+    /// The kernels of compute capability 8.0, which run on every later device, too.
     #[default]
     Sm80,
-    /// Also those of 9.0 (H100, H200), which run on no other device.
+    /// These, and the kernels of 9.0 (H100, H200), which run on no other device.
     Sm90a {
-        /// Multiprocessors of the device, two of which make a cluster: how many clusters share the work. Any number is right.
+        /// Multiprocessors of the device. Two make a cluster, so this says how many clusters share the work. Any number is right.
         multiprocessors: u32,
     },
 }
 
-/// Tile of cosines, which one block of threads computes.
+/// The tile of cosines that a thread block computes at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Tile {
-    /// 64 x 64: more blocks for small batches.
+    /// 64 x 64. Small batches get more thread blocks by it.
     Small,
-    /// 128 x 128: half the traffic for each product.
+    /// 128 x 128. Each product reads half as much memory as with `Small`.
     Large,
-    /// 256 x 256 by a cluster of two blocks, in tiles of 128 x 128: only for [`Architecture::Sm90a`].
+    /// 128 x 128, of which a cluster of two thread blocks computes a square of 256 x 256 together. Only for [`Architecture::Sm90a`].
     Cluster,
 }
 
@@ -184,7 +187,7 @@ impl Tile {
         self.kernels().edge
     }
 
-    /// What one super-block of this tile takes of the bounded workspace in any arithmetic, in bytes.
+    /// Bytes of the bounded workspace that hold the smallest super-block of this tile in every arithmetic.
     fn room(self) -> usize {
         let arithmetics = [Arithmetic::F16, Arithmetic::F16x2, Arithmetic::F16x3, Arithmetic::Exact];
         let bytes = arithmetics.map(|arithmetic| bounded_bytes(self.step(), self.step(), arithmetic));
@@ -195,12 +198,13 @@ impl Tile {
         Tiling { edge: self.edge(), together: self.kernels().together }
     }
 
-    /// What edges of super-blocks, blocks of rows of the sums, and tiles along the dimension are multiples of.
+    /// Length of a square, which kernels visit at once. Super-blocks, blocks of rows of the sums, and tiles along the dimension are cut at
+    /// multiples of it.
     pub(super) const fn step(self) -> usize {
         self.edge() * self.kernels().together
     }
 
-    /// Threads of a block.
+    /// Threads of a thread block.
     pub(super) const fn threads(self) -> u32 {
         self.kernels().threads
     }
@@ -212,7 +216,7 @@ impl Tile {
     }
 }
 
-/// The passes that multiply, and the one that need not.
+/// The kernels that are compiled for every arithmetic and tile. All multiply matrices, but for `KeptGradientTile`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Pass {
     LogSumExp,
@@ -222,7 +226,7 @@ pub(super) enum Pass {
 }
 
 impl Pass {
-    /// Kernel and its file, without `.cu`.
+    /// Name of the kernel, and of its file without `.cu`.
     pub(super) fn kernel(self, arithmetic: Arithmetic, tile: Tile) -> (String, &'static str) {
         let KernelSet { suffix, files: [sums, tiles, products], .. } = tile.kernels();
         let (name, file) = match self {
@@ -239,14 +243,14 @@ impl Pass {
     }
 }
 
-/// Batches of as many queries or more take large tiles; below, small tiles give four times as many blocks of threads to share
-/// among the multiprocessors. From the counts alone (2048² are 256 large tiles, two for each multiprocessor of the largest
-/// GPUs); not measured yet.
+/// Batches of at least this many queries take large tiles. Smaller ones take small tiles, which give the multiprocessors four times as
+/// many thread blocks to share. The number follows from counts: 2048² cosines are 256 large tiles, two for each multiprocessor of the
+/// largest GPUs. It has not been measured yet.
 const LARGE_TILE_ROWS: usize = 2048;
-/// Likewise for clusters: 2048² are 64 squares, about as many as there are clusters.
+/// Batches of at least this many queries take clusters: 2048² cosines are 64 squares, about as many as a device has clusters.
 const CLUSTER_ROWS: usize = 2048;
 
-/// What a caller may choose; the plan does otherwise.
+/// What a caller may choose. The plan chooses what is `None`.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Choice {
     arithmetic: Option<Arithmetic>,
@@ -255,32 +259,34 @@ pub(crate) struct Choice {
     cosines: Option<Cosines>,
 }
 
-/// How the CUDA backend computes it.
+/// How the CUDA backend computes a problem.
 impl Problem<'_> {
-    /// Another arithmetic than the default of the type: `F16x3` and `Exact` hold every type, `F16` and `F16x2` round f32.
+    /// Another arithmetic than the default of the type. `F16x3` and `Exact` hold embeddings of every type. `F16` and `F16x2` round those
+    /// of f32.
     pub fn with_arithmetic(mut self, arithmetic: Arithmetic) -> Self {
         self.cuda.arithmetic = Some(arithmetic);
         self
     }
 
-    /// Another tile than the plan would take. [`Plan::new`](super::Plan::new) refuses [`Tile::Cluster`] without
-    /// [`Architecture::Sm90a`]; [`Arithmetic::Exact`] has [`Tile::Small`] alone and takes that.
+    /// Another tile than the plan would take. [`Plan::new`](super::Plan::new) refuses [`Tile::Cluster`] without [`Architecture::Sm90a`].
+    /// [`Arithmetic::Exact`] exists for [`Tile::Small`] alone, and takes it whatever is asked for.
     pub fn with_tile(mut self, tile: Tile) -> Self {
         self.cuda.tile = Some(tile);
         self
     }
 
-    /// A workspace bound, if there is one, of at least what one super-block of `tile` takes in any arithmetic: for whoever chooses
-    /// the tile and not the bound.
+    /// Raises the bound on the workspace, if there is one, to what the smallest super-block of `tile` takes in any arithmetic. It is for
+    /// callers who choose the tile, but not the bound.
     pub fn with_room_for(mut self, tile: Tile) -> Self {
         self.workspace_bytes = self.workspace_bytes.map(|bytes| bytes.max(tile.room()));
         self
     }
 
-    /// Keeps cosines for the gradient or computes them again, whatever the plan would do: it keeps them where that saves time, by its
-    /// own estimate. Loss and metrics alone want [`Cosines::Recomputed`]: whatever is kept for a gradient is written in vain then.
+    /// Says whether cosines are stored for the gradient or recomputed. By itself a plan stores them where it estimates that this saves
+    /// time. Callers of loss and metrics alone want [`Cosines::Recomputed`], because nothing reads stored cosines then.
     ///
-    /// The workspace of a plan that keeps holds smaller waves, and so adds the terms of a gradient up in another order.
+    /// Stored cosines leave less of the workspace to waves. Smaller waves add the terms of a gradient up in another order, so its last
+    /// bits may differ.
     pub fn with_cosines(mut self, cosines: Cosines) -> Self {
         self.cuda.cosines = Some(cosines);
         self
@@ -297,21 +303,21 @@ impl Problem<'_> {
         })
     }
 
-    /// Kernels that a plan may take. [`Plan`](super::Plan) takes those of 8.0 unless told; whatever plans for a device takes the
-    /// device's own.
+    /// Says which kernels the plan may take. The default is [`Architecture::Sm80`]. Calls that make the plan for a device take the kernels
+    /// of that device.
     pub fn with_architecture(mut self, architecture: Architecture) -> Self {
         self.cuda.architecture = Some(architecture);
         self
     }
 
-    /// The same on a device, unless the caller chose.
+    /// The problem on a device of this architecture, unless the caller chose another.
     #[cfg(feature = "cuda")]
     pub(super) fn on(mut self, architecture: Architecture) -> Self {
         self.cuda.architecture.get_or_insert(architecture);
         self
     }
 
-    /// Clusters that share the work of kernels of 9.0.
+    /// Number of clusters that share the work of the kernels of 9.0; 0 without these kernels.
     pub(super) fn clusters(&self) -> usize {
         match self.cuda.architecture.unwrap_or_default() {
             Architecture::Sm80 => 0,
@@ -319,8 +325,8 @@ impl Problem<'_> {
         }
     }
 
-    /// The tile that a plan takes: the one chosen, or the first by size whose smallest super-block the workspace holds; if none
-    /// does, the last.
+    /// The tile that a plan takes: the caller's choice, or else the largest that suits the batch and whose smallest super-block the
+    /// workspace holds. If it holds none of these, the smallest tile.
     pub(super) fn tile(&self, fits: impl Fn(Tile) -> bool) -> Result<Tile> {
         let (hopper, m) = (self.clusters() > 0, self.pairs.rows());
         Ok(match (self.cuda.tile, self.arithmetic()) {

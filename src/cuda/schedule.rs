@@ -1,5 +1,5 @@
-//! What a call does on a device, as data: arrays in a few slots of memory, and launches in order. A driver resolves addresses
-//! and enqueues; the emulator of the tests gives each array a buffer of its own, so that an access outside of it is seen.
+//! What a call does on a device, as data: arrays in a few slots of memory, and launches in order. A driver turns addresses into pointers
+//! and enqueues the launches. The emulator of the tests gives each array a buffer of its own, so that it detects any access outside.
 
 use super::abi::Shared;
 use std::fmt;
@@ -15,7 +15,7 @@ pub enum Slot {
     Side,
     /// What a forward call leaves for the backward call, and the results: O(M) numbers.
     State,
-    /// Scratch of one call.
+    /// Memory that nothing outlives a call in. But a backward call may read what its forward call left there.
     Workspace,
     /// ∂L/∂q.
     QueryGradient,
@@ -26,7 +26,7 @@ pub enum Slot {
 }
 
 impl Slot {
-    /// All of them.
+    /// All slots.
     pub const ALL: [Self; 8] = [
         Self::Query,
         Self::Passage,
@@ -53,12 +53,12 @@ impl Slot {
     }
 }
 
-/// A part of a slot that holds one thing. Arrays of the workspace overlap where their lifetimes do not.
+/// A part of a slot that holds one thing. Arrays of the workspace may overlap if they are never in use at the same time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Array {
-    /// For messages and for whoever looks for it.
+    /// Its name in messages, and for [`Plan::array`](super::Plan::array).
     pub name: &'static str,
-    /// Where it is.
+    /// The slot that it is in.
     pub slot: Slot,
     /// First byte in the slot.
     pub offset: u64,
@@ -73,16 +73,16 @@ pub struct ArrayId(pub usize);
 /// A pointer that a kernel gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Address {
-    /// The null pointer: the kernel has a default for what is not there.
+    /// The null pointer. The kernel has a default for an array that is not there.
     Null,
-    /// So many bytes from the start of an array; before it, if a kernel only ever adds to the pointer.
+    /// An address that many bytes from the start of an array. It may lie before the array: kernels add an offset before they use it.
     In(ArrayId, i64),
 }
 
-/// One parameter of a kernel: its bytes, in which pointers are still zero.
+/// One parameter of a kernel: its bytes, in which pointers are zero until a driver fills them in.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Argument {
-    /// As in memory, little-endian.
+    /// The bytes in memory, little-endian.
     pub bytes: Vec<u8>,
     /// Byte offset and value of every pointer in it.
     pub pointers: Vec<(usize, Address)>,
@@ -101,13 +101,13 @@ impl Argument {
 pub struct Launch {
     /// Entry point in the PTX.
     pub kernel: String,
-    /// File of `kernels/` it is in, without `.cu`.
+    /// The file of `kernels/` that has it, without `.cu`.
     pub module: &'static str,
-    /// Blocks along x and y.
+    /// Thread blocks along x and y.
     pub grid: [u32; 2],
-    /// Threads of a block.
+    /// Threads of a thread block.
     pub threads: u32,
-    /// Dynamic shared memory of a block.
+    /// Dynamic shared memory of a thread block, in bytes.
     pub shared_bytes: u32,
     /// Parameters in order.
     pub arguments: Vec<Argument>,
@@ -123,7 +123,7 @@ impl Launch {
         self
     }
 
-    /// Adds parameters after those that are there.
+    /// Appends parameters.
     pub(super) fn parameters(mut self, parameters: &impl Shared) -> Self {
         self.arguments.extend(parameters.parameters());
         self

@@ -1,8 +1,8 @@
-//! Super-blocks and waves of a plan, and whose cosines the first pass keeps for the gradient instead of having them computed again.
+//! Super-blocks and waves of a plan, and which super-blocks have their cosines stored for the gradient.
 //!
-//! Waves and kept cosines share one bound: the more is kept, the smaller the waves, and the more often sums of gradients are read and
-//! written. So a few sizes of waves are tried, and the one with the lowest cost taken. Which cosines are kept decides no bit of the
-//! results, only what multiplies; the size of the waves decides the order of sums.
+//! Waves and stored cosines share one bound. The more cosines are stored, the smaller are the waves, and the more often are sums of
+//! gradients read and written. So a plan tries a few sizes of waves and takes the one of the lowest cost. A stored cosine has the bits of
+//! a recomputed one. But the size of the waves decides in which order gradients are added up, and so their last bits.
 
 use super::abi::{self, MAX_SUPER_BLOCKS, NOT_KEPT, Shared};
 use super::launches::{Launches, at};
@@ -15,30 +15,36 @@ use crate::regions;
 use crate::super_blocks::{SuperBlock, super_blocks};
 use std::ops::Range;
 
-/// Bytes of a partial sum and its count.
+/// Bytes of a partial sum and of its count of negatives above the positive.
 pub(super) const PARTIAL_BYTES: usize = abi::Partial::BYTES + u32::BYTES;
 
-/// Terms of a cosine that cost as much as keeping it, by planes of gradients: the smallest dimension at which plans keep. Of a block's
-/// half of a square an H200 reads 128 KiB of cosines and writes 64 KiB of gradients, 128 KiB in two planes, in 6.0 or 8.0 µs (4.3 TB/s
-/// over 132 multiprocessors); to multiply again takes it 9.1 ns for each term and 2.2 µs of epilogue (docs/hopper.md), which is even at
-/// 420 or 640 terms; on an H100 (3.35 TB/s) at 610 or 890. What the first pass writes, 128 KiB in 4.0 or 5.2 µs, is hidden behind its own
-/// products from 430 terms on. From the counts alone; not measured yet.
+/// Plans store cosines of at least this many terms (the dimension, times what a product costs: see [`terms`]), because cosines of fewer
+/// terms are recomputed faster than they are read. The first number is for gradients of one plane, the second for two planes.
+///
+/// The numbers follow from counts for a thread block's half of a square. They have not been measured yet.
+///
+/// - Stored: an H200 reads 128 KiB of cosines and writes 64 KiB of gradients, or 128 KiB in two planes. At 4.3 TB/s, shared by 132
+///   multiprocessors, that takes 6.0 or 8.0 µs.
+/// - Recomputed: it multiplies for 9.1 ns per term, and needs 2.2 µs for the rest (docs/hopper.md). Both are equal at 420 or 640 terms,
+///   and on an H100, which has 3.35 TB/s, at 610 or 890.
+/// - The first pass writes the 128 KiB in 4.0 µs (H200) or 5.2 µs (H100). From 430 terms on, its own products take longer than that.
 const LEAST_TERMS: [usize; 2] = [640, 768];
-/// Terms that cost as much as a wave's reading and writing one sum of a gradient: 8 bytes at 4.3 TB/s, products at 790 TFLOP/s.
+/// Terms of a cosine that take as long to multiply (at 790 TFLOP/s) as a wave takes to read and write one sum of a gradient: 8 bytes at
+/// 4.3 TB/s.
 const TERMS_OF_A_SUM: usize = 740;
 
 /// Super-blocks that a launch visits together.
 pub(super) type Wave = Vec<SuperBlock>;
 
-/// What is computed together, and what is kept.
+/// Which super-blocks are computed together, and which have their cosines stored.
 pub(super) struct Division {
     pub forward: Vec<Wave>,
     pub backward: Vec<Wave>,
-    /// So many super-blocks of the backward waves, in order, keep their cosines.
+    /// Number of super-blocks whose cosines are stored. They are the first of the backward waves.
     pub kept: usize,
 }
 
-/// Elements of a super-block's kept cosines (kernels/common/cosines.cuh): whole squares.
+/// Number of cosines that are stored for a super-block, in whole squares (kernels/common/cosines.cuh).
 pub(super) fn kept_elements(block: &SuperBlock, tile: Tile) -> usize {
     block.tiles(tile.step()) * tile.step() * tile.step()
 }
@@ -47,7 +53,8 @@ fn kept_bytes(block: &SuperBlock, tile: Tile) -> usize {
     size_of::<f32>() * kept_elements(block, tile)
 }
 
-/// Terms of a cosine on the tensor cores; fused multiply-adds of f32 take about twelve times as long.
+/// What a cosine costs, in terms of one product of f16 on the tensor cores. `F16x3` has three products for each term. Fused multiply-adds
+/// of f32 take about twelve times as long.
 fn terms(problem: &Problem<'_>) -> usize {
     let times = match problem.arithmetic() {
         Arithmetic::F16 | Arithmetic::F16x2 => 1,
@@ -62,7 +69,7 @@ fn least_terms(problem: &Problem<'_>) -> usize {
 }
 
 impl Division {
-    /// The one of least cost, within the bound. Waves have `least` bytes or more.
+    /// The division of least cost within `bound`. Its waves may have at least `least` bytes, which hold the smallest super-block.
     pub(super) fn best(problem: &Problem<'_>, order: &Order, tile: Tile, bound: usize, least: usize) -> Self {
         let chosen = problem.cosines();
         let keeps =
@@ -80,7 +87,7 @@ impl Division {
         smaller.fold(whole, |best, next| if rank(&next) < rank(&best) { next } else { best })
     }
 
-    /// Waves of at most `wave_bytes`, and what fits beside them kept.
+    /// Waves of at most `wave_bytes`. The cosines of as many super-blocks as fit beside the largest wave are stored.
     fn new(problem: &Problem<'_>, order: &Order, tile: Tile, bound: usize, wave_bytes: usize, keeps: Cosines) -> Self {
         let (m, arithmetic) = (problem.pairs.rows(), problem.arithmetic());
         let regions = regions::regions(problem.call().loss(), &problem.rows, order, m);
@@ -103,19 +110,19 @@ impl Division {
         Self { forward, backward, kept }
     }
 
-    /// The super-blocks that keep their cosines, and the others with gradients.
+    /// The super-blocks whose cosines are stored, and the others that have gradients.
     fn backward_blocks(&self) -> [impl Iterator<Item = &SuperBlock>; 2] {
         [0..self.kept, self.kept..usize::MAX]
             .map(|range: Range<usize>| self.backward.iter().flatten().skip(range.start).take(range.end - range.start))
     }
 
-    /// The super-blocks that keep their cosines.
+    /// The super-blocks whose cosines are stored.
     pub(super) fn kept_blocks(&self) -> impl Iterator<Item = &SuperBlock> {
         let [kept, _] = self.backward_blocks();
         kept
     }
 
-    /// Squares whose cosines are kept, and all that have gradients.
+    /// Number of squares whose cosines are stored, and of all squares that have gradients.
     pub(super) fn squares(&self, tile: Tile) -> [usize; 2] {
         let [kept, others] = self.backward_blocks().map(|blocks| blocks.map(|s| s.tiles(tile.step())).sum::<usize>());
         [kept, kept + others]
@@ -129,10 +136,11 @@ impl Division {
             - spared
     }
 
-    /// What the division has an influence on, in terms of cosines: of the cosines in the backward pass, and of the waves' sums.
+    /// Those costs that depend on the division, in terms of cosines: what the backward pass spends on reading or recomputing cosines, and
+    /// what the waves spend on sums of gradients.
     fn cost(&self, problem: &Problem<'_>, tile: Tile) -> [f64; 2] {
         let [kept, others] = self.backward_blocks().map(|blocks| blocks.map(|s| kept_elements(s, tile)).sum::<usize>());
-        // Forced to keep, a plan keeps as much as it can, whatever that costs.
+        // If the caller wants cosines stored, a plan stores as many as it can, whatever that costs.
         let of_kept = if problem.cosines().is_some() { 0 } else { least_terms(problem) };
         let sums: usize = self.backward.iter().map(sums_of).sum();
         let cosines = kept as f64 * of_kept as f64 + others as f64 * terms(problem) as f64;
@@ -140,13 +148,13 @@ impl Division {
     }
 }
 
-/// Rows of sums that a wave adds to.
+/// Number of rows of sums of gradients that a wave adds to.
 fn sums_of(wave: &Wave) -> usize {
     let mut ranges: Vec<(usize, usize, usize)> = Vec::new();
     for block in wave {
-        for edge in 0..2 {
-            let range = (block.spaces[edge] as usize, block.ranges[edge].start, block.ranges[edge].end);
-            if block.gradients[edge] && !ranges.contains(&range) {
+        for axis in 0..2 {
+            let range = (block.spaces[axis] as usize, block.ranges[axis].start, block.ranges[axis].end);
+            if block.gradients[axis] && !ranges.contains(&range) {
                 ranges.push(range);
             }
         }
@@ -154,25 +162,25 @@ fn sums_of(wave: &Wave) -> usize {
     ranges.iter().map(|(_, start, end)| end - start).sum()
 }
 
-/// Bytes of a wave that is one super-block of rows x cols indices, in the pass that takes more.
+/// Bytes of the workspace for a wave of one super-block of `rows` x `cols` indices, in the first or third pass, whichever takes more.
 pub(super) fn bounded_bytes(rows: usize, cols: usize, arithmetic: Arithmetic) -> usize {
     let (bytes, planes) = (arithmetic.bytes(), arithmetic.gradient_planes());
-    // Partials of the smallest tile, 64: two edges, each a number for every 64 elements.
+    // Partial sums of the smallest tile, whose edge is 64. Along each of the two axes there is one for every 64 cosines.
     let partials = rows * cols / 64 * 2 * PARTIAL_BYTES;
     let dots = rows * cols / (64 * 64) * size_of::<f64>();
     partials.max(rows * cols * bytes * planes + dots) + 3 * ARRAY_ALIGNMENT as usize
 }
 
 fn bytes_of(block: &SuperBlock, tile: Tile, arithmetic: Arithmetic) -> usize {
-    let [rows, cols] = [0, 1].map(|edge| block.tiles_along(edge, tile.tiling()) * tile.edge());
+    let [rows, cols] = [0, 1].map(|axis| block.tiles_along(axis, tile.tiling()) * tile.edge());
     bounded_bytes(rows, cols, arithmetic)
 }
 
-/// The longest edge, in indices, of a square super-block that the bound holds.
+/// The length, in indices, of the largest square super-block that the bound holds.
 fn longest_edge(arithmetic: Arithmetic, tile: Tile, bound: usize) -> usize {
     let step = tile.step();
-    let fits = |edge: usize| bounded_bytes(edge, edge, arithmetic) <= bound;
-    let (mut low, mut high) = (1, (1 << 26) / step); // in tiles: a super-block of `low` fits, one of `high` is out of reach
+    let fits = |length: usize| bounded_bytes(length, length, arithmetic) <= bound;
+    let (mut low, mut high) = (1, (1 << 26) / step); // in steps; a super-block of length `low` fits, one of `high` does not
     while high - low > 1 {
         let middle = (low + high) / 2;
         if fits(middle * step) { low = middle } else { high = middle }
@@ -180,7 +188,8 @@ fn longest_edge(arithmetic: Arithmetic, tile: Tile, bound: usize) -> usize {
     low * step
 }
 
-/// Super-blocks in order, as many in each wave as the bound and a launch allow; at least one wave, which may be empty.
+/// Waves of super-blocks in their order, with as many in each wave as the bound and a launch allow. There is at least one wave, which may
+/// be empty.
 fn waves(blocks: impl Iterator<Item = SuperBlock>, tile: Tile, arithmetic: Arithmetic, bound: usize) -> Vec<Wave> {
     let mut waves = vec![Wave::new()];
     let mut used = 0;
@@ -200,7 +209,7 @@ fn waves(blocks: impl Iterator<Item = SuperBlock>, tile: Tile, arithmetic: Arith
 }
 
 impl Launches<'_> {
-    /// Gives the cosines that are kept their places; the bytes that they take.
+    /// Gives the stored cosines of each super-block their place. Returns the bytes that they take.
     pub(super) fn keep_cosines(&mut self) -> usize {
         let mut elements = 0;
         for block in self.layouts.division.kept_blocks() {
@@ -279,13 +288,14 @@ mod tests {
             assert_eq!(share(&default(rows, 768)), 1.0, "{}", default(rows, 768));
             assert_eq!(share(&default(rows, 256)), 0.0, "{}", default(rows, 256));
         }
-        // 1.5 · 8192² cosines are 403 MB of 537: with waves of the rest, or two thirds with larger ones. Where gradients take two planes of
-        // f16, a wave of all of them would be another 403 MB, and smaller waves cost more than kept cosines save.
+        // 1.5 · 8192² cosines take 403 MB of 537. A plan may store them all and give the waves the rest, or store two thirds and have
+        // larger waves. If gradients take two planes of f16, a wave of all of them takes another 403 MB, and smaller waves cost more than
+        // stored cosines save.
         let one_plane = |rows, dim, workspace| plan(rows, dim, workspace, |p| p.with_arithmetic(Arithmetic::F16));
         let most = one_plane(8192, 768, DEFAULT_WORKSPACE_BYTES);
         assert!(share(&most) > 0.6, "{most}");
         assert_eq!(share(&plan(8192, 768, 1 << 30, |p| p)), 1.0);
-        // 6.4 GB: what half a gigabyte would hold is not worth smaller waves.
+        // All cosines take 6.4 GB. What half a gigabyte holds of them is not worth smaller waves.
         assert_eq!(share(&default(32_768, 1024)), 0.0, "{}", default(32_768, 1024));
         assert_eq!(share(&plan(32_768, 1024, 8 << 30, |p| p)), 1.0);
         let most = one_plane(32_768, 1024, 4 << 30);
@@ -319,7 +329,7 @@ mod tests {
         }
     }
 
-    /// What the waves leave over is used.
+    /// Stored cosines use all that the waves leave of the workspace.
     #[test]
     fn the_next_super_block_would_not_fit() {
         let call = Call::new(Loss::samtone_query(), 0.01);

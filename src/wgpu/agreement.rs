@@ -1,6 +1,6 @@
-//! What the shaders and the host both say is the same: `Params`, sizes and places of what lies in buffers, codes, constants.
-//! Read off the shaders by the compiler of wgpu.
-#![allow(clippy::panic)] // a check that cannot be made has failed
+//! Tests that shaders and host agree: on `Params`, on sizes and places of what lies in buffers, on codes and constants. The compiler of
+//! wgpu (naga) reads those of the shaders.
+#![allow(clippy::panic)] // a check that cannot be made counts as a failure
 
 use super::dispatches::PARTIAL_WORDS;
 use super::layout::{LANES, RESULT_WORDS, STAGE, STATUS_BYTES};
@@ -15,7 +15,7 @@ use crate::mask::COSINE_TIE;
 use crate::problem::Problem;
 use naga::{Literal, ScalarKind, TypeInner};
 
-/// Every variant that some device gets.
+/// Every variant that a plan may choose for some device.
 fn variants() -> impl Iterator<Item = Variant> {
     let device = |bits: u32| Capabilities {
         f16: bits & 1 != 0,
@@ -26,6 +26,7 @@ fn variants() -> impl Iterator<Item = Variant> {
     (0..8).map(move |bits| device(bits).variant(DType::F16))
 }
 
+/// A module with `more` behind it, compiled.
 fn parse(module: Module, variant: Variant, more: &str) -> naga::Module {
     let source = module.source(variant, false) + more;
     naga::front::wgsl::parse_str(&source).unwrap_or_else(|e| panic!("{}", e.emit_to_string(&source)))
@@ -122,7 +123,7 @@ fn constants_are_the_same() {
         }
         same(Module::GradientProduct, "EDGE", variant.tile() as f64);
         assert!(4.0 * constant(combine, variant, "STATUS_WORDS") <= STATUS_BYTES as f64);
-        // As src/wgpu/driver/step.rs promises them to callers.
+        // `Step::state` promises callers these places.
         assert_eq!(results::FIRST_BYTE, 256);
         for (name, k, word) in [
             ("LOSS", 0, results::LOSS),
@@ -141,7 +142,8 @@ fn constants_are_the_same() {
     }
 }
 
-/// Arrays of the state and of the side data follow each other, so their distances are the shaders' sizes times their lengths.
+/// Arrays of the state and of the side data follow each other. So from the start of one to the start of the next is its length times the
+/// size of an element in the shaders.
 #[test]
 fn arrays_have_the_sizes_that_shaders_count_in() {
     let (m, n) = (70, 90);

@@ -1,4 +1,4 @@
-//! Collects dispatches: bindings as windows of slots, parameters as bytes, and the size that each slot needs.
+//! Collects what dispatches need: bindings, which are windows of slots; parameters as bytes; and the size of each slot.
 
 use super::layout::STATUS_BYTES;
 use super::parts::Parts;
@@ -8,11 +8,12 @@ use crate::error::{Error, Result};
 use bytemuck::Pod;
 use std::ops::Range;
 
-/// A bound range of a slot: where it begins among the units that the shader counts in.
+/// A range of a slot that is bound, and where in it lies what was asked for. A binding must begin at a multiple of [`ALIGNMENT`], so it
+/// may begin earlier than that.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Window {
     pub binding: Binding,
-    /// Units from the start of the binding to what was asked for.
+    /// Distance from the start of the binding to what was asked for, in the units that the shader counts in.
     pub base: u32,
 }
 
@@ -35,7 +36,7 @@ impl Recorder {
         }
     }
 
-    /// An error unless the device can allocate a slot of so many bytes; the slot is at least as large from now on.
+    /// Makes the slot at least that many bytes. An error if the device cannot allocate them.
     pub(super) fn reserve(&mut self, slot: Slot, bytes: u64) -> Result<()> {
         let bytes = bytes.next_multiple_of(4);
         if bytes > self.max_buffer_bytes {
@@ -46,10 +47,10 @@ impl Recorder {
         Ok(())
     }
 
-    /// Bytes `range` of a slot for binding `index`, in units of `unit` bytes.
+    /// Binds bytes `range` of a slot as binding `index`. The shader counts in units of `unit` bytes.
     pub(super) fn window(&mut self, index: u32, slot: Slot, range: Range<u64>, unit: u64) -> Result<Window> {
         let offset = range.start / ALIGNMENT * ALIGNMENT;
-        let bytes = (range.end - offset).next_multiple_of(4).max(if unit > 4 { 16 } else { 4 }); // a vector at the least
+        let bytes = (range.end - offset).next_multiple_of(4).max(if unit > 4 { 16 } else { 4 }); // at least one vector
         if bytes > self.max_binding_bytes {
             return Err(beyond(slot, bytes, "bindings", self.max_binding_bytes));
         }
@@ -57,33 +58,34 @@ impl Recorder {
         Ok(Window { binding: Binding { index, slot, offset, bytes }, base: ((range.start - offset) / unit) as u32 })
     }
 
-    /// A whole slot of so many bytes.
+    /// Binds a whole slot, of that many bytes.
     pub(super) fn whole(&mut self, index: u32, slot: Slot, bytes: u64) -> Result<Binding> {
         Ok(self.window(index, slot, 0..bytes, 4)?.binding)
     }
 
-    /// What the shaders call `state`.
+    /// Binds what the shaders call `state`.
     pub(super) fn state(&mut self, index: u32, words: usize) -> Result<Binding> {
         Ok(self.window(index, Slot::State, STATUS_BYTES..STATUS_BYTES + 4 * words as u64, 4)?.binding)
     }
 
-    /// What the shaders call `status`.
+    /// Binds what the shaders call `status`.
     pub(super) fn status(&mut self, index: u32) -> Result<Binding> {
         self.whole(index, Slot::State, 32)
     }
 
-    /// Workgroups for `count` pieces of work, in two dimensions where one does not hold them.
+    /// Workgroups for `count` pieces of work. They have a second dimension if the device does not allow as many in one.
     pub(super) fn grid(&self, count: usize) -> [u32; 2] {
         let count = count.max(1);
         let rows = count.div_ceil(self.max_workgroups as usize);
         [count.div_ceil(rows) as u32, rows as u32]
     }
 
-    /// Most rows of so many bytes each that a window holds.
+    /// How many rows of that many bytes a window holds at most.
     pub(super) fn rows_of(&self, row_bytes: u64) -> usize {
         (self.max_binding_bytes.saturating_sub(ALIGNMENT + 16) / row_bytes.max(1)).max(1) as usize
     }
 
+    /// A dispatch. Its parameters are appended to the uniforms.
     pub(super) fn dispatch<P: Pod>(
         &mut self,
         module: Module,
@@ -95,7 +97,7 @@ impl Recorder {
         let offset = self.uniforms.len().next_multiple_of(ALIGNMENT as usize);
         self.uniforms.resize(offset, 0);
         self.uniforms.extend(bytemuck::bytes_of(&params));
-        // Uniform structs are rounded up to 16 bytes by some compilers.
+        // Some compilers round uniform structs up to 16 bytes.
         let bytes = size_of::<P>().next_multiple_of(16);
         self.uniforms.resize(offset + bytes, 0);
         let uniform = Binding { index: 0, slot: Slot::Uniforms, offset: offset as u64, bytes: bytes as u64 };
@@ -104,6 +106,7 @@ impl Recorder {
     }
 }
 
+/// The error for a part of a slot that is larger than the device allows.
 pub(super) fn beyond(slot: Slot, bytes: u64, what: &str, limit: u64) -> Error {
     Error::Unsupported {
         backend: "wgpu",

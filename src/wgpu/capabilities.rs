@@ -1,4 +1,4 @@
-//! What a device allows, in the numbers that a plan depends on.
+//! What a device allows, as far as plans depend on it.
 
 use super::shaders::{Products, Variant};
 use crate::dtype::DType;
@@ -18,10 +18,10 @@ pub struct Capabilities {
     pub f16: bool,
     /// Whether shaders may exchange within subgroups.
     pub subgroups: bool,
-    /// Whether cooperative matrices multiply.
+    /// What multiplies: cooperative matrices, if the device has them and they were checked.
     pub products: Products,
-    /// From how many queries or passages on tiles of 128 x 128 are taken, where the device has room for them. Smaller batches have
-    /// fewer such tiles than most GPUs have places for workgroups, and the shaders of small tiles compile sooner.
+    /// Batches of at least this many queries or passages take tiles of 128 x 128, if the device has the memory for them. Smaller batches
+    /// would have too few such tiles to occupy most GPUs. Besides, the shaders of small tiles compile sooner.
     pub large_tile_rows: usize,
 }
 
@@ -40,7 +40,7 @@ impl Default for Capabilities {
     }
 }
 
-/// With 2048 queries and passages S has 256 large tiles.
+/// With 2048 queries and as many passages, S has 256 large tiles.
 const LARGE_TILE_ROWS: usize = 2048;
 
 /// Workgroup memory of the shaders with tiles of 128 x 128.
@@ -49,7 +49,7 @@ const LARGE_TILE_BYTES: u32 = 32 << 10;
 impl Capabilities {
     /// The variant that suits the device for large batches of embeddings of a type.
     pub fn variant(&self, dtype: DType) -> Variant {
-        let large_tiles = self.workgroup_bytes >= LARGE_TILE_BYTES; // also what cooperative matrices take
+        let large_tiles = self.workgroup_bytes >= LARGE_TILE_BYTES; // cooperative matrices need as much
         let f16 = self.f16 && dtype.bytes() == 2;
         let cooperative = self.products != Products::Fma && f16 && self.subgroups && large_tiles;
         Variant {

@@ -1,4 +1,4 @@
-//! From super-blocks to dispatches: windows of buffers, parameters, workgroups.
+//! Turns super-blocks into dispatches: windows of buffers, parameters, workgroups.
 
 use super::bindings::Recorder;
 use super::layout::{LANES, Layout, Sums, Tower};
@@ -50,7 +50,7 @@ impl<'a> Dispatches<'a> {
         Ok(this)
     }
 
-    /// What slots must hold, whichever windows of them are bound.
+    /// Makes slots as large as their whole content, because dispatches may bind only parts of it.
     fn reserve(&mut self) -> Result<()> {
         for tower in self.towers {
             let elements = (tower.rows - 1) * tower.row_stride + self.parts.problem.dim;
@@ -73,7 +73,7 @@ impl<'a> Dispatches<'a> {
         self.recorder.state(index, self.layout.state_words)
     }
 
-    /// Packed rows of these indices.
+    /// Binds the packed rows of these indices. Returns where the first one begins in the binding, too.
     pub(super) fn packed(&mut self, index: u32, tower: &Tower, range: &Range<usize>) -> Result<(Binding, u32)> {
         let row = tower.packed_row_bytes() as u64;
         let bytes = range.start as u64 * row..range.end as u64 * row;
@@ -81,23 +81,24 @@ impl<'a> Dispatches<'a> {
         Ok((window.binding, window.base))
     }
 
-    /// Packed rows of these indices, and as many more as whole tiles have, where products read those.
+    /// The same. Cooperative matrices read whole tiles, so it binds as many more rows as whole tiles have.
     fn packed_tiles(&mut self, index: u32, tower: &Tower, range: &Range<usize>) -> Result<(Binding, u32)> {
         let whole = range.start..range.start + range.len().next_multiple_of(self.parts.variant.tile());
         self.packed(index, tower, if self.cooperative() { &whole } else { range })
     }
 
+    /// Whether cooperative matrices multiply.
     fn cooperative(&self) -> bool {
         self.parts.variant.products != Products::Fma
     }
 
-    /// `count` pieces of work in parts that `most` of which can be bound at once.
+    /// Cuts a range into parts of at most `most`, because no more can be bound at once.
     pub(super) fn split(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<usize>> {
         let end = range.end;
         range.step_by(most).map(move |start| start..end.min(start + most))
     }
 
-    /// Parameters and bindings 1 … 4 that both passes over the tiles of a super-block share.
+    /// Parameters and bindings 1 … 4 of a super-block. The sum pass and the gradient pass share them.
     fn tiles(&mut self, s: &SuperBlock) -> Result<(Tiles, [Binding; 4])> {
         let problem = self.parts.problem;
         let (layout, tile) = (self.layout, self.parts.variant.tile());
@@ -110,7 +111,7 @@ impl<'a> Dispatches<'a> {
         let [row_partials, _] = s.partials(tile);
         let candidates = s.spaces.map(|space| layout.candidates[space as usize] / 4);
         let norms = s.spaces.map(|space| layout.norms[space as usize] as u32);
-        let meets = |edge: usize| match (s.anchors[edge], s.blocks[edge].candidates_are_passages()) {
+        let meets = |axis: usize| match (s.anchors[axis], s.blocks[axis].candidates_are_passages()) {
             (false, _) => 0,
             (true, true) => 1,
             (true, false) => 2,
@@ -158,12 +159,13 @@ impl<'a> Dispatches<'a> {
         Ok((params, [left, right, self.side(3)?, self.state(4)?]))
     }
 
-    /// Number of f32 in front of the gradients of a super-block: the dots of its tiles, rounded up to an aligned binding.
+    /// Number of f32 in front of the gradients of a super-block: the dots of its tiles, padded so that a binding may begin behind them. A
+    /// dot is a tile's part of ∂L/∂β.
     fn first_gradient(s: &SuperBlock, tile: usize) -> usize {
         s.tiles(tile).next_multiple_of(64)
     }
 
-    /// β·log₂e in three parts.
+    /// β·log₂e as the sum of three f32.
     fn beta(&self) -> [f32; 3] {
         split(self.parts.problem.call().beta() * std::f64::consts::LOG2_E)
     }
@@ -208,22 +210,22 @@ impl<'a> Dispatches<'a> {
             let grid = self.recorder.grid(s.tiles(tile));
             let bindings = bindings.into_iter().chain([scratch]);
             self.partials.push(self.recorder.dispatch(Module::LogSumExp, "logsumexp", params, bindings, grid));
-            for edge in (0..2).filter(|&edge| s.sums[edge]) {
+            for axis in (0..2).filter(|&axis| s.sums[axis]) {
                 let merge = Combine {
-                    count: s.ranges[edge].len() as u32,
-                    begin: s.ranges[edge].start as u32,
-                    across: s.tiles_along(1 - edge, tile) as u32,
-                    along: (s.tiles_along(edge, tile) * tile) as u32,
+                    count: s.ranges[axis].len() as u32,
+                    begin: s.ranges[axis].start as u32,
+                    across: s.tiles_along(1 - axis, tile) as u32,
+                    along: (s.tiles_along(axis, tile) * tile) as u32,
                     tile: tile as u32,
-                    triangle: if s.triangle { 1 + edge as u32 } else { 0 },
-                    partials: if edge == 0 { params.row_partials } else { params.col_partials },
-                    candidates: self.layout.candidates[s.spaces[edge] as usize],
-                    block_sums: (self.layout.sums + 4 * s.blocks[edge].index() * m) as u32,
+                    triangle: if s.triangle { 1 + axis as u32 } else { 0 },
+                    partials: if axis == 0 { params.row_partials } else { params.col_partials },
+                    candidates: self.layout.candidates[s.spaces[axis] as usize],
+                    block_sums: (self.layout.sums + 4 * s.blocks[axis].index() * m) as u32,
                     ranks: params.ranks,
                     ..Combine::default()
                 };
                 let bindings = [self.side(1)?, self.state(2)?, self.recorder.whole(4, Slot::Scratch, bytes)?];
-                let grid = self.recorder.grid(s.ranges[edge].len().div_ceil(LANES));
+                let grid = self.recorder.grid(s.ranges[axis].len().div_ceil(LANES));
                 self.partials.push(self.recorder.dispatch(Module::Combine, "merge", merge, bindings, grid));
             }
         }
@@ -254,7 +256,7 @@ impl<'a> Dispatches<'a> {
             let (params, bindings) = self.tiles(s)?;
             let start = 4 * u64::from(params.gradient);
             let bytes = start + 4 * s.elements(tile) as u64; // f32, or two planes of f16
-            // Dots and gradients: one array, or two of different types.
+            // Dots and gradients are one array, or with cooperative matrices two arrays of different types.
             let scratch = match self.cooperative() {
                 false => vec![self.recorder.whole(5, Slot::Scratch, bytes)?],
                 true => vec![
@@ -271,13 +273,13 @@ impl<'a> Dispatches<'a> {
             self.backward.push(self.recorder.dispatch(Module::Combine, "sum_dots", sum, bindings, [1, 1]));
             first = false;
 
-            for edge in (0..2).filter(|&edge| s.gradients[edge]) {
-                self.product(s, edge, start..bytes, &mut written)?;
+            for axis in (0..2).filter(|&axis| s.gradients[axis]) {
+                self.product(s, axis, start..bytes, &mut written)?;
             }
         }
         self.clear(&written)?;
         if first {
-            // Nothing has coefficients: no super-block starts the sum.
+            // No super-block has coefficients, so none has started the sum of dots. This makes it 0.
             let sum = Combine { first: 1, ..self.combine_params() };
             let bindings = [self.state(2)?, self.recorder.whole(4, Slot::Scratch, 16)?];
             self.backward.push(self.recorder.dispatch(Module::Combine, "sum_dots", sum, bindings, [1, 1]));
@@ -285,7 +287,7 @@ impl<'a> Dispatches<'a> {
         Ok(())
     }
 
-    /// A window of the sums of these indices.
+    /// Binds the sums of these indices. Returns where the first one begins in the binding, too.
     pub(super) fn sums_window(&mut self, index: u32, sums: &Sums, range: &Range<usize>) -> Result<(Binding, u32)> {
         let row = 4 * sums.stride as u64;
         let (start, end) = ((range.start - sums.first) as u64, (range.end - sums.first) as u64);
@@ -294,26 +296,28 @@ impl<'a> Dispatches<'a> {
         Ok((window.binding, window.base))
     }
 
+    /// Adds the products of a super-block's gradients with embeddings, for the indices along one axis. The first super-block that has a
+    /// range of indices writes their sums, and later ones add to them.
     fn product(
         &mut self,
         s: &SuperBlock,
-        edge: usize,
+        axis: usize,
         gradient: Range<u64>,
         written: &mut [Vec<Range<usize>>; 2],
     ) -> Result<()> {
-        let (space, other) = (s.spaces[edge] as usize, s.spaces[1 - edge] as usize);
+        let (space, other) = (s.spaces[axis] as usize, s.spaces[1 - axis] as usize);
         let Some(sums) = self.sums[space] else { return Ok(()) };
         let (dim, tile) = (self.parts.problem.dim, self.parts.variant.tile());
-        let range = &s.ranges[edge];
+        let range = &s.ranges[axis];
         let (vector_bytes, plane) = if self.cooperative() { (8, s.elements(tile) as u32) } else { (16, 0) };
         let gradients = self.recorder.window(1, Slot::Scratch, gradient, vector_bytes)?;
         let other = self.towers[other];
-        let (packed, packed_base) = self.packed_tiles(2, &other, &s.ranges[1 - edge])?;
+        let (packed, packed_base) = self.packed_tiles(2, &other, &s.ranges[1 - axis])?;
         let (output, sums_base) = self.sums_window(3, &sums, range)?;
         let params = Product {
             zero: 0,
             indices: range.len() as u32,
-            depth: s.ranges[1 - edge].len() as u32,
+            depth: s.ranges[1 - axis].len() as u32,
             gradient_base: gradients.base,
             gradient_vectors: (s.tiles_along(1, tile) * tile / 4) as u32,
             packed_base,
@@ -327,14 +331,14 @@ impl<'a> Dispatches<'a> {
         if params.accumulate == 0 {
             written[space].push(range.clone());
         }
-        let grid = [dim.div_ceil(tile) as u32, range.len().div_ceil(tile) as u32]; // tiles of sums are as large
-        let entry = ["product_rows", "product_columns"][edge];
+        let grid = [dim.div_ceil(tile) as u32, range.len().div_ceil(tile) as u32]; // a tile of sums is as large as one of cosines
+        let entry = ["product_rows", "product_columns"][axis];
         let bindings = [gradients.binding, packed, output];
         self.backward.push(self.recorder.dispatch(Module::GradientProduct, entry, params, bindings, grid));
         Ok(())
     }
 
-    /// Zeros where no super-block has written.
+    /// Writes zeros to all sums that no super-block writes.
     fn clear(&mut self, written: &[Vec<Range<usize>>; 2]) -> Result<()> {
         for (written, sums) in written.iter().zip(self.sums) {
             let Some(sums) = sums else { continue };

@@ -1,5 +1,5 @@
-//! Dispatches that read or write embeddings, in parts that can be bound: packing before the passes over tiles, projection after
-//! them.
+//! Dispatches that read or write embeddings: packing before the passes over tiles, projection after them. Each takes a part of the rows
+//! that can be bound at once.
 
 use super::dispatches::Dispatches;
 use super::layout::{LANES, Tower};
@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::mask::COSINE_TIE;
 
 impl Dispatches<'_> {
+    /// Resets the state, packs both towers, and computes the cosines of the positives.
     pub(super) fn prepare(&mut self) -> Result<()> {
         let problem = self.parts.problem;
         let (m, layout) = (problem.pairs.rows(), self.layout);
@@ -21,10 +22,10 @@ impl Dispatches<'_> {
         for (k, tower) in self.towers.into_iter().enumerate() {
             let row_bytes = (tower.row_stride * tower.element_bytes) as u64;
             let of_packed = self.recorder.rows_of(tower.packed_row_bytes() as u64);
-            // Rows in another order than indices are all bound at once.
+            // If rows are in another order than indices, any index may read any row. So all raw rows are bound at once.
             let most = if tower.in_order { of_packed.min(self.recorder.rows_of(row_bytes)) } else { of_packed };
             for range in Self::split(0..tower.padded, most) {
-                // What is packed as zeros reads no row, but something has to be bound.
+                // Padding reads no raw row, but the binding must not be empty.
                 let first = range.start.min(tower.rows - 1);
                 let rows = if tower.in_order { first..range.end.clamp(first + 1, tower.rows) } else { 0..tower.rows };
                 let end = (rows.end - 1) as u64 * row_bytes + (problem.dim * tower.element_bytes) as u64;
@@ -76,7 +77,7 @@ impl Dispatches<'_> {
                 row_keys: layout.row_keys,
                 positive: layout.positive as u32,
                 anchors: layout.anchors as u32,
-                // No cosine is above 4.
+                // Without a margin it is 4, because no cosine exceeds s⁺ by that much.
                 margin: problem.call().margin().map_or(4.0, |m| (m + COSINE_TIE).clamp(-8.0, 8.0) as f32),
                 ..Prepare::default()
             };
@@ -87,6 +88,7 @@ impl Dispatches<'_> {
         Ok(())
     }
 
+    /// Turns sums of gradients into the gradients of the raw embeddings, and finishes the temperature's.
     pub(super) fn projection(&mut self) -> Result<()> {
         let problem = self.parts.problem;
         let (layout, rows) = (self.layout, problem.rows.clone());
@@ -100,7 +102,7 @@ impl Dispatches<'_> {
             let first = if k == 0 { rows.start } else { 0 };
             let most = self.recorder.rows_of(row_bytes);
             for part in Self::split(first..first + sums.output_rows, most) {
-                // Indices that these rows meet. Passages beyond the last query are nobody's positives.
+                // Indices that these rows meet. In order, row k and passage k are a pair, so passages from M on meet no query.
                 let all = |tower: &Tower| 0..tower.indices;
                 let own_range = if own.in_order { part.clone() } else { all(&own) };
                 let sums_range = if own.in_order { part.clone() } else { sums.first..sums.first + sums.rows };

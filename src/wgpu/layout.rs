@@ -1,4 +1,4 @@
-//! Where things lie in the slots of a plan, and what the side data hold.
+//! Where things lie in the slots of a plan, and what the side data have in them.
 
 use super::parts::Parts;
 use super::schedule::{ALIGNMENT, Slot};
@@ -10,16 +10,16 @@ use crate::mask::Keys;
 use crate::order::Space;
 use bytemuck::Pod;
 
-/// Words of results in front of the state, see shaders/common/state.wgsl.
+/// Words of the results, with which `state` begins: see shaders/common/state.wgsl.
 pub(super) const RESULT_WORDS: usize = 16;
-/// Bytes of the state in front of what the shaders call `state`: the buffer `status`.
+/// Bytes at the beginning of the slot `State`, which the shaders call `status`. What they call `state` follows.
 pub(super) const STATUS_BYTES: u64 = ALIGNMENT;
-/// Rows of a workgroup of `combine`, invocations of every kernel but those of tiles and products.
+/// Invocations of a workgroup of every shader but those of tiles and products. In `combine` each has a row.
 pub(super) const LANES: usize = 64;
-/// Numbers of k that a stage of a tile takes: packed rows are multiples of it.
+/// Elements of each row that a stage of a tile multiplies. The length of packed rows is a multiple of it.
 pub(super) const STAGE: usize = 16;
 
-/// Offsets in words: of `state`, and of `side`.
+/// Where arrays begin, in words of `state` and of `side`.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Layout {
     // state
@@ -32,7 +32,7 @@ pub(super) struct Layout {
     pub row_losses: usize,
     pub group_results: usize,
     pub state_words: usize,
-    // side; NONE where the order of the passages is the identity
+    // side; the last four are NONE if the order of the passages is the identity
     pub row_keys: u32,
     pub weights: u32,
     pub groups: u32,
@@ -90,7 +90,7 @@ impl Layout {
     }
 }
 
-/// Adds `content` to the side data at a multiple of 16 bytes, and gives its first word.
+/// Adds `content` to the side data at a multiple of 16 bytes. Returns its first word.
 fn append<T: Pod>(side: &mut Vec<u8>, content: &[T]) -> u32 {
     side.resize(side.len().next_multiple_of(16), 0);
     let at = side.len() / 4;
@@ -105,13 +105,13 @@ pub(super) struct Tower {
     pub packed: Slot,
     pub indices: usize,
     pub rows: usize,
-    /// Elements.
+    /// Elements from row to row.
     pub row_stride: usize,
     pub element_bytes: usize,
     /// Vectors of four numbers in a packed row.
     pub row_vectors: usize,
     pub vector_bytes: usize,
-    /// Indices, and the rows of zeros behind them that whole tiles may read.
+    /// Number of packed rows: indices, and rows of zeros behind them that whole tiles may read.
     pub padded: usize,
     /// Whether index k is row k.
     pub in_order: bool,
@@ -132,7 +132,7 @@ impl Tower {
             rows,
             row_stride: problem.row_strides[space as usize],
             element_bytes: problem.dtype.bytes(),
-            // Cooperative matrices read whole tiles, wherever those begin.
+            // Cooperative matrices read whole tiles. A tile may begin at any index, also at the last one.
             padded: if variant.products == Products::Fma { indices } else { indices + variant.tile() - 1 },
             row_vectors: d.next_multiple_of(STAGE) / 4,
             vector_bytes: if variant.f16 { 8 } else { 16 },
@@ -145,15 +145,15 @@ impl Tower {
     }
 }
 
-/// Where the sums of a tower's gradient are collected: in the output where its type and order allow.
+/// Where the sums of a tower's gradients are collected. That is the output itself if its type and order allow it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sums {
     pub slot: Slot,
-    /// Elements.
+    /// Elements from row to row.
     pub stride: usize,
-    /// Index of the first row in it.
+    /// The index whose sums come first.
     pub first: usize,
-    /// Rows.
+    /// Number of indices that have sums.
     pub rows: usize,
     pub output: Slot,
     pub output_stride: usize,

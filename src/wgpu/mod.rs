@@ -11,12 +11,12 @@
 //! [4] project    diagonal, tangent, β, output type                        O((M+N)·d)                      project.wgsl
 //! ```
 //!
-//! WGSL has no f64. Where CUDA uses it, shaders use sums of two f32 and f32 with an exponent of their own, and the host sums
-//! up the loss and the metrics of the rows in f64 when it reads them.
+//! WGSL has no f64. Where CUDA uses f64, shaders use sums of two f32, or f32 with an exponent beside it. The host adds up loss and
+//! metrics of the rows in f64 when it reads them.
 //!
-//! Everything that decides what runs is in [`Plan`], a pure function of a [`Problem`](crate::Problem) and of a device's
-//! [`Capabilities`]: buffers, bindings, parameters, workgroups. It needs no GPU and can be exported, which is how a page in a
-//! browser runs the same dispatches.
+//! [`Plan`] has everything that decides what runs: buffers, bindings, parameters, workgroups. It follows from a
+//! [`Problem`](crate::Problem) and a device's [`Capabilities`] alone, and needs no GPU. It can be exported, so a page in a browser can run
+//! the same dispatches.
 
 #[cfg(test)]
 mod agreement;
@@ -44,9 +44,10 @@ pub use readout::Refusal;
 pub use schedule::{ALIGNMENT, Binding, Dispatch, Slot};
 pub use shaders::{Module, Products, Variant};
 
-/// Words of the results in the slot `State`, each an f32, from a byte on. For tests and adapters; no part of the stable interface.
+/// Places of the results in the slot `State`: each is an f32, counted in words from [`FIRST_BYTE`](results::FIRST_BYTE) on. This is for
+/// tests and adapters. It is no part of the stable interface.
 #[doc(hidden)]
-#[allow(missing_docs)] // as shaders/common/state.wgsl says
+#[allow(missing_docs)] // shaders/common/state.wgsl says what each is
 pub mod results {
     pub const FIRST_BYTE: u64 = super::layout::STATUS_BYTES;
     pub const LOSS: usize = 0;
@@ -58,6 +59,5 @@ pub mod results {
     pub const GRAD_LOG_BETA: usize = 6;
 }
 
-/// Default bound on the scratch beyond packed embeddings: 128 MiB, a square of 5760² gradients of logits, as much as every
-/// device can bind.
+/// Default bound on the slot `Scratch`: 128 MiB, which every device can bind. That is the size of about 5760² gradients of logits.
 pub const DEFAULT_WORKSPACE_BYTES: usize = 128 << 20;

@@ -1,4 +1,4 @@
-//! What will run: super-blocks, buffers, dispatches. A pure function of the problem and of what the device allows.
+//! The plan of a call: its super-blocks, buffers and dispatches. It follows from the problem and from what the device allows alone.
 
 use super::bindings::beyond;
 use super::capabilities::Capabilities;
@@ -16,7 +16,7 @@ use crate::regions;
 use crate::super_blocks::{SuperBlock, least_edge, super_blocks};
 use std::fmt;
 
-/// What a call dispatches, on which buffers. Prints itself.
+/// What a call dispatches, and on which buffers. A plan can be printed.
 #[derive(Debug, Clone)]
 pub struct Plan {
     pub(super) slot_bytes: [u64; Slot::ALL.len()],
@@ -67,11 +67,11 @@ impl Plan {
     /// The plan of one call, with a variant of the caller's choice.
     ///
     /// # Errors
-    /// [`Error::WorkspaceTooSmall`] if the bound of the options does not hold one tile, or cuts the work into more than 16,384
-    /// super-blocks; [`Error::Unsupported`] for f16 storage of embeddings of 32 bits, for gradients of 16 bits with an odd row
-    /// stride, and where a buffer would exceed what the device can bind or allocate.
+    /// [`Error::WorkspaceTooSmall`] if the bound of the call does not hold one tile, or cuts the work into more than 16,384 super-blocks.
+    /// [`Error::Unsupported`] for f16 storage of embeddings of 32 bits, for gradients of 16 bits with an odd row stride, and for a buffer
+    /// that is larger than the device can bind or allocate.
     pub fn with_variant(problem: &Problem<'_>, capabilities: &Capabilities, variant: Variant) -> Result<Self> {
-        // Shaders count bytes in u32, also where a device binds more.
+        // Shaders count bytes in u32, so plans bind no more than that counts, although some devices could.
         let max_binding_bytes = capabilities.max_binding_bytes.min(u64::from(u32::MAX) / ALIGNMENT * ALIGNMENT);
         let capabilities = &Capabilities { max_binding_bytes, ..*capabilities };
         let (m, n, d) = problem.shape();
@@ -107,7 +107,7 @@ impl Plan {
                 _ => beyond(Slot::Scratch, needed, "bindings and buffers", bound),
             });
         }
-        // Both edges of a super-block are bound, packed, beside its matrix.
+        // Beside its matrix of gradients, the packed rows and columns of a super-block are each bound at once, and so are their sums.
         let row_bytes = (d.next_multiple_of(16) * if variant.f16 { 2 } else { 4 }) as u64;
         let bindable = capabilities.max_binding_bytes.saturating_sub(ALIGNMENT) / row_bytes;
         let sums_row_bytes =
@@ -176,7 +176,7 @@ impl Plan {
         self.partials.iter().chain(&self.combine)
     }
 
-    /// The sums of the shard's rows. A shard merges those of the others before [`Plan::combine`].
+    /// The partial sums of the shard. A shard merges those of the others before [`Plan::combine`].
     pub fn partials(&self) -> &[Dispatch] {
         &self.partials
     }
@@ -186,27 +186,28 @@ impl Plan {
         &self.combine
     }
 
-    /// Gradients, after [`Plan::forward`], with the same state and packed embeddings and any scratch.
+    /// Gradients. They follow [`Plan::forward`] with the same state and packed embeddings. The slot `Scratch` may hold anything.
     pub fn backward(&self) -> &[Dispatch] {
         &self.backward
     }
 
-    /// Bytes that a slot needs at the least; 0 for one that the call does not use.
+    /// Bytes that a slot needs at the least; 0 for a slot that the call does not use.
     pub fn slot_bytes(&self, slot: Slot) -> u64 {
         self.slot_bytes[slot as usize]
     }
 
-    /// What the slot `Side` holds. To be written once for each plan.
+    /// What the slot `Side` holds. The caller writes it once for each plan.
     pub fn side_data(&self) -> &[u8] {
         &self.side
     }
 
-    /// What the slot `Uniforms` holds. To be written once for each plan.
+    /// What the slot `Uniforms` holds. The caller writes it once for each plan.
     pub fn uniforms(&self) -> &[u8] {
         &self.uniforms
     }
 
-    /// Bytes of the scratch that the options bound: all but packed embeddings, sums of gradients and O(M + N) numbers.
+    /// Bytes of the slot `Scratch`, which the caller bounds. Beyond it there are packed embeddings, sums of gradients and O(M + N)
+    /// numbers.
     pub fn bounded_bytes(&self) -> u64 {
         self.bounded_bytes
     }
@@ -217,12 +218,12 @@ impl Plan {
         self.facts.raw[usize::from(tower == crate::tower::Tower::Passage)]
     }
 
-    /// Which shaders run.
+    /// The variant of the shaders that run.
     pub fn variant(&self) -> Variant {
         self.variant
     }
 
-    /// Floating-point operations of the matrix products of forward and backward: 12 B²d for SamToNe on the query side.
+    /// Floating-point operations of the matrix products of forward and backward: 12 B²d for `samtone_query`.
     pub fn flops(&self) -> f64 {
         self.flops
     }
@@ -247,21 +248,22 @@ impl fmt::Display for Plan {
     }
 }
 
-/// What the scratch may take: the caller's bound, or without one the default or what is `needed`; and what can be bound at once.
+/// Bytes that the slot `Scratch` may take: the caller's bound, or else the default, or what is `needed` if that is more. It is never more
+/// than can be bound at once.
 fn bound(problem: &Problem<'_>, capabilities: &Capabilities, needed: u64) -> u64 {
     let default = needed.max(super::DEFAULT_WORKSPACE_BYTES as u64);
     let bound = problem.workspace_bytes.map_or(default, |b| b as u64);
     bound.min(capabilities.max_binding_bytes).min(capabilities.max_buffer_bytes)
 }
 
-/// The least that the scratch may take: that of a tile, or of super-blocks that are not too many.
+/// The least that the slot `Scratch` may take: room for a tile, or for super-blocks so large that there are not too many of them.
 fn needed(problem: &Problem<'_>, order: &Order, tile: usize) -> u64 {
     let edge = least_edge(problem, order, tile) as u64;
     bounded_bytes(edge, edge)
 }
 
-/// Scratch of a super-block, in the pass that takes more: gradients of logits and a number for each tile. Partial sums are
-/// three words for every edge of 64 elements, a tenth of that.
+/// Scratch of a super-block in the gradient pass: gradients of logits, and a number for each tile. The first pass takes a tenth of that:
+/// three words along each axis for every 64 cosines.
 pub(super) fn bounded_bytes(rows: u64, cols: u64) -> u64 {
     4 * rows * cols + 4 * (rows / 64 + 1) * (cols / 64 + 1) + ALIGNMENT
 }
@@ -279,7 +281,7 @@ mod tests {
     use crate::call::Call;
     use crate::loss::Loss;
 
-    /// Bounds that mean more super-blocks than a plan may have are refused with the least that works.
+    /// A bound that would mean more super-blocks than a plan may have is refused, and the error names the least bound that works.
     #[test]
     fn dispatches_are_bounded() {
         for device in [Capabilities::default(), Capabilities { workgroup_bytes: 32 << 10, ..Capabilities::default() }] {

@@ -1,4 +1,4 @@
-//! From the state's bytes to results: loss and metrics summed up in f64, refusals as errors.
+//! Turns the bytes of a state into results, or into the error for inputs that were refused. It adds up loss and metrics in f64.
 
 use super::layout::{RESULT_WORDS, STATUS_BYTES};
 use super::plan::Plan;
@@ -10,7 +10,7 @@ use crate::partials::{ExpSum, Partials, SAME_COSINE, expect_positives};
 use crate::tower::Tower;
 use std::ops::Range;
 
-// Words of the results, of a sum, and of the status, see shaders/common/state.wgsl.
+// Words of the results, of a sum, and of the status: see shaders/common/state.wgsl.
 pub(super) const SHIFT: usize = 8;
 pub(super) const ACCEPTED: usize = 9;
 pub(super) const UPSTREAM: usize = 10;
@@ -21,21 +21,21 @@ pub(super) const ZERO_NORM: usize = 2; // + 1 for passages
 pub(super) const NO_NEGATIVE: usize = 4;
 pub(super) const NO_NEGATIVE_GROUP: usize = 5;
 
-/// A word of the status that every forward call sets to [`NONE`], and buffers start with as 0.
+/// A word of the status. Every forward call sets it to [`NONE`]. In a new buffer it is 0.
 pub(super) const RAN: usize = 7;
 
-/// Why a call is refused: the lowest row that is wrong. Its results on the device are NaN.
+/// Why a call is refused, and the lowest row that is wrong. The call's results on the device are NaN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
     /// An embedding with a NaN or an infinity.
     NonFinite(Tower, usize),
-    /// An embedding of norm zero, where the options make that an error.
+    /// An embedding of norm zero, if the call says that this is an error.
     ZeroNorm(Tower, usize),
     /// A row of weight above 0 whose softmax is empty: row and group.
     NoNegative(usize, usize),
 }
 
-/// Numbers of the state, by word; the status first.
+/// Reads numbers of the slot `State` by word. Words of the status count from its start, all others from the results on.
 struct State<'a> {
     bytes: &'a [u8],
 }
@@ -62,7 +62,7 @@ impl State<'_> {
     }
 }
 
-/// x·2^n, where 2^n alone may leave the range of f64.
+/// x·2^n. It is multiplied in three steps, because 2^n alone may leave the range of f64.
 fn times_power_of_two(x: f64, n: i32) -> f64 {
     let n = n.clamp(-4000, 4000);
     let third = n / 3;
@@ -70,11 +70,12 @@ fn times_power_of_two(x: f64, n: i32) -> f64 {
 }
 
 impl Plan {
-    /// Bytes of the slot `State` that [`Plan::evaluation`] and the others read: all of it.
+    /// Bytes of the slot `State`. [`Plan::evaluation`] and the other methods that take a state want all of them.
     pub fn state_bytes(&self) -> u64 {
         STATUS_BYTES + 4 * self.layout.state_words as u64
     }
 
+    /// A state on which a forward call has run.
     fn state<'a>(&self, bytes: &'a [u8]) -> Result<State<'a>> {
         let needed = self.state_bytes();
         if (bytes.len() as u64) < needed {
@@ -87,7 +88,7 @@ impl Plan {
         Ok(state)
     }
 
-    /// A state with results.
+    /// A state on which a forward call has run to its end and was not refused.
     fn accepted<'a>(&self, bytes: &'a [u8]) -> Result<State<'a>> {
         let state = self.state(bytes)?;
         if state.word(ACCEPTED) == 0 {
@@ -96,7 +97,7 @@ impl Plan {
         Ok(state)
     }
 
-    /// Why the call whose state these bytes are was refused, if it was.
+    /// Why the call was refused that left this state; `None` if it was not.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for fewer bytes than [`Plan::state_bytes`], [`Error::StateMismatch`] for those of a state on which no
@@ -116,7 +117,7 @@ impl Plan {
         Ok((row != NONE).then_some(Refusal::NoNegative(row as usize, group as usize)))
     }
 
-    /// The error of a refusal; `find` gives column and value of the first element of a row that is not finite.
+    /// The error for a refusal. `find` must give the first element of a row that is not finite: its column and value.
     pub fn error_of(&self, refusal: Refusal, find: impl FnOnce(Tower, usize) -> Result<(usize, f64)>) -> Error {
         match refusal {
             Refusal::NonFinite(tower, row) => match find(tower, row) {
@@ -167,11 +168,12 @@ impl Plan {
         Ok(TemperatureGradient::from_beta(grad_beta, self.facts.beta))
     }
 
+    /// Where the sum of a row in a block is.
     fn sum(&self, block: Block, row: usize) -> usize {
         self.layout.sums + SUM_WORDS * (block.index() * self.facts.weights.len() + row)
     }
 
-    /// The sums of this shard, to be merged with those of the others, from the state after [`Plan::partials`].
+    /// The partial sums of this shard, from the state after [`Plan::partials`]. The caller merges them with those of the other shards.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for fewer bytes than [`Plan::state_bytes`], [`Error::StateMismatch`] for those of a state on which no
@@ -201,22 +203,23 @@ impl Plan {
         places.map(|at| state.float(at) + state.float(at + 1)).collect()
     }
 
-    /// An error unless `partials` are of the embeddings of the last forward call, by the cosines of all rows with their positives,
-    /// from the state after [`Plan::partials`].
+    /// An error unless `partials` are of the problem and the embeddings that left this state with [`Plan::partials`]. It compares the
+    /// cosines of all rows with their positives.
     ///
     /// # Errors
-    /// [`Error::StateMismatch`] that names a row whose cosine differs, or if no forward call has run; [`Error::InvalidArgument`] for
+    /// [`Error::StateMismatch`], which names a row whose cosine differs, or if no forward call has run. [`Error::InvalidArgument`] for
     /// fewer bytes than [`Plan::state_bytes`].
     pub fn check_embeddings(&self, partials: &Partials, state: &[u8]) -> Result<()> {
         partials.expect_problem(&self.facts.identity)?;
         expect_positives(&partials.positive, &self.positives(&self.state(state)?), SAME_COSINE)
     }
 
-    /// Where in the slot `State` merged sums go before [`Plan::combine`], and what. Coefficients come of these sums and of the state's own
-    /// s⁺, so the embeddings must be the same, which [`Plan::check_embeddings`] finds out.
+    /// The range of the slot `State` that must be overwritten with merged sums before [`Plan::combine`], and its new bytes. Coefficients
+    /// are made from these sums and from the s⁺ that are in the state. So the embeddings must be the same; [`Plan::check_embeddings`]
+    /// checks that.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for partials that do not cover all rows, [`Error::StateMismatch`] for those of another problem.
+    /// [`Error::InvalidArgument`] for partial sums that do not cover all rows. [`Error::StateMismatch`] for those of another problem.
     pub fn write_partials(&self, partials: &Partials) -> Result<(Range<u64>, Vec<u8>)> {
         partials.expect_problem(&self.facts.identity)?;
         partials.expect_complete()?;
@@ -242,7 +245,7 @@ fn no_forward(given: &str) -> Error {
     Error::StateMismatch { saved: "no forward call".into(), given: given.into() }
 }
 
-/// A sum near 1 with the exponent to match: merging may have left one that f32 does not hold.
+/// The same sum with a number from 1 to 2 and the exponent to match. Merging may leave a number that is beyond the range of f32.
 fn normalized((sum, exponent): (f64, i32)) -> (f64, i32) {
     if sum == 0.0 || !sum.is_normal() {
         return (0.0, 0);

@@ -1,44 +1,45 @@
-//! What a call does on a device, as data: buffers, and dispatches in order. A driver, or a page in a browser, binds and enqueues.
+//! What a call does on a device, as data: buffers, and dispatches in order. A driver, or a page in a browser, binds the buffers and
+//! enqueues the dispatches.
 
 use super::shaders::Module;
 use std::fmt;
 
 /// A buffer that a call reads or writes, at least [`Plan::slot_bytes`](super::Plan::slot_bytes) of it.
 ///
-/// Within one dispatch, no buffer is bound for reading and for writing at once, as WebGPU demands, if every slot is a buffer of
-/// its own. Query, passage and upstream may share one; so may the two gradients, with each other and with those.
+/// WebGPU demands that no dispatch binds a buffer for reading and for writing at once. That holds if every slot is a buffer of its own. It
+/// still holds if query, passage, upstream and the two gradients share one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Slot {
     /// q, the raw query embeddings, M × d of the problem's type and row stride.
     Query,
-    /// p, the raw passage embeddings, N × d likewise.
+    /// p, the raw passage embeddings, N × d of the problem's type and row stride.
     Passage,
-    /// Parameters of the dispatches, [`Plan::uniforms`](super::Plan::uniforms), written once for each plan. The only uniform buffer.
+    /// Parameters of the dispatches: [`Plan::uniforms`](super::Plan::uniforms), written once for each plan. It is the only uniform buffer.
     Uniforms,
     /// Keys, weights and the order of the passages: [`Plan::side_data`](super::Plan::side_data), written once. Read only.
     Side,
     /// What a forward call leaves for the backward call, and the results: O(M + N) numbers.
     State,
-    /// Packed queries. Kept from forward to backward.
+    /// Packed queries. They must stay from a forward call to its backward call.
     PackedQuery,
-    /// Packed passages. Kept from forward to backward.
+    /// Packed passages. They must stay from a forward call to its backward call.
     PackedPassage,
-    /// Bounded scratch.
+    /// The bounded workspace.
     Scratch,
-    /// Sums of the queries' gradients, where they cannot lie in the output.
+    /// Sums of the queries' gradients, if they cannot lie in the output.
     QuerySums,
-    /// Sums of the passages' gradients, where they cannot lie in the output.
+    /// Sums of the passages' gradients, if they cannot lie in the output.
     PassageSums,
     /// ∂L/∂q, the shard's rows × d, of the type and row stride that the problem asks for.
     QueryGradient,
-    /// ∂L/∂p, N × d likewise.
+    /// ∂L/∂p, N × d, of the type and row stride that the problem asks for.
     PassageGradient,
-    /// One f32: the upstream gradient, where it is on the device. If it is not finite, all gradients are NaN.
+    /// One f32: the upstream gradient, if it is on the device. If it is not finite, all gradients are NaN.
     Upstream,
 }
 
 impl Slot {
-    /// All of them.
+    /// All slots.
     pub const ALL: [Self; 13] = [
         Self::Query,
         Self::Passage,
@@ -74,7 +75,7 @@ impl Slot {
         }
     }
 
-    /// Whether it holds what the caller gives or gets; the others are the plan's own.
+    /// Whether it is the caller's: embeddings, gradients, or the upstream gradient. All others are the plan's own.
     pub const fn is_callers(self) -> bool {
         matches!(self, Self::Query | Self::Passage | Self::QueryGradient | Self::PassageGradient | Self::Upstream)
     }
@@ -93,7 +94,7 @@ pub struct Binding {
     pub bytes: u64,
 }
 
-/// Every binding begins at a multiple of this, which is enough for every device.
+/// Every binding begins at a multiple of this. No device demands more.
 pub const ALIGNMENT: u64 = 256;
 
 /// One dispatch.
@@ -103,7 +104,7 @@ pub struct Dispatch {
     pub module: Module,
     /// Entry point in it.
     pub entry: &'static str,
-    /// Everything the entry point reads and writes, in the order of their numbers; number 0, the parameters, first.
+    /// Everything that the entry point reads and writes, in the order of `index`. The first, with index 0, has the parameters.
     pub bindings: Vec<Binding>,
     /// Workgroups along x and y.
     pub workgroups: [u32; 2],

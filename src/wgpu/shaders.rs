@@ -1,17 +1,17 @@
 //! The shaders: which pieces make a module, and the variants that a device's features and limits allow.
 //!
-//! WGSL has no includes. Every file of `shaders/` is WGSL; a module is some of them, one after the other.
+//! WGSL has no includes. Every file of `shaders/` is a piece of WGSL. A module is some of these files, one after the other.
 
 use std::fmt;
 
 /// How a device stores packed embeddings, how large tiles are, and how workgroups reduce.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Variant {
-    /// Packed embeddings as f16 instead of f32: for inputs of 16 bits on devices with the feature.
+    /// Packed embeddings are f16 instead of f32. This is for inputs of 16 bits on devices with the feature.
     pub f16: bool,
-    /// Tiles of 128 x 128 cosines instead of 64 x 64.
+    /// Tiles have 128 x 128 cosines instead of 64 x 64.
     pub large_tiles: bool,
-    /// Reductions within subgroups by exchanges instead of workgroup memory.
+    /// Workgroups reduce by exchanges within subgroups instead of in workgroup memory.
     pub subgroups: bool,
     /// What multiplies.
     pub products: Products,
@@ -23,10 +23,10 @@ pub enum Products {
     /// Fused multiply-add on f32.
     #[default]
     Fma,
-    /// Cooperative matrices of f16 with f32 sums, where the adapter has them and they pass a check: for f16 storage, with small
-    /// tiles and subgroups. Gradients of logits are the sum of two f16.
+    /// Cooperative matrices of f16 with f32 sums. Plans use them if the adapter has them and they pass a check. They need f16 storage,
+    /// small tiles and subgroups. Gradients of logits are sums of two f16.
     Cooperative,
-    /// The shaders of `Cooperative`, with fragments that need no such matrices: slow, for tests.
+    /// The shaders of `Cooperative`, but with fragments that need no such matrices. They are slow, and serve tests.
     Emulated,
 }
 
@@ -59,18 +59,18 @@ pub enum Module {
     LogSumExp,
     /// combine.wgsl: loss, metrics, coefficients.
     Combine,
-    /// gradient_tile.wgsl: gradients of tiles of cosines.
+    /// gradient_tile.wgsl: gradients of logits, tile by tile.
     GradientTile,
     /// gradient_product.wgsl: their products with the embeddings.
     GradientProduct,
     /// project.wgsl: gradients of the embeddings, from sums in a buffer of their own.
     Project,
-    /// project.wgsl, from sums that lie where the gradients go.
+    /// project.wgsl, from sums that lie where the gradients will be.
     ProjectInPlace,
 }
 
 impl Module {
-    /// All of them.
+    /// All modules.
     pub const ALL: [Self; 7] = [
         Self::Prepare,
         Self::LogSumExp,
@@ -81,7 +81,7 @@ impl Module {
         Self::ProjectInPlace,
     ];
 
-    /// Its name in messages: that of its file, where there is one module of the file.
+    /// Its name in messages. It is that of its file, if the file makes only one module.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Prepare => "prepare",
@@ -94,7 +94,7 @@ impl Module {
         }
     }
 
-    /// Entry points.
+    /// Its entry points.
     pub const fn entries(self) -> &'static [&'static str] {
         match self {
             Self::Prepare => &["reset", "pack", "positives"],
@@ -106,7 +106,7 @@ impl Module {
         }
     }
 
-    /// Its WGSL. `enable_subgroups`: with the directive that browsers require and naga does not know.
+    /// Its WGSL. `enable_subgroups` adds a directive that browsers demand for subgroups, and that naga does not know.
     pub fn source(self, variant: Variant, enable_subgroups: bool) -> String {
         const NUMBERS: &str = include_str!("../../shaders/common/numbers.wgsl");
         const LOGIT: &str = include_str!("../../shaders/common/logit.wgsl");
@@ -125,8 +125,8 @@ impl Module {
             true => include_str!("../../shaders/common/blocks_4.wgsl"),
             false => include_str!("../../shaders/common/blocks_1.wgsl"),
         };
-        // What a tile of 64 or 128 is for fused multiply-add, and fragments for cooperative matrices; then what multiplies. Of tiles
-        // of embeddings, and of gradients.
+        // The next two pairs are what multiplies, first tiles of embeddings, then tiles of gradients. The pieces before them say what a
+        // tile of 64 or of 128 is for fused multiply-add, or what a fragment is for cooperative matrices.
         let plain = [
             include_str!("../../shaders/common/multiply_f32.wgsl"),
             include_str!("../../shaders/gradient_product.wgsl"),
@@ -170,7 +170,7 @@ impl Module {
         if variant.f16 && self != Self::Combine {
             source.push_str("enable f16;\n");
         }
-        // Cooperative matrices are dealt out by subgroup.
+        // Cooperative matrices need the directive, too, because each subgroup multiplies fragments of its own.
         let exchanges = [reduce, MATRICES, EMULATED].iter().any(|piece| pieces.contains(piece));
         if variant.subgroups && enable_subgroups && exchanges {
             source.push_str("enable subgroups;\n");

@@ -1,5 +1,5 @@
-//! What each dispatch tells its shader: the structs `Params` of shaders/*.wgsl, of four-byte members only, so that both sides lay
-//! them out alike. agreement.rs compares names, types and order with the shaders.
+//! What each dispatch tells its shader: the structs `Params` of shaders/*.wgsl. All members have four bytes, so that host and shader lay
+//! them out alike. agreement.rs compares names, types and order with the shaders, which say what each member means.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -20,7 +20,7 @@ macro_rules! uniforms {
 }
 
 uniforms! {
-    /// Of prepare.wgsl.
+    /// `Params` of prepare.wgsl.
     struct Prepare {
         zero: u32,
         count: u32,
@@ -46,7 +46,7 @@ uniforms! {
         margin: f32,
     }
 
-    /// Of tile.wgsl.
+    /// `Params` of tile.wgsl.
     struct Tiles {
         zero: u32,
         tiles: u32,
@@ -86,7 +86,7 @@ uniforms! {
         beta_tail: f32,
     }
 
-    /// Of combine.wgsl.
+    /// `Params` of combine.wgsl.
     struct Combine {
         zero: u32,
         count: u32,
@@ -123,7 +123,7 @@ uniforms! {
         beta_tail: f32,
     }
 
-    /// Of gradient_product.wgsl.
+    /// `Params` of gradient_product.wgsl.
     struct Product {
         zero: u32,
         indices: u32,
@@ -139,7 +139,7 @@ uniforms! {
         plane: u32,
     }
 
-    /// Of project.wgsl.
+    /// `Params` of project.wgsl.
     struct Project {
         zero: u32,
         count: u32,
@@ -172,16 +172,16 @@ uniforms! {
     }
 }
 
-/// A number as part·2^exponent, 1 ≤ |part| < 2, or 0: what the shaders call `Scaled`.
+/// A number as part·2^exponent with 1 ≤ |part| < 2, or as 0. The shaders call this `Scaled`.
 pub(super) fn scaled(x: f64) -> (f32, i32) {
     if x == 0.0 {
         return (0.0, 0);
     }
-    // A subnormal number has no exponent of its own.
+    // The exponent of a subnormal number cannot be read from its bits, so it is made larger first.
     let (x, shift) = if x.abs() < f64::MIN_POSITIVE { (x * (1_u64 << 54) as f64, -54) } else { (x, 0) };
     let exponent = ((x.to_bits() >> 52) & 0x7ff) as i32 - 1023;
     let part = f64::from_bits((x.to_bits() & !(0x7ff << 52)) | (1023 << 52)) as f32;
-    // Rounding may reach 2.
+    // Rounding to f32 may give 2.
     if part.abs() == 2.0 { (part / 2.0, exponent + shift + 1) } else { (part, exponent + shift) }
 }
 

@@ -1,22 +1,21 @@
-//! From a plan's launches to bytes that the driver copies: pointers checked and filled in. Needs no driver.
+//! Turns a plan's launches into bytes that the driver copies: checks the pointers and fills them in. It needs no driver.
 
 use crate::cuda::{Address, Array, Launch, Plan, Slot};
 use crate::error::{Error, Result};
 use std::ffi::c_void;
 
-/// A CUDA stream, as its `CUstream` (or `cudaStream_t`) written as a number: what PyTorch calls `stream.cuda_stream`.
+/// A CUDA stream: its `CUstream` (or `cudaStream_t`) as a number. PyTorch calls that number `stream.cuda_stream`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Stream(u64);
 
 impl Stream {
-    /// The default stream, which waits for all others and they for it, except for those that are made not to: the streams of
-    /// cudarc and of PyTorch are. It cannot be captured into a graph.
+    /// The default stream. It waits for all other streams, and they for it, unless they are made not to, as the streams of cudarc and of
+    /// PyTorch are. It cannot be captured into a graph.
     pub const LEGACY: Self = Self(0);
-    /// The default stream of the calling thread: from another thread, the same number is another stream, and nothing orders the
-    /// two.
+    /// The default stream of the calling thread. In another thread the same number means another stream, and nothing orders the two.
     pub const PER_THREAD: Self = Self(2);
 
-    /// A stream of the device's primary context. Nothing is checked before the driver uses it.
+    /// A stream of the device's primary context. The number is not checked before the driver uses it.
     pub const fn from_raw(stream: u64) -> Self {
         Self(stream)
     }
@@ -26,13 +25,13 @@ impl Stream {
         self.0
     }
 
-    /// As the driver wants it.
+    /// The stream as the driver takes it.
     pub(super) fn handle(self) -> *mut c_void {
         std::ptr::without_provenance_mut(self.0 as usize)
     }
 }
 
-/// Where each [`Slot`] is: device addresses (`CUdeviceptr`) as numbers, 0 for what the call does not use.
+/// Where each [`Slot`] is: device addresses (`CUdeviceptr`) as numbers. A slot that the call does not use may be 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Pointers {
     /// q, M × d.
@@ -41,15 +40,15 @@ pub struct Pointers {
     pub passage: u64,
     /// A copy of [`Plan::side_data`].
     pub side: u64,
-    /// Kept from a forward call to its backward call, and until the results are read.
+    /// It must stay unchanged from a forward call to its backward call, and until the results are read.
     pub state: u64,
-    /// Scratch.
+    /// Memory that calls work in.
     pub workspace: u64,
     /// ∂L/∂q, the shard's rows × d.
     pub query_gradient: u64,
     /// ∂L/∂p, N × d.
     pub passage_gradient: u64,
-    /// One f32.
+    /// The upstream gradient, one f32.
     pub upstream: u64,
 }
 
@@ -82,7 +81,7 @@ impl Pointers {
         } = address;
     }
 
-    /// An error unless every slot that these launches of `plan` use has an address, and a well-aligned one.
+    /// An error unless every slot that these launches of `plan` use has a well-aligned address.
     pub(super) fn check<'l>(&self, plan: &Plan, launches: impl IntoIterator<Item = &'l Launch> + Clone) -> Result<()> {
         let used = |slot: Slot| {
             let addresses = launches.clone().into_iter().flat_map(|l| &l.arguments).flat_map(|a| &a.pointers);
@@ -93,7 +92,7 @@ impl Pointers {
         Slot::ALL.into_iter().filter(|slot| used(*slot)).try_for_each(|slot| self.check_slot(plan, slot))
     }
 
-    /// An error unless the slot has an address, and a well-aligned one.
+    /// An error unless the slot has a well-aligned address.
     pub(super) fn check_slot(&self, plan: &Plan, slot: Slot) -> Result<()> {
         let (address, alignment) = (self.get(slot), plan.slot_alignment(slot));
         if address == 0 {
@@ -119,17 +118,17 @@ pub fn check_slot_bytes(plan: &Plan, slot: Slot, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// The parameters of one launch after the other, in memory that is used again.
+/// The parameters of a launch. The next launch uses the same memory again.
 #[derive(Default)]
 pub(super) struct Parameters {
-    /// Each parameter begins at a multiple of 8 bytes, the most that one of them is aligned to.
+    /// The bytes of all parameters. Each begins at a multiple of 8 bytes, which is the largest alignment of any parameter.
     words: Vec<u64>,
     starts: Vec<usize>,
     pointers: Vec<*mut c_void>,
 }
 
 impl Parameters {
-    /// Fills in the addresses of a launch, and gives a pointer to each of its parameters, in order, valid until the next call.
+    /// Fills in the addresses of a launch. Gives a pointer to each of its parameters in order. They are valid until the next call.
     pub(super) fn fill(&mut self, launch: &Launch, arrays: &[Array], slots: &Pointers) -> &mut [*mut c_void] {
         self.words.clear();
         self.starts.clear();
@@ -147,13 +146,13 @@ impl Parameters {
         }
         let base = self.words.as_mut_ptr();
         self.pointers.clear();
-        // An empty parameter does not exist in C, so that each start is inside `words`.
+        // No parameter is empty, because C has none. So each start is inside `words`.
         self.pointers.extend(self.starts.iter().map(|&start| base.wrapping_add(start).cast::<c_void>()));
         &mut self.pointers
     }
 }
 
-/// An address on the device. May lie before its array: the kernel then only ever adds to it.
+/// An address on the device. It may lie before its array, because kernels add an offset before they use it.
 fn resolve(address: Address, arrays: &[Array], slots: &Pointers) -> u64 {
     match address {
         Address::Null => 0,

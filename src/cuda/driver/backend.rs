@@ -1,4 +1,4 @@
-//! The backend `cuda` for batches in host memory: copies them to the first device, and the results back.
+//! The backend `cuda` for batches in host memory. It copies them to the first device, and the results back.
 
 use super::arguments::{Pointers, Stream};
 use super::buffer::Buffer;
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::output::{Evaluation, GradientBuffers, TemperatureGradient, check_upstream};
 use std::sync::OnceLock;
 
-/// Launches on the first device that the kernels run on, one call at a time for each thread.
+/// Computes on the first device that the kernels run on. Each call waits for its results.
 #[derive(Debug)]
 pub struct Cuda {
     clusters: bool,
@@ -21,7 +21,7 @@ pub struct Cuda {
 }
 
 impl Cuda {
-    /// `cuda`: the kernels that a plan takes for the batch.
+    /// `cuda`: whatever plan suits the batch.
     pub const PLANNED: Self = Self { clusters: false, kept: false };
     #[doc(hidden)] // for tests, as the two below
     /// `cuda-kept`: the same, with cosines kept for the gradient in any dimension.
@@ -111,13 +111,13 @@ impl Backend for Cuda {
             passage_gradient: gradients[1].pointer(),
             upstream: 0,
         };
-        // SAFETY: every buffer has as many bytes as the plan says, and is freed after the results have been waited for; even
-        // where reading them fails, freeing waits. The copies above are done. The stream is always there.
+        // SAFETY: every buffer has as many bytes as the plan says. It is freed after the results were waited for. If reading them fails,
+        // freeing waits. The copies above are done. The stream always exists.
         let results = unsafe {
             device.loss_and_gradients(&plan, &pointers, Stream::PER_THREAD)?;
             device.results(&readout, &pointers, Stream::PER_THREAD)
         }?;
-        // Both are on the host before either is handed out.
+        // Both gradients must be on the host before one is written to the caller's buffer, so that an error changes neither.
         let downloaded =
             [query.is_some().then(|| gradients[0].download()), passage.is_some().then(|| gradients[1].download())];
         let [of_query, of_passage] = downloaded;
@@ -131,7 +131,7 @@ impl Backend for Cuda {
     }
 }
 
-/// How a gradient comes back: contiguous, in its own type, or as f32 where no kernel writes it.
+/// How the device writes a gradient: contiguous, in the type of the buffer, or as f32 if kernels do not write that type.
 fn output(buffer: &Option<EmbeddingsMut<'_>>) -> Option<GradientOutput> {
     buffer.as_ref().map(|x| GradientOutput { dtype: device_dtype(x.dtype()), row_stride: x.dim() })
 }
@@ -140,12 +140,12 @@ fn device_dtype(dtype: DType) -> DType {
     if dtype == DType::F64 { DType::F32 } else { dtype }
 }
 
-/// Rows as they lie, with what is between them.
+/// Copies rows as they lie in memory, together with what lies between them.
 fn upload(buffer: &Buffer<'_>, x: Embeddings<'_>) -> Result<()> {
     for_each_dtype!(Data, x.data(), data => buffer.upload(bytemuck::cast_slice(data)))
 }
 
-/// Contiguous rows into a buffer of any row stride.
+/// Copies contiguous rows into a buffer of any row stride.
 fn scatter(bytes: &[u8], mut buffer: EmbeddingsMut<'_>) {
     fn values<T: Element>(bytes: &[u8]) -> impl Iterator<Item = T> {
         bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned)

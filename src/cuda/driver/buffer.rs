@@ -1,10 +1,10 @@
-//! Device memory of the backend's own, for callers whose data are on the host.
+//! Device memory that the backend allocates itself, for callers whose data are on the host.
 
 use super::arguments::Stream;
 use super::device::{Device, allocation_error};
 use crate::error::Result;
 
-/// Memory that is freed when it is dropped, which waits for whatever still uses it.
+/// Memory on the device. Dropping it waits for whatever still uses it, and then frees it.
 pub(super) struct Buffer<'a> {
     device: &'a Device,
     pointer: u64,
@@ -12,7 +12,7 @@ pub(super) struct Buffer<'a> {
 }
 
 impl<'a> Buffer<'a> {
-    /// Uninitialised memory; one byte at the least, because the driver has no empty memory.
+    /// Uninitialised memory of at least one byte, because the driver allocates no empty memory.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), with `purpose`.
@@ -33,13 +33,13 @@ impl<'a> Buffer<'a> {
     /// Copies `from`, which is as long as the buffer or shorter, to its start.
     pub(super) fn upload(&self, from: &[u8]) -> Result<()> {
         let from = &from[..from.len().min(self.bytes)];
-        // SAFETY: the buffer is as long; the stream is always there.
+        // SAFETY: the buffer is at least as long as `from`. The stream always exists.
         unsafe { self.device.upload(self.pointer, from, Stream::PER_THREAD) }
     }
 
     /// Copies all of it to the host.
     pub(super) fn download(&self) -> Result<Vec<u8>> {
-        // SAFETY: the buffer has so many bytes; the stream is always there.
+        // SAFETY: the buffer has that many bytes. The stream always exists.
         unsafe { self.device.download(self.pointer, self.bytes, Stream::PER_THREAD) }
     }
 }

@@ -1,6 +1,6 @@
 //! What the driver's error numbers mean, as sentences.
 //!
-//! The names are a table here, because asking the driver for them needs a driver that works.
+//! The names stand in a table here, because only a driver that works can be asked for them.
 
 use crate::error::{Error, Result};
 
@@ -9,7 +9,7 @@ pub(super) const OUT_OF_MEMORY: i32 = 2;
 /// `CUDA_ERROR_NO_DEVICE`.
 pub(super) const NO_DEVICE: i32 = 100;
 
-/// Numbers and names of those that a call of this crate can meet.
+/// Numbers and names of the errors that calls of this crate can meet.
 const NAMES: &[(i32, &str)] = &[
     (1, "CUDA_ERROR_INVALID_VALUE"),
     (OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY"),
@@ -122,7 +122,7 @@ pub(super) fn error(call: &'static str, code: i32) -> Error {
     Error::Cuda { call, code, name: name(code), hint: hint(code).into() }
 }
 
-/// The error for a code other than 0.
+/// An error if the code is not 0.
 pub(super) fn check(call: &'static str, code: i32) -> Result<()> {
     if code == 0 { Ok(()) } else { Err(error(call, code)) }
 }

@@ -12,29 +12,30 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Dynamic shared memory that every kernel may have unasked.
+/// Dynamic shared memory that every kernel may have without asking the driver.
 const FREE_SHARED_BYTES: u32 = 48 << 10;
 /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
 const MAX_DYNAMIC_SHARED: c_int = 8;
-/// `CU_JIT_INFO_LOG_BUFFER`, its size in bytes, `CU_JIT_ERROR_LOG_BUFFER`, its size in bytes.
+/// `CU_JIT_INFO_LOG_BUFFER` and `…_SIZE_BYTES`, `CU_JIT_ERROR_LOG_BUFFER` and `…_SIZE_BYTES`.
 const LOG_OPTIONS: [c_int; 4] = [3, 4, 5, 6];
-/// The first device whose launches can wait by themselves, and the first CUDA that captures such launches into graphs as what they are.
+/// Launches can overlap from this compute capability on, whose kernels can wait for earlier launches, and from this version of CUDA on,
+/// which keeps the overlap when it captures launches into a graph.
 const OVERLAPS: ((u32, u32), (u32, u32)) = ((9, 0), (12, 3));
 
 /// A GPU whose kernels are compiled once, on first use, and can then be launched from any thread on any stream.
 ///
-/// It works in the device's primary context, the one that cudarc, candle, cubecl and PyTorch use, so that their memory and
-/// streams can be passed to it. The context that a thread has made current stays so. Clones are the same device.
+/// It works in the device's primary context. cudarc, candle, cubecl and PyTorch use that context, too, so their memory and streams can be
+/// passed to it. Each call leaves the thread's current context as it was. Clones are the same device.
 ///
-/// The driver compiles the PTX for the device when a kernel is first needed, and keeps the result on disk: some seconds on a
-/// machine's first run, far less later. [`Device::load`] does it ahead of time.
+/// The driver compiles the PTX for the device when a kernel is first needed, and keeps the result on disk. That takes some seconds on a
+/// machine's first run, and far less later. [`Device::load`] does it ahead of time.
 ///
-/// Dropping the last clone waits for the whole context and unloads the kernels, so a graph into which calls were captured must
-/// not be launched after it.
+/// Dropping the last clone waits for the whole context and unloads the kernels. So a graph of captured calls must not be launched after
+/// that.
 #[derive(Clone)]
 pub struct Device {
     inner: Arc<Inner>,
-    /// Whether launches may begin before those before them are complete.
+    /// Whether a launch may begin before the previous one is complete.
     overlaps: bool,
 }
 
@@ -61,20 +62,20 @@ struct Function {
     handle: Handle,
     /// Bytes of each parameter.
     parameters: Arc<[usize]>,
-    /// Dynamic shared memory that it may have.
+    /// Dynamic shared memory that the driver has allowed it, in bytes.
     shared_bytes: u32,
 }
 
-// SAFETY: handles of contexts, modules and functions may be used by any thread; the driver locks what it must.
+// SAFETY: any thread may use handles of contexts, modules and functions. The driver locks what it must.
 unsafe impl Send for Inner {}
-// SAFETY: likewise.
+// SAFETY: the same holds for several threads at once.
 unsafe impl Sync for Inner {}
 
 /// While it lives, the device's context is the thread's current one.
 pub(super) struct Current<'a> {
     driver: &'a Driver,
     pushed: bool,
-    /// It belongs to the thread.
+    /// A pointer makes this value stay on its thread, whose current context it changes.
     thread: PhantomData<*const ()>,
 }
 
@@ -82,7 +83,7 @@ impl Drop for Current<'_> {
     fn drop(&mut self) {
         if self.pushed {
             let mut popped = std::ptr::null_mut();
-            // SAFETY: one handle is written. A failure leaves the context current, and there is nobody to tell.
+            // SAFETY: one handle is written. A failure leaves the context current. A destructor cannot report it.
             let _ = unsafe { self.driver.cuCtxPopCurrent_v2(&mut popped) };
         }
     }
@@ -90,20 +91,20 @@ impl Drop for Current<'_> {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // Failures mean that the process is ending and the driver gone before us, or that a fault has taken the context.
+        // A failure means that the process is ending and the driver has already stopped, or that a fault has destroyed the context.
         let current = current(self.driver, self.context);
         let modules = self.modules.get_mut().unwrap_or_else(PoisonError::into_inner);
-        // Kernels may still be running or waiting to run, and nothing says that unloading waits for them.
+        // Kernels may still be running or enqueued. The driver does not promise that unloading waits for them, so we wait.
         // SAFETY: no parameters.
         if current.is_ok() && (modules.is_empty() || unsafe { self.driver.cuCtxSynchronize() }.is_ok()) {
             for module in modules.values() {
-                // SAFETY: this is the only owner of the module, whoever launches holds a clone of the device, and what was
-                // launched is done.
+                // SAFETY: this is the only owner of the module. No call is launching from it, because each holds a clone of the device.
+                // All launches are done.
                 let _ = unsafe { self.driver.cuModuleUnload(module.handle) };
             }
         }
         drop(current);
-        // SAFETY: retained once, in `Device::new`.
+        // SAFETY: the context was retained once, in `Device::from_candidate`.
         let _ = unsafe { self.driver.cuDevicePrimaryCtxRelease_v2(self.handle) };
     }
 }
@@ -129,7 +130,7 @@ impl fmt::Debug for Device {
 }
 
 impl Device {
-    /// The device of that ordinal among those the process sees. Retains its primary context, and makes it if it is not there.
+    /// The device of that ordinal among those that the process sees. It retains the primary context, and makes it if there is none yet.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for an ordinal beyond the last device, [`Error::DeviceUnsupported`] for one of compute
@@ -154,7 +155,7 @@ impl Device {
             _ => Architecture::Sm80,
         };
         let mut context = std::ptr::null_mut();
-        // SAFETY: one handle is written; released when the last clone is dropped.
+        // SAFETY: one handle is written. It is released when the last clone is dropped.
         unsafe { driver.cuDevicePrimaryCtxRetain(&mut context, handle) }?;
         let modules = Mutex::default();
         let can_overlap = capability >= OVERLAPS.0 && version >= OVERLAPS.1 && driver.has_attributes();
@@ -174,17 +175,19 @@ impl Device {
         })
     }
 
-    /// Whether the launches of a call may begin before the one before them is complete (programmatic dependent launch): they wait
-    /// before they touch memory, so that results are the same, and the time from one launch to the next is shorter, as far as one can
-    /// tell without having measured it. So it is unless this switches it off, on devices of compute capability 9.0 and later
-    /// with a driver for CUDA 12.3 and later; on others this changes nothing. Of this clone, and those made of it.
+    /// Switches overlapping launches on or off, for this clone and for those made of it. A launch of a call may then begin before the
+    /// previous one is complete (programmatic dependent launch). Its kernel waits before it touches memory, so results are the same. The
+    /// time from one launch to the next should be shorter, but this has not been measured.
+    ///
+    /// Launches overlap by default on devices of compute capability 9.0 and later with a driver for CUDA 12.3 and later. On others this
+    /// changes nothing.
     #[must_use]
     pub fn with_overlapping_launches(mut self, overlaps: bool) -> Self {
         self.overlaps = overlaps && self.inner.can_overlap;
         self
     }
 
-    /// Whether they may.
+    /// Whether launches may overlap: see [`Device::with_overlapping_launches`].
     pub fn overlaps_launches(&self) -> bool {
         self.overlaps
     }
@@ -204,8 +207,8 @@ impl Device {
         self.inner.capability
     }
 
-    /// The kernels that plans for it take unless told otherwise: those of 9.0 on such a device if its driver reads their PTX, which
-    /// is later than that of the others.
+    /// The kernels that plans for this device take by default: those of 9.0 if it has compute capability 9.0 and its driver reads their
+    /// PTX, which is of a later version than that of the others.
     pub fn architecture(&self) -> Architecture {
         self.inner.architecture
     }
@@ -223,8 +226,8 @@ impl Device {
         current(self.inner.driver, self.inner.context)
     }
 
-    /// Compiles and loads every kernel of a plan, so that no later call has to: before a capture, which does not allow it, or so
-    /// that the first step takes no longer than the others.
+    /// Compiles and loads every kernel of a plan, so that no later call has to. A capture does not allow loading. Otherwise it only spares
+    /// the first call the time.
     ///
     /// # Errors
     /// [`Error::Cuda`] with the log of the driver's compiler, and [`Error::DriverTooOld`].
@@ -234,13 +237,13 @@ impl Device {
         launches.into_iter().try_for_each(|launch| self.function(launch).map(drop))
     }
 
-    /// The function of a launch, if it is loaded and allowed to have the launch's shared memory.
+    /// The function of a launch, if it is loaded and the driver has allowed it the launch's shared memory.
     fn loaded(modules: &HashMap<&'static str, Module>, launch: &Launch) -> Option<Function> {
         let function = modules.get(launch.module)?.functions.get(&launch.kernel)?;
         (launch.shared_bytes <= FREE_SHARED_BYTES.max(function.shared_bytes)).then(|| function.clone())
     }
 
-    /// The functions of these launches, loaded if need be. The context is current.
+    /// The functions of these launches, which are loaded if they are not yet. The context must be current.
     fn functions<'l>(
         &self,
         launches: impl Iterator<Item = &'l Launch> + Clone,
@@ -253,12 +256,13 @@ impl Device {
         if let Some(functions) = loaded {
             return Ok(functions);
         }
-        // Loading would fail, and the capture with it.
+        // During a capture, loading would fail and invalidate the capture.
         self.expect_no_capture(stream, "`Device::load` loads the kernels beforehand")?;
         launches.map(|launch| self.function(launch)).collect()
     }
 
-    /// The function of a launch, loaded and allowed to have the launch's shared memory. The context is current.
+    /// The function of a launch. Loads it, and asks the driver to allow it the launch's shared memory, if that was not done yet. The
+    /// context must be current.
     fn function(&self, launch: &Launch) -> Result<Function> {
         let mut modules: MutexGuard<'_, _> = self.inner.modules.lock().unwrap_or_else(PoisonError::into_inner);
         let source =
@@ -278,7 +282,7 @@ impl Device {
             return Err(self.mismatch(launch, "a kernel of its file"));
         };
         if launch.shared_bytes > FREE_SHARED_BYTES.max(function.shared_bytes) {
-            // SAFETY: the function belongs to the current context; the size is a C int, being far below 2³¹.
+            // SAFETY: the function belongs to the current context. The size fits a C int, because it is far below 2³¹.
             unsafe {
                 self.driver().cuFuncSetAttribute(function.handle, MAX_DYNAMIC_SHARED, launch.shared_bytes as c_int)
             }?;
@@ -294,8 +298,8 @@ impl Device {
         let [info, error] = logs.each_mut().map(|log| log.as_mut_ptr().cast::<c_void>());
         let (mut options, mut values, mut module) = (LOG_OPTIONS, [info, size, error, size], std::ptr::null_mut());
         let image = source.image(self.inner.capability);
-        // SAFETY: the image ends with a 0. There are as many options as values; sizes are passed as the pointers themselves, and
-        // the buffers have these sizes.
+        // SAFETY: the image ends with a 0. There are as many options as values. Sizes are passed in place of pointers, and the buffers
+        // have these sizes.
         let result = unsafe {
             self.driver().cuModuleLoadDataEx(
                 &mut module,
@@ -326,7 +330,7 @@ impl Device {
         let name =
             CString::new(launch.kernel.as_str()).map_err(|_| self.mismatch(launch, "a name without a zero byte"))?;
         let mut handle = std::ptr::null_mut();
-        // SAFETY: one handle is written; the module is loaded, and the name ends with a 0.
+        // SAFETY: one handle is written. The module is loaded, and the name ends with a 0.
         unsafe { self.driver().cuModuleGetFunction(&mut handle, module, name.as_ptr()) }?;
         Ok(Function { handle, parameters: parameters.into(), shared_bytes: 0 })
     }
@@ -336,7 +340,7 @@ impl Device {
         Error::Unsupported { backend: "cuda", what, allowed: allowed.into() }
     }
 
-    /// Enqueues launches of a plan. What can be checked is checked before the first.
+    /// Enqueues launches of a plan. All that can be checked is checked before the first one is enqueued.
     ///
     /// # Safety
     /// As [`Device::forward`].
@@ -346,7 +350,7 @@ impl Device {
         let _current = self.current()?;
         let functions = self.functions(launches.clone(), stream)?;
         for (launch, function) in launches.clone().zip(&functions) {
-            // The driver copies as many bytes as the PTX declares, whatever the plan has.
+            // The driver copies as many bytes as the PTX declares. It does not know how many the plan has.
             if !launch.arguments.iter().map(|a| a.bytes.len()).eq(function.parameters.iter().copied()) {
                 return Err(self.mismatch(launch, &format!("parameters of {:?} bytes", function.parameters)));
             }
@@ -355,11 +359,11 @@ impl Device {
         for (k, (launch, function)) in launches.zip(&functions).enumerate() {
             let values = parameters.fill(launch, plan.arrays(), pointers).as_mut_ptr();
             let ([x, y], threads, shared_bytes) = (launch.grid, launch.threads, launch.shared_bytes);
-            // The first one waits for whatever the stream did before, which is not ours.
+            // The first launch does not overlap: what runs before it on the stream is not ours, and may not be made for it.
             let overlaps = self.overlaps && k > 0;
             // SAFETY: the function is of this context. There is a pointer to each of its parameters, which have the sizes that it
-            // declares and are copied before the call returns, as is the configuration with its one attribute. That the kernel stays
-            // within memory, and touches none before it has waited, is the caller's promise, and the plan's, which the tests run on
+            // declares. The driver copies them, and the configuration with its one attribute, before the call returns. The caller
+            // promises that memory is there. The plan's kernels stay within it, and touch none before they have waited: tests run them on
             // an emulator that checks every access.
             unsafe {
                 if overlaps {
@@ -383,19 +387,20 @@ impl Device {
 
     /// Enqueues [`Plan::forward`]: loss, metrics and coefficients into the state.
     ///
-    /// Allocates no device memory and waits for nothing, so it can be captured into a CUDA graph, once [`Device::load`] has
-    /// loaded the kernels; the graph needs them, and so a clone of this device, for as long as it is launched. What the kernels
-    /// find wrong with the embeddings is in the state, see [`Device::evaluation`].
+    /// It neither allocates device memory nor waits. So it can be captured into a CUDA graph after [`Device::load`] has loaded the
+    /// kernels. The graph needs the kernels, and so a clone of this device, for as long as it is launched. What the kernels find wrong
+    /// with the embeddings is in the state: see [`Device::evaluation`].
     ///
     /// # Errors
-    /// Before anything is enqueued: [`Error::InvalidArgument`] for a null pointer, [`Error::Misaligned`], and what
-    /// [`Device::load`] gives, or [`Error::InvalidArgument`] where it would have to load during a capture. [`Error::Cuda`] if the
-    /// driver refuses a launch, those before it being enqueued.
+    /// Before anything is enqueued: [`Error::InvalidArgument`] for a null pointer, [`Error::Misaligned`], and the errors of
+    /// [`Device::load`], or [`Error::InvalidArgument`] if it would have to load during a capture. [`Error::Cuda`] if the driver refuses a
+    /// launch. Earlier launches of the call are enqueued then.
     ///
     /// # Safety
-    /// - Each pointer that the launches use is memory that the device can access, of at least [`Plan::slot_bytes`] bytes, until
-    ///   the stream has done what is enqueued; no two of them overlap, but query and passage may.
-    /// - `side` holds [`Plan::side_data`] of this plan when the stream gets there; nobody else writes to any of them meanwhile.
+    /// - Each pointer that the launches use is memory that the device can access, of at least [`Plan::slot_bytes`] bytes, until the stream
+    ///   has done what is enqueued. No two of them overlap, but query and passage may.
+    /// - `side` holds [`Plan::side_data`] of this plan when the stream gets there.
+    /// - Nothing else writes to any of this memory until the stream has done what is enqueued.
     /// - `stream` is alive and of the device's primary context, or one of the two default streams.
     pub unsafe fn forward(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
@@ -404,31 +409,32 @@ impl Device {
 
     /// Enqueues [`Plan::backward`], the gradients, after [`Device::forward`] with the same pointers.
     ///
-    /// The embeddings are those of the forward call. One whose gradient is asked for is known by its norm: if that is another one, or not
-    /// finite, its gradient is NaN, [`Device::results`] is an error, and so is every reading of results until the next forward call.
-    /// Gradients of embeddings that are in no pair with it are those of the forward call. Not noticed is an embedding that keeps its norm
-    /// to the last bit of f64, and a tower whose gradients are not asked for.
+    /// The embeddings must be those of the forward call. The call compares the norm of each embedding whose gradient is asked for. If the
+    /// norm is another one, or not finite, the embedding's gradient is NaN, and reading results is an error until the next forward call.
+    /// Gradients of embeddings that are in no pair with it are right for the forward call. The call does not notice an embedding that
+    /// changed but has the same norm to the last bit of f64, nor any change in a tower whose gradients are not asked for.
     ///
     /// # Errors
     /// As [`Device::forward`].
     ///
     /// # Safety
-    /// As [`Device::forward`]; and state and workspace are as a forward call of the same plan left them.
+    /// As [`Device::forward`]. State and workspace must be as a forward call of the same plan left them.
     pub unsafe fn backward(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.enqueue(plan, [plan.backward(), &[]], pointers, stream) }
     }
 
-    /// Enqueues [`Plan::backward_alone`], the gradients, after [`Device::forward`] with the same state and embeddings, whatever
-    /// the workspace holds.
+    /// Enqueues [`Plan::backward_alone`], the gradients, after [`Device::forward`] with the same state and embeddings. The workspace may
+    /// hold anything.
     ///
-    /// Embeddings of both towers are known by their norms, as [`Device::backward`] says. If one is another, all gradients are NaN.
+    /// The call compares the norms of all embeddings of both towers, as [`Device::backward`] does for some. If one differs, all gradients
+    /// are NaN.
     ///
     /// # Errors
     /// As [`Device::forward`].
     ///
     /// # Safety
-    /// As [`Device::forward`]; and the state is as a forward call of the same plan left it.
+    /// As [`Device::forward`]. The state must be as a forward call of the same plan left it.
     pub unsafe fn backward_alone(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.enqueue(plan, [plan.backward_alone(), &[]], pointers, stream) }
@@ -442,11 +448,11 @@ impl Device {
     /// # Safety
     /// As [`Device::forward`].
     pub unsafe fn loss_and_gradients(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
-        // SAFETY: the caller's promise; backward follows on the same stream.
+        // SAFETY: the caller's promise. Backward follows on the same stream.
         unsafe { self.enqueue(plan, [plan.forward(), plan.backward()], pointers, stream) }
     }
 
-    /// Enqueues [`Plan::partials`]: the sums of a shard, to be merged with those of the others before [`Device::combine`].
+    /// Enqueues [`Plan::partials`]: the sums of a shard. They must be merged with those of the other shards before [`Device::combine`].
     ///
     /// # Errors
     /// As [`Device::forward`].
@@ -464,7 +470,7 @@ impl Device {
     /// As [`Device::forward`].
     ///
     /// # Safety
-    /// As [`Device::forward`]; and the state holds what [`Device::partials`] left, or the merged sums of all shards.
+    /// As [`Device::forward`]. The state must be as [`Device::partials`] left it, or hold the merged sums of all shards besides.
     pub unsafe fn combine(&self, plan: &Plan, pointers: &Pointers, stream: Stream) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.enqueue(plan, [plan.combine(), &[]], pointers, stream) }
@@ -473,7 +479,7 @@ impl Device {
     /// Waits until the stream has done everything enqueued so far.
     ///
     /// # Errors
-    /// [`Error::Cuda`], also for whatever failed on the device meanwhile; [`Error::InvalidArgument`] while it is being captured.
+    /// [`Error::Cuda`], also for whatever failed on the device meanwhile. [`Error::InvalidArgument`] while the stream is being captured.
     ///
     /// # Safety
     /// `stream` is alive and of the device's primary context, or one of the two default streams.
@@ -485,7 +491,7 @@ impl Device {
     }
 }
 
-/// The error of an allocation, which says how much was asked for and what for.
+/// The error of an allocation. If memory is lacking, it says how much was asked for, and what for.
 pub(super) fn allocation_error(error: Error, bytes: usize, purpose: &'static str) -> Error {
     match error {
         Error::Cuda { code: codes::OUT_OF_MEMORY, .. } => Error::OutOfMemory { bytes, purpose },

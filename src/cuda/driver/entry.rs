@@ -1,14 +1,14 @@
-//! The functions of the driver in use, loaded by name when a device is first asked for.
+//! The functions of the driver that we use. They are loaded by name when a device is first asked for.
 //!
-//! Not by a crate's bindings: those end the process where the driver lacks a function, and hold its error numbers in an enum that
-//! a later driver's numbers are not in.
+//! Bindings of another crate would not do. They end the process if the driver lacks a function, and they hold its error numbers in an
+//! enum, which lacks the numbers of later drivers.
 
 use super::codes;
 use crate::error::{Error, Result};
 use std::error::Error as _;
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
-/// `CUcontext`, `CUmodule`, `CUfunction`, `CUstream`: what only the driver looks into.
+/// `CUcontext`, `CUmodule`, `CUfunction` or `CUstream`. Only the driver looks into it.
 pub(super) type Handle = *mut c_void;
 
 /// `cuLaunchKernelEx`.
@@ -26,7 +26,7 @@ pub(super) struct LaunchConfig {
     pub attribute_count: c_uint,
 }
 
-/// `CUlaunchAttribute`, with the one value in use.
+/// `CUlaunchAttribute`, with the one value that we use.
 #[repr(C, align(8))]
 pub(super) struct LaunchAttribute {
     kind: c_int,
@@ -36,12 +36,12 @@ pub(super) struct LaunchAttribute {
 }
 
 impl LaunchAttribute {
-    /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: the launch may begin before the one before it on the stream is
-    /// complete, and waits for that by an instruction of its own.
+    /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: the launch may begin before the previous one on the stream is complete.
+    /// Its kernel waits for the previous launch by an instruction.
     pub(super) const OVERLAPPING: Self = Self { kind: 6, padding: [0; 4], value: 1, rest: [0; 60] };
 }
 
-/// Names of the driver's library, the one that every installation has first.
+/// Names of the driver's library. The first is the one that every installation has.
 const LIBRARIES: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] };
 
 /// Makes a struct with a pointer to each function, and a method for it that turns its code into a [`Result`].
@@ -63,17 +63,17 @@ macro_rules! functions {
                     // SAFETY: the driver's function of this name has these parameters, in every version of it.
                     let $name = unsafe { library.get(stringify!($name)) };
                 )*
-                // SAFETY: likewise.
+                // SAFETY: this function has the parameters of `LaunchWithAttributes`.
                 let launch_with_attributes = unsafe { library.get("cuLaunchKernelEx") }.ok().map(|function| *function);
                 Ok(Self { $($name: *$name.map_err(|_| stringify!($name))?,)* launch_with_attributes })
             }
 
             $(
                 /// # Safety
-                /// As the description of the driver API says of this function: pointers are valid for what it reads and writes, and
-                /// handles are alive.
+                /// The caller does what the description of the driver API demands: pointers are valid for what the function reads and
+                /// writes, and handles are alive.
                 pub(super) unsafe fn $name(&self, $($argument: $kind),*) -> Result<()> {
-                    // SAFETY: the library stays loaded; the rest is the caller's promise.
+                    // SAFETY: the library stays loaded. The rest is the caller's promise.
                     codes::check(stringify!($name), unsafe { (self.$name)($($argument),*) })
                 }
             )*
@@ -81,7 +81,7 @@ macro_rules! functions {
     };
 }
 
-// A suffix _v2 is the version of the function that `cuda.h` means by the bare name. All are in every driver since CUDA 11.4.
+// `cuda.h` defines the bare names of some functions as their versions with the suffix _v2. Every driver since CUDA 11.4 has all of these.
 functions! {
     fn cuInit(flags: c_uint);
     fn cuDriverGetVersion(version: *mut c_int);
@@ -126,8 +126,10 @@ impl Driver {
         self.launch_with_attributes.is_some()
     }
 
+    /// `cuLaunchKernelEx`.
+    ///
     /// # Safety
-    /// As of the functions above, of `cuLaunchKernelEx`.
+    /// As for the functions above.
     pub(super) unsafe fn launch_with_attributes(
         &self,
         config: &LaunchConfig,
@@ -137,25 +139,25 @@ impl Driver {
         let Some(launch) = self.launch_with_attributes else {
             return Err(unavailable("the driver library has no function `cuLaunchKernelEx`".into()));
         };
-        // SAFETY: the library stays loaded; the rest is the caller's promise.
+        // SAFETY: the library stays loaded. The rest is the caller's promise.
         codes::check("cuLaunchKernelEx", unsafe { launch(config, function, parameters, std::ptr::null_mut()) })
     }
 
-    /// Loads the driver's library, which then stays. Does not start it: that is [`Driver::cuInit`].
+    /// Loads the driver's library, which then stays loaded. It does not start the driver; [`Driver::cuInit`] does.
     pub(super) fn load() -> Result<Self> {
         let mut refusals = Vec::new();
         for name in LIBRARIES {
-            // SAFETY: what runs on loading is the driver's own initialisation, as in every process that uses CUDA.
+            // SAFETY: loading runs the driver's own initialisation, as in every process that uses CUDA.
             match unsafe { libloading::Library::new(*name) } {
                 Ok(library) => {
-                    // Pointers into it are kept in a static, and other users of CUDA in the process have it loaded anyway.
+                    // It must stay loaded, because a static holds pointers into it. If others in the process use CUDA, it stays anyway.
                     let library = std::mem::ManuallyDrop::new(library);
-                    // SAFETY: a library of this name is the CUDA driver, and it is never dropped.
+                    // SAFETY: a library of this name is the CUDA driver. It is never dropped.
                     return unsafe { Self::from_library(&library) }.map_err(|function| {
                         unavailable(format!("the driver library `{name}` has no function `{function}`"))
                     });
                 }
-                // The loader's own words are behind the error's.
+                // The source of the error has the loader's own words.
                 Err(refusal) => {
                     refusals.push(refusal.source().map_or_else(|| refusal.to_string(), ToString::to_string))
                 }
@@ -166,7 +168,7 @@ impl Driver {
     }
 }
 
-/// What to say where CUDA does not start at all.
+/// The error for a process in which CUDA does not start at all.
 pub(super) fn unavailable(reason: String) -> Error {
     let (major, minor) = super::ptx::driver_for(super::ptx::oldest_version());
     let allowed = format!(

@@ -8,16 +8,15 @@ use crate::error::Result;
 use std::ffi::c_int;
 use std::fmt;
 
-/// `CU_STREAM_NON_BLOCKING`: the default stream has nothing to do with it.
+/// `CU_STREAM_NON_BLOCKING`: the stream and the default stream do not wait for each other.
 const NON_BLOCKING: u32 = 1;
-/// `CU_STREAM_CAPTURE_MODE_THREAD_LOCAL`: what other threads do meanwhile is their own affair.
+/// `CU_STREAM_CAPTURE_MODE_THREAD_LOCAL`: calls of other threads during the capture do not break it.
 const OF_THIS_THREAD: c_int = 1;
 
-/// All launches of a call, bound to its memory and to one stream, which one call of the driver enqueues. Made by
-/// [`Device::capture`].
+/// All launches of a call, for fixed memory and one stream. One call of the driver enqueues them. [`Device::capture`] makes it.
 ///
-/// It holds a clone of its device, so that the kernels stay loaded. Dropping it waits for nothing: a launch that is still to be
-/// done is done.
+/// It holds a clone of its device, so that the kernels stay loaded. Dropping it does not wait. A launch that is already enqueued still
+/// runs.
 pub struct Graph {
     executable: Handle,
     stream: Stream,
@@ -36,17 +35,18 @@ impl fmt::Debug for Graph {
 impl Drop for Graph {
     fn drop(&mut self) {
         let Ok(_current) = self.device.current() else { return };
-        // SAFETY: made in `Device::capture`, destroyed nowhere else; the driver keeps what is still to be done. A failure means
-        // that the context is lost, and the graph with it.
+        // SAFETY: it was made in `Device::capture` and is destroyed nowhere else. The driver keeps what enqueued launches need. A failure
+        // means that the context is lost, and the graph with it.
         let _ = unsafe { self.device.driver().cuGraphExecDestroy(self.executable) };
     }
 }
 
-/// A stream on which nothing ever runs, so that a capture takes up nothing of anybody else's, and its failure leaves nothing behind.
+/// A stream that serves a capture alone. Nothing ever runs on it. So the capture records nothing that others enqueue, and one that fails
+/// leaves the caller's stream as it was.
 struct CaptureStream(&'static Driver, Handle);
 
 impl CaptureStream {
-    /// Of the current context.
+    /// A stream of the current context.
     fn new(driver: &'static Driver) -> Result<Self> {
         let mut stream = std::ptr::null_mut();
         // SAFETY: one handle is written.
@@ -61,26 +61,27 @@ impl CaptureStream {
 
 impl Drop for CaptureStream {
     fn drop(&mut self) {
-        // SAFETY: created in `new`, destroyed nowhere else. A failure leaves an idle stream, and there is nobody to tell.
+        // SAFETY: it was created in `new` and is destroyed nowhere else. A destructor cannot report a failure, which leaves an idle
+        // stream.
         let _ = unsafe { self.0.cuStreamDestroy_v2(self.1) };
     }
 }
 
-/// What a capture leaves, of which executables are made.
+/// The graph that a capture leaves. An executable graph is made from it.
 struct Template(&'static Driver, Handle);
 
 impl Drop for Template {
     fn drop(&mut self) {
         if !self.1.is_null() {
-            // SAFETY: it came from a capture, and is destroyed nowhere else; executables do not need it.
+            // SAFETY: it came from a capture and is destroyed nowhere else. The executable does not need it any more.
             let _ = unsafe { self.0.cuGraphDestroy(self.1) };
         }
     }
 }
 
 impl Device {
-    /// Records [`Device::loss_and_gradients`] as a graph that is launched on `stream`; enqueues nothing of it. What is not part of
-    /// the call, such as the copy of the side data, is enqueued before or between launches.
+    /// Records [`Device::loss_and_gradients`] as a graph that is launched on `stream`. Nothing of it runs before the first launch. What is
+    /// not part of the call, such as the copy of the side data, must be enqueued before the launches or between them.
     ///
     /// # Errors
     /// As [`Device::forward`]; [`Error::InvalidArgument`](crate::Error::InvalidArgument) while `stream` is being captured. A
@@ -96,7 +97,7 @@ impl Device {
         let capturing = CaptureStream::new(driver)?;
         // SAFETY: the stream is new and of this context.
         unsafe { driver.cuStreamBeginCapture_v2(capturing.1, OF_THIS_THREAD) }?;
-        // SAFETY: the caller's promise; nothing runs before a launch.
+        // SAFETY: the caller's promise. Nothing runs before a launch.
         let enqueued = unsafe { self.loss_and_gradients(plan, pointers, capturing.as_stream()) };
         let mut template = Template(driver, std::ptr::null_mut());
         // SAFETY: one handle is written; the capture was begun above.
@@ -106,25 +107,25 @@ impl Device {
         // SAFETY: one handle is written; the template came from the capture.
         unsafe { driver.cuGraphInstantiateWithFlags(&mut executable, template.1, 0) }?;
         let graph = Graph { executable, stream, device: self.clone() };
-        // So that the first launch takes no longer than the others.
-        // SAFETY: the executable was made above; the stream is alive, as the caller promises.
+        // The upload spares the first launch the time that it would take longer than the others.
+        // SAFETY: the executable was made above. The stream is alive, as the caller promises.
         unsafe { driver.cuGraphUpload(graph.executable, stream.handle()) }?;
         Ok(graph)
     }
 }
 
 impl Graph {
-    /// Enqueues the call. Allocates nothing and waits for nothing; results are read as after [`Device::loss_and_gradients`].
+    /// Enqueues the call. It neither allocates nor waits. Results are read as after [`Device::loss_and_gradients`].
     ///
     /// # Errors
     /// [`Error::Cuda`](crate::Error::Cuda).
     ///
     /// # Safety
-    /// As [`Device::forward`], for the pointers and the stream of the capture. [`Stream::PER_THREAD`] is that of the thread which
-    /// launches.
+    /// As [`Device::forward`], for the pointers and the stream of the capture. [`Stream::PER_THREAD`] means the default stream of the
+    /// thread that launches.
     pub unsafe fn launch(&mut self) -> Result<()> {
         let _current = self.device.current()?;
-        // SAFETY: the executable is alive, and its kernels are loaded, as the device is here; the rest is the caller's promise.
+        // SAFETY: the executable is alive. Its kernels are loaded, because `self` holds the device. The rest is the caller's promise.
         unsafe { self.device.driver().cuGraphLaunch(self.executable, self.stream.handle()) }
     }
 

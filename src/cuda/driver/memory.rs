@@ -16,10 +16,12 @@ const RANGE_SIZE: c_int = 12;
 const HOST: c_int = 1;
 
 impl Device {
-    /// Asks the driver about every pointer that is not null: whether it is memory of this device, long enough for the plan, and
-    /// apart from the others. For callers that get addresses from elsewhere; not to be called while a stream is being captured.
+    /// Asks the driver about every pointer that is not null. It must be memory of this device that is long enough for the plan and does
+    /// not overlap with the others. This is for callers that get addresses from elsewhere. It must not be called while a stream is being
+    /// captured.
     ///
-    /// Memory of another device, of the host, or unknown to the driver is refused, though some systems let kernels reach it.
+    /// Memory of another device, memory of the host, and memory that the driver does not know are refused, although kernels could reach
+    /// some of it on some systems.
     ///
     /// # Errors
     /// [`Error::WrongDevice`], [`Error::InvalidArgument`] for memory that is unknown, too short or used twice,
@@ -35,7 +37,8 @@ impl Device {
                 Err(Error::WrongDevice { argument: slot.name(), found, expected })
             };
             if self.pointer_attribute::<c_int>(slot, IS_MANAGED, address)? == 0 {
-                // Page-locked memory of the host has an ordinal, too: that of the device it was registered with.
+                // Page-locked memory of the host has an ordinal, too, that of the device that it was registered with. So the ordinal alone
+                // does not tell.
                 if self.pointer_attribute::<c_int>(slot, MEMORY_TYPE, address)? == HOST {
                     return wrong("the host".into());
                 }
@@ -65,10 +68,10 @@ impl Device {
         Ok(())
     }
 
-    /// `T` is what the driver writes for this attribute.
+    /// An attribute of a pointer. `T` must be the type that the driver writes for this attribute.
     fn pointer_attribute<T: Default>(&self, slot: Slot, attribute: c_int, address: u64) -> Result<T> {
         let mut value = T::default();
-        // SAFETY: the attributes above are written as these types; the driver looks the address up, and does not touch it.
+        // SAFETY: the driver writes the attributes above as these types. It looks the address up, and does not touch the memory there.
         let result = unsafe { self.driver().cuPointerGetAttribute((&raw mut value).cast(), attribute, address) };
         result.map(|()| value).map_err(|error| match error {
             Error::Cuda { code: 1, .. } => {

@@ -1,4 +1,4 @@
-//! Whether this process can run CUDA kernels, asked without anything that could end it.
+//! Whether this process can run CUDA kernels. Finding out never ends the process.
 
 use super::codes;
 use super::entry::{Driver, unavailable};
@@ -11,15 +11,16 @@ use std::sync::OnceLock;
 const COMPUTE_CAPABILITY: [c_int; 2] = [75, 76];
 /// `CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT`.
 const MULTIPROCESSORS: c_int = 16;
-/// The least that the kernels run on.
+/// The least compute capability that the kernels run on.
 const LEAST_CAPABILITY: (u32, u32) = (8, 0);
 
-/// Whether kernels run here: an NVIDIA driver that is new enough, and a device of compute capability 8.0 or later.
+/// Whether kernels run here. They need an NVIDIA driver that is new enough, and a device of compute capability 8.0 or later.
 ///
-/// Never panics, loads nothing but the driver's library, and makes no context on any device. A failure is not remembered.
+/// This never panics, loads nothing but the driver's library, and makes no context on any device. It does not remember a failure, so a
+/// later call may succeed.
 ///
-/// With cudarc's feature `dynamic-linking` anywhere in the build, a machine without the driver's library does not start the
-/// executable at all, so that nothing can answer; dynamic loading, the default, has no such limit.
+/// If cudarc's feature `dynamic-linking` is on anywhere in the build, the executable does not even start on a machine without the driver's
+/// library, so this function cannot answer. By default cudarc loads the library at run time, and the executable starts everywhere.
 ///
 /// # Errors
 /// [`Error::CudaUnavailable`] without a driver, if it does not start, or without a device; [`Error::DriverTooOld`];
@@ -50,7 +51,7 @@ pub fn device_count() -> Result<usize> {
 
 /// The driver, loaded, started and new enough.
 pub(super) fn driver() -> Result<&'static Driver> {
-    // Successes only: a driver that does not start now may do so later.
+    // Only a success is remembered, because a driver that does not start now may start later.
     static DRIVER: OnceLock<Driver> = OnceLock::new();
     if let Some(driver) = DRIVER.get() {
         return Ok(driver);
@@ -74,7 +75,7 @@ pub(super) fn supported_version(driver: &Driver) -> Result<(u32, u32)> {
     Ok((version / 1000, version % 1000 / 10))
 }
 
-/// A device before anything is done with it.
+/// What the driver says of a device, before it is used.
 pub(super) struct Candidate {
     pub driver: &'static Driver,
     pub ordinal: usize,
@@ -100,15 +101,15 @@ impl Candidate {
             ));
         }
         let mut handle = 0;
-        // SAFETY: one number is written; the ordinal is below the count, which is a C int.
+        // SAFETY: one number is written. The ordinal is below the count, so it fits a C int.
         unsafe { driver.cuDeviceGet(&mut handle, ordinal as c_int) }?;
         let mut name = [0 as c_char; 256];
-        // SAFETY: at most the given number of bytes is written, the last of them 0.
+        // SAFETY: at most that many bytes are written. The last one is 0.
         unsafe { driver.cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int, handle) }?;
         let name: Vec<u8> = name.iter().map(|&c| c as u8).take_while(|&c| c != 0).collect();
         let mut capability = [0; 2];
         for (value, attribute) in capability.iter_mut().zip(COMPUTE_CAPABILITY) {
-            // SAFETY: one number is written; the handle is the driver's own.
+            // SAFETY: one number is written. The driver gave the handle.
             unsafe { driver.cuDeviceGetAttribute(value, attribute, handle) }?;
         }
         let [major, minor] = capability.map(|n| u32::try_from(n).unwrap_or(0));

@@ -7,7 +7,7 @@ use std::borrow::Cow;
 pub(super) struct Module {
     /// Its name, without `.ptx`.
     pub name: &'static str,
-    /// Its text; the last byte is 0, as the driver wants it.
+    /// Its text. The last byte is 0, as the driver demands.
     text: &'static str,
 }
 
@@ -32,7 +32,7 @@ pub(super) fn module(name: &str) -> Option<&'static Module> {
     MODULES.iter().find(|module| module.name == name)
 }
 
-/// The PTX version without which no plan runs: the latest of the files that run on every device.
+/// The PTX version that a driver must read for any plan to run: the latest one among the files for every device.
 pub(super) fn oldest_version() -> (u32, u32) {
     MODULES.iter().filter(|m| m.target() == "sm_80").map(Module::version).max().unwrap_or((7, 8))
 }
@@ -43,8 +43,8 @@ pub(super) fn reads_hopper(supported: (u32, u32)) -> bool {
 }
 
 impl Module {
-    /// The text for a device, with the 0 that ends it. PTX for every device has the two instructions of compute capability 9.0 that
-    /// its kernels begin with as comments; devices that have them get instructions.
+    /// The text for a device, with the 0 that ends it. Kernels begin with two instructions that only compute capability 9.0 and later has.
+    /// The PTX for every device has them as comments. For devices that have the instructions, this turns the comments into instructions.
     pub(super) fn image(&self, capability: (u32, u32)) -> Cow<'static, [u8]> {
         if capability < (9, 0) || self.target() != "sm_80" {
             return Cow::Borrowed(self.text.as_bytes());
@@ -53,7 +53,7 @@ impl Module {
         Cow::Owned(later.replace("// griddepcontrol.", "griddepcontrol.").into_bytes())
     }
 
-    /// What follows the directive at the beginning of a line.
+    /// The rest of the first line that begins with the directive `name`.
     fn directive(&self, name: &str) -> Option<&'static str> {
         self.text.lines().find_map(|line| line.strip_prefix(name)).map(str::trim)
     }
@@ -89,7 +89,7 @@ pub(super) fn expect_driver(ptx: (u32, u32), supported: (u32, u32)) -> Result<()
     if supported < needed { Err(Error::DriverTooOld { supported, ptx, needed }) } else { Ok(()) }
 }
 
-/// Bytes of `.param .u64 x` or `.param .align 8 .b8 x[96]`.
+/// Bytes of a parameter that is declared like `.param .u64 x` or `.param .align 8 .b8 x[96]`.
 fn parameter_bytes(declaration: &str) -> Option<usize> {
     let kind = declaration.split_whitespace().rfind(|word| word.starts_with('.'))?;
     let bits: usize = kind.trim_start_matches(|c: char| !c.is_ascii_digit()).parse().ok()?;
@@ -100,12 +100,12 @@ fn parameter_bytes(declaration: &str) -> Option<usize> {
     Some(bits / 8 * count)
 }
 
-/// The version of CUDA that brought a version of PTX; the driver reads that and what is older.
+/// The version of CUDA that brought a version of PTX. A driver for that CUDA reads this PTX and older ones.
 pub(super) fn driver_for(ptx: (u32, u32)) -> (u32, u32) {
     match ptx {
         (major, minor) if major < 8 => (major + 4, minor),
         (8, minor @ 0..=5) => (12, minor),
-        (8, minor) => (12, minor + 1), // 12.6 brought none
+        (8, minor) => (12, minor + 1), // CUDA 12.6 brought no version of PTX
         (major, minor) => (major + 4, minor),
     }
 }
@@ -133,7 +133,7 @@ mod tests {
         assert_eq!(names, MODULES.len());
     }
 
-    /// What lets a launch begin before the one before it is complete.
+    /// A launch may begin before the previous one is complete only because its kernel waits.
     #[test]
     fn every_kernel_waits_for_earlier_launches_where_they_may_overlap() {
         for module in MODULES {
@@ -179,7 +179,7 @@ mod tests {
         assert_eq!(module.version().0, u32::MAX, "PTX without a version is refused by every driver");
     }
 
-    /// What the driver copies from a launch is what the plan put there: a difference would be read from elsewhere.
+    /// The driver copies as many bytes of each parameter as the PTX declares. If the plan had fewer, it would read beyond them.
     #[test]
     fn plans_launch_entries_with_the_parameters_of_the_ptx() {
         let positives = [2, 2, 0, 5, 4];
@@ -211,7 +211,8 @@ mod tests {
         }
     }
 
-    /// What every device and driver takes: blocks of threads, at least one, and the shared memory of the device that has least.
+    /// Every launch has at least one thread block, no more than a driver takes, and no more shared memory than the device with the least
+    /// has.
     #[test]
     fn plans_launch_what_every_device_takes() {
         let only = |block| Loss::custom("only", vec![Group::new(1.0, &[block], 1).unwrap()]).unwrap();

@@ -1,4 +1,4 @@
-//! What a call left in the state, as results or as the error that the definition has for it.
+//! Reads what a call left in the state: results, or the error for inputs that the definition (docs/loss.md) refuses.
 
 use super::arguments::{Pointers, Stream};
 use super::device::Device;
@@ -20,7 +20,7 @@ use half::{bf16, f16};
 use std::ffi::c_int;
 use std::ops::Range;
 
-/// How the results of a plan are read: where they are, and what their errors are about.
+/// How to read the results of a plan: where they are, and what their errors name.
 #[derive(Debug, Clone)]
 pub struct Readout {
     loss: Loss,
@@ -38,11 +38,11 @@ pub struct Readout {
     sums: Range<usize>,
     above: Range<usize>,
     positive: Range<usize>,
-    /// What partials must be of to be merged with those of this problem.
+    /// Identity of the problem. Partial sums of another identity are not merged with those of this one.
     identity: Identity,
 }
 
-/// What a status names.
+/// What the array `status` says is wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
     NonFinite(Tower, usize),
@@ -51,15 +51,15 @@ enum Fault {
         row: usize,
         group: usize,
     },
-    /// A backward call had another embedding there than the forward call.
+    /// The embedding had another norm in a backward call than in the forward call.
     Changed(Tower, usize),
 }
 
 impl Readout {
-    /// For the plan that was made from this problem.
+    /// The readout of the plan that was made from this problem.
     ///
     /// # Errors
-    /// [`Error::StateMismatch`] for a plan without the arrays of one.
+    /// [`Error::StateMismatch`] for a plan that lacks an array of such a plan.
     pub fn new(problem: &Problem<'_>, plan: &Plan) -> Result<Self> {
         let (rows, passages, dim) = problem.shape();
         let place = |name: &str, bytes: usize| {
@@ -111,8 +111,8 @@ impl Readout {
         towers.find_map(|(k, tower)| changed(k).map(|row| Fault::Changed(tower, row)))
     }
 
-    /// An error if a status names a row that there is not, and so is no status: the state may be of a call that was captured and
-    /// never run, or of another plan.
+    /// An error if the status names a row that does not exist. Then no call of this plan has written the state: the call may have been
+    /// captured but never run, or the state may be of another plan.
     fn expect_row(&self, fault: Fault) -> Result<()> {
         let (what, row, count) = match fault {
             Fault::NonFinite(tower, row) | Fault::ZeroNorm(tower, row) | Fault::Changed(tower, row) => {
@@ -129,6 +129,7 @@ impl Readout {
         })
     }
 
+    /// The elements of a row.
     fn values(&self, bytes: &[u8]) -> Vec<f64> {
         match self.dtype {
             DType::F64 => numbers(bytes, f64::from_le_bytes).collect(), // problems refuse it
@@ -138,7 +139,7 @@ impl Readout {
         }
     }
 
-    /// Says what is in a row that a backward call found changed.
+    /// The error for a row that a backward call found changed.
     fn changed(&self, tower: Tower, row: usize, bytes: &[u8]) -> Error {
         let values = self.values(bytes);
         if values.iter().any(|value| !value.is_finite()) {
@@ -151,7 +152,7 @@ impl Readout {
         }
     }
 
-    /// Names the first element of a row that is not finite.
+    /// The error for a row that is not finite. It names the first such element.
     fn non_finite(&self, tower: Tower, row: usize, bytes: &[u8]) -> Error {
         match self.values(bytes).into_iter().enumerate().find(|(_, value)| !value.is_finite()) {
             Some((column, value)) => Error::NonFinite { tower, row, column, value },
@@ -162,7 +163,7 @@ impl Readout {
         }
     }
 
-    /// Metrics, loss and row losses; `head` is the state from its start to the end of the row losses.
+    /// Metrics, loss and row losses. `head` is the beginning of the state: see [`Readout::head`].
     fn evaluation(&self, head: &[u8]) -> Evaluation {
         let results: Vec<f64> = numbers(&head[self.results.clone()], f64::from_le_bytes).collect();
         let metrics = |precision: usize, mrr: usize| Metrics { precision_at_1: results[precision], mrr: results[mrr] };
@@ -179,7 +180,7 @@ impl Readout {
         TemperatureGradient { tau: results[GRAD_TAU], log_beta: results[GRAD_LOG_BETA] }
     }
 
-    /// Partials from the arrays `sums`, `above` and `positive`.
+    /// Partial sums from the arrays `sums`, `above` and `positive`.
     fn partials(&self, sums: &[u8], above: &[u8], positive: &[u8]) -> Partials {
         let (uses, positive) = (|b| self.loss.uses(b), numbers(positive, f64::from_le_bytes).collect());
         let mut out = Partials::new(self.rows, uses, self.shard.clone(), self.identity.clone(), positive);
@@ -195,7 +196,7 @@ impl Readout {
         out
     }
 
-    /// The arrays `sums` and `above`, one after the other in memory, for these partials.
+    /// The arrays `sums` and `above` for these partial sums.
     fn encode(&self, partials: &Partials) -> (Vec<u8>, Vec<u8>) {
         let mut sums = vec![0; self.sums.len()];
         for (block, rows) in partials.sums.iter().zip(sums.chunks_mut(self.rows * abi::ExpSum::BYTES)) {
@@ -207,12 +208,12 @@ impl Readout {
         (sums, partials.above.iter().flatten().flat_map(|count| count.to_le_bytes()).collect())
     }
 
-    /// Byte of the loss, an f64, in the state.
+    /// Where in the state the loss is, an f64: its first byte.
     pub fn loss_offset(&self) -> usize {
         self.results.start + f64::BYTES * LOSS
     }
 
-    /// Byte of ∂L/∂τ, an f64, in the state; ∂L/∂log β follows.
+    /// Where in the state ∂L/∂τ is, an f64: its first byte. ∂L/∂log β follows it.
     #[cfg(feature = "cudarc")]
     pub(super) fn temperature_offset(&self) -> usize {
         const { assert!(GRAD_LOG_BETA == GRAD_TAU + 1) }
@@ -225,13 +226,13 @@ impl Readout {
         self.dtype
     }
 
-    /// From the start of the state: all that is read of a call's results.
+    /// How many bytes at the beginning of the state hold results, status and row losses.
     fn head(&self) -> usize {
         self.results.end.max(self.status.end).max(self.row_losses.end)
     }
 }
 
-/// The numbers in little-endian bytes.
+/// Numbers from little-endian bytes.
 fn numbers<T, const N: usize>(bytes: &[u8], from: impl Fn([u8; N]) -> T) -> impl Iterator<Item = T> {
     bytes.chunks_exact(N).map(move |chunk| {
         let mut word = [0; N];
@@ -248,19 +249,19 @@ impl Device {
     /// [`Error::InvalidArgument`] while the stream is being captured, [`Error::Cuda`] for whatever failed meanwhile.
     ///
     /// # Safety
-    /// As [`Device::forward`], for the state and the embeddings, which are as they were; and a forward call with these pointers
-    /// is enqueued on this stream, or done.
+    /// As [`Device::forward`], for the state and the embeddings. A forward call with these pointers must be enqueued on this stream, or
+    /// done, and nothing may have changed state or embeddings since.
     pub unsafe fn evaluation(&self, readout: &Readout, pointers: &Pointers, stream: Stream) -> Result<Evaluation> {
         // SAFETY: the caller's promise.
         let head = unsafe { self.head(readout, pointers, stream) }?;
         Ok(readout.evaluation(&head))
     }
 
-    /// [`Device::evaluation`], and the temperature's gradient of the backward call after it.
+    /// [`Device::evaluation`], and the temperature's gradient of the backward call that followed.
     ///
     /// # Errors
-    /// As [`Device::evaluation`]; and [`Error::NonFinite`] or [`Error::StateMismatch`] for an embedding that the backward call found to be
-    /// another one than the forward call did: see [`Device::backward`].
+    /// As [`Device::evaluation`]. [`Error::NonFinite`] or [`Error::StateMismatch`] for an embedding that the backward call found to be
+    /// another one than in the forward call: see [`Device::backward`].
     ///
     /// # Safety
     /// As [`Device::evaluation`], with forward and backward.
@@ -275,7 +276,7 @@ impl Device {
         Ok((readout.evaluation(&head), readout.temperature(&head)))
     }
 
-    /// Waits for the stream, then gives the sums that [`Device::partials`] left, to be merged with those of the other shards.
+    /// Waits for the stream, then gives the sums that [`Device::partials`] left. The caller merges them with those of the other shards.
     ///
     /// # Errors
     /// As [`Device::evaluation`], but not yet [`Error::NoNegative`].
@@ -294,9 +295,8 @@ impl Device {
     /// Puts merged sums into the state, for [`Device::combine`] on the same stream. Waits for the stream.
     ///
     /// # Errors
-    /// [`Error::StateMismatch`] for partials of other inputs, by the problem and by the cosines of the positives,
-    /// [`Error::InvalidArgument`] if they do not cover every row or while
-    /// the stream is being captured, [`Error::Cuda`].
+    /// [`Error::StateMismatch`] for partial sums of another problem or of other embeddings, which have other cosines of positives.
+    /// [`Error::InvalidArgument`] if they do not cover every row, or while the stream is being captured. [`Error::Cuda`].
     ///
     /// # Safety
     /// As [`Device::evaluation`], with [`Device::partials`] in place of forward.
@@ -310,7 +310,7 @@ impl Device {
         merged.expect_problem(&readout.identity)?;
         merged.expect_complete()?;
         let (sums, above) = readout.encode(merged);
-        // SAFETY: the caller's promise; the three arrays are in the state.
+        // SAFETY: the caller's promise. The three arrays are in the state.
         unsafe {
             let positive = pointers.state + readout.positive.start as u64;
             let positive = self.download(positive, readout.positive.len(), stream)?;
@@ -321,12 +321,12 @@ impl Device {
         }
     }
 
-    /// The beginning of the state, unless it names a fault.
+    /// The beginning of the state, or the error for a fault that its status names.
     ///
     /// # Safety
     /// As [`Device::evaluation`].
     unsafe fn head(&self, readout: &Readout, pointers: &Pointers, stream: Stream) -> Result<Vec<u8>> {
-        // SAFETY: the caller's promise; the state is at least as long.
+        // SAFETY: the caller's promise. The state is at least as long.
         let head = unsafe { self.download(pointers.state, readout.head(), stream) }?;
         let fault = readout.fault(&head[readout.status.clone()]);
         fault.map_or(Ok(()), |fault| readout.expect_row(fault))?;
@@ -341,7 +341,7 @@ impl Device {
                     Tower::Query => (pointers.query, readout.row_bytes[0]),
                     Tower::Passage => (pointers.passage, readout.row_bytes[1]),
                 };
-                // SAFETY: the caller's promise; the row is one of the embeddings.
+                // SAFETY: the caller's promise. The row is one of the embeddings.
                 let bytes = unsafe {
                     self.download(start + row as u64 * row_bytes, readout.dim * readout.dtype.bytes(), stream)
                 }?;
@@ -352,15 +352,15 @@ impl Device {
         }
     }
 
-    /// Copies from the device, after everything that is enqueued.
+    /// Copies from the device, after everything that is enqueued. Waits for the copy.
     ///
     /// # Safety
-    /// So many bytes at `from` can be read, and `stream` is as [`Device::forward`] says.
+    /// That many bytes at `from` can be read, and `stream` is as [`Device::forward`] says.
     pub(super) unsafe fn download(&self, from: u64, bytes: usize, stream: Stream) -> Result<Vec<u8>> {
         let _current = self.current()?;
         self.expect_no_capture(stream, "memory can be read and written after a replay")?;
         let mut to = vec![0; bytes];
-        // SAFETY: `to` has so many bytes, and stays until the copy is done: also where it fails to start, the stream is waited for.
+        // SAFETY: `to` has that many bytes. It stays until the copy is done, because the stream is waited for even if the copy is refused.
         let (copied, waited) = unsafe {
             let driver = self.driver();
             let copied = driver.cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, bytes, stream.handle());
@@ -369,14 +369,14 @@ impl Device {
         copied.and(waited).map(|()| to)
     }
 
-    /// Copies to the device, after everything that is enqueued, and waits until it is done.
+    /// Copies to the device, after everything that is enqueued. Waits for the copy.
     ///
     /// # Safety
-    /// So many bytes at `to` can be written, and `stream` is as [`Device::forward`] says.
+    /// All of `from` can be written at `to`, and `stream` is as [`Device::forward`] says.
     pub(super) unsafe fn upload(&self, to: u64, from: &[u8], stream: Stream) -> Result<()> {
         let _current = self.current()?;
         self.expect_no_capture(stream, "memory can be read and written after a replay")?;
-        // SAFETY: `from` stays until the copy is done: also where it fails to start, the stream is waited for.
+        // SAFETY: `from` stays until the copy is done, because the stream is waited for even if the copy is refused.
         let (copied, waited) = unsafe {
             let driver = self.driver();
             let copied = driver.cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), stream.handle());
@@ -385,8 +385,8 @@ impl Device {
         copied.and(waited)
     }
 
-    /// Enqueues that the upstream gradient on the device, of a problem
-    /// [`with_device_upstream`](crate::cuda::Problem::with_device_upstream), becomes `value`. Can be captured.
+    /// Enqueues that the upstream gradient on the device becomes `value`. The plan must be of a problem
+    /// [`with_device_upstream`](crate::cuda::Problem::with_device_upstream). This can be captured.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] and [`Error::Misaligned`] for the pointer, [`Error::Cuda`].
@@ -396,12 +396,12 @@ impl Device {
     pub unsafe fn set_upstream(&self, plan: &Plan, pointers: &Pointers, value: f32, stream: Stream) -> Result<()> {
         pointers.check_slot(plan, Slot::Upstream)?;
         let _current = self.current()?;
-        // SAFETY: the caller's promise; the value is passed by itself, so no memory of the host has to stay.
+        // SAFETY: the caller's promise. The driver takes the value itself, so no memory of the host has to stay.
         unsafe { self.driver().cuMemsetD32Async(pointers.upstream, value.to_bits(), 1, stream.handle()) }
     }
 
-    /// An error while the stream is being captured, which waiting, allocating or loading would make worthless; `instead` says
-    /// what can be done.
+    /// An error while the stream is being captured, because waiting, allocating or loading would invalidate the capture. `instead` says
+    /// what the caller can do.
     pub(super) fn expect_no_capture(&self, stream: Stream, instead: &str) -> Result<()> {
         let _current = self.current()?;
         let mut status: c_int = 0;

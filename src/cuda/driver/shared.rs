@@ -6,11 +6,11 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 impl Device {
-    /// The device of that ordinal that everybody in the process gets from here, so that its kernels are loaded once. Made by the first
-    /// call, and never dropped, since that would wait for it and unload kernels that are still to run.
+    /// The device of that ordinal. Every call in the process gives the same one, so that its kernels are loaded once. The first call makes
+    /// it. It is never dropped, because that would wait for the device and unload kernels that may still be launched.
     ///
     /// # Errors
-    /// As [`Device::new`]; the next call tries again.
+    /// As [`Device::new`]. After an error, the next call tries again.
     pub fn shared(ordinal: usize) -> Result<Self> {
         static DEVICES: Mutex<BTreeMap<usize, Device>> = Mutex::new(BTreeMap::new());
         let mut devices = DEVICES.lock().unwrap_or_else(PoisonError::into_inner);

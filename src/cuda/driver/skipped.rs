@@ -6,22 +6,22 @@ use crate::cuda::abi::{SKIPPED, SQUARES};
 use crate::cuda::{Plan, Slot};
 use crate::error::{Error, Result};
 
-/// Squares of cosines that the gradient of a call consists of, each of a triangle once.
+/// Numbers of squares of cosines that have gradients. Of a triangle, mirror images do not count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SkippedSquares {
-    /// All of them.
+    /// All that have gradients.
     pub squares: u64,
     /// Those that were left out of the gradient.
     pub skipped: u64,
 }
 
 impl Device {
-    /// Waits for the stream, then says how many squares of cosines the call that was enqueued there leaves out of its gradient, if
-    /// its call asks for [tile skipping](crate::Call::with_tile_skipping); known from the forward call on.
+    /// Waits for the stream, then says how many squares of cosines the call that was enqueued there leaves out of its gradient. The call
+    /// must have asked for [tile skipping](crate::Call::with_tile_skipping). The forward call already decides the numbers.
     ///
     /// # Errors
-    /// [`Error::StateMismatch`] for a plan without the option, or a state that no call has written; [`Error::InvalidArgument`] while
-    /// the stream is being captured, [`Error::Cuda`] for whatever failed meanwhile.
+    /// [`Error::StateMismatch`] for a plan without tile skipping, or a state that no call has written. [`Error::InvalidArgument`] while
+    /// the stream is being captured. [`Error::Cuda`] for whatever failed meanwhile.
     ///
     /// # Safety
     /// As [`Device::evaluation`], for the state.

@@ -1,4 +1,4 @@
-//! The backend `wgpu` for batches in host memory: copies them to the first device, and the results back.
+//! The backend `wgpu` for batches in host memory. It copies them to the first device, and the results back.
 
 use super::buffers::Buffers;
 use super::engine::Engine;
@@ -12,25 +12,25 @@ use crate::problem::{GradientOutput, Problem};
 use crate::wgpu::{Capabilities, Plan, Slot};
 use std::sync::{Mutex, PoisonError};
 
-/// The backend `wgpu` for batches in host memory: dispatches on the first device.
+/// The backend `wgpu` for batches in host memory. It computes on the first device.
 #[derive(Debug, Clone, Copy)]
 pub struct Wgpu {
     name: &'static str,
     choose: Option<Choose>,
 }
 
-/// From what a device allows to what is used of it; `None` where the device does not have what it is about.
+/// Says what is used of what a device allows; `None` if the device lacks what the backend is for.
 type Choose = fn(Capabilities) -> Option<Capabilities>;
 
 impl Wgpu {
-    /// With everything that the device has.
+    /// The backend with everything that the device has.
     pub const fn new() -> Self {
         Self { name: "wgpu", choose: None }
     }
 
     #[doc(hidden)]
-    /// With what `choose` leaves of the device's limits and features, under a name of its own: for tests of variants and of
-    /// smaller devices. Where `choose` gives none, the backend is not available, rather than another variant in its place.
+    /// The backend with what `choose` leaves of the device's limits and features, under another name. It is for tests of variants and of
+    /// smaller devices. If `choose` gives `None`, the backend is not available. It does not run another variant instead.
     pub const fn restricted(name: &'static str, choose: fn(Capabilities) -> Option<Capabilities>) -> Self {
         Self { name, choose: Some(choose) }
     }
@@ -54,21 +54,21 @@ impl Default for Wgpu {
     }
 }
 
-/// The device of all calls, so that shaders are compiled once; none until it is first asked for, or after it was lost. Where
-/// there is none, that is not looked for again: it takes its time.
+/// The device of all calls. The first call finds it, and the others share it, so that shaders are compiled once. After it was lost, the
+/// next call looks for one again. But if no device was found, no call looks again, because looking takes long.
 static ENGINE: Mutex<Option<Result<Engine>>> = Mutex::new(None);
 
 fn engine() -> Result<Engine> {
     ENGINE.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(Engine::first).clone()
 }
 
-/// Loss, metrics and gradients of a batch in host memory, in one call on the first device; formulas at [`mod@crate::reference`]. For embeddings on a device see
-/// [`Step`].
+/// Loss, metrics and gradients of a batch in host memory, in one call on the first device. [`mod@crate::reference`] has the formulas.
+/// [`Step`] takes embeddings that are on a device.
 ///
 /// q is M × d, p is N × d, in f32, f16 or bf16; gradients come back as f32, multiplied by `upstream`.
 ///
 /// # Errors
-/// [`Error::WgpuUnavailable`] where no device is; [`Error::Wgpu`] if it was lost, and the next call takes a new one; and those of
+/// [`Error::WgpuUnavailable`] if there is no device. [`Error::Wgpu`] if it was lost; the next call takes a new one. Otherwise as
 /// [`cpu::loss_and_gradients`](crate::cpu::loss_and_gradients).
 pub fn loss_and_gradients(batch: &Batch<'_>, upstream: f64) -> Result<LossAndGradients> {
     let backend = Wgpu::new();
@@ -99,7 +99,7 @@ impl Backend for Wgpu {
         check_upstream(upstream)?;
         buffers.expect_shapes(batch.rows(), batch)?;
         let GradientBuffers { query, passage } = buffers;
-        // Gradients come back as f32 and are rounded here, which needs no even strides.
+        // Gradients come back as f32 and are rounded here. Gradients of 16 bits from the device would need even row strides.
         let output = |x: &Option<EmbeddingsMut<'_>>| {
             x.as_ref().map(|x| GradientOutput { dtype: DType::F32, row_stride: x.dim() })
         };
@@ -141,7 +141,7 @@ pub(super) fn run(
     step.backward(&mut encoder, &callers)?;
     engine.guarded("submit", None, || engine.queue().submit([encoder.finish()]))?;
     let results = step.results(&callers)?;
-    // Both are on the host before either is handed out.
+    // Both gradients must be on the host before one is written to the caller's buffer, so that an error changes neither.
     let download = |wanted: bool, slot, buffer| {
         if wanted { engine.read(buffer, 0..bytes(slot)) } else { Ok(Vec::new()) }
     };
@@ -155,7 +155,7 @@ pub(super) fn run(
     Ok(results)
 }
 
-/// Rows as they lie, with what is between them.
+/// Copies rows as they lie in memory, together with what lies between them.
 fn upload(engine: &Engine, buffer: &wgpu::Buffer, x: Embeddings<'_>) -> Result<()> {
     let used = (x.rows() - 1) * x.row_stride() + x.dim();
     let mut bytes = for_each_dtype!(Data, x.data(), data => bytemuck::cast_slice::<_, u8>(&data[..used]).to_vec());
@@ -163,7 +163,7 @@ fn upload(engine: &Engine, buffer: &wgpu::Buffer, x: Embeddings<'_>) -> Result<(
     engine.guarded("write_buffer", None, || engine.queue().write_buffer(buffer, 0, &bytes))
 }
 
-/// Contiguous rows of f32 into a buffer of any type and row stride.
+/// Copies contiguous rows of f32 into a buffer of any type and row stride.
 fn scatter(bytes: &[u8], mut buffer: EmbeddingsMut<'_>) {
     fn values<T: Element>(bytes: &[u8]) -> impl Iterator<Item = T> {
         bytes.chunks_exact(4).map(|x| T::from_f64(f64::from(bytemuck::pod_read_unaligned::<f32>(x))))

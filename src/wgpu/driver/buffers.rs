@@ -6,7 +6,7 @@ use crate::wgpu::{Plan, Slot};
 /// A range of a buffer.
 #[derive(Debug, Clone, Copy)]
 pub struct BufferRange<'a> {
-    /// The buffer, with the usage `STORAGE`; that of the slot `Uniforms` with `UNIFORM` instead.
+    /// The buffer. It must have the usage `STORAGE`, or for the slot `Uniforms` the usage `UNIFORM`.
     pub buffer: &'a wgpu::Buffer,
     /// First byte.
     pub offset: u64,
@@ -27,18 +27,18 @@ pub struct Buffers<'a> {
 }
 
 impl<'a> Buffers<'a> {
-    /// None yet.
+    /// No buffers yet.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// With `range` for `slot`.
+    /// These buffers, with `range` for `slot`.
     pub fn with(mut self, slot: Slot, range: impl Into<BufferRange<'a>>) -> Self {
         self.ranges[slot as usize] = Some(range.into());
         self
     }
 
-    /// These, and those of `other` where there is none here.
+    /// These buffers, and those of `other` for slots that have none here.
     pub fn or(mut self, other: &Self) -> Self {
         for (mine, theirs) in self.ranges.iter_mut().zip(&other.ranges) {
             *mine = mine.or(*theirs);
@@ -46,7 +46,7 @@ impl<'a> Buffers<'a> {
         self
     }
 
-    /// The range of a slot that a plan uses, checked.
+    /// The range of a slot, or an error if the plan cannot use it.
     pub(super) fn get(&self, slot: Slot, plan: &Plan, alignment: u64) -> Result<BufferRange<'a>> {
         let needed = plan.slot_bytes(slot);
         let allowed = || format!("a range of at least {needed} bytes");

@@ -1,4 +1,4 @@
-//! Whether a device's cooperative matrices can be trusted: some drivers' are wrong.
+//! Checks whether a device's cooperative matrices are right. Those of some drivers are not.
 
 use super::backend::run;
 use super::engine::Engine;
@@ -12,13 +12,14 @@ use crate::problem::Problem;
 use crate::wgpu::{Capabilities, Plan, Products};
 use half::f16;
 
-/// Two tiles in each direction, the second ragged; a ragged last fragment of k.
+/// Two tiles along each axis, of which the second is not full. Also the last fragment along the dimension is not full.
 const ROWS: usize = 70;
 const DIM: usize = 40;
-/// Allowed between f16 gradients of logits and f32, relative to the largest entry. Wrong layouts or types are off by about 1.
+/// Allowed difference between gradients with logits' gradients of f16 and of f32, relative to the largest entry. Wrong layouts or types
+/// differ by about 1.
 const TOLERANCE: f32 = 2e-3;
 
-/// Whether `products` give what plain arithmetic gives; not if either fails, or if the device lacks what they need.
+/// Whether `products` give what plain arithmetic gives. They do not if either fails, or if the device lacks what they need.
 pub(super) fn agrees(engine: &Engine, products: Products) -> bool {
     let plain = Capabilities { products: Products::Fma, ..*engine.capabilities() };
     let checked = Capabilities { products, ..plain };
@@ -38,7 +39,7 @@ fn is_close(got: &[f32], want: &[f32]) -> bool {
 
 /// The loss and both gradients of a small batch.
 fn gradients(engine: &Engine, capabilities: &Capabilities) -> Result<Vec<f32>> {
-    // Numbers without a pattern that a transposed fragment would keep.
+    // The numbers have no pattern that a transposed fragment would share.
     let number = |k: usize| f16::from_f32(((k * k % 8191) * 7919 % 8191) as f32 / 4096.0 - 1.0);
     let (q, p): (Vec<_>, Vec<_>) = (0..ROWS * DIM).map(|k| (number(k + 1), number(3 * k + 100_003))).unzip();
     let call = Call::new(Loss::samtone_both(), 0.05);

@@ -1,4 +1,4 @@
-//! Compiled shaders of one device, and what runs them.
+//! The compiled shaders of one device, and the calls that run them.
 
 use super::buffers::Buffers;
 use crate::error::{Error, Result};
@@ -6,9 +6,9 @@ use crate::wgpu::{Binding, Capabilities, Dispatch, Module, Plan, Products, Varia
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// The shaders of a device: compiled when first used, once. Cheap to clone; clones share what is compiled.
+/// The shaders of a device. Each is compiled once, when it is first used. Clones are cheap, and share what is compiled.
 ///
-/// It owns nothing but handles of a device and a queue, the caller's or its own.
+/// It has a device and a queue, which are the caller's or its own.
 #[derive(Debug, Clone)]
 pub struct Engine {
     inner: Arc<Inner>,
@@ -57,17 +57,17 @@ impl Inner {
 }
 
 impl Engine {
-    /// On a device and queue of the caller. Whatever features and limits the device was asked for are used; cooperative matrices
-    /// after [`Engine::with_cooperative_matrices`], because only the adapter knows which ones there are.
+    /// An engine on a device and queue of the caller. It uses all features and limits that the device was asked for, but for cooperative
+    /// matrices. [`Engine::with_cooperative_matrices`] adds these, because only the adapter knows which ones there are.
     pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Self {
         Self { inner: Arc::new(Inner::new(device, queue)) }
     }
 
-    /// On the first device found, discrete GPUs before integrated ones before software; with every feature and the highest limits
-    /// that help.
+    /// An engine on the first device that is found, with every feature and the highest limits that help. Discrete GPUs come first, then
+    /// integrated ones, then software.
     ///
     /// # Errors
-    /// [`Error::WgpuUnavailable`] where there is no adapter, or none that gives a device.
+    /// [`Error::WgpuUnavailable`] if there is no adapter, or none that gives a device.
     pub fn first() -> Result<Self> {
         let unavailable = |reason: String| Error::WgpuUnavailable { reason };
         let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
@@ -92,8 +92,8 @@ impl Engine {
         Err(unavailable(if reasons.is_empty() { "no adapter was found".into() } else { reasons.join("; ") }))
     }
 
-    /// On a device of its own of an adapter, with every feature and the highest limits that help. Cooperative matrices are used
-    /// where the adapter has them and they give, on a small batch, what plain arithmetic gives.
+    /// An engine on a new device of an adapter, with every feature and the highest limits that help. It uses cooperative matrices if the
+    /// adapter has them and they give what plain arithmetic gives on a small batch.
     ///
     /// # Errors
     /// [`Error::WgpuUnavailable`] if the adapter gives no device.
@@ -106,8 +106,9 @@ impl Engine {
         Self::request(adapter, wgpu::Features::empty())
     }
 
-    /// With cooperative matrices, if the device was asked for the feature, its adapter multiplies the fragments that the shaders
-    /// need, and they give on a small batch what plain arithmetic gives; else as it was. For clones made earlier, nothing changes.
+    /// The engine with cooperative matrices. The device must have been asked for the feature, its adapter must multiply the fragments
+    /// that the shaders need, and they must give what plain arithmetic gives on a small batch. Otherwise the engine stays as it was.
+    /// Clones that were made earlier do not change.
     pub fn with_cooperative_matrices(self, adapter: &wgpu::Adapter) -> Self {
         let Inner { device, queue, .. } = &*self.inner;
         let asked = device.features().contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
@@ -119,8 +120,8 @@ impl Engine {
         Self { inner: Arc::new(inner) }
     }
 
-    /// Whether `products` give, on a small batch, what plain arithmetic gives on this device; not if either fails,
-    /// or if the device lacks what they need.
+    /// Whether `products` give what plain arithmetic gives on this device, on a small batch. They do not if either fails, or if the device
+    /// lacks what they need.
     pub fn agrees(&self, products: Products) -> bool {
         super::check::agrees(self, products)
     }
@@ -130,9 +131,9 @@ impl Engine {
         let experimental_features = if experimental.is_empty() {
             wgpu::ExperimentalFeatures::disabled()
         } else {
-            // SAFETY: what may go wrong with the experimental feature that is asked for, cooperative matrices, is that a
-            // driver's are wrong or that it does not check their bounds. The first is checked before they are used; and shaders
-            // load and store whole fragments within what plans bind (`Tower::padded`, whole tiles of scratch).
+            // SAFETY: the only experimental feature that is asked for are cooperative matrices. A driver may compute them wrongly, or may
+            // not check their bounds. The engine checks their results before it uses them. Shaders load and store whole fragments within
+            // what plans bind (`Tower::padded`, whole tiles of scratch).
             unsafe { wgpu::ExperimentalFeatures::enabled() }
         };
         let descriptor = wgpu::DeviceDescriptor {
@@ -162,7 +163,7 @@ impl Engine {
         &self.inner.capabilities
     }
 
-    /// Runs `action`; what wgpu reports meanwhile becomes the error.
+    /// Runs `action`. If wgpu reports an error meanwhile, that is the result.
     pub(super) fn guarded<T>(
         &self,
         call: &'static str,
@@ -184,27 +185,27 @@ impl Engine {
         }
     }
 
-    /// Compiles every shader of `plan` that is not compiled yet; otherwise the first call that needs one does.
+    /// Compiles every shader of `plan` that is not compiled yet. Without this, the first call that needs a shader compiles it.
     ///
     /// # Errors
-    /// [`Error::Wgpu`] with the words of the compiler.
+    /// [`Error::Wgpu`], with the words of the compiler.
     pub fn compile(&self, plan: &Plan) -> Result<()> {
         let variant = plan.variant();
         plan.forward().chain(plan.backward()).try_for_each(|d| self.pipeline((d.module, d.entry, variant)).map(drop))
     }
 
-    /// Compiles like [`Engine::compile`], then runs every shader of `plan` once on nothing, and waits: what a driver keeps of the
-    /// compilation for the first run is done then, and delays no step.
+    /// Compiles like [`Engine::compile`], then runs every shader of `plan` once on no data, and waits. Some drivers put off a part of the
+    /// compilation until the first run. After this call it is done, and delays no step.
     ///
     /// # Errors
-    /// As [`Engine::compile`]; [`Error::OutOfMemory`] for a few KiB.
+    /// As [`Engine::compile`]. [`Error::OutOfMemory`] if there are not even a few KiB.
     pub fn warm_up(&self, plan: &Plan) -> Result<()> {
         use wgpu::BufferUsages;
-        const BYTES: u64 = 1024; // more than any `Params` has, and the results at the start of the state
+        const BYTES: u64 = 1024; // more than any `Params`, or the results at the start of the state, take
         self.compile(plan)?;
         let Inner { device, queue, .. } = &*self.inner;
-        // One buffer for each number, since none may be read and written in one dispatch. New buffers are zero: every count of work
-        // is, so shaders return at once or after loops over nothing, and what they write lies at the start.
+        // There is a buffer for each binding number, because no dispatch may read and write the same buffer. New buffers are zero, so
+        // every count of work is 0. Shaders return at once or after loops over nothing, and what they write lies at the start.
         let numbers = plan.forward().chain(plan.backward()).flat_map(|d| &d.bindings).map(|b| b.index);
         let usage = |index| if index == 0 { BufferUsages::UNIFORM } else { BufferUsages::STORAGE };
         let memory = |index| self.allocate("warming up", BYTES, usage(index));
@@ -247,7 +248,7 @@ impl Engine {
             layout: None,
             module: &shader,
             entry_point: Some(name),
-            // Every word of workgroup memory is written before it is read.
+            // No shader reads a word of workgroup memory before it was written.
             compilation_options: wgpu::PipelineCompilationOptions {
                 zero_initialize_workgroup_memory: false,
                 ..Default::default()
@@ -266,24 +267,24 @@ impl Engine {
             label: Some(module.name()),
             source: wgpu::ShaderSource::Wgsl(source.into()),
         };
-        // Counters that end every loop keep compilers from unrolling. Accesses stay checked.
+        // naga would add a counter that ends every loop, which keeps compilers from unrolling. Checks of accesses stay on.
         let checks = wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..wgpu::ShaderRuntimeChecks::checked() };
-        // SAFETY: every loop of the shaders ends: its bound is a constant, or a member of `Params` or the lengths of the lists in
-        // `side`, which hold what plans say (`encode`), and its counter only grows towards it.
+        // SAFETY: every loop of the shaders ends, because its counter only grows towards its bound. The bound is a constant, a member of
+        // `Params`, or the length of a list in `side`. The last two are what plans say: `encode` demands it.
         unsafe { self.inner.device.create_shader_module_trusted(descriptor, checks) }
     }
 
-    /// Records dispatches of a plan, with timestamps around them if wanted. Allocates no memory of the device. [`Step`] does it on
-    /// buffers of its own, and is safe.
+    /// Records dispatches of a plan, with timestamps around them if wanted. It allocates no memory of the device. [`Step`] does the same
+    /// with buffers of its own, and is safe.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] and [`Error::Misaligned`] for a buffer that is missing, too small, misplaced or of the wrong
-    /// usage; [`Error::Wgpu`] with the words of wgpu. Nothing is recorded then.
+    /// [`Error::InvalidArgument`] and [`Error::Misaligned`] for a buffer that is missing, too small, misplaced or of the wrong usage.
+    /// [`Error::Wgpu`], with the words of wgpu. After an error, nothing is recorded.
     ///
     /// # Safety
-    /// When the dispatches run, the slots `Uniforms` and `Side` hold [`Plan::uniforms`] and [`Plan::side_data`] of this plan, and
-    /// the plan's other own slots what only its earlier dispatches have written: the shaders' loops end, and their fragments lie
-    /// within what is bound, because of what is there.
+    /// When the dispatches run, the slots `Uniforms` and `Side` must hold [`Plan::uniforms`] and [`Plan::side_data`] of this plan. In the
+    /// other slots that are the plan's own, only its earlier dispatches may have written. Because of these contents the shaders' loops
+    /// end, and their fragments lie within what is bound.
     ///
     /// [`Step`]: crate::wgpu::Step
     pub unsafe fn encode<'d>(
@@ -309,7 +310,7 @@ impl Engine {
             }
             bound.push((dispatch, pipeline, entries));
         }
-        // First, because a recording that has failed spoils the caller's encoder.
+        // All groups are made before anything is recorded, because a recording that fails would make the caller's encoder useless.
         let groups: Vec<_> = self.guarded("create_bind_group", None, || {
             let group = |(dispatch, pipeline, entries): &(&Dispatch, wgpu::ComputePipeline, Vec<_>)| {
                 self.inner.device.create_bind_group(&wgpu::BindGroupDescriptor {
@@ -331,7 +332,7 @@ impl Engine {
         })
     }
 
-    /// A buffer of so many bytes, at least 4.
+    /// A buffer of that many bytes, but at least 4.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
@@ -346,10 +347,10 @@ impl Engine {
         self.guarded("create_buffer", Some((size, purpose)), || self.inner.device.create_buffer(&descriptor))
     }
 
-    /// Waits for everything submitted, and gives the content of a buffer with the usage `COPY_SRC`.
+    /// Waits for everything that was submitted, then gives bytes of a buffer, which must have the usage `COPY_SRC`.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a range beyond the buffer; [`Error::OutOfMemory`]; [`Error::Wgpu`] if the device was lost.
+    /// [`Error::InvalidArgument`] for a range beyond the buffer. [`Error::OutOfMemory`]. [`Error::Wgpu`] if the device was lost.
     pub fn read(&self, buffer: &wgpu::Buffer, bytes: std::ops::Range<u64>) -> Result<Vec<u8>> {
         use wgpu::BufferUsages;
         let Inner { device, queue, .. } = &*self.inner;
@@ -366,7 +367,7 @@ impl Engine {
             queue.submit([encoder.finish()]);
         })?;
         let (send, receive) = std::sync::mpsc::channel();
-        // Of a lost device the buffer is invalid, which wgpu would panic about.
+        // If the device was lost, the buffer is invalid. Without the guard, wgpu would panic.
         self.guarded("map_async", None, || {
             staging.map_async(wgpu::MapMode::Read, .., move |result| drop(send.send(result)));
         })?;

@@ -1,4 +1,4 @@
-//! A plan with the buffers it needs beside the caller's.
+//! A plan, together with the buffers that it needs beside the caller's.
 
 use super::buffers::{BufferRange, Buffers};
 use super::engine::Engine;
@@ -9,9 +9,9 @@ use crate::partials::Partials;
 use crate::tower::Tower;
 use crate::wgpu::{Dispatch, Plan, Slot};
 
-/// A plan whose own buffers are allocated once and used by call after call. The caller brings embeddings and gradients.
+/// A plan and its own buffers, which are allocated once and used by all calls. The caller brings embeddings and gradients.
 ///
-/// Recording allocates nothing and waits for nothing; results stay on the device, in [`Step::state`], until they are asked for.
+/// Recording neither allocates nor waits. Results stay on the device, in [`Step::state`], until they are asked for.
 #[derive(Debug)]
 pub struct Step {
     engine: Engine,
@@ -20,10 +20,10 @@ pub struct Step {
 }
 
 impl Step {
-    /// Allocates, compiles, and writes what stays the same from call to call.
+    /// Allocates the buffers, compiles the shaders, and writes what is the same in all calls.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`], and [`Error::Wgpu`] with the words of the compiler.
+    /// [`Error::OutOfMemory`]. [`Error::Wgpu`], with the words of the compiler.
     pub fn new(engine: &Engine, plan: Plan) -> Result<Self> {
         use wgpu::BufferUsages;
         engine.compile(&plan)?;
@@ -55,8 +55,8 @@ impl Step {
         self.own.iter().fold(Buffers::new(), |buffers, (slot, buffer)| buffers.with(*slot, buffer))
     }
 
-    /// The buffer of results. Its first f32 from byte 256 on are the loss, P@1 and MRR of queries → passages and of
-    /// passages → queries, ∂L/∂τ and ∂L/∂log β, for shaders of the caller.
+    /// The buffer with the results, for shaders of the caller. From byte 256 on it has these f32: the loss, P@1 and MRR of queries →
+    /// passages, P@1 and MRR of passages → queries, ∂L/∂τ, ∂L/∂log β.
     pub fn state(&self) -> Option<&wgpu::Buffer> {
         self.own.iter().find(|(slot, _)| *slot == Slot::State).map(|(_, buffer)| buffer)
     }
@@ -69,14 +69,14 @@ impl Step {
         timestamp_writes: Option<wgpu::ComputePassTimestampWrites<'_>>,
     ) -> Result<()> {
         let buffers = self.buffers().or(callers);
-        // SAFETY: the plan's own slots are this step's buffers, also where the caller names others for them. `new` has written
-        // `Uniforms` and `Side`, which nobody else reaches; of the others only the state is handed out, whose numbers decide no
-        // loop and no place.
+        // SAFETY: the plan's own slots are this step's buffers, even if the caller gives others for them. `new` has written `Uniforms`
+        // and `Side`, which nothing else can reach. The caller can get only one of the other buffers, the state. Its numbers decide no
+        // loop and no address.
         unsafe { self.engine.encode(&self.plan, dispatches, &buffers, encoder, timestamp_writes) }
     }
 
-    /// Records [`Step::forward`] and [`Step::backward`] at once, with timestamps around them if wanted: L, its metrics, ∂L/∂q
-    /// (M × d), ∂L/∂p (N × d) and ∂L/∂τ by the formulas of [`mod@crate::reference`].
+    /// Records [`Step::forward`] and [`Step::backward`] at once, with timestamps around them if wanted. They give L, its metrics, ∂L/∂q
+    /// (M × d), ∂L/∂p (N × d) and ∂L/∂τ. [`mod@crate::reference`] has the formulas.
     ///
     /// # Errors
     /// As [`Engine::encode`].
@@ -98,8 +98,8 @@ impl Step {
         self.encode(self.plan.forward(), callers, encoder, None)
     }
 
-    /// Records the first part of [`Step::forward`]: the sums of a shard. Until [`Step::combine`] has run there are no results, and the
-    /// gradients of a backward call are NaN.
+    /// Records the first part of [`Step::forward`]: the sums of a shard. Until [`Step::combine`] has run, there are no results, and a
+    /// backward call gives NaN.
     ///
     /// # Errors
     /// As [`Engine::encode`].
@@ -107,8 +107,8 @@ impl Step {
         self.encode(self.plan.partials(), callers, encoder, None)
     }
 
-    /// Records the second part of [`Step::forward`]: loss, metrics and coefficients from the sums of all shards, which
-    /// [`Step::write_partials`] has written, or of this step alone if its rows are all rows.
+    /// Records the second part of [`Step::forward`]: loss, metrics and coefficients from the sums of all shards. [`Step::write_partials`]
+    /// must have written these, unless this step has all rows.
     ///
     /// # Errors
     /// As [`Engine::encode`].
@@ -116,11 +116,11 @@ impl Step {
         self.encode(self.plan.combine(), &Buffers::new(), encoder, None)
     }
 
-    /// Records gradients, into the slots `QueryGradient` and `PassageGradient`, after [`Step::forward`].
+    /// Records gradients into the slots `QueryGradient` and `PassageGradient`, after [`Step::forward`].
     ///
-    /// They are those of the embeddings that the forward call was given, of which the step keeps a packed copy. The slots `Query` and
-    /// `Passage` are not read: what lies there by now, be it NaN or the next batch, changes nothing, and they may be left out. Gradients
-    /// are NaN where the forward call was refused ([`Step::results`] says why), and where none has run.
+    /// They belong to the embeddings that the forward call was given, because the step has a packed copy of these. The slots `Query` and
+    /// `Passage` are not read. They may be left out, or hold anything by now, such as NaN or the next batch. Gradients are NaN if the
+    /// forward call was refused ([`Step::results`] says why), or if none has run.
     ///
     /// # Errors
     /// As [`Engine::encode`].
@@ -135,12 +135,13 @@ impl Step {
         }
     }
 
-    /// Waits, and gives loss and metrics of the last forward call, and the temperature's gradient of the last backward call.
-    /// `embeddings` are those of the call, for the error that names what is not finite: it needs the usage `COPY_SRC`.
+    /// Waits, then gives loss and metrics of the last forward call, and the temperature's gradient of the last backward call.
+    /// `embeddings` must be those of the call. The error for an element that is not finite looks its value up there, which needs the
+    /// usage `COPY_SRC`.
     ///
     /// # Errors
-    /// What was wrong with the embeddings: [`Error::NonFinite`], [`Error::ZeroNorm`], [`Error::NoNegative`];
-    /// [`Error::StateMismatch`] if no forward call has run yet, or only its first part; [`Error::Wgpu`] if the device was lost.
+    /// What was wrong with the embeddings: [`Error::NonFinite`], [`Error::ZeroNorm`], [`Error::NoNegative`]. [`Error::StateMismatch`] if
+    /// no forward call has run yet, or only its first part. [`Error::Wgpu`] if the device was lost.
     pub fn results(&self, embeddings: &Buffers<'_>) -> Result<(Evaluation, TemperatureGradient)> {
         let state = self.read_state()?;
         if let Some(refusal) = self.plan.refusal(&state)? {
@@ -176,7 +177,7 @@ impl Step {
         })
     }
 
-    /// Waits, and gives the sums of this shard.
+    /// Waits, then gives the sums of this shard.
     ///
     /// # Errors
     /// As [`Step::results`].
@@ -188,11 +189,11 @@ impl Step {
         }
     }
 
-    /// Writes sums merged from all shards, for [`Step::combine`]. Waits for [`Step::partials`], whose embeddings they must be of.
+    /// Writes the merged sums of all shards, for [`Step::combine`]. Waits for [`Step::partials`], which must have had the same embeddings.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for partials that do not cover all rows; [`Error::StateMismatch`] for those of another problem or of
-    /// other embeddings, which the cosines of the positives show, and if [`Step::partials`] has not run; [`Error::Wgpu`] if the device
+    /// [`Error::InvalidArgument`] for partial sums that do not cover all rows. [`Error::StateMismatch`] for those of another problem or
+    /// of other embeddings, which have other cosines of positives, and if [`Step::partials`] has not run. [`Error::Wgpu`] if the device
     /// was lost.
     pub fn write_partials(&self, partials: &Partials) -> Result<()> {
         let (range, bytes) = self.plan.write_partials(partials)?;

@@ -9,10 +9,11 @@ use crate::output::{Evaluation, TemperatureGradient};
 use cudarc::driver::{CudaSlice, CudaStream, CudaView};
 use std::sync::Arc;
 
-/// Gradients on the device, f32, row-major and contiguous, times the upstream gradient. NaN if the call's inputs are refused.
+/// Gradients on the device: f32, row-major, contiguous, and multiplied by the upstream gradient. They are NaN if the call's inputs are
+/// refused.
 #[derive(Debug)]
 pub struct DeviceGradients {
-    /// ∂L/∂q, M × d; of a shard, its rows × d.
+    /// ∂L/∂q, M × d. That of a shard has the shard's rows only.
     pub query: CudaSlice<f32>,
     /// ∂L/∂p, N × d.
     pub passage: CudaSlice<f32>,
@@ -21,7 +22,7 @@ pub struct DeviceGradients {
 impl DeviceGradients {
     /// Room for the gradients of `rows` queries and `passages` passages.
     pub(super) fn new(stream: &Arc<CudaStream>, rows: usize, passages: usize, dim: usize) -> Result<Self> {
-        // SAFETY: the backward call writes all of it, or fails.
+        // SAFETY: a backward call either writes all of it or fails.
         let slice = |rows| unsafe { allocate(stream, rows * dim, "the gradients") };
         Ok(Self { query: slice(rows)?, passage: slice(passages)? })
     }
@@ -49,10 +50,10 @@ impl DeviceLossAndGradients {
         self.step.loss()
     }
 
-    /// Waits, then gives loss, row losses, metrics and the gradient of the temperature. `batch` is that of the call.
+    /// Waits, then gives loss, row losses, metrics and the gradient of the temperature. `batch` must be that of the call.
     ///
     /// # Errors
-    /// What was wrong with the embeddings, as [`Device::evaluation`]; [`Error::StateMismatch`](crate::Error::StateMismatch) for a
+    /// What was wrong with the embeddings, as [`Device::evaluation`] says. [`Error::StateMismatch`](crate::Error::StateMismatch) for a
     /// batch of another shape or type.
     pub fn results<T: Element>(&self, batch: &DeviceBatch<'_, T>) -> Result<(Evaluation, TemperatureGradient)> {
         self.shape.expect(batch)?;
@@ -60,19 +61,18 @@ impl DeviceLossAndGradients {
     }
 }
 
-/// Loss, metrics and gradients in one call, enqueued on `stream` with memory taken from it. Embeddings are f32, f16 or bf16,
-/// gradients f32, multiplied by `upstream`. To repeat it without allocating, use a [`Step`].
+/// Enqueues loss, metrics and gradients on `stream`, in memory that is allocated on it. Embeddings are f32, f16 or bf16. Gradients are
+/// f32, and are multiplied by `upstream`. A [`Step`] repeats a call without allocating.
 ///
 /// # Errors
-/// As [`Step::new`] and [`Step::loss_and_gradients`]. What is wrong with the embeddings is found by
-/// [`DeviceLossAndGradients::results`].
+/// As [`Step::new`] and [`Step::loss_and_gradients`]. [`DeviceLossAndGradients::results`] says what is wrong with the embeddings.
 pub fn loss_and_gradients<T: Element>(
     device: &Device,
     stream: &Arc<CudaStream>,
     batch: &DeviceBatch<'_, T>,
     upstream: f64,
 ) -> Result<DeviceLossAndGradients> {
-    // Not by way of the device's f32, so that nothing is rounded.
+    // The problem holds the upstream gradient as f64. The upstream gradient on the device is an f32, and would round it.
     let mut step = Step::new(device, stream, &batch.problem()?.with_upstream(upstream)?)?;
     let (rows, passages) = (batch.pairs.rows(), batch.pairs.passages());
     let mut gradients = DeviceGradients::new(stream, rows, passages, batch.dim)?;
@@ -81,10 +81,10 @@ pub fn loss_and_gradients<T: Element>(
     Ok(DeviceLossAndGradients { gradients, step, shape: batch.shape() })
 }
 
-/// Loss and metrics now, enqueued on `stream`; gradients later.
+/// Enqueues loss and metrics on `stream`. [`Forward::backward`] enqueues the gradients later.
 ///
 /// # Errors
-/// As [`Step::new`] and [`Step::forward`]. What is wrong with the embeddings is found by [`Forward::evaluation`].
+/// As [`Step::new`] and [`Step::forward`]. [`Forward::evaluation`] says what is wrong with the embeddings.
 pub fn forward<T: Element>(device: &Device, stream: &Arc<CudaStream>, batch: &DeviceBatch<'_, T>) -> Result<Forward> {
     let mut step = Step::new(device, stream, &batch.problem()?)?;
     step.forward(&batch.query, &batch.passage)?;
@@ -108,7 +108,7 @@ impl Forward {
         self.step.loss()
     }
 
-    /// Waits, then gives loss, row losses and metrics. `batch` is that of the forward call.
+    /// Waits, then gives loss, row losses and metrics. `batch` must be that of the forward call.
     ///
     /// # Errors
     /// As [`DeviceLossAndGradients::results`].
@@ -117,9 +117,9 @@ impl Forward {
         self.step.evaluation(&batch.query, &batch.passage)
     }
 
-    /// Enqueues the gradients for the batch of the forward call, unchanged since, times `upstream`, which may stay on the device. If an
-    /// embedding has another norm than in the forward call, or is not finite, all gradients are NaN, and [`Forward::temperature`] and
-    /// [`Forward::evaluation`] say which one.
+    /// Enqueues the gradients, multiplied by `upstream`, which may be on the device. `batch` must be that of the forward call, and its
+    /// embeddings unchanged. If an embedding has another norm than in the forward call, or is not finite, all gradients are NaN, and
+    /// [`Forward::temperature`] and [`Forward::evaluation`] name the embedding.
     ///
     /// # Errors
     /// As [`Step::backward`], and [`Error::StateMismatch`](crate::Error::StateMismatch) for a batch of another shape or type.
@@ -136,7 +136,7 @@ impl Forward {
         Ok(gradients)
     }
 
-    /// [`Forward::backward`] into slices of the caller.
+    /// [`Forward::backward`], into slices of the caller.
     ///
     /// # Errors
     /// As [`Forward::backward`].
@@ -152,10 +152,10 @@ impl Forward {
         Ok(())
     }
 
-    /// Waits, then gives the gradient of the temperature, after a backward call. `batch` is that of both calls.
+    /// Waits, then gives the gradient of the temperature, after a backward call. `batch` must be that of both calls.
     ///
     /// # Errors
-    /// As [`Forward::evaluation`], for what either call found, and [`Error::StateMismatch`](crate::Error::StateMismatch) without a backward
+    /// As [`Forward::evaluation`], for what either call found. [`Error::StateMismatch`](crate::Error::StateMismatch) without a backward
     /// call.
     pub fn temperature<T: Element>(&self, batch: &DeviceBatch<'_, T>) -> Result<TemperatureGradient> {
         self.shape.expect(batch)?;

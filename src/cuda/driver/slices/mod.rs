@@ -1,8 +1,8 @@
-//! The loss on slices and streams of cudarc, with memory taken from the stream.
+//! The loss on slices and streams of cudarc, in memory that is allocated on the stream.
 //!
-//! Ordering between streams is cudarc's: every slice that a call reads or writes is waited for and recorded as in cudarc's own
-//! calls, which order slices and streams of one `CudaContext` object. So are replays of [`Step::capture`]. For a capture of the
-//! caller's own, cudarc's event tracking must be off, as its documentation says.
+//! cudarc orders streams. A call waits for the slices that it reads or writes, and records that it uses them, as cudarc's own calls do.
+//! This orders slices and streams of one `CudaContext` object. Launches of a graph of [`Step::capture`] do the same. If the caller
+//! captures calls into a graph of their own, cudarc's event tracking must be off, as its documentation says.
 
 mod calls;
 mod shard;
@@ -35,7 +35,7 @@ pub struct DeviceBatch<'a, T> {
 }
 
 impl<'a, T: Element> DeviceBatch<'a, T> {
-    /// Contiguous embeddings: exactly M·dim and N·dim elements, M and N being those of `pairs`.
+    /// Contiguous embeddings: exactly M·dim and N·dim elements, with the M and N of `pairs`.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for another number of elements.
@@ -49,10 +49,10 @@ impl<'a, T: Element> DeviceBatch<'a, T> {
         Ok(Self { query, passage, dim, row_strides: [dim; 2], pairs })
     }
 
-    /// Rows that start `row_strides` elements apart, for q and p; each slice reaches at least to the end of its last row.
+    /// Embeddings whose rows start `row_strides` elements apart, for q and for p. Each slice reaches at least to the end of its last row.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`] for a stride below `dim` or a slice that is too short.
+    /// [`Error::InvalidArgument`] for a stride below `dim`, or for a slice that is too short.
     pub fn with_row_strides(
         query: CudaView<'a, T>,
         passage: CudaView<'a, T>,
@@ -114,7 +114,7 @@ impl<'a, T: Element> DeviceBatch<'a, T> {
     }
 }
 
-/// What the batches of several calls have in common.
+/// What the batches of a forward call and of its later calls must have in common.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Shape {
     rows: usize,
@@ -150,7 +150,8 @@ impl Shape {
 pub enum Upstream<'a> {
     /// A number, rounded to f32.
     Host(f64),
-    /// One f32 on the device, read when the backward call runs: it may still be to be computed, and nothing waits for it.
+    /// One f32 on the device. The backward call reads it when it runs, so it may still be computed when the call is enqueued, and the host
+    /// does not wait for it.
     Device(CudaView<'a, f32>),
 }
 
@@ -180,7 +181,7 @@ impl Upstream<'_> {
     }
 }
 
-/// The error behind cudarc's, whose own text needs a driver to be put together.
+/// Our error for cudarc's. cudarc asks the driver for the text of its own, which needs a driver that works.
 fn failed(call: &'static str) -> impl Fn(DriverError) -> Error {
     move |error| codes::error(call, error.0 as i32)
 }
@@ -208,10 +209,10 @@ fn expect_context(device: &Device, stream: &CudaStream) -> Result<()> {
     })
 }
 
-/// Uninitialised memory, one element at the least.
+/// Uninitialised memory of at least one element.
 ///
 /// # Safety
-/// It is written before it is read.
+/// It must be written before it is read.
 unsafe fn allocate<T: DeviceRepr>(stream: &Arc<CudaStream>, len: usize, purpose: &'static str) -> Result<CudaSlice<T>> {
     // SAFETY: the caller's promise.
     let memory = unsafe { stream.alloc(len.max(1)) };

@@ -14,8 +14,8 @@ use std::sync::Arc;
 
 /// One shard of a larger batch: a range of its rows against all queries and all passages, as [`cpu::Shard`](crate::cpu::Shard).
 ///
-/// Shards that cover every row once give, together, what one device gives: merge their [`Partials`], evaluate, and add up their
-/// passage and temperature gradients. Each device holds the whole batch. Partials of shards on a CPU may be among those merged.
+/// Shards that cover every row once give together what one device gives. The caller merges their [`Partials`], evaluates, and adds up
+/// their passage and temperature gradients. Each device holds the whole batch. Partial sums of shards on a CPU may be merged with these.
 #[derive(Debug)]
 pub struct Shard<'a, T> {
     step: Step,
@@ -24,7 +24,7 @@ pub struct Shard<'a, T> {
 }
 
 impl<'a, T: Element> Shard<'a, T> {
-    /// The shard of `rows` of `batch`, which is the whole one, on the memory and stream of one device.
+    /// The shard of `rows`, on one device. `batch` is the whole batch, in the memory of that device.
     ///
     /// # Errors
     /// As [`Step::new`], and [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a range that is empty or beyond the
@@ -39,16 +39,16 @@ impl<'a, T: Element> Shard<'a, T> {
         Ok(Self { step: Step::new(device, stream, &problem)?, batch, rows })
     }
 
-    /// The shard's share of every row's sums, O(M) numbers. Waits for the device.
+    /// Computes the shard's part of every row's sums, O(M) numbers. Waits for the device.
     ///
     /// # Errors
-    /// As [`Step::forward`]; [`Error::NonFinite`](crate::Error::NonFinite) and [`Error::ZeroNorm`](crate::Error::ZeroNorm) by
+    /// As [`Step::forward`]. [`Error::NonFinite`](crate::Error::NonFinite) and [`Error::ZeroNorm`](crate::Error::ZeroNorm), which name the
     /// row.
     pub fn partials(&mut self) -> Result<Partials> {
         self.step.partials(&self.batch.query, &self.batch.passage)
     }
 
-    /// Loss, row losses and metrics of the whole batch, from the merged partials of all shards. Waits for the device.
+    /// Loss, row losses and metrics of the whole batch, from the merged partial sums of all shards. Waits for the device.
     ///
     /// # Errors
     /// As [`Shard::partials`]; [`Error::StateMismatch`](crate::Error::StateMismatch) for partials of other inputs,
@@ -59,8 +59,8 @@ impl<'a, T: Element> Shard<'a, T> {
         self.step.evaluation(&self.batch.query, &self.batch.passage)
     }
 
-    /// Gradients: `query` for the shard's rows (rows.len() × d, complete), `passage` for all passages (N × d) and the
-    /// temperature, both to be added up over the shards. Waits for the device.
+    /// Gradients. Those of the queries are for the shard's rows only (rows.len() × d), and complete. Those of the passages (N × d) and of
+    /// the temperature are parts that the caller adds up over the shards. Waits for the device.
     ///
     /// # Errors
     /// As [`Shard::evaluate`] and [`Step::backward`].

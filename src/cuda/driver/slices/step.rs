@@ -34,21 +34,22 @@ impl<'a, G> GradientSlices<'a, G> {
     }
 }
 
-/// How far a step is.
+/// What a step has done so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Progress {
-    /// The side data are not those of the plan.
+    /// The last `prepare` failed, so the side data are not those of the plan.
     Unprepared,
+    /// The side data are on the device.
     Nothing,
-    /// Sums are in the state.
+    /// The state has the partial sums.
     Partials,
-    /// Results and coefficients are in the state.
+    /// The state has results and coefficients.
     Forward,
-    /// And the temperature's gradient.
+    /// The state has the temperature's gradient, too.
     Backward,
 }
 
-/// Memory that only this step uses, and only on its stream, so that the stream's order is all that it needs.
+/// Memory that only this step uses, and only on its own stream. So the order of that stream is enough.
 struct Memory<T = u8> {
     slice: CudaSlice<T>,
     address: u64,
@@ -56,56 +57,56 @@ struct Memory<T = u8> {
 
 impl<T: DeviceRepr> Memory<T> {
     fn new(stream: &Arc<CudaStream>, len: usize, purpose: &'static str) -> Result<Self> {
-        // SAFETY: side data are copied there before any kernel runs; of the rest, kernels read only what kernels wrote.
+        // SAFETY: side data are copied there before any kernel runs. In other memory, kernels read only what kernels wrote.
         let slice = unsafe { allocate(stream, len, purpose) }?;
         let address = slice.device_ptr(stream).0;
         Ok(Self { slice, address })
     }
 }
 
-/// What a capture wants of whoever allocates.
+/// What callers can do instead of allocating during a capture.
 const ALLOCATED_BEFORE: &str = "what a step needs is allocated beforehand";
 
-/// A call without a backward pass.
+/// In place of gradients, for a call without backward pass.
 const NO_GRADIENTS: Option<(GradientSlices<'_, f32>, Upstream<'_>)> = None;
 
-/// One of the raw calls of [`Device`].
+/// One of the calls of [`Device`] that take pointers.
 type Call = unsafe fn(&Device, &Plan, &Pointers, Stream) -> Result<()>;
 
-/// One step of training, ready to run: plan, side data, state and workspace on one stream. Reused from step to step, it neither
+/// One step of training, ready to run: plan, side data, state and workspace on one stream. It can be used again and again. It neither
 /// allocates nor waits until results are asked for.
 ///
-/// [`Step::capture`] records a call as a CUDA graph. To capture calls of a step into a graph of the caller's own: turn cudarc's
-/// event tracking off before anything is allocated, and capture [`Step::loss_and_gradients`]. That graph uses the memory of this
-/// object, which has to outlive it, unprepared for other problems and with its workspace, and the addresses of the slices it was
-/// captured with. Results are read after a replay as after a call.
+/// [`Step::capture`] records a call as a CUDA graph. Callers may also capture [`Step::loss_and_gradients`] into a graph of their own.
+/// They must turn cudarc's event tracking off before anything is allocated. Their graph uses the memory of this object and the addresses
+/// of the slices of the captured call. So this object must outlive it, and must neither prepare another problem nor release its
+/// workspace. Results are read after a launch of the graph as after a call.
 ///
-/// On the default stream of a thread, a step that comes to another thread first waits for the whole context.
+/// If its stream is the default stream of a thread, a step that moves to another thread first waits for the whole context.
 pub struct Step {
     side: Memory,
     state: Memory,
-    /// None while it is released.
+    /// `None` after [`Step::release_workspace`], until a call needs it.
     workspace: Option<Memory>,
     upstream: Memory<f32>,
-    /// Whether `upstream` was given to the caller, who may have used it on another stream.
+    /// Whether the caller was given `upstream`, and so may have used it on another stream.
     upstream_lent: bool,
     plan: Plan,
     readout: Readout,
     outputs: [Option<GradientOutput>; 2],
     progress: Progress,
-    /// Whether the workspace has the packed embeddings of the forward call.
+    /// Whether the workspace holds the packed embeddings of the forward call.
     packed: bool,
-    /// Recorded when the side data were copied: until then, the driver may read them from the plan.
+    /// It is reached when the side data were copied. Until then the driver may read them from the plan.
     side_copied: CudaEvent,
     stream: Arc<CudaStream>,
-    /// The thread of the last call, whose default stream that may be.
+    /// The thread of the last call. The stream may be its default stream.
     thread: ThreadId,
     device: Device,
 }
 
 impl Drop for Step {
     fn drop(&mut self) {
-        // A failure means that the context is lost, and what was enqueued with it.
+        // A failure means that the context is lost, and with it all that was enqueued.
         let _ = self.wait_for_other_thread();
         let _ = self.side_copied.synchronize();
     }
@@ -123,11 +124,11 @@ impl fmt::Debug for Step {
 }
 
 impl Step {
-    /// Plans, allocates on the stream, compiles the kernels if nobody has, and copies the side data.
+    /// Makes the plan, allocates on the stream, compiles the kernels if that was not done yet, and copies the side data.
     ///
     /// # Errors
-    /// As [`Plan::new`] and [`Device::load`]; [`Error::WrongDevice`] for a stream of another context, [`Error::OutOfMemory`],
-    /// and [`Error::InvalidArgument`] while the stream is being captured.
+    /// As [`Plan::new`] and [`Device::load`]. [`Error::WrongDevice`] for a stream of another context. [`Error::OutOfMemory`].
+    /// [`Error::InvalidArgument`] while the stream is being captured.
     pub fn new(device: &Device, stream: &Arc<CudaStream>, problem: &Problem<'_>) -> Result<Self> {
         expect_context(device, stream)?;
         let problem = problem.clone().with_device_upstream().on(device.architecture());
@@ -156,12 +157,12 @@ impl Step {
         Ok(this)
     }
 
-    /// Turns to another problem, such as a batch with other ids or positives, in the memory there is; more is allocated only if
-    /// that does not hold it. To be called whenever anything but the embeddings changes. Waits until the side data of the problem
-    /// before are copied, and so for what was enqueued before them.
+    /// Turns to another problem, such as a batch with other ids or positives. It must be called whenever anything but the embeddings
+    /// changes. The step allocates only if its memory does not hold the new problem. This waits until the side data of the previous
+    /// problem are copied, and so for everything that was enqueued before that copy.
     ///
     /// # Errors
-    /// As [`Step::new`]. For want of memory for side data or state, and during a capture, the step remains what it was.
+    /// As [`Step::new`]. If there is no memory for side data or state, or during a capture, the step remains as it was.
     pub fn prepare(&mut self, problem: &Problem<'_>) -> Result<()> {
         let problem = problem.clone().with_device_upstream().on(self.device.architecture());
         let plan = Plan::new(&problem)?;
@@ -176,7 +177,7 @@ impl Step {
         let side = larger(&self.side, Slot::Side, "keys and weights")?;
         let state = larger(&self.state, Slot::State, "the state")?;
         self.side_copied.synchronize().map_err(failed("cuEventSynchronize"))?;
-        // What can fail from here on leaves neither the one problem nor the other.
+        // If something fails from here on, the step is prepared for neither problem.
         (self.progress, self.packed) = (Progress::Unprepared, false);
         (self.plan, self.readout, self.outputs) = (plan, readout, problem.gradients);
         for (memory, larger) in [(&mut self.side, side), (&mut self.state, state)] {
@@ -189,10 +190,10 @@ impl Step {
         self.reserve_workspace().map(drop)
     }
 
-    /// Frees the workspace, all but O(M) of the memory, until the next call needs one. A backward call after it packs the
+    /// Frees the workspace, which is all but O(M + N) of the memory, until the next call needs one. A backward call after that packs the
     /// embeddings again.
     ///
-    /// During a capture it stays: the graph uses it, and freeing it would make the capture worthless.
+    /// During a capture the workspace stays. The graph uses it, and freeing it would invalidate the capture.
     pub fn release_workspace(&mut self) {
         if self.expect_no_capture().is_ok() {
             (self.workspace, self.packed) = (None, false);
@@ -210,12 +211,13 @@ impl Step {
         Ok(self.workspace.insert(memory).address)
     }
 
-    /// An error while memory cannot be allocated, because it would belong to the graph.
+    /// An error while the stream is being captured. Memory that is allocated then would belong to the graph.
     pub(super) fn expect_no_capture(&self) -> Result<()> {
         self.device.expect_no_capture(raw(&self.stream), ALLOCATED_BEFORE)
     }
 
-    /// If the stream is that of a thread, and this thread's is another than that of the last call, waits for all of them.
+    /// Waits for all streams of the context if the stream is [`Stream::PER_THREAD`] and the last call was made by another thread, whose
+    /// default stream is another one.
     fn wait_for_other_thread(&self) -> Result<()> {
         if raw(&self.stream) != Stream::PER_THREAD || self.thread == thread::current().id() {
             return Ok(());
@@ -240,8 +242,8 @@ impl Step {
                 format!("{}", content.len()),
             ));
         }
-        // Earlier steps have read the old content, being on this stream. The new may be read from the plan after the call returns,
-        // though most drivers copy pageable memory at once.
+        // Earlier calls read the old content before this copy, because they are on the same stream. The driver may read the new content
+        // from the plan after the call returns, although most drivers copy pageable memory at once.
         let copied = self.stream.memcpy_htod(content, &mut self.side.slice);
         let recorded = copied.and_then(|()| self.side_copied.record(&self.stream));
         if recorded.is_err() {
@@ -257,7 +259,7 @@ impl Step {
         &self.plan
     }
 
-    /// The stream that it runs on.
+    /// The stream that the step runs on.
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
     }
@@ -265,22 +267,22 @@ impl Step {
     /// Enqueues loss, metrics and coefficients. q is M × d, p is N × d, with the row strides of the problem.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for another element type than the problem's, [`Error::InvalidArgument`] for a slice that is too
-    /// short, [`Error::WrongDevice`], [`Error::Misaligned`], [`Error::Cuda`]. What is wrong with the embeddings themselves is
-    /// found when results are read.
+    /// [`Error::Unsupported`] for another element type than the problem's. [`Error::InvalidArgument`] for a slice that is too short.
+    /// [`Error::WrongDevice`], [`Error::Misaligned`], [`Error::Cuda`]. Reading the results tells what is wrong with the embeddings
+    /// themselves.
     pub fn forward<T: Element>(&mut self, query: &impl DevicePtr<T>, passage: &impl DevicePtr<T>) -> Result<()> {
         self.enqueue(Device::forward, query, passage, NO_GRADIENTS, Progress::Nothing)?;
         (self.progress, self.packed) = (Progress::Forward, true);
         Ok(())
     }
 
-    /// Enqueues the gradients for the embeddings of the forward call, unchanged since, times `upstream`. Embeddings of another norm are
-    /// refused when results are read, and their gradients are NaN: see [`Device::backward`], and [`Device::backward_alone`] for calls
-    /// after [`Step::release_workspace`].
+    /// Enqueues the gradients, multiplied by `upstream`. The embeddings must be those of the forward call, unchanged. If one has another
+    /// norm, gradients are NaN, and reading the results is an error. [`Device::backward`] says which gradients; after
+    /// [`Step::release_workspace`], [`Device::backward_alone`] does.
     ///
     /// # Errors
-    /// As [`Step::forward`]; [`Error::StateMismatch`] without a forward call, [`Error::InvalidArgument`] for gradients that are not
-    /// those of the problem, or an upstream gradient that is not finite.
+    /// As [`Step::forward`]. [`Error::StateMismatch`] without a forward call. [`Error::InvalidArgument`] for gradients that are not those
+    /// of the problem, or for an upstream gradient that is not finite.
     pub fn backward<'u, T: Element, G: Element>(
         &mut self,
         query: &impl DevicePtr<T>,
@@ -295,7 +297,7 @@ impl Step {
         Ok(())
     }
 
-    /// Enqueues loss, metrics and gradients, the latter times `upstream`.
+    /// Enqueues loss, metrics and gradients. The gradients are multiplied by `upstream`.
     ///
     /// # Errors
     /// As [`Step::forward`] and [`Step::backward`].
@@ -312,7 +314,7 @@ impl Step {
         Ok(())
     }
 
-    /// Computes the sums of a shard, waits, and gives them.
+    /// Computes the partial sums of a shard, waits, and gives them.
     pub(super) fn partials<T: Element>(
         &mut self,
         query: &impl DevicePtr<T>,
@@ -321,11 +323,12 @@ impl Step {
         self.enqueue_partials(query, passage)?;
         let ((query, _q), (passage, _p)) = (query.device_ptr(&self.stream), passage.device_ptr(&self.stream));
         let pointers = Pointers { query, passage, state: self.state.address, ..Pointers::default() };
-        // SAFETY: as in `evaluation`; the sums are enqueued on this stream.
+        // SAFETY: as in `evaluation`. The sums were enqueued on this stream.
         unsafe { self.device.read_partials(&self.readout, &pointers, raw(&self.stream)) }
     }
 
-    /// Enqueues loss, metrics and coefficients from merged sums, after the step's own, if need be.
+    /// Enqueues loss, metrics and coefficients from merged sums. If the step has not computed its own sums yet, it does so first, because
+    /// the same launches leave norms and cosines of the positives in the state.
     pub(super) fn combine<T: Element>(
         &mut self,
         query: &impl DevicePtr<T>,
@@ -337,7 +340,7 @@ impl Step {
         }
         self.follow_thread()?;
         let pointers = Pointers { state: self.state.address, ..Pointers::default() };
-        // SAFETY: the state is as long as the plan says; the sums are enqueued on this stream.
+        // SAFETY: the state is as long as the plan says. The sums were enqueued on this stream.
         unsafe { self.device.write_partials(&self.readout, merged, &pointers, raw(&self.stream)) }?;
         self.enqueue(Device::combine, query, passage, NO_GRADIENTS, Progress::Partials)?;
         self.progress = Progress::Forward;
@@ -350,7 +353,8 @@ impl Step {
         Ok(())
     }
 
-    /// Checks what comes in, gathers addresses and calls. `remains` is how far the step is if only a part of it is enqueued.
+    /// Checks slices and upstream gradient, gathers addresses, and calls. If only a part of the call was enqueued, `remains` is the
+    /// progress of the step.
     fn enqueue<T: Element, G: Element>(
         &mut self,
         call: Call,
@@ -375,7 +379,8 @@ impl Step {
             Some((GradientSlices { query, passage }, upstream)) => ([query, passage], Some(upstream)),
             None => ([None, None], None),
         };
-        // Each slice is waited for here, and its use recorded when what comes with the address is dropped, after the launches.
+        // cudarc makes the stream wait for each slice here. A guard comes with each address. When it is dropped, after the launches,
+        // cudarc records that the slice was used.
         let ((query, _q), (passage, _p)) = (query.device_ptr(stream), passage.device_ptr(stream));
         let (state, _state) = state.slice.device_ptr_mut(stream);
         let outputs = gradients.each_mut().map(|view| view.as_mut().map(|view| view.device_ptr_mut(stream)));
@@ -389,13 +394,13 @@ impl Step {
             Some(Upstream::Host(value)) => {
                 let guard = std::mem::take(lent).then(|| own_upstream.slice.device_ptr_mut(stream).1);
                 let pointers = Pointers { upstream: own_upstream.address, ..Pointers::default() };
-                // SAFETY: memory of this step, on its stream.
+                // SAFETY: the pointer is memory of this step, and the stream is the step's.
                 unsafe { device.set_upstream(plan, &pointers, value as f32, raw(stream)) }?;
                 (own_upstream.address, guard)
             }
             None => (0, None),
         };
-        // A wait that failed, which cudarc only notes: what is read may not be there yet.
+        // cudarc only notes that a wait failed. Then the slices may not hold yet what the call would read.
         stream.context().check_err().map_err(failed("cuStreamWaitEvent"))?;
         let pointers = Pointers {
             query,
@@ -407,8 +412,8 @@ impl Step {
             passage_gradient,
             upstream,
         };
-        // SAFETY: the slices are as long as the plan says, gradients are borrowed mutably and so overlap nothing, and cudarc frees
-        // none before the stream is done with it. The side data were copied on this stream, which is of the device's context.
+        // SAFETY: the slices are as long as the plan says. Gradients are borrowed mutably, so they overlap nothing. cudarc frees no slice
+        // before the stream is done with it. The side data were copied on this stream, which is of the device's context.
         let called = unsafe { call(device, plan, &pointers, raw(stream)) };
         if matches!(called, Err(Error::Cuda { .. })) {
             *progress = remains;

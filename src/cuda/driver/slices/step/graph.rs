@@ -12,13 +12,14 @@ use crate::output::{Evaluation, TemperatureGradient};
 use cudarc::driver::{CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
 use std::fmt;
 
-/// Forward and backward of a step in one launch, made by [`Step::capture`]: for batches so small that launches count.
+/// Forward and backward of a step in one launch of a graph. [`Step::capture`] makes it. It pays for batches so small that the time for
+/// enqueueing launches matters.
 ///
-/// It borrows the step and every slice that it reads or writes. While it is there, the slices are reached through
-/// [`StepGraph::buffers`]; once it is not used any more, they and the step are as they were.
+/// It borrows the step and every slice that it reads or writes. While it exists, [`StepGraph::buffers`] gives access to the slices. After
+/// it is dropped, the caller can use slices and step as before.
 ///
-/// Each launch waits for what other streams do with the slices, and they for it, as in cudarc's own calls. Where one stream does
-/// everything, turning cudarc's event tracking off saves the host some of the time that a graph is to save.
+/// Each launch waits for what other streams do with the slices, and they wait for it, as with cudarc's own calls. If one stream does
+/// everything, cudarc's event tracking can be turned off, which saves the host more time.
 ///
 /// ```no_run
 /// # use samtone::cuda::{GradientSlices, Step, cudarc::driver::CudaSlice};
@@ -54,7 +55,7 @@ pub struct StepGraph<'a, T, G> {
     step: &'a mut Step,
 }
 
-/// What a graph reads and writes, to be filled and used between its launches.
+/// What a graph reads and writes. The caller fills and uses it between launches.
 #[derive(Debug)]
 pub struct GraphBuffers<'g, T, G> {
     /// q, M × d.
@@ -74,11 +75,10 @@ impl<T, G> fmt::Debug for StepGraph<'_, T, G> {
 }
 
 impl Step {
-    /// Records [`Step::loss_and_gradients`] as a graph, which reads these embeddings and writes these gradients at each launch.
-    /// Nothing runs before the first one. `upstream` can be changed between launches.
+    /// Records [`Step::loss_and_gradients`] as a graph. Each launch of it reads these embeddings and writes these gradients. Nothing runs
+    /// before the first launch. `upstream` can be changed between launches.
     ///
-    /// Event tracking of cudarc may be on, and the stream any that the step can have, also a default stream: the capture has a
-    /// stream of its own.
+    /// The capture has a stream of its own. So cudarc's event tracking may be on, and the step's stream may be a default stream.
     ///
     /// # Errors
     /// As [`Step::loss_and_gradients`], and [`Error::InvalidArgument`](crate::Error::InvalidArgument) while the stream is being
@@ -99,9 +99,9 @@ impl Step {
         self.follow_thread()?;
         self.reserve_workspace()?;
         self.write_upstream(upstream)?;
-        // SAFETY: the slices are as long as the plan says. The graph borrows them, and the step with its memory and stream, for as
-        // long as it is launched; and cudarc frees none before the stream is done with it. The side data were copied on this
-        // stream. Nobody else writes to any of them: in safe code, only through `StepGraph::buffers`, ordered by cudarc.
+        // SAFETY: the slices are as long as the plan says. The graph borrows them, and the step with its memory and stream, for as long as
+        // it can be launched. cudarc frees no slice before the stream is done with it. The side data were copied on this stream. Safe code
+        // writes to these slices through `StepGraph::buffers` alone, and cudarc orders that.
         let graph =
             self.with_pointers(&mut query, &mut passage, &mut gradients, |device, plan, pointers, stream| unsafe {
                 device.capture(plan, pointers, stream)
@@ -109,17 +109,18 @@ impl Step {
         Ok(StepGraph { graph, query, passage, gradients, step: self })
     }
 
-    /// Enqueues the number into the upstream gradient that is the step's own.
+    /// Enqueues that the step's own upstream gradient becomes this number.
     fn write_upstream(&mut self, value: f64) -> Result<()> {
         Upstream::Host(value).check()?;
         let Self { upstream, plan, stream, device, .. } = self;
         let (address, _guard) = upstream.slice.device_ptr_mut(stream);
         let pointers = Pointers { upstream: address, ..Pointers::default() };
-        // SAFETY: memory of this step, on its stream.
+        // SAFETY: the pointer is memory of this step, and the stream is the step's.
         unsafe { device.set_upstream(plan, &pointers, value as f32, raw(stream)) }
     }
 
-    /// Calls with the addresses of these slices and of the step's memory, between cudarc's waits and records for each.
+    /// Calls `call` with the addresses of these slices and of the step's memory. Before it, cudarc makes the stream wait for each slice.
+    /// After it, cudarc records their use.
     fn with_pointers<T: Element, G: Element, R>(
         &mut self,
         query: &mut CudaViewMut<'_, T>,
@@ -143,23 +144,23 @@ impl Step {
 }
 
 impl<T: Element, G: Element> StepGraph<'_, T, G> {
-    /// Enqueues forward and backward for what the buffers hold when the stream gets there. Allocates nothing, waits for nothing.
+    /// Enqueues forward and backward for what the buffers will hold when the stream gets there. It neither allocates nor waits.
     ///
-    /// On the default stream of a thread, a graph that comes to another thread first waits for the whole context.
+    /// But if its stream is the default stream of a thread, a graph that moved to another thread first waits for the whole context.
     ///
     /// # Errors
-    /// [`Error::Cuda`](crate::Error::Cuda). What is wrong with the embeddings is found when results are read.
+    /// [`Error::Cuda`](crate::Error::Cuda). Reading the results tells what is wrong with the embeddings.
     pub fn launch(&mut self) -> Result<()> {
         let Self { graph, query, passage, gradients, step } = self;
         step.follow_thread()?;
-        // SAFETY: as in `Step::capture`: step and slices are borrowed since, and the step's memory is the same.
+        // SAFETY: as in `Step::capture`. Step and slices have been borrowed since then, and the step's memory is the same.
         step.with_pointers(query, passage, gradients, |_, _, _, _| unsafe { graph.launch() })?;
         (step.progress, step.packed) = (Progress::Backward, true);
         Ok(())
     }
 
-    /// What it reads and writes. What is enqueued for them on the step's stream, or on another with cudarc's event tracking, is
-    /// done before the next launch, and after those before.
+    /// What the graph reads and writes. Work on it that is enqueued on the step's stream, or on another stream with cudarc's event
+    /// tracking, is done after earlier launches and before the next one.
     pub fn buffers(&mut self) -> GraphBuffers<'_, T, G> {
         let Self { query, passage, gradients: GradientSlices { query: of_query, passage: of_passage }, step, .. } =
             self;
@@ -185,7 +186,7 @@ impl<T: Element, G: Element> StepGraph<'_, T, G> {
         self.step.write_upstream(upstream)
     }
 
-    /// The step, whose results are those of the last launch, or of the call before the first.
+    /// The step. Its results are those of the last launch; before the first launch, those of its last call.
     pub fn step(&self) -> &Step {
         self.step
     }
@@ -198,7 +199,7 @@ impl<T: Element, G: Element> StepGraph<'_, T, G> {
         self.step.loss()
     }
 
-    /// [`Step::evaluation`] of the last launch. The embeddings are still those.
+    /// [`Step::evaluation`] of the last launch. The buffers must still hold its embeddings.
     ///
     /// # Errors
     /// As [`Step::evaluation`].
@@ -206,7 +207,7 @@ impl<T: Element, G: Element> StepGraph<'_, T, G> {
         self.step.evaluation(&self.query, &self.passage)
     }
 
-    /// [`Step::results`] of the last launch. The embeddings are still those.
+    /// [`Step::results`] of the last launch. The buffers must still hold its embeddings.
     ///
     /// # Errors
     /// As [`Step::results`].
