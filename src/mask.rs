@@ -11,10 +11,10 @@
 //! it is the false-negative mask. A passage that is nobody's positive but has the id of one is a copy of it, such as a mined
 //! hard negative.
 //!
-//! Shared ids ([`Call::with_shared_ids`](crate::Call::with_shared_ids)) add one comparison, because a text is no negative of itself in the other tower: row i
-//! drops passage j where j's id is the row's query id, and query j where j's id is the id of the row's positive. Keys of
-//! queries and of passages are numbers of one space then, and of two disjoint ones otherwise, so that the comparison can
-//! always be made.
+//! Shared ids ([`Call::with_shared_ids`](crate::Call::with_shared_ids)) add one comparison, because a text is no negative of itself in
+//! the other tower: row i drops passage j where j's id is the row's query id, and query j where j's id is the id of the row's positive.
+//! Keys of queries and of passages are numbers of one space then, and of two disjoint ones otherwise, so that the comparison can always
+//! be made.
 //!
 //! Two optional comparisons follow: a hard negative that belongs to another row ([`Scope::Own`](crate::Scope::Own)), and a
 //! cosine above s⁺ᵢ + margin.

@@ -1,4 +1,4 @@
-//! Memory that is asked for in a way that can be refused.
+//! Allocation that gives an error if there is no memory.
 
 use crate::error::{Error, Result};
 

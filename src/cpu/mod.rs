@@ -130,10 +130,10 @@ impl Workspace {
         Ok((evaluation, gradients, temperature))
     }
 
-    /// [`Forward::backward_into`] with the memory of earlier calls.
+    /// [`Forward::backward_into`], in the memory of earlier calls.
     ///
     /// # Errors
-    /// As that; the workspace stays usable.
+    /// As [`Forward::backward_into`]. The workspace can be used after an error, too.
     pub fn backward_into(
         &mut self,
         forward: &Forward,

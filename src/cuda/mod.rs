@@ -1,9 +1,9 @@
 //! The CUDA backend: hand-written kernels for every NVIDIA GPU of compute capability 8.0 and later, and others for 9.0 alone.
 //!
 //! ```text
-//! Problem    loss, pairs, options, types, strides, rows of the shard      validated                       problem.rs
+//! Problem    a call, M and N, types, strides, rows of the shard           validated                       ../problem.rs, problem.rs
 //! Plan       tile, super-blocks, waves, arrays, launches: all as data     no GPU needed, prints itself    plan.rs, waves.rs, arrays.rs,
-//!                                                                                                          launches.rs, per_row.rs
+//!                                                                                                         launches.rs, per_row.rs
 //! prepare    pack: norms, powers of two, f16; positives in f64            O((M+N)·d)                      prepare.cu
 //! [1] sums       products → cosines → mask → exponential sums, ranks      3 B²d (one same-tower block)    logsumexp_sm*.cu
 //! [2] combine    loss, row losses, metrics, coefficients, f64             O(M)                            combine.cu

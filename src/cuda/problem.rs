@@ -113,30 +113,31 @@ pub enum Tile {
 
 /// A set of kernels, one for each pass that multiplies. Another tile, or another architecture, is a row of [`Tile::kernels`].
 pub(super) struct KernelSet {
-    /// Length of a tile, in rows and columns.
+    /// Length of a tile in rows and in columns.
     pub edge: usize,
-    /// A square of so many tiles along either axis is visited by one cluster of as many thread blocks.
+    /// A cluster of this many thread blocks visits a square of this many by this many tiles together.
     pub together: usize,
-    /// Threads of a block.
+    /// Threads of a thread block.
     pub threads: u32,
-    /// End of the kernels' names.
+    /// How the names of the kernels end.
     pub suffix: &'static str,
-    /// Their files in kernels/: of sums, of gradient tiles, of their products.
+    /// The files of the kernels, without `.cu`: of the sums, of the gradients of logits, and of the products of these.
     pub files: [&'static str; 3],
-    /// How their embeddings are packed.
+    /// How the embeddings are packed that the kernels read.
     pub packing: Packing,
-    /// Whether a launch has as many clusters as the device holds, which share its squares, instead of a block for each tile.
+    /// Whether a launch has no more clusters than the device holds, which take its squares in turn. If not, it has a thread block for each
+    /// tile.
     pub persistent: bool,
-    /// Dynamic shared memory of a block.
+    /// Dynamic shared memory of a thread block, in bytes.
     shared_bytes: fn(&Self, Pass, Arithmetic) -> u32,
 }
 
 /// Where the bytes of packed embeddings lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Packing {
-    /// Row after row.
+    /// One row after the other.
     Rows,
-    /// Panels of 128 bytes of every row, swizzled as wgmma reads them. Every part of the passages begins at a whole square.
+    /// Panels of 128 bytes of every row, swizzled as wgmma reads them. Every part of a space begins at a multiple of a square's length.
     Panels,
 }
 
@@ -152,7 +153,7 @@ impl Tile {
             packing: Packing::Rows,
             persistent: false,
             shared_bytes: |set, pass, arithmetic| match pass {
-                // Both axes, the tile's gradients in padded rows, and four bytes for each warp.
+                // What is known of the indices on both axes, the tile's gradients in padded rows, and four bytes for each warp.
                 Pass::KeptGradientTile => {
                     let (edge, bytes) = (set.edge as u32, arithmetic.bytes() as u32);
                     2 * 48 * edge + arithmetic.gradient_planes() as u32 * edge * (edge * bytes + 16) + set.threads / 8
@@ -172,7 +173,7 @@ impl Tile {
                 files: ["logsumexp_sm90a", "gradient_tile_sm90a", "gradient_product_sm90a"],
                 packing: Packing::Panels,
                 persistent: true,
-                // Stages of 48 KiB, or as much, and what the headers of the kernels list.
+                // Stages of operands, and what the headers of the kernels list.
                 shared_bytes: |_, pass, _| match pass {
                     Pass::LogSumExp => 231_504,
                     Pass::GradientTile | Pass::KeptGradientTile => 200_848,
@@ -182,7 +183,7 @@ impl Tile {
         }
     }
 
-    /// In rows and columns.
+    /// Its length in rows and in columns.
     pub const fn edge(self) -> usize {
         self.kernels().edge
     }
@@ -209,7 +210,7 @@ impl Tile {
         self.kernels().threads
     }
 
-    /// Dynamic shared memory of a block of a pass.
+    /// Dynamic shared memory of a thread block of a pass, in bytes.
     pub(super) fn shared_bytes(self, pass: Pass, arithmetic: Arithmetic) -> u32 {
         let set = self.kernels();
         (set.shared_bytes)(&set, pass, arithmetic)

@@ -1,7 +1,7 @@
 //! The WGSL backend: hand-written compute shaders for Vulkan, Metal, DX12 and browsers.
 //!
 //! ```text
-//! Problem    loss, pairs, options, types, strides, rows of the shard      validated
+//! Problem    a call, M and N, types, strides, rows of the shard           validated                       ../problem.rs
 //! Plan       variant, super-blocks, buffers, dispatches: all as data      no GPU needed, prints itself    plan.rs, dispatches.rs
 //! prepare    pack: norms, powers of two; positives                        O((M+N)·d)                      prepare.wgsl
 //! [1] sums       products → cosines → mask → exponential sums, ranks      3 B²d (one same-tower block)    logsumexp.wgsl

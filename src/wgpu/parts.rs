@@ -14,6 +14,6 @@ pub(super) struct Parts<'a> {
     pub capabilities: Capabilities,
     pub variant: Variant,
     pub blocks: Vec<SuperBlock>,
-    /// Whether a super-block has coefficients, and so gradients.
+    /// For each super-block, whether it has coefficients, and so gradients.
     pub graded: Vec<bool>,
 }

@@ -23,18 +23,18 @@ pub struct Cuda {
 impl Cuda {
     /// `cuda`: whatever plan suits the batch.
     pub const PLANNED: Self = Self { clusters: false, kept: false };
-    #[doc(hidden)] // for tests, as the two below
-    /// `cuda-kept`: the same, with cosines kept for the gradient in any dimension.
+    #[doc(hidden)] // this one and the next two are for tests
+    /// `cuda-kept`: the same, but cosines are stored for the gradient in any dimension.
     pub const KEPT: Self = Self { clusters: false, kept: true };
     #[doc(hidden)]
-    /// `cuda-clusters`: the kernels of compute capability 9.0 for batches of any size, and unavailable where they do not run.
+    /// `cuda-clusters`: the kernels of compute capability 9.0 for batches of any size. It is unavailable where these do not run.
     pub const CLUSTERS: Self = Self { clusters: true, kept: false };
     #[doc(hidden)]
-    /// `cuda-clusters-kept`: both.
+    /// `cuda-clusters-kept`: both of these.
     pub const KEPT_CLUSTERS: Self = Self { clusters: true, kept: true };
 }
 
-/// The first device that the kernels run on, which the whole process shares. It is looked for once, unless that fails.
+/// The first device that the kernels run on. The whole process shares it. Once it was found, no call looks for it again.
 fn device() -> Result<Device> {
     static ORDINAL: OnceLock<usize> = OnceLock::new();
     let ordinal = match ORDINAL.get() {

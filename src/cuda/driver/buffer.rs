@@ -47,7 +47,8 @@ impl<'a> Buffer<'a> {
 impl Drop for Buffer<'_> {
     fn drop(&mut self) {
         let Ok(_current) = self.device.current() else { return };
-        // SAFETY: allocated in `new`, freed nowhere else. A failure means that the context is lost, and its memory with it.
+        // SAFETY: the memory was allocated in `new` and is freed nowhere else. A failure means that the context is lost, and its memory
+        // with it.
         let _ = unsafe { self.device.driver().cuMemFree_v2(self.pointer) };
     }
 }

@@ -95,7 +95,7 @@ impl Drop for Inner {
         let current = current(self.driver, self.context);
         let modules = self.modules.get_mut().unwrap_or_else(PoisonError::into_inner);
         // Kernels may still be running or enqueued. The driver does not promise that unloading waits for them, so we wait.
-        // SAFETY: no parameters.
+        // SAFETY: the function has no parameters.
         if current.is_ok() && (modules.is_empty() || unsafe { self.driver.cuCtxSynchronize() }.is_ok()) {
             for module in modules.values() {
                 // SAFETY: this is the only owner of the module. No call is launching from it, because each holds a clone of the device.

@@ -23,7 +23,7 @@ pub struct Graph {
     device: Device,
 }
 
-// SAFETY: any thread may use the handle, one at a time, which `&mut self` sees to.
+// SAFETY: any thread may use the handle, but only one at a time, which `&mut self` ensures.
 unsafe impl Send for Graph {}
 
 impl fmt::Debug for Graph {

@@ -1,4 +1,5 @@
-//! Plans on a GPU: the driver loaded by name, kernels compiled by it from PTX, launches on the caller's memory and stream.
+//! Runs plans on a GPU. The driver is loaded by name. It compiles the kernels from PTX, and launches them on the caller's memory and
+//! stream.
 //!
 //! ```text
 //! probe.rs      is there a driver, a device, and are both new enough?        never panics
