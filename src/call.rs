@@ -1,7 +1,7 @@
 //! What is to be computed: everything about a call but its embeddings, in one value that every backend and adapter borrows.
 //!
-//! An option of a loss is a field here, a method that sets it, and where it is used. Nothing else has to learn of it: adapters take
-//! a [`Call`] as it is.
+//! An option of a loss is a field here, a method that sets it, and where it is used. The adapters for candle and burn take a [`Call`] as it
+//! is; what else may have to learn of an option is in the table of changes in ARCHITECTURE.md.
 
 use crate::error::{Error, Result};
 use crate::loss::Loss;
@@ -52,18 +52,18 @@ pub enum Scope {
 /// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Call {
-    loss: Loss,
-    temperature: f64,
-    margin: Option<f64>,
-    zero_norm: ZeroNorm,
-    no_negative: NoNegative,
-    workspace_bytes: Option<usize>,
-    tile_skipping: Option<f64>,
+    pub(crate) loss: Loss,
+    pub(crate) temperature: f64,
+    pub(crate) margin: Option<f64>,
+    pub(crate) zero_norm: ZeroNorm,
+    pub(crate) no_negative: NoNegative,
+    pub(crate) workspace_bytes: Option<usize>,
+    pub(crate) tile_skipping: Option<f64>,
     pub(crate) positives: Option<Vec<u32>>,
     pub(crate) weights: Option<Vec<f32>>,
     pub(crate) query_ids: Option<Vec<i64>>,
     pub(crate) passage_ids: Option<Vec<i64>>,
-    shared_ids: bool,
+    pub(crate) shared_ids: bool,
     pub(crate) owners: Option<(Vec<i32>, Scope)>,
 }
 

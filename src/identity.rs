@@ -5,7 +5,7 @@
 //! every shard, workspace, tile and share of skipped tiles. Lists are digests of what they mean, not of how they were given:
 //! ids count only by which of them are equal, and defaults are the lists they stand for.
 
-use crate::call::{NoNegative, ZeroNorm};
+use crate::call::{Call, NoNegative, ZeroNorm};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::loss::{Group, write_groups};
@@ -39,21 +39,37 @@ impl Identity {
     pub(crate) fn new(pairs: &Pairs<'_>, keys: &Keys, dtype: DType, dim: usize) -> Self {
         let (rows, passages, call) = (pairs.rows(), pairs.passages(), pairs.call());
         let owners = pairs.exclusive_owners();
+        // By name, so that the compiler asks of a new option whether it decides the value of a result.
+        let Call {
+            loss,
+            temperature: _, // below, as the others without a name here
+            margin: _,
+            zero_norm,
+            no_negative,
+            workspace_bytes: _, // changes no more than the order of additions
+            tile_skipping: _,   // bounded by its own promise
+            positives: _,
+            weights: _,
+            query_ids: _,
+            passage_ids: _,
+            shared_ids,
+            owners: _,
+        } = call;
         Self {
             rows,
             passages,
             dim,
             dtype,
-            groups: call.loss().groups().iter().filter(|g| g.coefficient() > 0.0).map(Group::in_order).collect(),
+            groups: loss.groups().iter().filter(|g| g.coefficient() > 0.0).map(Group::in_order).collect(),
             temperature: call.temperature(),
             margin: call.margin(),
-            zero_norm: call.zero_norm(),
-            no_negative: call.no_negative(),
+            zero_norm: *zero_norm,
+            no_negative: *no_negative,
             positives: (0..rows).map(|i| pairs.positive(i) as u64).collect(),
             weights: (0..rows).map(|i| (pairs.weight(i) + 0.0).to_bits()).collect(), // + 0: no negative zero
             query_ids: keys.rows.iter().map(|key| key.query.into()).collect(),
             passage_ids: keys.passages.iter().map(|key| key.passage.into()).collect(),
-            shared_ids: call.shared_ids(),
+            shared_ids: *shared_ids,
             owners: (0..passages).map(|n| owners.map_or(-1, |o| i64::from(o[n])) as u64).collect(),
         }
     }
@@ -132,7 +148,7 @@ impl fmt::Display for Digest {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::call::{Call, Scope};
+    use crate::call::Scope;
     use crate::loss::{Block, Loss};
 
     fn sized(call: &Call, passages: usize) -> Identity {

@@ -42,8 +42,9 @@ impl<'a> Problem<'a> {
     pub fn new(pairs: Pairs<'a>, dtype: DType, dim: usize) -> Result<Self> {
         const MAX_DIM: usize = 1 << 20;
         const MAX_PASSAGES: usize = 1 << 26;
-        if dtype == DType::F64 {
-            return Err(Error::dtype("cuda, wgpu", DType::F64, "f32, f16 and bf16; the reference takes f64"));
+        match dtype {
+            DType::F32 | DType::F16 | DType::BF16 => {}
+            DType::F64 => return Err(Error::dtype("cuda, wgpu", dtype, "f32, f16 and bf16; the reference takes f64")),
         }
         if dim == 0 || dim > MAX_DIM {
             return Err(Error::invalid("dim", dim.to_string(), format!("1 to {MAX_DIM}")));

@@ -23,6 +23,19 @@ fn listed() -> Vec<Listed> {
     all
 }
 
+/// Whoever adds a loss is reminded of the two tables that users read.
+#[test]
+fn every_preset_is_in_the_tables() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for file in ["README.md", "docs/loss.md"] {
+        let text = std::fs::read_to_string(root.join(file)).unwrap();
+        for (name, ..) in Loss::PRESETS {
+            let shown = [format!("`{name}`"), format!("`{name}(")];
+            assert!(shown.iter().any(|name| text.contains(name)), "{file} has no `{name}`");
+        }
+    }
+}
+
 /// What is printed beside what libtest-mimic prints.
 fn printed(arguments: Arguments, listed: Vec<Listed>) -> String {
     let out = Arc::new(Mutex::new(Vec::new()));

@@ -60,8 +60,9 @@ fn identity(batch: &Batch<'_>, keys: &Keys) -> Identity {
 
 impl State {
     pub(super) fn new(batch: &Batch<'_>, rows: Range<usize>) -> Result<Self> {
-        if batch.dtype() == DType::F64 {
-            return Err(Error::dtype("cpu", DType::F64, "f32, f16 and bf16; the reference takes f64"));
+        match batch.dtype() {
+            DType::F32 | DType::F16 | DType::BF16 => {}
+            dtype @ DType::F64 => return Err(Error::dtype("cpu", dtype, "f32, f16 and bf16; the reference takes f64")),
         }
         if rows.start >= rows.end || rows.end > batch.rows() {
             let allowed = format!("a non-empty range within 0..{}", batch.rows());

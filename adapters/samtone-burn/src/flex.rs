@@ -76,7 +76,8 @@ fn embeddings<'a>(argument: &'static str, tensor: &'a FlexTensor) -> Result<Embe
     let data = match tensor.dtype() {
         DType::F32 => Data::F32(elements(argument, tensor, start, len)?),
         DType::F16 => Data::F16(elements::<f16>(argument, tensor, start, len)?),
-        _ => Data::BF16(elements::<bf16>(argument, tensor, start, len)?),
+        DType::BF16 => Data::BF16(elements::<bf16>(argument, tensor, start, len)?),
+        other => return Err(invalid(argument, format!("of type {}", other.name()), "f32, f16 or bf16")),
     };
     Embeddings::with_row_stride(data, rows, dim, stride)
 }

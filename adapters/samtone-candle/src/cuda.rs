@@ -52,7 +52,8 @@ pub(crate) fn compute(
     match dtype {
         DType::F32 => typed::<f32>(task, device, towers, shared),
         DType::F16 => typed::<f16>(task, device, towers, shared),
-        _ => typed::<bf16>(task, device, towers, shared),
+        DType::BF16 => typed::<bf16>(task, device, towers, shared),
+        other => Err(invalid("query", format!("of type {}", other.as_str()), "f32, f16 or bf16")),
     }
 }
 

@@ -339,7 +339,8 @@ impl Tensor {
         let data = match layout.dtype {
             DType::F16 => Data::F16(self.elements::<f16>(layout.span())?),
             DType::BF16 => Data::BF16(self.elements::<bf16>(layout.span())?),
-            _ => Data::F32(self.elements::<f32>(layout.span())?),
+            DType::F32 => Data::F32(self.elements::<f32>(layout.span())?),
+            DType::F64 => return Err(invalid("dtype", "f64", "f32, f16 and bf16")), // no layout has it
         };
         Ok(Embeddings::with_row_stride(data, layout.rows, layout.dim, layout.row_stride)?)
     }
@@ -353,7 +354,8 @@ impl Tensor {
         let data = match layout.dtype {
             DType::F16 => DataMut::F16(self.elements_mut::<f16>(layout.span())?),
             DType::BF16 => DataMut::BF16(self.elements_mut::<bf16>(layout.span())?),
-            _ => DataMut::F32(self.elements_mut::<f32>(layout.span())?),
+            DType::F32 => DataMut::F32(self.elements_mut::<f32>(layout.span())?),
+            DType::F64 => return Err(invalid("dtype", "f64", "f32, f16 and bf16")),
         };
         Ok(EmbeddingsMut::with_row_stride(data, layout.rows, layout.dim, layout.row_stride)?)
     }

@@ -350,3 +350,15 @@ def test_outputs_may_not_be_inputs_nor_read_only() -> None:
         step(q.__dlpack__(), p.__dlpack__(), (constant.__dlpack__(max_version=(1, 0)), None))
     with pytest.raises(refused, match="`row_losses` is a vector of 3; allowed: 12"):
         step(q.__dlpack__(), p.__dlpack__(), losses=torch.empty(3, dtype=torch.float64))
+
+
+def test_native_code_knows_every_option() -> None:
+    from samtone.options import NAMES
+
+    for name in NAMES:
+        with pytest.raises(samtone.SamtoneError, match=f"`{name}` is \\?; allowed: "):
+            _native.Settings(f"{name}=?\nloss=clip", 0.1)
+    with pytest.raises(samtone.SamtoneError, match="an option \"slant\""):
+        _native.Settings("slant=1\nloss=clip", 0.1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'slant'"):
+        samtone.samtone_loss(*embeddings(), slant=1)  # type: ignore[call-arg]
