@@ -5,6 +5,7 @@ use super::support::foreign;
 use super::support::problem::{Buffer, Problem};
 use super::{Check, compare, demand, sample, sized, text};
 use samtone::half::{bf16, f16};
+use samtone::wgpu::results::FIRST_BYTE;
 use samtone::wgpu::{Capabilities, Engine, Products, wgpu};
 use samtone::{DType, GradientOutput, Loss, Partials};
 
@@ -362,10 +363,10 @@ fn determinism() -> Result<(), String> {
     Ok(())
 }
 
-/// The f32 from byte 256 of the state on.
+/// The results in the state, f32.
 pub fn on_device(call: &Call) -> Result<[f32; 7], String> {
     let state = call.step.state().ok_or("no state")?;
-    let bytes = call.engine.read(state, 256..256 + 28).map_err(text)?;
+    let bytes = call.engine.read(state, FIRST_BYTE..FIRST_BYTE + 28).map_err(text)?;
     let mut words = [0.0; 7];
     words.iter_mut().zip(bytes.chunks(4)).for_each(|(w, b)| *w = f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
     Ok(words)
