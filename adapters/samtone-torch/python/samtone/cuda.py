@@ -185,13 +185,13 @@ def at_once(rows: Any, passages: Any, dim: Any, wanted: tuple[bool, bool]) -> bo
 
 
 def state_bytes(rows: Any, passages: Any, *, shared: bool = False, skipping: bool = False) -> Any:
-    """Size of the state, which torch.compile must know before there is a plan. A plan needs 152 bytes for each row, 8 for each
+    """Size of the state, which torch.compile must know before there is a plan. A plan needs 160 bytes for each row, 16 for each
     passage and for each row that shares its positive, and room for the alignment of its arrays; native code refuses a state that
     is too short.
 
     With tile skipping 20 bytes more for each square: no plan has smaller ones than 64 x 64, in QQ and in S and PP, whose passages
     come in parts that end with a square of their own: positives, others, and, if positives may be shared, repetitions."""
-    size = 160 * rows + 8 * passages + 4096
+    size = 176 * rows + 16 * passages + 4096
     if skipping:
         queries, indices = rows // 64 + 2, (passages + rows if shared else passages) // 64 + 3
         size += 20 * queries * (queries + 2 * indices)
