@@ -4,9 +4,9 @@
 //! If the environment variable `SAMTONE_REQUIRE` (names separated by commas) has its name, that is a failure instead. With
 //! `SAMTONE_TRACE` set, each case is announced on standard error before it runs. So if a case never ends, its name is known.
 //!
-//! Emulated kernels, and WGSL on a processor, take most of the time. So on each of [`IN_TURN`] two kinds of cases run in only one type
-//! each: golden files, and cases that combine losses with kinds of data and with options. The types take turns. In the other types these
-//! cases are ignored, and run with `--include-ignored`. CI also runs golden files in every type, by `examples/evaluate`.
+//! Emulated CUDA kernels take most of the time. So on each of [`IN_TURN`] two kinds of cases run in only one type each: golden files, and
+//! cases that combine losses with kinds of data and with options. The types take turns. In the other types these cases are ignored, and run
+//! with `cuda-emulated --include-ignored`. CI also runs golden files in every type, by `examples/evaluate`.
 
 #[path = "conformance/edges.rs"]
 mod edges;
@@ -38,18 +38,8 @@ struct Case {
     in_turn: bool,
 }
 
-/// Backends that take turns with the types of a case: the emulators of CUDA, and WGSL on devices that have less than this one, which
-/// compute in every type with one code but for the products.
-const IN_TURN: [&str; 8] = [
-    "cuda-emulated",
-    "cuda-emulated-sm90a",
-    "wgpu-baseline",
-    "wgpu-large-tiles",
-    "wgpu-f16",
-    "wgpu-subgroups",
-    "wgpu-cooperative-emulated",
-    "wgpu-small-bindings",
-];
+/// The emulators, which are too slow for every case in every type.
+const IN_TURN: [&str; 2] = ["cuda-emulated", "cuda-emulated-sm90a"];
 
 impl Case {
     /// Whether the `number`-th case is left out of the backend's usual run in this type.
@@ -97,7 +87,8 @@ fn trials(backends: &[&'static dyn Backend], required: &[&str]) -> Result<Vec<Li
                 let (make, judge, upstream) = (case.make.clone(), judge.clone(), case.upstream);
                 let name = format!("{} {dtype}: {}", backend.name(), case.name);
                 let spared = case.is_spared(number, backend, dtype).then(|| {
-                    "each case runs in one type of three, in turn; in all: `-- NAME --include-ignored`".to_string()
+                    "each case runs in one type of three, in turn; in all: `-- cuda-emulated --include-ignored`"
+                        .to_string()
                 });
                 let run = move || {
                     let (problem, want) = judge.get_or_init(|| judgement(&make, dtype, upstream)).as_ref()?;

@@ -39,7 +39,7 @@ use std::ops::Range;
 /// Bound on the workspace if the call sets none: 256 MiB.
 pub const DEFAULT_WORKSPACE_BYTES: usize = 256 << 20;
 
-/// ∂L/∂q and ∂L/∂p as f32, row-major and contiguous; `None` for a tower that is not wanted.
+/// ∂L/∂q (M × d) and ∂L/∂p (N × d) as f32, row-major and contiguous, each where it is wanted.
 pub type WantedGradients = [Option<Vec<f32>>; 2];
 
 /// What every pass works on.

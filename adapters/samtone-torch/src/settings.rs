@@ -5,7 +5,7 @@
 
 use crate::errors::{Refusal, invalid};
 use pyo3::prelude::*;
-use samtone::{Block, Call, Group, Loss, NoNegative, Scope, TemperatureGradient, ZeroNorm};
+use samtone::{Block, Call, Group, Loss, NoNegative, Scope, Temperature, TemperatureGradient, ZeroNorm};
 
 /// A loss from its text: the name of a preset, `pair(ALPHA)`, or `NAME|GROUP|GROUP…` with each group as
 /// `COEFFICIENT:BLOCK+BLOCK…:COPIES`.
@@ -94,13 +94,7 @@ impl Settings {
             settings = settings.option(name, value)?;
         }
         if settings.log_beta {
-            let limit = Call::MAX_TEMPERATURE.ln();
-            if !(-limit..=limit).contains(&temperature) {
-                let allowed = format!("a number from -{limit:.3} to {limit:.3}, the logarithm of 1/temperature");
-                return Err(invalid("log_beta", temperature.to_string(), allowed).into());
-            }
-            let bounds = (Call::MIN_TEMPERATURE, Call::MAX_TEMPERATURE);
-            settings.call = settings.call.with_temperature((-temperature).exp().clamp(bounds.0, bounds.1));
+            settings.call = settings.call.at(Temperature::LogBeta(temperature)).map_err(Refusal)?.into_owned();
         }
         // Whether ids come with `shared_ids` is known once there are ids.
         settings.call.clone().with_shared_ids(false).check().map_err(Refusal)?;
