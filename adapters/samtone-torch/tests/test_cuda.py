@@ -15,7 +15,7 @@ import samtone
 import torch
 from conftest import REQUIRED
 from samtone import _native, cuda, ops
-from samtone.options import text_of
+from samtone.options import skips_tiles, text_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
@@ -44,6 +44,13 @@ def test_without_a_driver_it_is_a_sentence() -> None:
     settings = _native.Settings("loss=clip", 0.1)
     with pytest.raises(RuntimeError, match="CUDA is not available: .*; allowed: "):
         _native.CudaPlan(settings, cuda.capsule(there), cuda.capsule(there), annotations, (True, True), True)
+
+
+def test_a_text_says_whether_tiles_are_skipped() -> None:
+    """By its own line, whatever a loss is called."""
+    named = "tile_skipping=None|1.0:qp:1"
+    assert skips_tiles(text_of(named, {"tile_skipping": 0.1})) and not skips_tiles(text_of(named, {}))
+    assert not skips_tiles(text_of("clip", {"tile_skipping": None}))
 
 
 @pytest.mark.parametrize("at_once", [True, False])

@@ -61,4 +61,4 @@ def _value(value: Any) -> str:
 
 def skips_tiles(text: str) -> bool:
     """Whether the text asks for tile skipping."""
-    return "tile_skipping=" in text and "tile_skipping=None" not in text
+    return any(line.startswith("tile_skipping=") and line != "tile_skipping=None" for line in text.split("\n"))
