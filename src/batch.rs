@@ -4,6 +4,7 @@ use crate::call::Call;
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::pairs::Pairs;
+use crate::prefix::{self, Prefix};
 use half::{bf16, f16};
 
 /// Borrowed elements of any supported type.
@@ -152,6 +153,11 @@ impl<'a> Embeddings<'a> {
         for_each_dtype!(Data, self.data, x => dtype_of(x))
     }
 
+    /// The same rows, cut off after their first `dim` entries, of which they have at least that many.
+    pub(crate) fn cut(&self, dim: usize) -> Self {
+        Self { dim, ..*self }
+    }
+
     /// Row `row` widened to f64.
     ///
     /// # Errors
@@ -255,7 +261,9 @@ impl<'a> Batch<'a> {
                 format!("the type of the queries, {}", query.dtype()),
             ));
         }
-        Ok(Self { query, passage, pairs: call.pairs(query.rows(), passage.rows())? })
+        let pairs = call.pairs(query.rows(), passage.rows())?;
+        prefix::of(call, query.dim())?;
+        Ok(Self { query, passage, pairs })
     }
 
     /// What is to be computed.
@@ -291,6 +299,16 @@ impl<'a> Batch<'a> {
     /// d.
     pub fn dim(&self) -> usize {
         self.query.dim()
+    }
+
+    /// The prefixes of weight above 0, shortest first; the whole embedding with weight 1 if the call has none.
+    pub fn prefixes(&self) -> Vec<Prefix> {
+        prefix::of(self.call(), self.dim()).unwrap_or_default() // checked when the batch was made
+    }
+
+    /// The same rows, cut off after their first `dim` entries.
+    pub(crate) fn cut(&self, dim: usize) -> Self {
+        Self { query: self.query.cut(dim), passage: self.passage.cut(dim), ..*self }
     }
 
     /// Element type of both towers.

@@ -65,6 +65,8 @@ pub struct Call {
     pub(crate) passage_ids: Option<Vec<i64>>,
     pub(crate) shared_ids: bool,
     pub(crate) owners: Option<(Vec<i32>, Scope)>,
+    pub(crate) prefixes: Option<Vec<usize>>,
+    pub(crate) prefix_weights: Option<Vec<f64>>,
 }
 
 impl Call {
@@ -90,6 +92,8 @@ impl Call {
             passage_ids: None,
             shared_ids: false,
             owners: None,
+            prefixes: None,
+            prefix_weights: None,
         }
     }
 
@@ -196,6 +200,21 @@ impl Call {
         self
     }
 
+    /// Matryoshka: ascending prefixes d₁ < … < d_K of the embeddings, none longer than they are. The loss becomes Σ_k v_k times the whole
+    /// loss of the embeddings' first d_k entries, each with norms, cosines, margins and ranks of its own. Entries beyond d_K are not
+    /// read, and their gradient is 0. Default: the whole embedding alone.
+    pub fn with_prefixes(mut self, prefixes: impl Into<Vec<usize>>) -> Self {
+        self.prefixes = Some(prefixes.into());
+        self
+    }
+
+    /// v: a weight for each prefix, 0 or from 1e-30 to 1e30, not all 0. They are not normalised. A prefix of weight 0 is left out, from
+    /// the work and from the results. Default: 1 each.
+    pub fn with_prefix_weights(mut self, weights: impl Into<Vec<f64>>) -> Self {
+        self.prefix_weights = Some(weights.into());
+        self
+    }
+
     /// The loss.
     pub fn loss(&self) -> &Loss {
         &self.loss
@@ -241,6 +260,16 @@ impl Call {
         self.shared_ids
     }
 
+    /// d₁ … d_K, if set.
+    pub fn prefixes(&self) -> Option<&[usize]> {
+        self.prefixes.as_deref()
+    }
+
+    /// v₁ … v_K, if set.
+    pub fn prefix_weights(&self) -> Option<&[f64]> {
+        self.prefix_weights.as_deref()
+    }
+
     /// Checks what can be checked before M and N are known.
     ///
     /// # Errors
@@ -275,7 +304,7 @@ impl Call {
             let allowed = "false, or query ids and passage ids with it";
             return Err(Error::invalid("shared_ids", format!("true without {missing}"), allowed));
         }
-        Ok(())
+        crate::prefix::check(self.prefixes(), self.prefix_weights())
     }
 
     /// This call for M = `rows` queries against N = `passages` passages, 1 ≤ M ≤ N < 2³¹, all of it checked.

@@ -23,14 +23,17 @@ pub enum Error {
     },
     /// An embedding has no direction.
     #[error(
-        "the {tower} embedding in row {row} has norm zero, so its cosine is undefined; allowed: non-zero rows, \
-         or `ZeroNorm::ZeroGradient` in the call"
+        "the {tower} embedding in row {row} has norm zero{}, so its cosine is undefined; allowed: non-zero rows, \
+         or `ZeroNorm::ZeroGradient` in the call",
+        of_prefix("in its", .prefix)
     )]
     ZeroNorm {
         /// Which input.
         tower: Tower,
         /// Its row.
         row: usize,
+        /// How many leading entries are all zero, if the call has prefixes.
+        prefix: Option<usize>,
     },
     /// An embedding contains NaN or an infinity.
     #[error("the {tower} embedding in row {row} contains {value} at column {column}; allowed: finite numbers")]
@@ -46,9 +49,10 @@ pub enum Error {
     },
     /// A softmax without any term: every negative is masked and the group holds no copy of the positive.
     #[error(
-        "row {row} has no negative left in group {group} of loss `{loss}`, which holds no copy of the positive, so its \
+        "row {row} has no negative left{} in group {group} of loss `{loss}`, which holds no copy of the positive, so its \
          logarithm is undefined; allowed: at least one negative, `positive_copies` of 1 or more, weight 0 for the row, or \
-         `NoNegative::Zero` in the call"
+         `NoNegative::Zero` in the call",
+        of_prefix("for the", .prefix)
     )]
     NoNegative {
         /// Name of the loss.
@@ -57,6 +61,8 @@ pub enum Error {
         group: usize,
         /// Row of the queries.
         row: usize,
+        /// Length of the prefix, if the call has prefixes.
+        prefix: Option<usize>,
     },
     /// The backend does not take this input; another one does.
     #[error("backend `{backend}` does not support {what}; allowed: {allowed}")]
@@ -195,6 +201,11 @@ pub enum Error {
         /// The one it is used with.
         expected: String,
     },
+}
+
+/// ` in its first 64 entries`; nothing without a prefix.
+fn of_prefix(words: &str, prefix: &Option<usize>) -> String {
+    prefix.map_or_else(String::new, |dim| format!(" {words} first {dim} entries"))
 }
 
 impl Error {

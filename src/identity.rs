@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::loss::{Group, write_groups};
 use crate::mask::Keys;
 use crate::pairs::Pairs;
+use crate::prefix::{self, Prefix};
 use std::fmt;
 
 /// Everything that a result depends on, but its embeddings.
@@ -33,6 +34,7 @@ pub(crate) struct Identity {
     passage_ids: Digest,
     shared_ids: bool,
     owners: Digest,
+    prefixes: Vec<Prefix>,
 }
 
 impl Identity {
@@ -54,6 +56,8 @@ impl Identity {
             passage_ids: _,
             shared_ids,
             owners: _,
+            prefixes: _,
+            prefix_weights: _,
         } = call;
         Self {
             rows,
@@ -71,11 +75,12 @@ impl Identity {
             passage_ids: keys.passages.iter().map(|key| key.passage.into()).collect(),
             shared_ids: *shared_ids,
             owners: (0..passages).map(|n| owners.map_or(-1, |o| i64::from(o[n])) as u64).collect(),
+            prefixes: prefix::of(call, dim).unwrap_or_default(), // checked with the batch or problem
         }
     }
 
     /// The parts by name, in words of which no two are the same for different values.
-    fn parts(&self) -> [(&'static str, String); 12] {
+    fn parts(&self) -> [(&'static str, String); 13] {
         let shape =
             format!("{} queries x {} passages of dimension {}, {}", self.rows, self.passages, self.dim, self.dtype);
         [
@@ -91,6 +96,7 @@ impl Identity {
             ("`query_ids`", self.query_ids.to_string()),
             ("`passage_ids`", self.passage_ids.to_string()),
             ("exclusive `owners`", self.owners.to_string()),
+            ("`prefixes`", Prefixes(&self.prefixes).to_string()),
         ]
     }
 
@@ -112,6 +118,15 @@ struct Groups<'a>(&'a [Group]);
 impl fmt::Display for Groups<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write_groups(f, self.0)
+    }
+}
+
+struct Prefixes<'a>(&'a [Prefix]);
+
+impl fmt::Display for Prefixes<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let one = |p: &Prefix| format!("{} (weight {})", p.dim, p.weight);
+        write!(f, "{}", self.0.iter().map(one).collect::<Vec<_>>().join(", "))
     }
 }
 
@@ -193,6 +208,10 @@ mod tests {
             ("`passage_ids`", but(&|c| c.with_passage_ids([4, 5, 6, 4]))),
             ("`shared_ids` true", but(&|c| c.with_shared_ids(true))),
             ("exclusive `owners`", but(&|c| c.with_hard_negative_owners([-1, -1, -1, 2], Scope::Own))),
+            (
+                "`prefixes` 3 (weight 0.5), 8 (weight 1)",
+                but(&|c| c.with_prefixes([3, 8]).with_prefix_weights([0.5, 1.0])),
+            ),
             ("3 queries x 5 passages of dimension 8, f32", sized(&call.clone().with_passage_ids([4, 5, 6, 7, 8]), 5)),
             ("f16", Identity { dtype: DType::F16, ..own.clone() }),
             ("dimension 9", Identity { dim: 9, ..own.clone() }),

@@ -32,6 +32,7 @@ mod order;
 pub mod output;
 mod pairs;
 pub mod partials;
+mod prefix;
 mod problem;
 pub mod reference;
 mod regions;
@@ -46,9 +47,12 @@ pub use cpu::loss_and_gradients;
 pub use dtype::{DType, Element};
 pub use error::{Error, Result};
 pub use loss::{Block, Group, Loss};
-pub use output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, Metrics, TemperatureGradient};
+pub use output::{
+    Evaluation, GradientBuffers, Gradients, LossAndGradients, Metrics, PrefixEvaluation, TemperatureGradient,
+};
 pub use pairs::Pairs;
 pub use partials::{ExpSum, Partials};
+pub use prefix::Prefix;
 pub use problem::{GradientOutput, Problem};
 pub use temperature::Temperature;
 pub use tower::Tower;

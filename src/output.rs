@@ -2,6 +2,7 @@
 
 use crate::batch::{Batch, EmbeddingsMut};
 use crate::error::{Error, Result};
+use crate::prefix::Prefix;
 
 /// In-batch retrieval quality of one direction. rankᵢ is 1 + the number of kept negatives with a cosine above s⁺ᵢ.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -25,17 +26,68 @@ impl Metrics {
     }
 }
 
-/// The forward results.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Evaluation {
-    /// L = Σ_g c_g Σᵢ w̃ᵢ (ℓ_gi − β s⁺ᵢ), in nats.
+/// Loss and metrics of one prefix: those that a call without prefixes gives for embeddings that end after `dim` entries.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PrefixEvaluation {
+    /// d_k.
+    pub dim: usize,
+    /// v_k.
+    pub weight: f64,
+    /// Its loss, not multiplied by its weight.
     pub loss: f64,
-    /// Σ_g c_g (ℓ_gi − β s⁺ᵢ) for each of the M rows, without its weight; 0 for a row of weight 0 whose softmax is empty.
-    pub row_losses: Vec<f64>,
     /// Ranks over block QP.
     pub query_to_passage: Metrics,
     /// Ranks over block PQ.
     pub passage_to_query: Metrics,
+}
+
+/// The forward results.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Evaluation {
+    /// L = Σ_g c_g Σᵢ w̃ᵢ (ℓ_gi − β s⁺ᵢ), in nats. With prefixes it is the sum of their losses, each times its weight.
+    pub loss: f64,
+    /// Σ_g c_g (ℓ_gi − β s⁺ᵢ) for each of the M rows, without its weight; 0 for a row of weight 0 whose softmax is empty.
+    /// With prefixes these are sums, too.
+    pub row_losses: Vec<f64>,
+    /// Ranks over block QP. With prefixes, those of the longest.
+    pub query_to_passage: Metrics,
+    /// Ranks over block PQ. With prefixes, those of the longest.
+    pub passage_to_query: Metrics,
+    /// One entry for each prefix of weight above 0, shortest first; empty for a call without prefixes.
+    pub prefixes: Vec<PrefixEvaluation>,
+}
+
+impl Evaluation {
+    /// The results of a call from those of its `prefixes`, in their order. `named` says whether the call names prefixes at all.
+    pub(crate) fn of_prefixes(parts: Vec<Self>, prefixes: &[Prefix], named: bool) -> Self {
+        let of = |(part, prefix): (&Self, &Prefix)| PrefixEvaluation {
+            dim: prefix.dim,
+            weight: prefix.weight,
+            loss: part.loss,
+            query_to_passage: part.query_to_passage,
+            passage_to_query: part.passage_to_query,
+        };
+        let listed = if named { parts.iter().zip(prefixes).map(of).collect() } else { Vec::new() };
+        let weighted = parts.into_iter().zip(prefixes).map(|(mut part, prefix)| {
+            part.loss *= prefix.weight;
+            part.row_losses.iter_mut().for_each(|l| *l *= prefix.weight);
+            part
+        });
+        let sum = weighted.reduce(|mut sum, part| {
+            sum.loss += part.loss;
+            sum.row_losses.iter_mut().zip(&part.row_losses).for_each(|(a, b)| *a += b);
+            Self { query_to_passage: part.query_to_passage, passage_to_query: part.passage_to_query, ..sum }
+        });
+        // No list of prefixes is empty.
+        let none = Metrics { precision_at_1: f64::NAN, mrr: f64::NAN };
+        let empty = || Self::plain(f64::NAN, Vec::new(), [none; 2]);
+        Self { prefixes: listed, ..sum.unwrap_or_else(empty) }
+    }
+
+    /// The results of a call without prefixes: metrics of query → passage and of passage → query.
+    pub(crate) fn plain(loss: f64, row_losses: Vec<f64>, [query_to_passage, passage_to_query]: [Metrics; 2]) -> Self {
+        Self { loss, row_losses, query_to_passage, passage_to_query, prefixes: Vec::new() }
+    }
 }
 
 /// Derivative of the loss with respect to the temperature, times the upstream gradient.

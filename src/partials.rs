@@ -62,16 +62,23 @@ fn power_of_two(n: i32) -> f64 {
 /// every row's sum.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Partials {
-    /// Σ exp(β s) of each row in each block, in the order of [`Block::ALL`]; empty for a block that the loss does not use.
-    pub(crate) sums: [Vec<ExpSum>; 4],
-    /// For each row, the number of negatives with a cosine above s⁺, in block QP and in block PQ.
-    pub(crate) above: [Vec<u32>; 2],
+    /// One for each prefix of the problem, shortest first; one in all if it has none.
+    pub(crate) prefixes: Vec<PrefixSums>,
     /// Rows of the shards that are merged here.
     pub(crate) covered: Vec<Range<usize>>,
     /// M.
     pub(crate) rows: usize,
     /// Identity of the problem that they were made from. Partial sums of different problems must not be merged.
     identity: Identity,
+}
+
+/// What [`Partials`] hold of one prefix.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct PrefixSums {
+    /// Σ exp(β s) of each row in each block, in the order of [`Block::ALL`]; empty for a block that the loss does not use.
+    pub(crate) sums: [Vec<ExpSum>; 4],
+    /// For each row, the number of negatives with a cosine above s⁺, in block QP and in block PQ.
+    pub(crate) above: [Vec<u32>; 2],
     /// s⁺ᵢ of all M rows. They tell other embeddings of the same shape apart.
     pub(crate) positive: Vec<f64>,
 }
@@ -80,22 +87,20 @@ pub struct Partials {
 pub(crate) const SAME_COSINE: f64 = 1e-5;
 
 impl Partials {
-    /// Partial sums of the shard `covered`, without any negative yet. `positive` is s⁺ᵢ of all rows of the batch.
+    /// Partial sums of the shard `covered`, without any negative yet. `positives` has, for each prefix, s⁺ᵢ of all rows of the batch.
     pub(crate) fn new(
         rows: usize,
         uses: impl Fn(Block) -> bool,
         covered: Range<usize>,
         identity: Identity,
-        positive: Vec<f64>,
+        positives: Vec<Vec<f64>>,
     ) -> Self {
-        Self {
+        let of_prefix = |positive| PrefixSums {
             sums: Block::ALL.map(|b| if uses(b) { vec![ExpSum::EMPTY; rows] } else { Vec::new() }),
             above: [vec![0; rows], vec![0; rows]],
-            covered: vec![covered],
-            rows,
-            identity,
             positive,
-        }
+        };
+        Self { prefixes: positives.into_iter().map(of_prefix).collect(), covered: vec![covered], rows, identity }
     }
 
     /// Adds the partial sums of a shard of other rows of the same batch. They may come from another backend.
@@ -106,7 +111,9 @@ impl Partials {
     /// [`Error::InvalidArgument`] if `other` covers a row that is covered already. `self` is unchanged after either.
     pub fn merge(&mut self, other: &Self) -> Result<()> {
         other.expect_problem(&self.identity)?;
-        expect_positives(&other.positive, &self.positive, SAME_COSINE)?;
+        for (other, own) in other.prefixes.iter().zip(&self.prefixes) {
+            expect_positives(&other.positive, &own.positive, SAME_COSINE)?;
+        }
         for a in &self.covered {
             if let Some(b) = other.covered.iter().find(|b| a.start < b.end && b.start < a.end) {
                 return Err(Error::invalid(
@@ -116,19 +123,27 @@ impl Partials {
                 ));
             }
         }
-        for (mine, theirs) in self.sums.iter_mut().zip(&other.sums) {
-            mine.iter_mut().zip(theirs).for_each(|(a, b)| a.merge(*b));
-        }
-        for (mine, theirs) in self.above.iter_mut().zip(&other.above) {
-            mine.iter_mut().zip(theirs).for_each(|(a, b)| *a += b);
+        for (own, other) in self.prefixes.iter_mut().zip(&other.prefixes) {
+            for (mine, theirs) in own.sums.iter_mut().zip(&other.sums) {
+                mine.iter_mut().zip(theirs).for_each(|(a, b)| a.merge(*b));
+            }
+            for (mine, theirs) in own.above.iter_mut().zip(&other.above) {
+                mine.iter_mut().zip(theirs).for_each(|(a, b)| *a += b);
+            }
         }
         self.covered.extend(other.covered.iter().cloned());
         Ok(())
     }
 
-    /// log Σ exp(β s) of each of the M rows over its negatives in `block`, in nats; `None` if the loss does not use the block.
+    /// log Σ exp(β s) of each of the M rows over its negatives in `block`, in nats; `None` if the loss does not use the block. With
+    /// prefixes it is that of the longest.
     pub fn log_sum_exp(&self, block: Block) -> Option<Vec<f64>> {
-        let sums = &self.sums[block.index()];
+        self.log_sum_exp_of_prefix(self.prefixes.len().checked_sub(1)?, block)
+    }
+
+    /// [`Partials::log_sum_exp`] of prefix `k`, counted from 0 over those of weight above 0; `None` beyond the last, too.
+    pub fn log_sum_exp_of_prefix(&self, k: usize, block: Block) -> Option<Vec<f64>> {
+        let sums = &self.prefixes.get(k)?.sums[block.index()];
         (!sums.is_empty()).then(|| sums.iter().map(|s| s.ln()).collect())
     }
 
@@ -185,7 +200,7 @@ mod tests {
             let call = Call::new(Loss::gte(), 0.1);
             let pairs = call.pairs(4, 5).unwrap();
             let identity = Identity::new(&pairs, &Keys::new(&pairs), DType::F16, 3);
-            Partials::new(4, |_| true, covered, identity, vec![0.5, 0.5, positive, 0.5])
+            Partials::new(4, |_| true, covered, identity, vec![vec![0.5; 4], vec![0.5, 0.5, positive, 0.5]])
         };
         let mut a = of(0..2, 0.5);
         let error = a.merge(&of(1..4, 0.5)).unwrap_err();

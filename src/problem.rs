@@ -38,7 +38,7 @@ impl<'a> Problem<'a> {
     /// both towers as contiguous f32.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for f64; [`Error::InvalidArgument`] for a dimension of 0 or above 2²⁰, or more than 2²⁶ passages.
+    /// [`Error::Unsupported`] for f64 and for prefixes; [`Error::InvalidArgument`] for a dimension of 0 or above 2²⁰, or more than 2²⁶ passages.
     pub fn new(pairs: Pairs<'a>, dtype: DType, dim: usize) -> Result<Self> {
         const MAX_DIM: usize = 1 << 20;
         const MAX_PASSAGES: usize = 1 << 26;
@@ -52,6 +52,7 @@ impl<'a> Problem<'a> {
         if pairs.passages() > MAX_PASSAGES {
             return Err(Error::invalid("passages", pairs.passages().to_string(), format!("at most {MAX_PASSAGES}")));
         }
+        crate::prefix::expect_whole(pairs.call(), dim, "cuda, wgpu")?;
         let gradient = Some(GradientOutput { dtype: DType::F32, row_stride: dim });
         Ok(Self {
             pairs,

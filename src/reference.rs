@@ -6,18 +6,21 @@
 //! L    = Σ_g c_g Σᵢ w̃ᵢ (ℓ_gi − β s⁺ᵢ)
 //! ```
 //!
+//! With prefixes it computes each as a call of its own, and adds up what they give, times their weights.
+//!
 //! It takes up to 16·(M + N)² bytes beside O((M + N)·d), and a time of O((M + N)²·d): fine for some thousand rows. The
 //! gradient follows the softmax probabilities, element by element, and deliberately not the factorised form that the fast
 //! backends use.
 
 use crate::batch::{Batch, Embeddings, EmbeddingsMut, for_each_dtype};
-use crate::call::{NoNegative, ZeroNorm};
+use crate::call::{Call, NoNegative, ZeroNorm};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
 use crate::loss::Block;
 use crate::mask::{COSINE_TIE, Key, Keys, threshold};
 use crate::output::{Evaluation, GradientBuffers, Metrics, TemperatureGradient, check_upstream};
 use crate::pairs::Pairs;
+use crate::prefix::Prefix;
 use crate::tower::Tower;
 use rayon::prelude::*;
 
@@ -66,12 +69,67 @@ pub fn loss_and_gradients_into(
 /// [`Error::OutOfMemory`] where the dense matrices do not fit.
 pub fn loss_and_gradients(batch: &Batch<'_>, upstream: f64) -> Result<ReferenceOutput> {
     check_upstream(upstream)?;
+    let prefixes = batch.prefixes();
+    let named = batch.call().prefixes().is_some();
+    for (tower, x) in [(Tower::Query, batch.query()), (Tower::Passage, batch.passage())] {
+        expect_directions(tower, x, &prefixes, batch.call())?;
+    }
+    let mut grad_query = Matrix::zeros(batch.rows(), batch.dim())?;
+    let mut grad_passage = Matrix::zeros(batch.passages(), batch.dim())?;
+    let (mut evaluations, mut grad_beta) = (Vec::new(), 0.0);
+    for &Prefix { dim, weight } in &prefixes {
+        let part = one_prefix(&batch.cut(dim), upstream * weight).map_err(|error| match error {
+            Error::NoNegative { loss, group, row, .. } if named => {
+                Error::NoNegative { loss, group, row, prefix: Some(dim) }
+            }
+            other => other,
+        })?;
+        grad_query.add_leading(&part.grad_query);
+        grad_passage.add_leading(&part.grad_passage);
+        grad_beta += part.grad_beta;
+        evaluations.push(part.evaluation);
+    }
+    Ok(ReferenceOutput {
+        evaluation: Evaluation::of_prefixes(evaluations, &prefixes, named),
+        grad_query: grad_query.data,
+        grad_passage: grad_passage.data,
+        temperature: TemperatureGradient::from_beta(grad_beta, batch.call().beta()),
+    })
+}
+
+/// An error that names the first row of the tower with a number that is not finite, or, unless the call allows them, with a prefix of
+/// norm zero.
+fn expect_directions(tower: Tower, x: Embeddings<'_>, prefixes: &[Prefix], call: &Call) -> Result<()> {
+    let longest = prefixes.last().map_or(0, |p| p.dim);
+    for row in 0..x.rows() {
+        let values = x.cut(longest).row_to_f64(row)?;
+        if let Some(column) = values.iter().position(|v| !v.is_finite()) {
+            return Err(Error::NonFinite { tower, row, column, value: values[column] });
+        }
+        let zero = prefixes.iter().find(|p| values[..p.dim].iter().all(|v| *v == 0.0));
+        if let Some(prefix) = zero.filter(|_| call.zero_norm() == ZeroNorm::Error) {
+            return Err(Error::ZeroNorm { tower, row, prefix: call.prefixes().map(|_| prefix.dim) });
+        }
+    }
+    Ok(())
+}
+
+/// What one prefix gives: that of a call without prefixes.
+struct Part {
+    evaluation: Evaluation,
+    grad_query: Matrix,
+    grad_passage: Matrix,
+    grad_beta: f64,
+}
+
+/// The loss of embeddings that are all there is of the prefix, and its derivatives, times `upstream`.
+fn one_prefix(batch: &Batch<'_>, upstream: f64) -> Result<Part> {
     let (call, pairs) = (batch.call(), batch.pairs());
     let (loss, beta, weights) = (call.loss(), call.beta(), pairs.normalized_weights());
 
     // [1] Directions and norms.
-    let query = Directions::new(batch.query(), Tower::Query, call.zero_norm())?;
-    let passage = Directions::new(batch.passage(), Tower::Passage, call.zero_norm())?;
+    let query = Directions::new(batch.query())?;
+    let passage = Directions::new(batch.passage())?;
 
     // [2] Cosines. The metrics need S whatever the loss.
     let cosines = [
@@ -84,12 +142,8 @@ pub fn loss_and_gradients(batch: &Batch<'_>, upstream: f64) -> Result<ReferenceO
     let negatives = Negatives { pairs, keys: Keys::new(pairs) };
     let mut gradient = [cosines[0].zeros_like()?, cosines[1].zeros_like()?, cosines[2].zeros_like()?];
     let mut grad_beta = 0.0;
-    let mut evaluation = Evaluation {
-        loss: 0.0,
-        row_losses: vec![0.0; batch.rows()],
-        query_to_passage: Metrics { precision_at_1: 0.0, mrr: 0.0 },
-        passage_to_query: Metrics { precision_at_1: 0.0, mrr: 0.0 },
-    };
+    let mut evaluation =
+        Evaluation::plain(0.0, vec![0.0; batch.rows()], [Metrics { precision_at_1: 0.0, mrr: 0.0 }; 2]);
     for (i, &weight) in weights.iter().enumerate() {
         let at_positive = (i, pairs.positive(i));
         let positive = cosines[S][at_positive];
@@ -108,7 +162,7 @@ pub fn loss_and_gradients(batch: &Batch<'_>, upstream: f64) -> Result<ReferenceO
             let mut probabilities: Vec<f64> = terms.iter().map(|n| beta * (n.cosine - positive)).collect();
             let Some(row_loss) = softmax(&mut probabilities, group.positive_copies()) else {
                 if weight > 0.0 && call.no_negative() == NoNegative::Error {
-                    return Err(Error::NoNegative { loss: loss.name().into(), group: g, row: i });
+                    return Err(Error::NoNegative { loss: loss.name().into(), group: g, row: i, prefix: None });
                 }
                 continue;
             };
@@ -145,12 +199,7 @@ pub fn loss_and_gradients(batch: &Batch<'_>, upstream: f64) -> Result<ReferenceO
     // [5] From directions to raw embeddings.
     query.project(&mut grad_query);
     passage.project(&mut grad_passage);
-    Ok(ReferenceOutput {
-        evaluation,
-        grad_query: grad_query.data,
-        grad_passage: grad_passage.data,
-        temperature: TemperatureGradient::from_beta(grad_beta, beta),
-    })
+    Ok(Part { evaluation, grad_query, grad_passage, grad_beta })
 }
 
 /// Positions in the arrays of cosine matrices: S = Q̂P̂ᵀ (M × N), Q̂Q̂ᵀ (M × M), P̂P̂ᵀ (N × N).
@@ -225,18 +274,13 @@ struct Directions {
 }
 
 impl Directions {
-    fn new(x: Embeddings<'_>, tower: Tower, zero_norm: ZeroNorm) -> Result<Self> {
+    /// Of finite numbers: see [`expect_directions`].
+    fn new(x: Embeddings<'_>) -> Result<Self> {
         let mut unit = Matrix::zeros(x.rows(), x.dim())?;
         let mut norms = Vec::with_capacity(x.rows());
         for row in 0..x.rows() {
             let values = x.row_to_f64(row)?;
-            if let Some(column) = values.iter().position(|v| !v.is_finite()) {
-                return Err(Error::NonFinite { tower, row, column, value: values[column] });
-            }
             let scale = values.iter().fold(0.0_f64, |max, v| max.max(v.abs()));
-            if scale == 0.0 && zero_norm == ZeroNorm::Error {
-                return Err(Error::ZeroNorm { tower, row });
-            }
             let root = values.iter().map(|v| (v / scale).powi(2)).sum::<f64>().sqrt();
             if scale > 0.0 {
                 unit.row_mut(row).iter_mut().zip(values).for_each(|(u, v)| *u = v / scale / root);
@@ -311,6 +355,13 @@ impl Matrix {
     /// self · otherᵀ.
     fn times_transposed(&self, other: &Self) -> Result<Self> {
         self.times(&other.transposed()?)
+    }
+
+    /// Adds a matrix of as many rows, none longer than those of `self`, to their first entries.
+    fn add_leading(&mut self, other: &Self) {
+        for i in 0..self.rows {
+            self.row_mut(i).iter_mut().zip(other.row(i)).for_each(|(x, y)| *x += y);
+        }
     }
 
     fn add(&mut self, other: &Self) {

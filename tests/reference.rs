@@ -204,7 +204,7 @@ fn a_row_without_negatives_costs_the_copies_of_its_positive() -> Outcome {
         for problem in [single, masked.with(|call| call.with_passage_ids([7; 6]))] {
             let got = solve(&problem, 1.0);
             if loss.name() == "decoupled" {
-                let want = Error::NoNegative { loss: "decoupled".into(), group: 0, row: 0 };
+                let want = Error::NoNegative { loss: "decoupled".into(), group: 0, row: 0, prefix: None };
                 assert_eq!(got.err(), Some(want), "{}", problem.name);
                 continue;
             }
@@ -224,7 +224,7 @@ fn an_empty_softmax_is_forgiven_to_rows_of_weight_0() -> Outcome {
     let problem = problem(Loss::decoupled(), Kind::Random, (3, 3, 4), 0.1, 7, 0.0)?;
     // Rows 0 and 1 lose passages 1 and 2.
     let problem = problem.with(|call| call.with_query_ids([1, 2, 3]).with_hard_negative_owners([-1, 2, 2], Scope::Own));
-    let want = Error::NoNegative { loss: "decoupled".into(), group: 0, row: 0 };
+    let want = Error::NoNegative { loss: "decoupled".into(), group: 0, row: 0, prefix: None };
     assert_eq!(solve(&problem, 1.0).err(), Some(want));
     let got = solve(&problem.with(|call| call.with_weights([0.0, 1.0, 1.0])), 1.0)?;
     assert_eq!(got.evaluation.row_losses[0], 0.0);
@@ -344,7 +344,7 @@ fn norms_may_be_anything_but_zero() -> Outcome {
 
     let mut zero = plain.clone();
     zero.passage[2 * 8..3 * 8].fill(0.0);
-    assert_eq!(solve(&zero, 1.0).err(), Some(Error::ZeroNorm { tower: Tower::Passage, row: 2 }));
+    assert_eq!(solve(&zero, 1.0).err(), Some(Error::ZeroNorm { tower: Tower::Passage, row: 2, prefix: None }));
     let got = solve(&zero.with(|call| call.with_zero_norm(ZeroNorm::ZeroGradient)), 1.0)?;
     assert!(got.grad_passage[2 * 8..3 * 8].iter().all(|g| *g == 0.0));
     assert!(got.evaluation.loss.is_finite());

@@ -18,6 +18,7 @@ mod gradient;
 mod matmul;
 mod plan;
 mod project;
+mod side;
 mod simd;
 mod state;
 mod sums;
@@ -95,13 +96,9 @@ impl Workspace {
         let state = State::new(batch, 0..batch.rows())?;
         let plan = Plan::of(&state, batch)?;
         let task = Task { state: &state, batch, plan: &plan };
-        let stored = plan.stored;
-        if stored {
-            reserve(&mut self.tiles, plan.slots * plan.tile_len(), "tiles of logits")?;
-        }
-        let store = stored.then_some(self.tiles.as_mut_slice());
-        let combined = state.combine(&sums::partials(task, store, &self.pool)?)?;
-        let temperature = self.backward(task, &combined, stored, upstream, buffers)?;
+        reserve(&mut self.tiles, plan.stored * plan.slot_len(), "tiles of logits")?;
+        let combined = state.combine(&sums::partials(task, Some(&mut self.tiles), &self.pool)?)?;
+        let temperature = self.backward(task, &combined, plan.stored, upstream, buffers)?;
         Ok((combined.evaluation, temperature))
     }
 
@@ -146,14 +143,14 @@ impl Workspace {
         buffers.expect_shapes(batch.rows(), batch)?;
         let plan = Plan::of(&forward.state, batch)?;
         let task = Task { state: &forward.state, batch, plan: &plan };
-        self.backward(task, &forward.combined, false, upstream, buffers)
+        self.backward(task, &forward.combined, 0, upstream, buffers)
     }
 
     fn backward(
         &mut self,
         task: Task<'_>,
         combined: &Combined,
-        stored: bool,
+        stored: usize,
         upstream: f64,
         buffers: GradientBuffers<'_>,
     ) -> Result<TemperatureGradient> {
@@ -270,7 +267,7 @@ impl<'a> Shard<'a> {
         let combined = self.state.combine(merged)?;
         let rows = self.state.rows.len();
         let compute = |buffers: GradientBuffers<'_>| {
-            Ok(((), Workspace::new().backward(self.task(), &combined, false, upstream, buffers)?))
+            Ok(((), Workspace::new().backward(self.task(), &combined, 0, upstream, buffers)?))
         };
         Gradients::computed(rows, &self.batch, compute).map(|((), gradients)| gradients)
     }

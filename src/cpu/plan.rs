@@ -8,6 +8,7 @@ use super::tower::Panels;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 use crate::order::Space;
+use crate::prefix::Prefix;
 use crate::regions::{Region, cuts, regions};
 use std::fmt;
 use std::ops::Range;
@@ -28,8 +29,8 @@ const PANELS: usize = 2;
 const SQUARE: usize = 8;
 /// Tiles that a wave should have for each worker. With fewer, many workers would wait for those that work on the last tiles.
 const TILES_PER_WORKER: usize = 4;
-/// Tiles of a wave of the first pass. The sums of all these tiles are in memory at the same time, whatever their cosines are.
-pub(super) const SUM_WAVE: usize = 256;
+/// Tiles of a wave of the first pass without prefixes. The sums of all these tiles are in memory at the same time.
+const SUM_WAVE: usize = 256;
 
 /// Names a tile: its region, and its place there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,15 +70,15 @@ pub struct Plan {
     pub(super) grids: [Grid; 2],
     pub(super) regions: Vec<Region>,
     pub(super) tiles: Vec<TileId>,
-    pub(super) stored: bool,
+    /// The first tiles of the list, whose products the first pass stores.
+    pub(super) stored: usize,
     pub(super) workers: usize,
-    /// Number of tiles that the workspace holds in the gradient pass.
+    /// Number of tiles that the workspace holds in the gradient pass, each with its products up to every prefix.
     pub(super) slots: usize,
     /// Elements of one panel of f32 rows; 0 if the caller's memory is read in place.
     panel: usize,
-    /// Columns of a panel of embeddings.
-    pub(super) width: usize,
-    dim: usize,
+    /// The columns of embeddings between the ends of two prefixes, cut into panels. Those of the first prefix come first.
+    pub(super) segments: Vec<Vec<Range<usize>>>,
     loss: String,
 }
 
@@ -92,9 +93,10 @@ impl Plan {
     }
 
     pub(super) fn of(state: &State, batch: &Batch<'_>) -> Result<Self> {
-        let (m, d) = (batch.rows(), batch.dim());
-        let panels = d.div_ceil(MAX_WIDTH);
-        let width = d.div_ceil(panels).next_multiple_of(MIN_TILE).min(d);
+        let m = batch.rows();
+        let segments = segments(&state.prefixes);
+        let width = segments.iter().flatten().map(|columns| columns.len()).max().unwrap_or(0);
+        let planes = state.prefixes.len();
         let regions = regions(&state.loss, &state.rows, &state.order, m);
         let grids = |tile: usize| cuts(&state.rows, &state.order, m).map(|cuts| Grid::new(&cuts, tile));
         let few = |tile: &usize| count_tiles(&regions, &grids(*tile)) <= MAX_TILES;
@@ -105,44 +107,45 @@ impl Plan {
         let direct = [Space::Query, Space::Passage].iter().all(|&s| Panels::is_direct(&state.panels(s, batch)));
         let panel = |tile: usize| if direct { 0 } else { tile * width };
         let panel_bytes = |tile: usize| PANELS * panel(tile) * size_of::<f32>();
-        let needed = |tile: usize| 2 * tile * tile * size_of::<f32>() + panel_bytes(tile);
+        let needed = |tile: usize| (planes + 1) * tile * tile * size_of::<f32>() + panel_bytes(tile);
         // The edge of a tile depends on the inputs alone, because it decides the order of additions. The number of threads must not.
         while tile > least && needed(tile) + needed(tile) / 2 > bound {
             tile = (tile / 2).next_multiple_of(MIN_TILE).max(least);
         }
         if needed(tile) > bound {
-            let (rows, passages, dim) = (m, batch.passages(), d);
+            let (rows, passages, dim) = (m, batch.passages(), batch.dim());
             return Err(Error::WorkspaceTooSmall { given: bound, needed: needed(tile), rows, passages, dim });
         }
 
         let grids = grids(tile);
         let tiles = list_tiles(&regions, &grids);
         let tile_bytes = tile * tile * size_of::<f32>();
+        let slot_bytes = planes * tile_bytes;
         let threads = rayon::current_num_threads();
-        let room = bound - tile_bytes;
+        let room = bound - slot_bytes;
         let per_worker = panel_bytes(tile) + tile_bytes;
         let workers = threads.min(room / per_worker).max(1);
-        let stored = tiles.len() <= (bound - workers * panel_bytes(tile)) / tile_bytes;
-        // If cosines are recomputed, the workspace also holds a tile for each worker of the first pass.
-        let slots = if stored { tiles.len() } else { (bound - workers * per_worker) / tile_bytes };
+        let all = tiles.len() <= (bound - workers * panel_bytes(tile)) / slot_bytes;
+        // If not all products are stored, the workspace also holds a tile for each worker of the first pass.
+        let slots = if all { tiles.len() } else { (bound - workers * per_worker) / slot_bytes };
         Ok(Self {
             tile,
             grids,
             regions,
             tiles,
-            stored,
+            stored: slots,
             workers,
             slots,
             panel: panel(tile),
-            width,
-            dim: d,
+            segments,
             loss: state.loss.name().into(),
         })
     }
 
-    /// Whether the first pass stores its cosines for the gradients. If not, they are computed twice.
+    /// Whether the first pass of a fused call stores the products of every tile for the gradients. If not, it stores those of as many
+    /// tiles as the workspace holds. The others are computed twice.
     pub fn stores_logits(&self) -> bool {
-        self.stored
+        self.stored == self.tiles.len()
     }
 
     /// Edge of a tile: its length in rows and in columns.
@@ -152,8 +155,8 @@ impl Plan {
 
     /// Bytes of tiles and panels. They are at most the bound of the call.
     pub fn workspace_bytes(&self) -> usize {
-        let of_first_pass = if self.stored { 0 } else { self.tile_len() };
-        (self.slots * self.tile_len() + self.workers * (PANELS * self.panel + of_first_pass)) * size_of::<f32>()
+        let of_first_pass = if self.stores_logits() { 0 } else { self.tile_len() };
+        (self.slots * self.slot_len() + self.workers * (PANELS * self.panel + of_first_pass)) * size_of::<f32>()
     }
 
     pub(super) fn panel_len(&self) -> usize {
@@ -162,6 +165,16 @@ impl Plan {
 
     pub(super) fn tile_len(&self) -> usize {
         self.tile * self.tile
+    }
+
+    /// Elements of a slot: a tile for each prefix.
+    pub(super) fn slot_len(&self) -> usize {
+        self.segments.len() * self.tile_len()
+    }
+
+    /// Columns of the longest prefix.
+    fn dim(&self) -> usize {
+        self.segments.iter().flatten().map(|columns| columns.len()).sum()
     }
 
     pub(super) fn grid(&self, space: Space) -> &Grid {
@@ -185,14 +198,14 @@ impl Plan {
 
     /// Rough count of floating-point operations of a fused call.
     pub fn flops(&self) -> f64 {
-        let products = |id: &TileId| {
+        let products = |(tile, id): (usize, &TileId)| {
             let [rows, cols] = self.ranges(*id);
-            let area = 2.0 * rows.len() as f64 * cols.len() as f64 * self.dim as f64;
+            let area = 2.0 * rows.len() as f64 * cols.len() as f64 * self.dim() as f64;
             let gradients = self.region(*id).gradients;
             let outputs = f64::from(u8::from(gradients[0]) + u8::from(gradients[1] && !self.on_diagonal(*id)));
-            area * (outputs + if self.stored { 1.0 } else { 2.0 })
+            area * (outputs + if tile < self.stored { 1.0 } else { 2.0 })
         };
-        self.tiles.iter().map(products).sum()
+        self.tiles.iter().enumerate().map(products).sum()
     }
 }
 
@@ -200,16 +213,29 @@ impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "cpu {}: {} tiles of {t} x {t}, logits {}, {} workers, workspace {:.1} MiB, {:.1} GFLOP",
+            "cpu {}: {} tiles of {t} x {t}{}, logits of {} stored, {} workers, workspace {:.1} MiB, {:.1} GFLOP",
             self.loss,
             self.tiles.len(),
-            if self.stored { "stored" } else { "recomputed" },
+            if self.segments.len() > 1 { format!(", {} prefixes", self.segments.len()) } else { String::new() },
+            if self.stores_logits() { "all".into() } else { self.stored.to_string() },
             self.workers,
             self.workspace_bytes() as f64 / f64::from(1 << 20),
             self.flops() / 1e9,
             t = self.tile,
         )
     }
+}
+
+/// The columns that each prefix has beyond the one before, cut into panels of at most [`MAX_WIDTH`].
+fn segments(prefixes: &[Prefix]) -> Vec<Vec<Range<usize>>> {
+    let mut start = 0;
+    let of_prefix = |prefix: &Prefix| {
+        let columns = std::mem::replace(&mut start, prefix.dim)..prefix.dim;
+        let panels = columns.len().div_ceil(MAX_WIDTH);
+        let width = columns.len().div_ceil(panels).next_multiple_of(MIN_TILE);
+        columns.clone().step_by(width).map(|start| start..columns.end.min(start + width)).collect()
+    };
+    prefixes.iter().map(of_prefix).collect()
 }
 
 /// How many tiles [`list_tiles`] gives.
@@ -249,7 +275,7 @@ impl Plan {
 
     /// Tiles of a wave of the first pass.
     pub(super) fn sum_wave(&self) -> usize {
-        SUM_WAVE.max(self.workers * TILES_PER_WORKER)
+        (SUM_WAVE / self.segments.len()).max(self.workers * TILES_PER_WORKER)
     }
 }
 

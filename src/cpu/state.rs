@@ -1,7 +1,7 @@
 //! Everything about a call that takes O(M + N) memory: norms, keys and thresholds, by the indices of both spaces.
 
-use super::epilogue::{Anchors, Candidates, Side};
-use super::simd::{Beta, LANES};
+use super::side::{Anchors, Candidates, Numbers, Side};
+use super::simd::Beta;
 use super::tower::{Norms, Panels, dot};
 use super::workspace::expect_room;
 use crate::batch::Batch;
@@ -11,9 +11,10 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::identity::Identity;
 use crate::loss::Loss;
-use crate::mask::{COSINE_TIE, Keys, may_mask, threshold};
+use crate::mask::{Keys, may_mask};
 use crate::order::{Order, Space};
 use crate::partials::{Partials, SAME_COSINE, expect_positives};
+use crate::prefix::Prefix;
 use crate::tower::Tower;
 use rayon::prelude::*;
 use std::ops::Range;
@@ -32,25 +33,35 @@ pub(super) struct State {
     /// Whether any pair of different indices may be masked: see [`may_mask`].
     pub masked: bool,
     pub beta: Beta,
-    /// s⁺ᵢ of every row.
-    pub positive: Vec<f64>,
+    /// Those of weight above 0, shortest first.
+    pub prefixes: Vec<Prefix>,
+    /// By prefix: s⁺ᵢ of every row.
+    pub positive: Vec<Vec<f64>>,
     /// Identity of the problem. A batch and partial sums must have the same to be used with this state.
     pub identity: Identity,
-    dim: usize,
+    /// Whether the call names prefixes.
+    named: bool,
     inverse_temperature: f64,
     no_negative: NoNegative,
     weight: Vec<f64>,
 }
 
-/// Norms of both towers, and s⁺ᵢ of every row.
-fn measure(batch: &Batch<'_>) -> Result<([Norms; 2], Vec<f64>)> {
-    let query = Norms::new(Tower::Query, batch.query(), batch.call().zero_norm())?;
-    let passage = Norms::new(Tower::Passage, batch.passage(), batch.call().zero_norm())?;
-    let mut positive = vec![0.0; batch.rows()];
-    positive.par_iter_mut().enumerate().for_each(|(i, s)| {
-        let n = batch.pairs().positive(i);
-        *s = dot(batch.query(), i, batch.passage(), n) * query.inverse[i] * passage.inverse[n];
-    });
+/// Norms of both towers, and s⁺ᵢ of every row, by prefix.
+fn measure(batch: &Batch<'_>, prefixes: &[Prefix]) -> Result<([Norms; 2], Vec<Vec<f64>>)> {
+    let query = Norms::new(Tower::Query, batch.query(), prefixes, batch.call())?;
+    let passage = Norms::new(Tower::Passage, batch.passage(), prefixes, batch.call())?;
+    let (mut products, mut start) = (vec![0.0; batch.rows()], 0);
+    let of_prefix = |(k, prefix): (usize, &Prefix)| {
+        let columns = start..prefix.dim;
+        start = prefix.dim;
+        products.par_iter_mut().enumerate().for_each(|(i, product)| {
+            *product += dot(batch.query(), i, batch.passage(), batch.pairs().positive(i), columns.clone());
+        });
+        let cosine =
+            |(i, product): (usize, &f64)| product * query.inverse[k][i] * passage.inverse[k][batch.pairs().positive(i)];
+        products.iter().enumerate().map(cosine).collect()
+    };
+    let positive = prefixes.iter().enumerate().map(of_prefix).collect();
     Ok(([query, passage], positive))
 }
 
@@ -68,27 +79,34 @@ impl State {
             let allowed = format!("a non-empty range within 0..{}", batch.rows());
             return Err(Error::invalid("rows", format!("{rows:?}"), allowed));
         }
-        expect_room(batch.rows() + batch.passages())?;
-        let ([query_norms, passage_norms], positive) = measure(batch)?;
+        let prefixes = batch.prefixes();
+        expect_room(batch.rows() + batch.passages(), prefixes.len())?;
+        let ([query_norms, passage_norms], positive) = measure(batch, &prefixes)?;
         let (call, pairs) = (batch.call(), batch.pairs());
         let order = Order::new(pairs);
         let keys = Keys::new(pairs);
-        let anchors = |rows: &[u32]| Anchors::new(rows, &keys.rows, &positive, call.margin());
         let all_rows: Vec<u32> = (0..batch.rows() as u32).collect();
+        let margin = call.margin();
+        let of_query = |(k, positive): (usize, &Vec<f64>)| {
+            Numbers::new(&query_norms, k, 0..batch.rows(), &all_rows, positive, margin)
+        };
         let query_side = Side {
-            inverse: padded((0..batch.rows()).map(|i| query_norms.panel_inverse(i)), 0.0),
-            anchors: anchors(&all_rows),
+            anchors: Anchors::new(&all_rows, &keys.rows),
             candidates: Candidates::queries(&keys.rows),
+            numbers: positive.iter().enumerate().map(of_query).collect(),
         };
         let index = || (0..order.len()).map(|k| order.passage(k));
         let owners = pairs.exclusive_owners();
+        let of_passage = |(k, positive): (usize, &Vec<f64>)| {
+            Numbers::new(&passage_norms, k, index(), &order.anchor_row, positive, margin)
+        };
         let passage_side = Side {
-            inverse: padded(index().map(|n| passage_norms.panel_inverse(n)), 0.0),
-            anchors: anchors(&order.anchor_row),
+            anchors: Anchors::new(&order.anchor_row, &keys.rows),
             candidates: Candidates::passages(
                 index().map(|n| keys.passages[n]),
                 owners.map(|o| index().map(|n| o[n]).collect()),
             ),
+            numbers: positive.iter().enumerate().map(of_passage).collect(),
         };
         Ok(Self {
             loss: call.loss().clone(),
@@ -100,9 +118,10 @@ impl State {
             order,
             query_side,
             passage_side,
+            prefixes,
             positive,
             identity: identity(batch, &keys),
-            dim: batch.dim(),
+            named: call.prefixes().is_some(),
             inverse_temperature: call.beta(),
             no_negative: call.no_negative(),
             weight: pairs.normalized_weights(),
@@ -114,7 +133,7 @@ impl State {
     pub(super) fn expect_batch(&self, batch: &Batch<'_>) -> Result<()> {
         // If a positive differs, the error can name its row, which the identity cannot.
         let order = &self.order;
-        if (batch.rows(), batch.passages()) == (self.positive.len(), order.passages) {
+        if (batch.rows(), batch.passages()) == (self.weight.len(), order.passages) {
             let mut anchors = (0..order.anchors).chain(order.passages..order.len());
             if let Some(k) = anchors.find(|&k| batch.pairs().positive(order.anchor_row[k] as usize) != order.passage(k))
             {
@@ -125,20 +144,24 @@ impl State {
             }
         }
         self.identity.expect(&identity(batch, &Keys::new(batch.pairs())))?;
-        let (norms, positive) = measure(batch)?;
+        let (norms, positive) = measure(batch, &self.prefixes)?;
         let towers = [(Tower::Query, &self.query_norms), (Tower::Passage, &self.passage_norms)];
         for ((tower, saved), given) in towers.into_iter().zip(&norms) {
-            let mut rows = saved.inverse.iter().zip(&given.inverse).enumerate();
-            if let Some((row, (a, b))) = rows.find(|(_, (a, b))| a != b) {
-                let sentence = |inverse: f64| format!("a {tower} embedding in row {row} of norm {}", 1.0 / inverse);
-                return Err(Error::StateMismatch { saved: sentence(*a), given: sentence(*b) });
+            for (saved, given) in saved.inverse.iter().zip(&given.inverse) {
+                let mut rows = saved.iter().zip(given).enumerate();
+                if let Some((row, (a, b))) = rows.find(|(_, (a, b))| a != b) {
+                    let sentence = |inverse: f64| format!("a {tower} embedding in row {row} of norm {}", 1.0 / inverse);
+                    return Err(Error::StateMismatch { saved: sentence(*a), given: sentence(*b) });
+                }
             }
         }
-        expect_positives(&self.positive, &positive, 0.0)
+        let mut both = self.positive.iter().zip(&positive);
+        both.try_for_each(|(saved, given)| expect_positives(saved, given, 0.0))
     }
 
+    /// Entries of the longest prefix. No pass reads further ones.
     pub(super) fn dim(&self) -> usize {
-        self.dim
+        self.prefixes.last().map_or(0, |p| p.dim)
     }
 
     /// The embeddings behind a space of indices.
@@ -168,31 +191,16 @@ impl State {
 
     pub(super) fn combine(&self, partials: &Partials) -> Result<Combined> {
         partials.expect_problem(&self.identity)?;
-        expect_positives(&partials.positive, &self.positive, SAME_COSINE)?;
-        let positive_logit: Vec<f64> = self.positive.iter().map(|s| self.inverse_temperature * s).collect();
-        let (weight, no_negative) = (self.weight.as_slice(), self.no_negative);
-        combine::combine(&self.loss, &Rows { positive_logit: &positive_logit, weight, no_negative }, partials)
-    }
-}
-
-/// The values, and [`LANES`] more entries, so that the last chunk of a tile may read past the last index.
-pub(super) fn padded<T: Copy>(values: impl Iterator<Item = T>, padding: T) -> Vec<T> {
-    values.chain([padding; LANES]).collect()
-}
-
-impl Anchors {
-    fn new(rows: &[u32], keys: &[crate::mask::Key], positive: &[f64], margin: Option<f64>) -> Self {
-        // An index that anchors no row gets neutral values. No region has it among its anchors.
-        let get = |r: u32| (r as usize) < positive.len();
-        let key = |r: u32, f: fn(&crate::mask::Key) -> u32| if get(r) { f(&keys[r as usize]) } else { 0 };
-        let cosine = |r: u32| if get(r) { positive[r as usize] } else { 1.0 };
-        Self {
-            query_key: padded(rows.iter().map(|&r| key(r, |k| k.query)), 0),
-            passage_key: padded(rows.iter().map(|&r| key(r, |k| k.passage)), 0),
-            row: padded(rows.iter().copied(), 0),
-            threshold: padded(rows.iter().map(|&r| threshold(cosine(r), margin) as f32), 0.0),
-            positive: padded(rows.iter().map(|&r| cosine(r) as f32), 0.0),
-            above: padded(rows.iter().map(|&r| (cosine(r) + COSINE_TIE) as f32), 0.0),
-        }
+        let mut both = partials.prefixes.iter().zip(&self.positive);
+        both.try_for_each(|(sums, positive)| expect_positives(&sums.positive, positive, SAME_COSINE))?;
+        let rows = Rows {
+            loss: &self.loss,
+            beta: self.inverse_temperature,
+            weight: &self.weight,
+            no_negative: self.no_negative,
+            prefixes: &self.prefixes,
+            named: self.named,
+        };
+        combine::combine(&rows, partials)
     }
 }

@@ -7,31 +7,58 @@ use super::plan::TileId;
 use super::workspace::{Pool, Scratch};
 use crate::error::Result;
 use crate::loss::Block;
-use crate::partials::Partials;
+use crate::partials::{Partials, PrefixSums};
 use rayon::prelude::*;
+use std::ops::Range;
 
-/// x ← X·Yᵀ for the rows and columns of a tile: products of raw embeddings.
-pub(super) fn products(task: Task<'_>, id: TileId, x: &mut [f32], panels: &mut [Vec<f32>; 2]) {
+/// x ← x·[k > 0] + X·Yᵀ over the columns of segment `k`, for the rows and columns of a tile. From the first segment on, this leaves the
+/// products of raw embeddings up to each prefix, one after the other.
+pub(super) fn add_products(task: Task<'_>, id: TileId, k: usize, x: &mut [f32], panels: &mut [Vec<f32>; 2]) {
     let Task { state, batch, plan } = task;
     let [row_space, col_space] = plan.region(id).spaces;
     let [rows, cols] = plan.ranges(id);
     let (left, right) = (state.panels(row_space, batch), state.panels(col_space, batch));
-    let dim = state.dim();
-    let step = if left.is_direct() && right.is_direct() { dim } else { plan.width };
     let [left_buffer, right_buffer] = panels;
-    for start in (0..dim).step_by(step) {
-        let chunk = start..dim.min(start + step);
-        let a = left.panel(rows.clone(), chunk.clone(), left_buffer);
-        let b = right.panel(cols.clone(), chunk, right_buffer);
-        multiply(x, plan.tile, start > 0, a, b.transposed());
+    let mut multiply_columns = |columns: Range<usize>, add: bool| {
+        let a = left.panel(rows.clone(), columns.clone(), left_buffer);
+        let b = right.panel(cols.clone(), columns, right_buffer);
+        multiply(x, plan.tile, add, a, b.transposed());
+    };
+    let panels = &plan.segments[k];
+    if left.is_direct() && right.is_direct() {
+        multiply_columns(panels[0].start..panels[panels.len() - 1].end, k > 0);
+    } else {
+        let each = panels.iter().enumerate();
+        each.for_each(|(i, columns)| multiply_columns(columns.clone(), k > 0 || i > 0));
     }
 }
 
-/// A tile as the epilogue sees it, and whether any of its pairs may be masked.
-pub(super) fn view(task: Task<'_>, id: TileId) -> (Tile<'_>, bool) {
+/// The products of a tile up to every prefix, each in a tile of its own of the slot `planes`. `each` is called for every one.
+pub(super) fn products(
+    task: Task<'_>,
+    id: TileId,
+    planes: &mut [f32],
+    panels: &mut [Vec<f32>; 2],
+    mut each: impl FnMut(usize, &[f32]),
+) {
+    let len = task.plan.tile_len();
+    for k in 0..task.plan.segments.len() {
+        let (shorter, rest) = planes.split_at_mut(k * len);
+        let plane = &mut rest[..len];
+        if let Some(shorter) = shorter.rchunks(len).next() {
+            plane.copy_from_slice(shorter);
+        }
+        add_products(task, id, k, plane, panels);
+        each(k, plane);
+    }
+}
+
+/// A tile as the epilogue sees it for prefix `k`, and whether any of its pairs may be masked.
+pub(super) fn view(task: Task<'_>, id: TileId, k: usize) -> (Tile<'_>, bool) {
     let Task { state, plan, .. } = task;
     let [row_space, col_space] = plan.region(id).spaces;
     let [rows, cols] = plan.ranges(id);
+    let (row_side, col_side) = (state.side(row_space), state.side(col_space));
     // Default keys mask a pair only if both indices are the same, because the order of the passages begins with the positives of the rows.
     let masked = state.masked || (rows.start < cols.end && cols.start < rows.end);
     let tile = Tile {
@@ -40,28 +67,26 @@ pub(super) fn view(task: Task<'_>, id: TileId) -> (Tile<'_>, bool) {
         stride: plan.tile,
         row_start: rows.start,
         col_start: cols.start,
-        row_side: state.side(row_space),
-        col_side: state.side(col_space),
+        row_side,
+        col_side,
+        row: &row_side.numbers[k],
+        col: &col_side.numbers[k],
         beta: state.beta,
     };
     (tile, masked)
 }
 
-/// Computes a tile of cosines and its sums.
-fn visit(task: Task<'_>, id: TileId, x: &mut [f32], panels: &mut [Vec<f32>; 2]) -> TileSums {
-    products(task, id, x, panels);
-    let (tile, masked) = view(task, id);
-    let plan = task.plan;
-    let cols = plan.region(id).sum_cols && !plan.on_diagonal(id);
-    match (masked, cols) {
-        (true, true) => sum_tile::<true, true>(x, &tile),
-        (true, false) => sum_tile::<true, false>(x, &tile),
-        (false, true) => sum_tile::<false, true>(x, &tile),
-        (false, false) => sum_tile::<false, false>(x, &tile),
-    }
+/// The sums of a tile of products up to prefix `k`.
+fn sums(task: Task<'_>, id: TileId, k: usize, x: &[f32]) -> TileSums {
+    let (tile, masked) = view(task, id, k);
+    let region = task.plan.region(id);
+    let cols = region.sum_cols && !task.plan.on_diagonal(id);
+    // Metrics are of the two directions of retrieval, so same-tower blocks have no ranks.
+    let ranks = matches!(region.blocks[0], Block::QP | Block::PQ);
+    sum_tile(x, &tile, masked, cols, ranks)
 }
 
-/// All sums of the shard. If `store` is given, it has room for every tile, and receives the cosines.
+/// All sums of the shard. If `store` is given, it has room for the first tiles that the plan stores, and receives their products.
 pub(super) fn partials(task: Task<'_>, mut store: Option<&mut [f32]>, pool: &Pool) -> Result<Partials> {
     let Task { state, batch, plan } = task;
     let mut out = Partials::new(
@@ -71,39 +96,43 @@ pub(super) fn partials(task: Task<'_>, mut store: Option<&mut [f32]>, pool: &Poo
         state.identity.clone(),
         state.positive.clone(),
     );
-    let len = plan.tile_len();
-    pool.prepare(plan.workers, if store.is_some() { 0 } else { len }, plan.panel_len())?;
-    let per_wave = plan.sum_wave();
-    for (w, wave) in plan.tiles.chunks(per_wave).enumerate() {
-        let min_len = plan.min_len(wave.len());
-        let sums: Vec<TileSums> = match &mut store {
-            Some(store) => store[w * per_wave * len..]
-                .par_chunks_mut(len)
-                .zip(wave)
-                .with_min_len(min_len)
-                .map(|(x, &id)| pool.with(|s| visit(task, id, x, &mut s.panels)))
-                .collect(),
-            None => wave
-                .par_iter()
-                .with_min_len(min_len)
-                .map(|&id| {
-                    pool.with(|s| {
-                        let Scratch { tile, panels } = s;
-                        visit(task, id, tile, panels)
-                    })
-                })
-                .collect(),
+    let stored = if store.is_some() { plan.stored } else { 0 };
+    pool.prepare(plan.workers, if stored == plan.tiles.len() { 0 } else { plan.tile_len() }, plan.panel_len())?;
+    let (len, prefixes) = (plan.slot_len(), plan.segments.len());
+    let mut slots = store.iter_mut().flat_map(|store| store.chunks_mut(len)).take(stored);
+    for wave in plan.tiles.chunks(plan.sum_wave()) {
+        let jobs: Vec<_> = wave.iter().map(|&id| (id, slots.next())).collect();
+        let of_tile = |(id, slot): (TileId, Option<&mut [f32]>)| -> Vec<TileSums> {
+            pool.with(|scratch| match slot {
+                Some(planes) => {
+                    let mut all = Vec::with_capacity(prefixes);
+                    products(task, id, planes, &mut scratch.panels, |k, x| all.push(sums(task, id, k, x)));
+                    all
+                }
+                None => {
+                    let Scratch { tile, panels } = scratch;
+                    let of_prefix = |k| {
+                        add_products(task, id, k, tile, panels);
+                        sums(task, id, k, tile)
+                    };
+                    (0..prefixes).map(of_prefix).collect()
+                }
+            })
         };
+        let min_len = plan.min_len(jobs.len());
+        let all: Vec<Vec<TileSums>> = jobs.into_par_iter().with_min_len(min_len).map(of_tile).collect();
         // One thread merges, in the order of the tiles. That is O(edge) work for each tile, beside O(edge²·d) above.
-        for (&id, sums) in wave.iter().zip(&sums) {
-            merge(&mut out, task, id, sums);
+        for (&id, of_tile) in wave.iter().zip(&all) {
+            for (out, sums) in out.prefixes.iter_mut().zip(of_tile) {
+                merge(out, task, id, sums);
+            }
         }
     }
     Ok(out)
 }
 
 /// Adds the sums of a tile to those of its anchors' rows.
-fn merge(out: &mut Partials, task: Task<'_>, id: TileId, tile: &TileSums) {
+fn merge(out: &mut PrefixSums, task: Task<'_>, id: TileId, tile: &TileSums) {
     let Task { state, plan, .. } = task;
     let region = plan.region(id);
     let axes = [(&tile.rows, &tile.rows_above), (&tile.cols, &tile.cols_above)];
@@ -112,21 +141,15 @@ fn merge(out: &mut Partials, task: Task<'_>, id: TileId, tile: &TileSums) {
             continue;
         }
         let (space, block, range) = (region.spaces[axis], region.blocks[axis], &plan.ranges(id)[axis]);
-        // Metrics are of the two directions of retrieval, so same-tower blocks have no ranks.
-        let mut ranks = match block {
-            Block::QP => Some(&mut out.above[0]),
-            Block::PQ => Some(&mut out.above[1]),
-            Block::QQ | Block::PP => None,
-        };
         let into = &mut out.sums[block.index()];
-        for ((index, sum), above) in range.clone().zip(sums).zip(above) {
-            let row = state.anchor_row(space, index);
-            if let Some(into) = into.get_mut(row) {
+        for (index, sum) in range.clone().zip(sums) {
+            if let Some(into) = into.get_mut(state.anchor_row(space, index)) {
                 into.merge(*sum);
             }
-            if let Some(ranks) = &mut ranks {
-                ranks[row] += above;
-            }
+        }
+        let Some(ranks) = out.above.get_mut(block.index()) else { continue }; // QP and PQ alone have ranks
+        for (index, above) in range.clone().zip(above) {
+            ranks[state.anchor_row(space, index)] += above;
         }
     }
 }

@@ -3,9 +3,10 @@
 use super::matmul::MatRef;
 use super::simd::{widen_bf16, widen_f16};
 use crate::batch::{Data, Embeddings, for_each_dtype};
-use crate::call::ZeroNorm;
+use crate::call::{Call, ZeroNorm};
 use crate::dtype::Element;
 use crate::error::{Error, Result};
+use crate::prefix::Prefix;
 use crate::tower::Tower;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
@@ -13,58 +14,83 @@ use std::ops::Range;
 
 /// If a norm is outside 2^±RANGE, f32 products of raw embeddings may lose bits or overflow. So the tower is scaled as it is read.
 const RANGE: i32 = 30;
+/// The least square of a prefix's norm, where that of the longest prefix is 1. Gradients of logits are divided by the norms of both
+/// embeddings, and f32 holds them down to norms of 2⁻⁴⁰ beside embeddings that are read with norms of 2^±RANGE.
+const LEAST_SHARE: f64 = 1.0 / (1_u128 << 80) as f64;
 
 /// Norms of a tower: O(rows) numbers. They do not borrow the embeddings.
 #[derive(Debug, Clone)]
 pub(super) struct Norms {
-    /// 1/‖x‖ of each row; 0 for a row of norm zero under [`ZeroNorm::ZeroGradient`].
-    pub inverse: Vec<f64>,
+    /// By prefix: 1/‖x‖ of each row; 0 for a row of norm zero under [`ZeroNorm::ZeroGradient`].
+    pub inverse: Vec<Vec<f64>>,
     /// Exponent e of each row, which is read as x·2^−e; `None` if every row is read as it is.
     pub shift: Option<Vec<i32>>,
 }
 
 impl Norms {
-    /// Norms of all rows. Squares are summed in f64, in which those of an f32 neither overflow nor underflow.
-    pub(super) fn new(tower: Tower, x: Embeddings<'_>, policy: ZeroNorm) -> Result<Self> {
-        let mut inverse = vec![0.0; x.rows()];
-        inverse.par_iter_mut().enumerate().for_each(|(row, inverse)| *inverse = sum_of_squares(x, row));
+    /// Norms of all rows and prefixes. Squares are summed in f64, in which those of an f32 neither overflow nor underflow.
+    pub(super) fn new(tower: Tower, x: Embeddings<'_>, prefixes: &[Prefix], call: &Call) -> Result<Self> {
+        let mut inverse = vec![vec![0.0; x.rows()]; prefixes.len()];
+        let mut start = 0;
+        for (k, prefix) in prefixes.iter().enumerate() {
+            let (shorter, rest) = inverse.split_at_mut(k);
+            let shorter = shorter.last();
+            rest[0].par_iter_mut().enumerate().for_each(|(row, sum)| {
+                *sum = shorter.map_or(0.0, |s| s[row]) + sum_of_squares(x, row, start..prefix.dim);
+            });
+            start = prefix.dim;
+        }
         let mut wild = false;
-        for (row, value) in inverse.iter_mut().enumerate() {
-            if !value.is_finite() {
+        for row in 0..x.rows() {
+            let whole = inverse[prefixes.len() - 1][row];
+            if !whole.is_finite() {
                 // Squares of finite f32 numbers are finite in f64, so the row itself holds NaN or an infinity.
-                let bad = x.row_to_f64(row)?.into_iter().enumerate().find(|(_, v)| !v.is_finite());
-                let (column, value) = bad.unwrap_or((0, *value));
+                let bad = x.cut(start).row_to_f64(row)?.into_iter().enumerate().find(|(_, v)| !v.is_finite());
+                let (column, value) = bad.unwrap_or((0, whole));
                 return Err(Error::NonFinite { tower, row, column, value });
             }
-            if *value == 0.0 {
-                match policy {
-                    ZeroNorm::Error => return Err(Error::ZeroNorm { tower, row }),
-                    ZeroNorm::ZeroGradient => continue,
+            for (of_prefix, prefix) in inverse.iter_mut().zip(prefixes) {
+                let sum = of_prefix[row];
+                if sum == 0.0 {
+                    match call.zero_norm() {
+                        ZeroNorm::Error => {
+                            return Err(Error::ZeroNorm { tower, row, prefix: call.prefixes().map(|_| prefix.dim) });
+                        }
+                        ZeroNorm::ZeroGradient => continue,
+                    }
                 }
+                if sum < LEAST_SHARE * whole {
+                    let value = format!("an embedding in row {row} with a norm of {:e}", whole.sqrt());
+                    let value = format!("{value}, and of {:e} in its first {} entries", sum.sqrt(), prefix.dim);
+                    let argument = if tower == Tower::Query { "query" } else { "passage" };
+                    let allowed = "a norm of 0, or at least 2^-40 of that of the longest prefix, in every prefix";
+                    return Err(Error::invalid(argument, value, allowed));
+                }
+                let norm = sum.sqrt();
+                wild |= norm.log2().abs() > f64::from(RANGE);
+                of_prefix[row] = 1.0 / norm;
             }
-            let norm = value.sqrt();
-            wild |= norm.log2().abs() > f64::from(RANGE);
-            *value = 1.0 / norm;
         }
-        let shift =
-            wild.then(|| inverse.iter().map(|i| if *i == 0.0 { 0 } else { -i.log2().round() as i32 }).collect());
+        let exponent = |i: &f64| if *i == 0.0 { 0 } else { -i.log2().round() as i32 };
+        let shift = inverse.last().filter(|_| wild).map(|whole| whole.iter().map(exponent).collect());
         Ok(Self { inverse, shift })
     }
 
-    /// 1/‖x·2^−e‖ of a row. It scales products of panels to cosines.
-    pub(super) fn panel_inverse(&self, row: usize) -> f32 {
-        (self.inverse[row] * self.shift.as_ref().map_or(1.0, |s| f64::from(s[row]).exp2())) as f32
+    /// 1/‖x·2^−e‖ of prefix `k` of a row. It scales products of panels to cosines.
+    pub(super) fn panel_inverse(&self, k: usize, row: usize) -> f32 {
+        (self.inverse[k][row] * self.shift.as_ref().map_or(1.0, |s| f64::from(s[row]).exp2())) as f32
     }
 }
 
-fn sum_of_squares(x: Embeddings<'_>, row: usize) -> f64 {
-    let range = row * x.row_stride()..row * x.row_stride() + x.dim();
+fn sum_of_squares(x: Embeddings<'_>, row: usize, columns: Range<usize>) -> f64 {
+    let range = row * x.row_stride() + columns.start..row * x.row_stride() + columns.end;
     for_each_dtype!(Data, x.data(), d => lanes(d[range].iter(), |v| { let v = v.to_f64(); v * v }))
 }
 
-/// x_row · y_row in f64.
-pub(super) fn dot(x: Embeddings<'_>, x_row: usize, y: Embeddings<'_>, y_row: usize) -> f64 {
-    let range = |m: &Embeddings<'_>, row: usize| row * m.row_stride()..row * m.row_stride() + m.dim();
+/// x_row · y_row in f64, over these columns.
+pub(super) fn dot(x: Embeddings<'_>, x_row: usize, y: Embeddings<'_>, y_row: usize, columns: Range<usize>) -> f64 {
+    let range =
+        |m: &Embeddings<'_>, row: usize| row * m.row_stride() + columns.start..row * m.row_stride() + columns.end;
     let (x_range, y_range) = (range(&x, x_row), range(&y, y_row));
     match (x.data(), y.data()) {
         (Data::F32(a), Data::F32(b)) => {

@@ -37,12 +37,15 @@ impl Workspace {
 
 /// Bytes that a call takes for each row and each passage, whatever d is: keys, thresholds, norms, partial sums, coefficients.
 /// tests/memory.rs checks that calls take no more.
-const BYTES_PER_INDEX: usize = 300;
+const BYTES_PER_INDEX: usize = 320;
+/// The same for each further prefix.
+const BYTES_PER_INDEX_AND_PREFIX: usize = 240;
 
 /// An error if there is no memory for what a call needs for `indices` rows and passages. This allocates that much and frees it again. The
 /// collections that need it grow one by one later, and would abort without memory.
-pub(super) fn expect_room(indices: usize) -> Result<()> {
-    let (bytes, mut room) = (indices.saturating_mul(BYTES_PER_INDEX), Vec::<u8>::new());
+pub(super) fn expect_room(indices: usize, prefixes: usize) -> Result<()> {
+    let each = BYTES_PER_INDEX + (prefixes - 1) * BYTES_PER_INDEX_AND_PREFIX;
+    let (bytes, mut room) = (indices.saturating_mul(each), Vec::<u8>::new());
     let result = room.try_reserve_exact(bytes);
     std::hint::black_box(&room); // otherwise the compiler may leave out an allocation that nothing uses
     result.map_err(|_| Error::OutOfMemory { bytes, purpose: "keys and sums of the rows" })

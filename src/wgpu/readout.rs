@@ -124,8 +124,10 @@ impl Plan {
                 Ok((column, value)) => Error::NonFinite { tower, row, column, value },
                 Err(error) => error,
             },
-            Refusal::ZeroNorm(tower, row) => Error::ZeroNorm { tower, row },
-            Refusal::NoNegative(row, group) => Error::NoNegative { loss: self.facts.loss.clone(), group, row },
+            Refusal::ZeroNorm(tower, row) => Error::ZeroNorm { tower, row, prefix: None },
+            Refusal::NoNegative(row, group) => {
+                Error::NoNegative { loss: self.facts.loss.clone(), group, row, prefix: None }
+            }
         }
     }
 
@@ -147,12 +149,8 @@ impl Plan {
                 sum(|above| 1.0 / (1.0 + f64::from(above))),
             )
         };
-        Ok(Evaluation {
-            loss: row_losses.iter().zip(weights).map(|(l, w)| l * w).sum(),
-            query_to_passage: metrics(Block::QP),
-            passage_to_query: metrics(Block::PQ),
-            row_losses,
-        })
+        let loss = row_losses.iter().zip(weights).map(|(l, w)| l * w).sum();
+        Ok(Evaluation::plain(loss, row_losses, [Block::QP, Block::PQ].map(metrics)))
     }
 
     /// ∂L/∂τ and ∂L/∂log β from the state after [`Plan::backward`].
@@ -182,14 +180,16 @@ impl Plan {
         let state = self.state(state)?;
         let (facts, m) = (&self.facts, self.facts.weights.len());
         let uses = |b: Block| facts.uses[b.index()];
-        let mut partials = Partials::new(m, uses, facts.rows.clone(), facts.identity.clone(), self.positives(&state));
-        for (block, sums) in Block::ALL.into_iter().zip(&mut partials.sums) {
+        let mut partials =
+            Partials::new(m, uses, facts.rows.clone(), facts.identity.clone(), vec![self.positives(&state)]);
+        let of_prefix = &mut partials.prefixes[0]; // a plan has one
+        for (block, sums) in Block::ALL.into_iter().zip(&mut of_prefix.sums) {
             for (row, sum) in sums.iter_mut().enumerate() {
                 let at = self.sum(block, row);
                 *sum = ExpSum::new(state.float(at) + state.float(at + 1), state.int(at + 2));
             }
         }
-        for (block, above) in [Block::QP, Block::PQ].into_iter().zip(&mut partials.above) {
+        for (block, above) in [Block::QP, Block::PQ].into_iter().zip(&mut of_prefix.above) {
             for (row, above) in above.iter_mut().enumerate() {
                 *above = state.word(self.sum(block, row) + 3);
             }
@@ -211,7 +211,7 @@ impl Plan {
     /// fewer bytes than [`Plan::state_bytes`].
     pub fn check_embeddings(&self, partials: &Partials, state: &[u8]) -> Result<()> {
         partials.expect_problem(&self.facts.identity)?;
-        expect_positives(&partials.positive, &self.positives(&self.state(state)?), SAME_COSINE)
+        expect_positives(&partials.prefixes[0].positive, &self.positives(&self.state(state)?), SAME_COSINE)
     }
 
     /// The range of the slot `State` that must be overwritten with merged sums before [`Plan::combine`], and its new bytes. Coefficients
@@ -223,6 +223,7 @@ impl Plan {
     pub fn write_partials(&self, partials: &Partials) -> Result<(Range<u64>, Vec<u8>)> {
         partials.expect_problem(&self.facts.identity)?;
         partials.expect_complete()?;
+        let partials = &partials.prefixes[0];
         let m = self.facts.weights.len();
         let mut words = Vec::with_capacity(SUM_WORDS * 4 * m);
         for block in Block::ALL {

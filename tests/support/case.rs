@@ -23,12 +23,18 @@ pub struct Expected {
     pub grad_tau: f64,
     /// P@1 and MRR of query → passage and of passage → query; a file has none.
     pub metrics: Option<[f64; 4]>,
+    /// For each prefix of weight above 0: its length, and its loss. Empty for a problem without prefixes.
+    pub prefix_losses: Vec<(usize, f64)>,
+    /// The metrics of each, in the order of `metrics`; a file has none.
+    pub prefix_metrics: Option<Vec<f64>>,
 }
 
 impl From<Outputs> for Expected {
     fn from(x: Outputs) -> Self {
         Self {
             metrics: Some(x.metrics()),
+            prefix_losses: x.prefix_losses(),
+            prefix_metrics: Some(x.prefix_metrics()),
             loss: x.evaluation.loss,
             row_losses: x.evaluation.row_losses,
             grad_query: x.grad_query,
@@ -59,6 +65,8 @@ struct File {
     #[serde(default)]
     hard_negative_scope: FileScope,
     margin: Option<f64>,
+    prefixes: Option<Vec<FilePrefix>>,
+    prefix_losses: Option<Vec<f64>>,
     loss: f64,
     row_losses: Vec<f64>,
     grad_q: Vec<Vec<f64>>,
@@ -72,6 +80,13 @@ struct FileGroup {
     coefficient: f64,
     blocks: Vec<FileBlock>,
     positive_copies: u8,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FilePrefix {
+    dim: usize,
+    weight: f64,
 }
 
 #[derive(Deserialize, Clone, Copy)]
@@ -116,6 +131,20 @@ impl File {
         let loss = self.loss_of_groups()?;
         // A file without a margin has none, whatever the margin of its preset.
         let call = Call::new(loss, self.temperature).with_margin(self.margin.unwrap_or(f64::INFINITY));
+        let (call, prefix_losses) = match (self.prefixes, self.prefix_losses) {
+            (None, None) => (call, Vec::new()),
+            (Some(prefixes), Some(losses)) if prefixes.len() == losses.len() => {
+                let kept = prefixes.iter().zip(losses).filter(|(prefix, _)| prefix.weight > 0.0);
+                let losses = kept.map(|(prefix, loss)| (prefix.dim, loss)).collect();
+                let (dims, weights): (Vec<_>, Vec<_>) = prefixes.iter().map(|p| (p.dim, p.weight)).unzip();
+                (call.with_prefixes(dims).with_prefix_weights(weights), losses)
+            }
+            (prefixes, losses) => {
+                let count = |given: Option<usize>| given.map_or("none".into(), |n| format!("{n} entries"));
+                let (prefixes, losses) = (count(prefixes.map(|p| p.len())), count(losses.map(|l| l.len())));
+                return Err(format!("field `prefix_losses`: {losses}; allowed: as many as in `prefixes`, {prefixes}"));
+            }
+        };
         call.check().map_err(|error| match &error {
             Error::InvalidArgument { argument, .. } => format!("field `{argument}`: {error}"),
             _ => error.to_string(),
@@ -131,6 +160,8 @@ impl File {
             grad_passage: matrix("grad_p", &self.grad_p, ("passages", n), d)?,
             grad_tau: self.grad_temperature,
             metrics: None,
+            prefix_losses,
+            prefix_metrics: None,
         };
         if let Some(positives) = self.positives {
             call = call.with_positives(positives);
@@ -231,7 +262,7 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>, String> {
 }
 
 /// How many golden files the repository holds. A number, so that a lost file is noticed.
-pub const GOLDEN_FILES: usize = 48;
+pub const GOLDEN_FILES: usize = 79;
 
 /// Every golden file of the repository, by name.
 pub fn golden() -> Result<Vec<Case>, String> {

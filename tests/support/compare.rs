@@ -78,13 +78,18 @@ pub fn entrywise(output: &'static str, got: &[f64], want: &[f64], tolerance: f64
 
 /// Reference against a file: every output to [`GOLDEN`], relative to its largest entry.
 pub fn against_golden(got: &Outputs, want: &Expected) -> Vec<Check> {
-    vec![
+    let losses = [&got.prefix_losses(), &want.prefix_losses].map(|x| x.iter().map(|(_, l)| *l).collect::<Vec<_>>());
+    let mut checks = vec![
         entrywise("loss", &[got.evaluation.loss], &[want.loss], GOLDEN),
         entrywise("row_losses", &got.evaluation.row_losses, &want.row_losses, GOLDEN),
         entrywise("grad_q", &got.grad_query, &want.grad_query, GOLDEN),
         entrywise("grad_p", &got.grad_passage, &want.grad_passage, GOLDEN),
         entrywise("grad_temperature", &[got.temperature.tau], &[want.grad_tau], GOLDEN),
-    ]
+    ];
+    if !losses.iter().all(Vec::is_empty) {
+        checks.extend([prefix_dims(got, want), entrywise("prefix_losses", &losses[0], &losses[1], GOLDEN)]);
+    }
+    checks
 }
 
 /// A backend on the embeddings of `problem`, which `dtype` holds exactly, against the definition, by the tolerance table.
@@ -109,7 +114,7 @@ pub fn against_definition(
     let spread = weights.iter().zip(&missing).map(|(w, s)| (w * s).powi(2)).sum::<f64>().sqrt();
     let relative = tolerance.gradient * (0.01 * beta).max(1.0);
     // A loss of small coefficients has small gradients.
-    let all: f64 = problem.call.loss().groups().iter().map(|g| g.coefficient()).sum();
+    let all = total_weight(problem) * problem.call.loss().groups().iter().map(|g| g.coefficient()).sum::<f64>();
     let noise = upstream.abs() * (2.0 * logit * spread + beta * tolerance.probability * all.min(1.0));
     // ∂L/∂β is a sum of G·s that cancels like the gradient itself; τ and log β only rescale it.
     let beta_noise = upstream.abs() * 4.0 * tolerance.cosine * mean;
@@ -118,20 +123,47 @@ pub fn against_definition(
     let mut checks = vec![
         scalar("loss", got.evaluation.loss, want.loss, tolerance.loss * want.loss.abs() + logit * mean),
         row_losses(&got.evaluation.row_losses, &want.row_losses, &missing, tolerance.loss, logit),
-        frobenius("grad_q", &got.grad_query, &want.grad_query, &problem.query, problem.dim, relative, noise),
-        frobenius("grad_p", &got.grad_passage, &want.grad_passage, &problem.passage, problem.dim, relative, noise),
+        frobenius("grad_q", &got.grad_query, &want.grad_query, &problem.query, problem, relative, noise),
+        frobenius("grad_p", &got.grad_passage, &want.grad_passage, &problem.passage, problem, relative, noise),
         scalar("grad_temperature", got.temperature.tau, tau, relative * tau.abs() + beta * beta * beta_noise),
         scalar("grad_log_beta", got.temperature.log_beta, log_beta, relative * log_beta.abs() + beta * beta_noise),
     ];
     if let Some(metrics) = want.metrics {
-        checks.push(of_metrics(&got.metrics(), &metrics, tolerance.metric));
+        checks.push(of_metrics("metrics", &got.metrics(), &metrics, tolerance.metric));
+    }
+    if !want.prefix_losses.is_empty() || !got.prefix_losses().is_empty() {
+        checks.push(prefix_dims(got, want));
+        let weights = got.evaluation.prefixes.iter().map(|p| p.weight);
+        for ((got, want), weight) in got.prefix_losses().iter().zip(&want.prefix_losses).zip(weights) {
+            // What is missing is counted with the weights of the prefixes.
+            let allowed = tolerance.loss * want.1.abs() + logit * mean / weight;
+            checks.push(scalar("prefix_losses", got.1, want.1, allowed));
+        }
+        if let Some(metrics) = &want.prefix_metrics {
+            checks.push(of_metrics("prefix_metrics", &got.prefix_metrics(), metrics, tolerance.metric));
+        }
     }
     checks
 }
 
+/// The prefixes of which there are results.
+fn prefix_dims(got: &Outputs, want: &Expected) -> Check {
+    let dims = |losses: &[(usize, f64)]| losses.iter().map(|(dim, _)| *dim as f64).collect::<Vec<_>>();
+    entrywise("prefixes", &dims(&got.prefix_losses()), &dims(&want.prefix_losses), 0.0)
+}
+
+/// Σ_k v_k; 1 without prefixes.
+fn total_weight(problem: &Problem) -> f64 {
+    match (problem.call.prefix_weights(), problem.call.prefixes()) {
+        (Some(weights), _) => weights.iter().sum(),
+        (None, Some(prefixes)) => prefixes.len() as f64,
+        (None, None) => 1.0,
+    }
+}
+
 /// Metrics may differ as sums over rows do. Where every positive wins they are 1, and not nearly.
-fn of_metrics(got: &[f64; 4], want: &[f64; 4], allowed: f64) -> Check {
-    let check = Check { allowed, size: 1.0, ..entrywise("metrics", got, want, 0.0) };
+fn of_metrics(output: &'static str, got: &[f64], want: &[f64], allowed: f64) -> Check {
+    let check = Check { allowed, size: 1.0, ..entrywise(output, got, want, 0.0) };
     match got.iter().zip(want).position(|(got, want)| *want == 1.0 && *got != 1.0) {
         Some(k) => Check { difference: (got[k] - 1.0).abs(), allowed: 0.0, worst: (k, got[k], 1.0), ..check },
         None => check,
@@ -142,8 +174,9 @@ fn of_metrics(got: &[f64; 4], want: &[f64; 4], allowed: f64) -> Check {
 /// positive, D/(e + D) ≤ log(1 + D/e), which is the loss of the group less the log e that it has without negatives.
 fn missing_probability(problem: &Problem, row_loss: f64) -> f64 {
     let groups = || problem.call.loss().groups().iter().filter(|g| g.coefficient() > 0.0);
-    let all: f64 = groups().map(|g| g.coefficient()).sum();
-    let least: f64 = groups().map(|g| g.coefficient() * f64::from(g.positive_copies()).ln()).sum();
+    let prefixes = total_weight(problem);
+    let all = prefixes * groups().map(|g| g.coefficient()).sum::<f64>();
+    let least = prefixes * groups().map(|g| g.coefficient() * f64::from(g.positive_copies()).ln()).sum::<f64>();
     if least.is_finite() { all.min((row_loss - least).max(0.0)) } else { all }
 }
 
@@ -166,15 +199,19 @@ fn frobenius(
     got: &[f64],
     want: &[f64],
     x: &[f64],
-    dim: usize,
+    problem: &Problem,
     relative: f64,
     noise: f64,
 ) -> Check {
+    let dim = problem.dim;
     let norm = |row: &[f64]| {
         let largest = row.iter().fold(0.0_f64, |max, v| max.max(v.abs()));
         if largest == 0.0 { 1.0 } else { largest * row.iter().map(|v| (v / largest).powi(2)).sum::<f64>().sqrt() }
     };
     let norms: Vec<f64> = x.chunks(dim).map(norm).collect();
+    // The gradient of a prefix grows as the norm of the prefix shrinks, and so does what rounded cosines cost.
+    let shortest = problem.call.prefixes().map_or(dim, |dims| dims[0]);
+    let stretch = x.chunks(dim).zip(&norms).map(|(row, whole)| whole / norm(&row[..shortest])).fold(1.0, f64::max);
     let length = |entries: &mut dyn Iterator<Item = f64>| {
         entries.enumerate().map(|(k, v)| (v * norms[k / dim]).powi(2)).sum::<f64>().sqrt()
     };
@@ -182,7 +219,7 @@ fn frobenius(
     let difference =
         if got.len() == want.len() { length(&mut got.iter().zip(want).map(|(g, w)| g - w)) } else { f64::NAN };
     let worst = worst(got, want, |k| norms[k / dim]);
-    Check { output, difference, allowed: relative * size + noise, size, worst }
+    Check { output, difference, allowed: relative * size + noise * stretch, size, worst }
 }
 
 /// An error that lists every failed check.

@@ -217,12 +217,12 @@ impl Emulated {
             }
             let zero = status[[ZERO_QUERY, ZERO_PASSAGE][k]];
             if zero != NONE && batch.call().zero_norm() == samtone::ZeroNorm::Error {
-                return Err(Error::ZeroNorm { tower, row: zero as usize });
+                return Err(Error::ZeroNorm { tower, row: zero as usize, prefix: None });
             }
         }
         if status[NO_NEGATIVE] != NONE {
             let (row, group) = (status[NO_NEGATIVE] as usize, status[NO_NEGATIVE_GROUP] as usize);
-            return Err(Error::NoNegative { loss: batch.call().loss().name().into(), group, row });
+            return Err(Error::NoNegative { loss: batch.call().loss().name().into(), group, row, prefix: None });
         }
         Ok(())
     }
@@ -235,6 +235,7 @@ impl Emulated {
             row_losses: self.download("row_losses")?,
             query_to_passage: metrics(PRECISION_QP, MRR_QP),
             passage_to_query: metrics(PRECISION_PQ, MRR_PQ),
+            prefixes: Vec::new(),
         })
     }
 

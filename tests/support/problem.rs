@@ -4,8 +4,8 @@ use samtone::backend::Backend;
 use samtone::half::{bf16, f16};
 use samtone::mask::COSINE_TIE;
 use samtone::{
-    Batch, Call, DType, Element, Embeddings, EmbeddingsMut, Evaluation, GradientBuffers, Pairs, Result,
-    TemperatureGradient,
+    Batch, Call, DType, Element, Embeddings, EmbeddingsMut, Evaluation, GradientBuffers, Pairs, PrefixEvaluation,
+    Result, TemperatureGradient,
 };
 
 /// Inputs of a call, embeddings in f64, row-major.
@@ -34,6 +34,19 @@ impl Outputs {
     pub fn metrics(&self) -> [f64; 4] {
         let (there, back) = (self.evaluation.query_to_passage, self.evaluation.passage_to_query);
         [there.precision_at_1, there.mrr, back.precision_at_1, back.mrr]
+    }
+}
+
+impl Outputs {
+    /// Length and loss of each prefix.
+    pub fn prefix_losses(&self) -> Vec<(usize, f64)> {
+        self.evaluation.prefixes.iter().map(|p| (p.dim, p.loss)).collect()
+    }
+
+    /// The metrics of each prefix, in the order of [`Outputs::metrics`].
+    pub fn prefix_metrics(&self) -> Vec<f64> {
+        let of = |p: &PrefixEvaluation| [p.query_to_passage, p.passage_to_query].map(|m| [m.precision_at_1, m.mrr]);
+        self.evaluation.prefixes.iter().flat_map(|p| of(p).concat()).collect()
     }
 }
 
@@ -129,13 +142,19 @@ impl Problem {
 
     /// Whether no cosine is within `slack` of where a rank or the margin changes its mind.
     pub fn is_decided(&self, slack: f64) -> bool {
+        let dims = self.call.prefixes().map_or_else(|| vec![self.dim], |dims| dims.to_vec());
+        dims.into_iter().all(|dim| self.is_prefix_decided(dim, slack))
+    }
+
+    /// The same for the first `dim` entries of every embedding.
+    fn is_prefix_decided(&self, dim: usize, slack: f64) -> bool {
         let unit = |x: &[f64]| -> Vec<Vec<f64>> {
             let direction = |row: &[f64]| {
                 let scale = row.iter().fold(f64::MIN_POSITIVE, |max, v| max.max(v.abs()));
                 let norm = row.iter().map(|v| (v / scale).powi(2)).sum::<f64>().sqrt();
-                row.iter().map(|v| v / scale / norm).collect()
+                row.iter().map(|v| if norm > 0.0 { v / scale / norm } else { 0.0 }).collect()
             };
-            x.chunks(self.dim).map(direction).collect()
+            x.chunks(self.dim).map(|row| direction(&row[..dim])).collect()
         };
         let (query, passage) = (unit(&self.query), unit(&self.passage));
         let cosine = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(a, b)| a * b).sum::<f64>();

@@ -167,12 +167,8 @@ impl Readout {
     fn evaluation(&self, head: &[u8]) -> Evaluation {
         let results: Vec<f64> = numbers(&head[self.results.clone()], f64::from_le_bytes).collect();
         let metrics = |precision: usize, mrr: usize| Metrics { precision_at_1: results[precision], mrr: results[mrr] };
-        Evaluation {
-            loss: results[LOSS],
-            row_losses: numbers(&head[self.row_losses.clone()], f64::from_le_bytes).collect(),
-            query_to_passage: metrics(PRECISION_QP, MRR_QP),
-            passage_to_query: metrics(PRECISION_PQ, MRR_PQ),
-        }
+        let row_losses = numbers(&head[self.row_losses.clone()], f64::from_le_bytes).collect();
+        Evaluation::plain(results[LOSS], row_losses, [metrics(PRECISION_QP, MRR_QP), metrics(PRECISION_PQ, MRR_PQ)])
     }
 
     fn temperature(&self, head: &[u8]) -> TemperatureGradient {
@@ -183,14 +179,15 @@ impl Readout {
     /// Partial sums from the arrays `sums`, `above` and `positive`.
     fn partials(&self, sums: &[u8], above: &[u8], positive: &[u8]) -> Partials {
         let (uses, positive) = (|b| self.loss.uses(b), numbers(positive, f64::from_le_bytes).collect());
-        let mut out = Partials::new(self.rows, uses, self.shard.clone(), self.identity.clone(), positive);
-        for (block, rows) in out.sums.iter_mut().zip(sums.chunks(self.rows * abi::ExpSum::BYTES)) {
+        let mut out = Partials::new(self.rows, uses, self.shard.clone(), self.identity.clone(), vec![positive]);
+        let of_prefix = &mut out.prefixes[0]; // a plan has one
+        for (block, rows) in of_prefix.sums.iter_mut().zip(sums.chunks(self.rows * abi::ExpSum::BYTES)) {
             for (sum, bytes) in block.iter_mut().zip(rows.chunks_exact(abi::ExpSum::BYTES)) {
                 let found: abi::ExpSum = bytemuck::pod_read_unaligned(bytes);
                 *sum = ExpSum::new(found.sum, found.exponent);
             }
         }
-        for (block, rows) in out.above.iter_mut().zip(above.chunks(self.rows * 4)) {
+        for (block, rows) in of_prefix.above.iter_mut().zip(above.chunks(self.rows * 4)) {
             block.iter_mut().zip(numbers(rows, u32::from_le_bytes)).for_each(|(count, value)| *count = value);
         }
         out
@@ -199,6 +196,7 @@ impl Readout {
     /// The arrays `sums` and `above` for these partial sums.
     fn encode(&self, partials: &Partials) -> (Vec<u8>, Vec<u8>) {
         let mut sums = vec![0; self.sums.len()];
+        let partials = &partials.prefixes[0];
         for (block, rows) in partials.sums.iter().zip(sums.chunks_mut(self.rows * abi::ExpSum::BYTES)) {
             for (sum, bytes) in block.iter().zip(rows.chunks_exact_mut(abi::ExpSum::BYTES)) {
                 let (sum, exponent) = sum.parts();
@@ -315,7 +313,7 @@ impl Device {
             let positive = pointers.state + readout.positive.start as u64;
             let positive = self.download(positive, readout.positive.len(), stream)?;
             let positive: Vec<f64> = numbers(&positive, f64::from_le_bytes).collect();
-            expect_positives(&merged.positive, &positive, SAME_COSINE)?;
+            expect_positives(&merged.prefixes[0].positive, &positive, SAME_COSINE)?;
             self.upload(pointers.state + readout.sums.start as u64, &sums, stream)?;
             self.upload(pointers.state + readout.above.start as u64, &above, stream)
         }
@@ -332,9 +330,9 @@ impl Device {
         fault.map_or(Ok(()), |fault| readout.expect_row(fault))?;
         match fault {
             None => Ok(head),
-            Some(Fault::ZeroNorm(tower, row)) => Err(Error::ZeroNorm { tower, row }),
+            Some(Fault::ZeroNorm(tower, row)) => Err(Error::ZeroNorm { tower, row, prefix: None }),
             Some(Fault::NoNegative { row, group }) => {
-                Err(Error::NoNegative { loss: readout.loss.name().into(), group, row })
+                Err(Error::NoNegative { loss: readout.loss.name().into(), group, row, prefix: None })
             }
             Some(Fault::NonFinite(tower, row) | Fault::Changed(tower, row)) => {
                 let (start, row_bytes) = match tower {
@@ -478,14 +476,14 @@ mod tests {
         let above: Vec<u8> = [5_u32, 0, 1, 2].iter().flat_map(|count| count.to_le_bytes()).collect();
         let positive: Vec<u8> = [0.25, -1.0].iter().flat_map(|s: &f64| s.to_le_bytes()).collect();
         let partials = readout.partials(&sums, &above, &positive);
-        assert_eq!(partials.positive, [0.25, -1.0]);
-        assert_eq!(partials.sums[Block::PQ.index()][1], ExpSum::new(1.375, -7));
-        assert_eq!(partials.sums[Block::PP.index()], [], "a block that the loss does not use");
-        assert_eq!(partials.above, [[5, 0], [1, 2]]);
+        assert_eq!(partials.prefixes[0].positive, [0.25, -1.0]);
+        assert_eq!(partials.prefixes[0].sums[Block::PQ.index()][1], ExpSum::new(1.375, -7));
+        assert_eq!(partials.prefixes[0].sums[Block::PP.index()], [], "a block that the loss does not use");
+        assert_eq!(partials.prefixes[0].above, [[5, 0], [1, 2]]);
         let (encoded, counts) = readout.encode(&partials);
         assert_eq!((encoded.len(), counts), (sums.len(), above.clone()));
         let again = readout.partials(&encoded, &above, &positive);
-        for (sum, same) in partials.sums.iter().flatten().zip(again.sums.iter().flatten()) {
+        for (sum, same) in partials.prefixes[0].sums.iter().flatten().zip(again.prefixes[0].sums.iter().flatten()) {
             assert!((sum.ln() - same.ln()).abs() < 1e-14, "{sum:?} {same:?}");
         }
     }
