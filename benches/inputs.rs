@@ -37,7 +37,12 @@ where
     for<'a> &'a [T]: Into<Data<'a>>,
 {
     pub fn batch<'b>(&'b self, call: &'b Call) -> Result<Batch<'b>> {
-        let embeddings = |x| Embeddings::new(x, self.rows, self.dim);
+        self.prefix(call, self.dim)
+    }
+
+    /// A batch of embeddings that are cut off after `dim` entries.
+    pub fn prefix<'b>(&'b self, call: &'b Call, dim: usize) -> Result<Batch<'b>> {
+        let embeddings = |x| Embeddings::with_row_stride(x, self.rows, dim, self.dim);
         Batch::new(call, embeddings(self.query.as_slice())?, embeddings(self.passage.as_slice())?)
     }
 }

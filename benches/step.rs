@@ -1,7 +1,7 @@
 //! One configuration, timed: `bench_step --batch 4096 --dim 768 --products` prints JSON.
 //!
 //! `--serve` keeps the process for a driver that rotates engines: it prints a line with the plan, then answers each line
-//! `samtone` or `products` on standard input with the milliseconds of a step, until the input ends.
+//! `samtone`, `products`, `plain` or `calls` on standard input with the milliseconds of a step, until the input ends.
 
 mod allocations;
 mod inputs;
@@ -12,7 +12,7 @@ use clap::{Parser, ValueEnum};
 use inputs::Towers;
 use products::{Products, Schedule};
 use samtone::half::{bf16, f16};
-use samtone::{Batch, Call, EmbeddingsMut, GradientBuffers, Loss, LossAndGradients, cpu};
+use samtone::{Batch, Call, Data, Element, EmbeddingsMut, GradientBuffers, Loss, LossAndGradients, cpu};
 use serde_json::{Value, json};
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
@@ -45,6 +45,9 @@ struct Arguments {
     preset: String,
     #[arg(long, default_value_t = 0.01)]
     temperature: f64,
+    /// Matryoshka prefixes, such as 64,128,256. Then also times, in turns, a call without prefixes, and a call for each prefix.
+    #[arg(long, value_delimiter = ',')]
+    prefixes: Vec<usize>,
     /// Bound on the workspace in MiB; the default is the crate's.
     #[arg(long)]
     workspace_mib: Option<usize>,
@@ -82,23 +85,37 @@ fn main() -> Result<(), AnyError> {
     if let Some(mib) = arguments.workspace_mib {
         call = call.with_workspace_bytes(mib << 20);
     }
-    match arguments.dtype {
-        Type::F32 => Session::new(&arguments, &towers.batch(&call)?, &towers).run(),
-        Type::F16 => {
-            let rounded = towers.rounded::<f16>();
-            Session::new(&arguments, &rounded.batch(&call)?, &towers).run()
-        }
-        Type::Bf16 => {
-            let rounded = towers.rounded::<bf16>();
-            Session::new(&arguments, &rounded.batch(&call)?, &towers).run()
-        }
+    let plain = call.clone();
+    if !arguments.prefixes.is_empty() {
+        call = call.with_prefixes(arguments.prefixes.clone());
     }
+    match arguments.dtype {
+        Type::F32 => run(&arguments, [&call, &plain], &towers, &towers),
+        Type::F16 => run(&arguments, [&call, &plain], &towers.rounded::<f16>(), &towers),
+        Type::Bf16 => run(&arguments, [&call, &plain], &towers.rounded::<bf16>(), &towers),
+    }
+}
+
+fn run<T: Element>(
+    arguments: &Arguments,
+    [call, plain]: [&Call; 2],
+    rounded: &Towers<T>,
+    towers: &Towers<f32>,
+) -> Result<(), AnyError>
+where
+    for<'a> &'a [T]: Into<Data<'a>>,
+{
+    let separate = arguments.prefixes.iter().map(|&dim| rounded.prefix(plain, dim)).collect::<Result<Vec<_>, _>>()?;
+    let (batch, plain) = (rounded.batch(call)?, [rounded.batch(plain)?]);
+    Session::new(arguments, &batch, [&plain, &separate], towers).run()
 }
 
 /// One batch, ready to be timed.
 struct Session<'a> {
     arguments: &'a Arguments,
     batch: &'a Batch<'a>,
+    /// The batch without prefixes, and one for each prefix.
+    others: [&'a [Batch<'a>]; 2],
     towers: &'a Towers<f32>,
     /// Products and their fastest schedule; made when first asked for, so that they never weigh on the step's memory.
     products: Option<(Products<'a>, Schedule)>,
@@ -109,10 +126,15 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(arguments: &'a Arguments, batch: &'a Batch<'a>, towers: &'a Towers<f32>) -> Self {
+    fn new(
+        arguments: &'a Arguments,
+        batch: &'a Batch<'a>,
+        others: [&'a [Batch<'a>]; 2],
+        towers: &'a Towers<f32>,
+    ) -> Self {
         let gradients = [batch.rows(), batch.passages()].map(|rows| vec![0.0; rows * batch.dim()]);
         let workspace = cpu::Workspace::new();
-        Self { arguments, batch, towers, products: None, steps: 1, workspace, gradients }
+        Self { arguments, batch, others, towers, products: None, steps: 1, workspace, gradients }
     }
 
     fn run(mut self) -> Result<(), AnyError> {
@@ -144,13 +166,26 @@ impl<'a> Session<'a> {
         }
         let mut times = Times::default();
         let mut bare = Times::default();
+        let mut others = [Times::default(), Times::default()];
         for _ in 0..self.arguments.repeats {
             times.0.push(self.time_step()?);
+            if !self.arguments.prefixes.is_empty() {
+                for (times, batches) in others.iter_mut().zip(self.others) {
+                    times.0.push(self.time(batches)?);
+                }
+            }
             if self.arguments.products {
                 bare.0.push(self.time_products()?);
             }
         }
         times.report("", &mut report);
+        if !self.arguments.prefixes.is_empty() {
+            report["prefixes"] = json!(self.arguments.prefixes);
+            for (name, other) in ["plain", "calls"].into_iter().zip(&others) {
+                other.report(&format!("{name}_"), &mut report);
+                report[format!("ratio_to_{name}")] = json!(times.median() / other.median());
+            }
+        }
         if let Some((_, schedule)) = &self.products {
             bare.report("products_", &mut report);
             report["products_schedule"] = json!(schedule.to_string());
@@ -166,15 +201,21 @@ impl<'a> Session<'a> {
 
     /// Mean milliseconds of a step into memory that the caller keeps.
     fn time_step(&mut self) -> Result<f64, AnyError> {
-        let (rows, passages, dim) = (self.batch.rows(), self.batch.passages(), self.batch.dim());
+        self.time(std::slice::from_ref(self.batch))
+    }
+
+    /// The same of calls for these batches, one after the other.
+    fn time(&mut self, batches: &[Batch<'_>]) -> Result<f64, AnyError> {
+        let stride = self.batch.dim();
         let started = Instant::now();
-        for _ in 0..self.steps {
+        for batch in (0..self.steps).flat_map(|_| batches) {
+            let (rows, passages, dim) = (batch.rows(), batch.passages(), batch.dim());
             let [query, passage] = &mut self.gradients;
             let buffers = GradientBuffers {
-                query: Some(EmbeddingsMut::new(query, rows, dim)?),
-                passage: Some(EmbeddingsMut::new(passage, passages, dim)?),
+                query: Some(EmbeddingsMut::with_row_stride(query, rows, dim, stride)?),
+                passage: Some(EmbeddingsMut::with_row_stride(passage, passages, dim, stride)?),
             };
-            std::hint::black_box(self.workspace.loss_and_gradients_into(self.batch, 1.0, buffers)?);
+            std::hint::black_box(self.workspace.loss_and_gradients_into(batch, 1.0, buffers)?);
         }
         Ok(milliseconds(started) / self.steps as f64)
     }
@@ -208,12 +249,16 @@ impl<'a> Session<'a> {
         for line in std::io::stdin().lock().lines() {
             let answer = match line?.trim() {
                 "samtone" => json!({ "ms": self.time_step()? }),
+                "plain" => json!({ "ms": self.time(self.others[0])? }),
+                "calls" => json!({ "ms": self.time(self.others[1])? }),
                 "products" => {
                     let ms = self.time_products()?;
                     let schedule = self.products.as_ref().map(|(_, s)| s.to_string());
                     json!({ "ms": ms, "schedule": schedule })
                 }
-                other => return Err(format!("asked for {other:?}; known are samtone and products").into()),
+                other => {
+                    return Err(format!("asked for {other:?}; known are samtone, products, plain and calls").into());
+                }
             };
             writeln!(out, "{answer}")?;
             out.flush()?;
