@@ -76,7 +76,7 @@ fn trials(backends: &[&'static dyn Backend], required: &[&str]) -> Result<Vec<Li
         Listed::new(OF_THE_TABLE, "absent backends are ignored unless required", absent_backends),
         Listed::new(OF_THE_TABLE, "a wrong backend fails every output", wrong_backend),
     ];
-    // Demanded of tests/emulator and of tests/shaders.rs, and no backends.
+    // Demanded of tests/emulator and of tests/wgsl, and no backends.
     let elsewhere = |name: &str| matches!(name, "emulator" | "spirv-val" | "tint");
     for name in required.iter().filter(|name| !elsewhere(name) && !backends.iter().any(|b| b.name() == **name)) {
         let message = format!("SAMTONE_REQUIRE names `{name}`, which is not in this build");

@@ -15,7 +15,7 @@
 //   SHARED_BYTES(kernel, bytes)          the dynamic shared memory that the host gives to a block
 //
 // The PTX tells what the host must know, as constants that nothing on the device reads: `name_members` and `name_bytes` of a struct,
-// `name_parameters` and `name_shared_bytes` of a kernel. tests/cuda_abi.rs compares them with src/cuda/abi.rs.
+// `name_parameters` and `name_shared_bytes` of a kernel. tests/emulator/cuda_abi.rs compares them with src/cuda/abi.rs.
 #pragma once
 
 using u16 = unsigned short;

@@ -1,4 +1,5 @@
-// problem.cuh: structs and numbers that host and kernels share. src/cuda/abi.rs declares them in Rust, and tests/cuda_abi.rs compares both.
+// problem.cuh: structs and numbers that host and kernels share. src/cuda/abi.rs declares them in Rust, and tests/emulator/cuda_abi.rs
+// compares both.
 //
 // Two index spaces: queries 0..M, and passages in the order [anchors | others | extras] of src/order.rs. An index of either
 // may anchor one row; a tile pairs indices of two spaces. Seen along a tile's row, the column is a candidate of the row's

@@ -3,7 +3,7 @@
 A kernel is compiled from its own text and the `.cuh` headers it includes, directly or not, and from nothing else: the
 compiler is handed these texts and no folder to search. The emulator's headers end in `.hpp` and are not among them.
 
-The hash, which tests/artefacts.rs computes as well, is FNV-1a of 64 bits, as 16 hexadecimal digits, over
+The hash, which tests/library/artefacts.rs computes as well, is FNV-1a of 64 bits, as 16 hexadecimal digits, over
 
     nvrtc VERSION OPTION OPTION …      one line
     NAME                               of the kernel file, then of each header in the order of the names

@@ -202,7 +202,7 @@ class Waits(unittest.TestCase):
 
 class Hash(unittest.TestCase):
     def test_equals_what_tests_artefacts_rs_computes(self):
-        # The same files and number stand in tests/artefacts.rs.
+        # The same files and number stand in tests/library/artefacts.rs.
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / "common").mkdir()

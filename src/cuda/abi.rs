@@ -1,6 +1,6 @@
 //! What host and kernels share: structs, parameters, constants. Each is declared here and in kernels/, which says what it means.
-//! tests/cuda_abi.rs compares names, types, order, sizes and values with the PTX and with the C++ of the emulator. Padding of a struct is
-//! a member called `padding`, so the order of the members alone says where they lie.
+//! tests/emulator/cuda_abi.rs compares names, types, order, sizes and values with the PTX and with the C++ of the emulator. Padding of a
+//! struct is a member called `padding`, so the order of the members alone says where they lie.
 //!
 //! This module is for the driver, for tests and for adapters. It is no part of the stable interface.
 #![allow(missing_docs)] // kernels/ says what each means

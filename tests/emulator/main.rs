@@ -1,8 +1,10 @@
-//! The emulator of `kernels/emulator`, on test kernels whose results are known and whose defects are planted.
+//! The emulator of `kernels/emulator`, on test kernels whose results are known and whose defects are planted. Also what host and kernels
+//! share, of which its build is a witness.
 //!
 //! Without a C++ compiler the trials are reported as ignored. With `emulator` in the environment variable `SAMTONE_REQUIRE` they fail
 //! instead.
 
+mod cuda_abi;
 #[path = "../support/emulator.rs"]
 mod emulator;
 mod faults;
@@ -59,5 +61,5 @@ fn main() -> ExitCode {
         let emulators = emulators.clone();
         Listed::new("emulator", name, move || Ok(check(&emulators)?)).ignored(absent.clone())
     });
-    report::run(&Arguments::from_args(), listed.collect())
+    report::run(&Arguments::from_args(), cuda_abi::trials().into_iter().chain(listed).collect())
 }

@@ -1,12 +1,10 @@
 //! The same bits on every run, for any number of threads, and with memory that other calls have used before.
 
-mod support;
-
+use crate::support::data::{Kind, Source, duplicate_ids, problem};
+use crate::support::problem::{Buffer, Problem};
 use samtone::cpu::{self, Plan, Shard, Workspace};
 use samtone::{Batch, DType, EmbeddingsMut, GradientBuffers, Loss, LossAndGradients, Scope};
 use std::collections::BTreeSet;
-use support::data::{Kind, Source, duplicate_ids, problem};
-use support::problem::{Buffer, Problem};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 
@@ -127,8 +125,8 @@ fn any_history_of_a_workspace() -> Outcome {
         let problem = match source.below(4) {
             0 => everything(loss, dtype, bytes)?,
             1 => plain(loss, dtype, bytes)?,
-            2 => support::data::problem(loss, Kind::Norms, (5, 9, 3), 0.1, round, 3.0)?.rounded(dtype),
-            _ => support::data::problem(loss, Kind::Trained, (66, 70, 600), 0.1, round, 3.0)?.rounded(dtype),
+            2 => crate::support::data::problem(loss, Kind::Norms, (5, 9, 3), 0.1, round, 3.0)?.rounded(dtype),
+            _ => crate::support::data::problem(loss, Kind::Trained, (66, 70, 600), 0.1, round, 3.0)?.rounded(dtype),
         };
         let (mut query, passage) = (Buffer::new(dtype, &problem.query), Buffer::new(dtype, &problem.passage));
         if round % 7 == 3 {

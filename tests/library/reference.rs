@@ -1,18 +1,16 @@
 //! The reference, compared with everything that is not the reference: golden files from automatic differentiation, finite
 //! differences, and closed forms.
 
-mod support;
-
+use crate::support::compare::{against_golden, entrywise, verdict};
+use crate::support::data::{Kind, Source, problem};
+use crate::support::problem::{Buffer, Problem};
+use crate::support::{case, compare::Check};
 use samtone::half::f16;
 use samtone::reference::{ReferenceOutput, loss_and_gradients};
 use samtone::{
     Block, Call, DType, Element, Embeddings, EmbeddingsMut, Error, GradientBuffers, Group, Loss, NoNegative, Scope,
     Tower, ZeroNorm,
 };
-use support::compare::{against_golden, entrywise, verdict};
-use support::data::{Kind, Source, problem};
-use support::problem::{Buffer, Problem};
-use support::{case, compare::Check};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 

@@ -150,7 +150,7 @@ fn documented() -> Result<(), String> {
         spec.plan(&tight, &engine).err(),
         Some(Error::WgpuUnavailable { reason: "no adapter was found".into() }),
     ];
-    let (_, table) = include_str!("../../docs/wgpu.md").split_once("## Limits").ok_or("no section of limits")?;
+    let (_, table) = include_str!("../../../docs/wgpu.md").split_once("## Limits").ok_or("no section of limits")?;
     let rows = table.lines().filter(|line| line.starts_with("| ") && line.contains('`'));
     let quoted: Vec<_> = rows.map(|row| row.rsplit(" | ").next().unwrap_or_default().trim_start_matches('`')).collect();
     demand(quoted.len() == refused.len(), || format!("{quoted:?}"))?;

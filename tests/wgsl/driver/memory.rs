@@ -1,8 +1,8 @@
 //! Buffers: shared ones, buffers of exactly the size that a plan asks for, and devices that bind little at once.
 
 use super::call::{CALLERS, Call, Memory, Spec, f32_output, rows_of_bytes, rows_to_bytes};
-use super::support::problem::{Outputs, Problem};
 use super::{Check, compare, demand, sample, sized, text};
+use crate::support::problem::{Outputs, Problem};
 use samtone::wgpu::wgpu::{BufferUsages, CommandEncoderDescriptor};
 use samtone::wgpu::{BufferRange, Buffers, Capabilities, Dispatch, Engine, Plan, Slot};
 use samtone::{DType, GradientOutput, Loss};

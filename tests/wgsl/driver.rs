@@ -3,34 +3,25 @@
 //!
 //! Without a device the checks are reported as ignored. With `wgpu` in the variable `SAMTONE_REQUIRE` they fail instead.
 
-mod support;
-
-#[path = "wgpu_driver/call.rs"]
 mod call;
-#[path = "wgpu_driver/memory.rs"]
 mod memory;
-#[path = "wgpu_driver/refused.rs"]
 mod refused;
-#[path = "wgpu_driver/steps.rs"]
 mod steps;
 
-use libtest_mimic::Arguments;
-use std::process::ExitCode;
-use support::case::Expected;
-use support::compare::{against_definition, verdict};
-use support::data::{self, Kind};
-use support::problem::{Outputs, Problem};
-use support::report::{self, Listed, is_required};
+use crate::support::case::Expected;
+use crate::support::compare::{against_definition, verdict};
+use crate::support::data::{self, Kind};
+use crate::support::problem::{Outputs, Problem};
+use crate::support::report::{Listed, is_required};
 
 /// A check by name; an error says what it found.
 pub type Check = (&'static str, fn() -> Result<(), String>);
 
-fn main() -> ExitCode {
+pub fn trials() -> Vec<Listed> {
     let absent = call::engine().err().filter(|_| !is_required("wgpu"));
     let checks = [steps::CHECKS, memory::CHECKS, refused::CHECKS].concat();
-    let listed =
-        checks.into_iter().map(|(name, check)| Listed::new("wgpu", name, move || Ok(check()?)).ignored(absent.clone()));
-    report::run(&Arguments::from_args(), listed.collect())
+    let listed = |(name, check): Check| Listed::new("wgpu", name, move || Ok(check()?)).ignored(absent.clone());
+    checks.into_iter().map(listed).collect()
 }
 
 /// An error with this text, unless the condition holds.

@@ -3,17 +3,15 @@
 mod masks;
 mod runs;
 mod setup;
-#[path = "../support/mod.rs"]
-mod support;
 
+use crate::support::data::Source;
+use crate::support::problem::{Outputs, Problem};
 use proptest::prelude::*;
 use samtone::{DType, Evaluation, Loss, cpu};
 use setup::{
     Extras, SLACK, Setup, close, config, different, failed, inverse, pairs, pick, reduced, setup, shuffled, solve,
     subset,
 };
-use support::data::Source;
-use support::problem::{Outputs, Problem};
 
 proptest! {
     #![proptest_config(config(96))]

@@ -1,7 +1,7 @@
 //! The keys of src/mask.rs, compared pair by pair with the rule in the words of docs/loss.md.
 
 use super::setup::{config, different, failed, pairs, setup, solve};
-use super::support::problem::Buffer;
+use crate::support::problem::Buffer;
 use proptest::prelude::*;
 use samtone::mask::{Key, Keys};
 use samtone::{DType, Pairs};

@@ -1,11 +1,9 @@
 //! The reader of golden files. Whatever is wrong with a file, a sentence names the file and the field.
 
-mod support;
-
+use crate::support::case::{Case, files};
+use crate::support::data::Source;
 use serde_json::{Value, json};
 use std::path::Path;
-use support::case::{Case, files};
-use support::data::Source;
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 

@@ -4,13 +4,11 @@
 mod annotations;
 mod calls;
 mod inputs;
-#[path = "../support/mod.rs"]
-mod support;
 
+use crate::support::compare::{against_definition, verdict};
+use crate::support::data::{Kind, problem};
 use samtone::backend::{self, Backend};
 use samtone::{Batch, Call, DType, Embeddings, EmbeddingsMut, Error, GradientBuffers, Loss, cpu};
-use support::compare::{against_definition, verdict};
-use support::data::{Kind, problem};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 

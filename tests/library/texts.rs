@@ -1,11 +1,7 @@
 //! What users read: the summary of a test run, and the errors that the documentation quotes.
 
-#[path = "support/report.rs"]
-#[allow(dead_code)]
-mod report;
-
+use crate::support::report::{self, Listed};
 use libtest_mimic::{Arguments, Failed};
-use report::Listed;
 use samtone::wgpu::{Capabilities, Plan};
 use samtone::{Call, DType, Error, GradientOutput, Loss, Problem};
 use std::path::{Path, PathBuf};

@@ -1,7 +1,7 @@
 //! A call on buffers with guards, which lie before and behind every range, and between its rows.
 
-use super::support::problem::{Buffer, Outputs, Problem};
 use super::text;
+use crate::support::problem::{Buffer, Outputs, Problem};
 use samtone::half::{bf16, f16};
 use samtone::wgpu::wgpu::{BufferUsages, CommandEncoder, CommandEncoderDescriptor};
 use samtone::wgpu::{ALIGNMENT, BufferRange, Buffers, Capabilities, Engine, Plan, Slot, Step, wgpu};

@@ -4,21 +4,15 @@
 //! Two more compilers judge the modules if they are on the PATH: `spirv-val` of the SPIR-V tools and `tint`, which browsers use. Otherwise
 //! their checks are reported as ignored, or fail if the variable `SAMTONE_REQUIRE` names the tool.
 
-#[path = "shaders/plans.rs"]
 mod plans;
-#[path = "support/report.rs"]
-#[allow(dead_code)]
-mod report;
-#[path = "shaders/translate.rs"]
 mod translate;
 
-use libtest_mimic::Arguments;
+use crate::support::report::{Listed, is_required};
 use naga::valid::Capabilities;
-use report::{Listed, is_required};
 use samtone::wgpu::{self, ALIGNMENT, Binding, Dispatch, Module, Products, Slot, Variant};
 use samtone::{Call, DType, Loss, Problem};
 use std::collections::{BTreeMap, BTreeSet};
-use std::process::{Command, ExitCode};
+use std::process::Command;
 use translate::{Shader, needed, storage, variants};
 
 type Check = fn() -> Result<(), String>;
@@ -35,7 +29,7 @@ const CHECKS: [(&str, Check); 9] = [
     ("nothing is bound that u32 does not count", beyond_u32),
 ];
 
-fn main() -> ExitCode {
+pub fn trials() -> Vec<Listed> {
     let listed = |name: &str, check: Check| Listed::new("shaders", name, move || Ok(check()?));
     let mut trials: Vec<_> = CHECKS.into_iter().map(|(name, check)| listed(name, check)).collect();
     let tools: [(&str, &str, Check); 2] = [("spirv-val", "--version", spirv_val), ("tint", "--help", tint)];
@@ -44,7 +38,7 @@ fn main() -> ExitCode {
         let reason = missing.map(|error| format!("`{tool}` does not run here: {error}"));
         trials.push(listed(&format!("{tool} agrees"), check).ignored(reason));
     }
-    report::run(&Arguments::from_args(), trials)
+    trials
 }
 
 fn demand(condition: bool, otherwise: impl FnOnce() -> String) -> Result<(), String> {

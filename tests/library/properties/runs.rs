@@ -1,10 +1,10 @@
 //! Other ways to make the same call: in shards, forward and backward apart, into other buffers, with another workspace.
 
 use super::setup::{SLACK, Setup, Tested, close, config, failed, setup, shuffled, solve_as};
-use super::support::case::Expected;
-use super::support::compare::{against_definition, verdict};
-use super::support::data::{Kind, Source, problem};
-use super::support::problem::{Buffer, Outputs, Problem};
+use crate::support::case::Expected;
+use crate::support::compare::{against_definition, verdict};
+use crate::support::data::{Kind, Source, problem};
+use crate::support::problem::{Buffer, Outputs, Problem};
 use proptest::prelude::*;
 use proptest::test_runner::TestCaseError;
 use samtone::backend;

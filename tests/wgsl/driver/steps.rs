@@ -1,9 +1,9 @@
 //! Calls: in every type and stride, in parts, with frozen towers, in shards, from threads.
 
 use super::call::{Call, Spec, f32_output};
-use super::support::foreign;
-use super::support::problem::{Buffer, Problem};
 use super::{Check, compare, demand, sample, sized, text};
+use crate::support::foreign;
+use crate::support::problem::{Buffer, Problem};
 use samtone::half::{bf16, f16};
 use samtone::wgpu::results::FIRST_BYTE;
 use samtone::wgpu::{Capabilities, Engine, Products, wgpu};

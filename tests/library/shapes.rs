@@ -1,15 +1,13 @@
 //! Every edge of every tile, every length of an embedding, and every extreme of the range of numbers, compared with the definition.
 
-mod support;
-
+use crate::support::compare::{against_definition, verdict};
+use crate::support::data::{Kind, Source, duplicate_ids, problem};
+use crate::support::problem::{Buffer, Outputs, Problem};
 use samtone::backend;
 use samtone::cpu::{self, Plan};
 use samtone::half::f16;
 use samtone::{Batch, Call, DType, Embeddings, EmbeddingsMut, GradientBuffers, Loss, Scope, ZeroNorm};
 use std::collections::BTreeSet;
-use support::compare::{against_definition, verdict};
-use support::data::{Kind, Source, duplicate_ids, problem};
-use support::problem::{Buffer, Outputs, Problem};
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
 

@@ -1,8 +1,8 @@
 //! Random problems, in a form that proptest can shrink, and what the tests do with them.
 
-use super::support::compare::{against_definition, verdict};
-use super::support::data::{Kind, Source, problem};
-use super::support::problem::{Buffer, Outputs, Problem};
+use crate::support::compare::{against_definition, verdict};
+use crate::support::data::{Kind, Source, problem};
+use crate::support::problem::{Buffer, Outputs, Problem};
 use proptest::prelude::*;
 use proptest::test_runner::{RngSeed, TestCaseError};
 use samtone::cpu;

@@ -8,28 +8,19 @@
 //! Without a C++ compiler the trials of the emulator's build are reported as ignored. With `emulator` in `SAMTONE_REQUIRE` they fail
 //! instead.
 
-#[path = "support/emulator.rs"]
-#[allow(dead_code)]
-mod emulator;
-#[path = "support/report.rs"]
-#[allow(dead_code)]
-mod report;
-
-use emulator::Compiler;
-use libtest_mimic::Arguments;
-use report::{Listed, is_required};
+use crate::emulator::Compiler;
+use crate::report::{Listed, is_required};
 use samtone::cuda::abi::{CONSTANTS, STRUCTS, kernels::STRUCTS as PARAMETERS};
 use samtone::cuda::{Architecture, Arithmetic, Cosines, Plan, Problem, Tile};
 use samtone::{Call, DType, Loss};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 
 type Outcome = Result<(), String>;
 type Check = fn() -> Outcome;
 
-fn main() -> ExitCode {
+pub fn trials() -> Vec<Listed> {
     let checks: [(&str, Check); 6] = [
         ("texts of C++ are read", texts),
         ("structs have the members of the PTX", structs),
@@ -44,7 +35,7 @@ fn main() -> ExitCode {
         let name = format!("the emulator's build of {} lays out structs alike", module.name);
         trials.push(Listed::new("emulator", name, move || Ok(emulated(&module)?)).ignored(absent.clone()));
     }
-    report::run(&Arguments::from_args(), trials)
+    trials
 }
 
 /// A file of kernels/ptx.
