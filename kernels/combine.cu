@@ -1,40 +1,43 @@
-// combine.cu: the O(M) steps between the heavy passes: partial sums → loss, metrics, coefficients, and what is wrong with the inputs.
+// combine.cu: the O(M) steps between the heavy passes. Partial sums become loss, metrics and coefficients. Faults become the status.
 // Math     src/combine.rs, line by line: log D_gi = log Σ_b Σ_j exp(β (s^b_ij − s⁺ᵢ)), ℓ_gi − β s⁺ᵢ = log(e_g + D_gi),
 //          D_i = −Σ_g c_g w̃ᵢ D_gi / (e_g + D_gi), log a^b_i = log Σ_{g∋b} c_g w̃ᵢ exp(−ℓ_gi)
 // In/out   partials and counts of the logsumexp pass, faults of prepare.cu · sums [4][rows], above [2][rows], row_losses, diagonal
 //          [rows], log_coefficients [4][rows], results, status (problem.cuh)
-// Tiles    grid (⌈rows / 64⌉); the last block to come adds up what all have left
-// Threads  256: [1] a thread is one row in one block of cosines, [2] those of the first are one row, [3] a value of the results
-// Shared   0: 704 bytes, values of the warps (reduce.cuh); 704: 4 bytes, the number that the block drew; 768: 2048 bytes, f64 [4][64],
-//          logarithms of the rows' sums
+// Tiles    grid (⌈rows / 64⌉). The last thread block to come adds up what all have left
+// Threads  256. In [1] a thread is one row in one block of loss.md, in [2] the first 64 threads are one row each, in [3] a lane is one
+//          value of the results
+// Shared   0: 704 bytes, values of the warps (reduce.cuh); 704: 4 bytes, the number that the thread block drew; 768: 2048 bytes,
+//          f64 [4][64], logarithms of the rows' sums
 // Sync     C1 a row's four logarithms are written before they are read
-//          C2 what the block leaves is written, by some lanes of warp 0, before lane 0 tells of it
-//          C3 a release: by this fence and the number it draws, the block tells the last one of what it left
-//          C4 an acquire: having drawn the last number, the block knows of what all have left
-//          C5 the number is written before it is read; the rest of the block knows what lane 0 does; all have read the block's values
+//          C2 lanes of warp 0 have written what the thread block leaves before lane 0 tells of it
+//          C3 a release: by this fence and the number that it draws, the thread block tells the last one of what it left
+//          C4 an acquire: a thread block that has drawn the last number knows of what all have left
+//          C5 the drawn number is written before it is read. All threads learn what lane 0 knows. All threads have read the values of
+//             the warps, so that their place is free
 //          R1 reduce.cuh
-// Numerics f64, logarithms. Tiles, super-blocks and rows are added in one fixed order: same bits on every run, whichever block is
-//          last. The ticket is 0 again afterwards
+// Numerics f64, logarithms. Tiles, super-blocks and rows are added in one fixed order, so that every run gives the same bits, whichever
+//          thread block is the last. Afterwards the ticket is 0 again
 // Limits   fewer than 2^20 groups
 #include "common/reduce.cuh"
 
 constexpr u32 COMBINED_ROWS = REDUCE_THREADS / BLOCKS;
-// What a block, and then the call, finds: sums of losses and metrics as in the results; the logarithm of the largest share; and, as
-// negative numbers so that the largest is the lowest, faulty rows in the order of the status. −∞: none.
+// What a thread block finds, and then the call: the sums of losses and metrics, in the order of the results; the logarithm of the largest
+// share; and the faulty rows in the order of the status. Rows are negated, so that the largest number is the lowest row. −∞ stands for
+// none.
 constexpr u32 SUMS = 5, LARGEST_SHARE = 5, FAULTS = 6, FOUND = FAULTS + NO_NEGATIVE + 1;
 static_assert(LARGEST_SHARE == SHIFT && FOUND <= WARP, "a lane for each");
 constexpr u32 DRAWN = REDUCE_THREADS / WARP * FOUND * 8, LOGARITHMS = 768;
 static_assert(DRAWN + 4 <= LOGARITHMS, "as the header says");
 
-// A row without negatives, and the group that has none.
+// A row without negatives and the group that has none become one number: GROUPS·row + group.
 constexpr double GROUPS = 1 << 20;
 
 ABI_STRUCT(Merge, {
     const Partial* partials;
     const u32* counts;
-    const u32* anchor_index; // index of the passage space of each row's positive, or null for the identity
+    const u32* anchor_index; // the index in the space of the passages of each row's positive; null for the identity
     u32 tile;
-    u32 first; // instead of adding to what is there, starts from nothing
+    u32 first; // starts from nothing, instead of adding to what is there
 });
 
 ABI_STRUCT(Combine, {
@@ -48,10 +51,10 @@ ABI_STRUCT(Combine, {
     u32 *status, *ticket;
     double beta;
     u32 rows, group_count;
-    u32 indices[2]; // entries of faults
+    u32 indices[2]; // how many faults there are
     u32 zero_is_error;
-    u32 empty_is_error; // whether a row without any term in its softmax is a fault; its loss and gradient are 0
-    u32 merges_only;    // 0: the sums are complete
+    u32 empty_is_error; // whether a row without any term in its softmax is a fault. Such a row has loss and gradient 0
+    u32 merges_only;    // 0 if the sums are complete
     u32 padding;
 });
 
@@ -65,9 +68,9 @@ SAMTONE_DEVICE void merge_into(ExpSum& all, double sum, i32 exponent) {
     all = {all.sum * power_of_two(all.exponent - top) + sum * power_of_two(exponent - top), top, 0};
 }
 
-// Adds the partials of the tiles of a wave to a row's sum in a block; gives the sum.
+// Adds the partials of the tiles of a wave to the sum that a row has in a block of loss.md. Gives the sum.
 SAMTONE_DEVICE ExpSum merge(const Wave& wave, const Merge& m, const Combine& c, u32 row, u32 block) {
-    constexpr u32 AT_ONCE = 8; // loads under way
+    constexpr u32 AT_ONCE = 8; // so many loads are under way at once
     const bool ranked = block == QP || block == PQ;
     u32 index = row;
     if ((block == PQ || block == PP) && m.anchor_index != nullptr) index = ld_global_nc_u32(m.anchor_index + row);
@@ -85,7 +88,7 @@ SAMTONE_DEVICE ExpSum merge(const Wave& wave, const Merge& m, const Combine& c, 
             const Edge &edge = side == 0 ? s.row : s.col, &other = side == 0 ? s.col : s.row;
             if (edge.sums == 0 || edge.block != block || index < edge.begin || index >= edge.end) continue;
             const u32 local = index - edge.begin;
-            // Of a triangle, tiles right of the diagonal give rows, and those above it columns.
+            // In a triangle, the tiles right of the diagonal have sums of rows, and the tiles above it sums of columns.
             const u32 begin = s.triangle != 0 && side == 0 ? local / m.tile : 0;
             const u32 end = s.triangle != 0 && side == 1 ? local / m.tile : other.tiles;
             const u64 first = (side == 0 ? s.row_partials : s.col_partials) + local;
@@ -131,7 +134,7 @@ SAMTONE_DEVICE double log_add(double e, double x) {
     return base + (y > 0 ? y + log1p_f64(exp_f64(-y)) : log1p_f64(exp_f64(y)));
 }
 
-// log D of a group, from the logarithms of the row's sums.
+// log D of a group, from the logarithms of the sums of the row.
 SAMTONE_DEVICE double log_negatives(u32 blocks, const double (&ln)[BLOCKS], double positive) {
     double log_d = minus_infinity();
     UNROLL
@@ -171,7 +174,7 @@ SAMTONE_DEVICE void combine_row(const Combine& c, u32 row, const double (&ln)[BL
     UNROLL
     for (u32 b = 0; b < BLOCKS; ++b) {
         st_global_f64(c.log_coefficients + static_cast<u64>(b) * c.rows + row, coefficients[b]);
-        found[LARGEST_SHARE] = Largest::of(coefficients[b] + ln[b], found[LARGEST_SHARE]); // not NaN
+        found[LARGEST_SHARE] = Largest::of(coefficients[b] + ln[b], found[LARGEST_SHARE]); // a NaN does not count
     }
     found[LOSS] = row_loss * weight;
     UNROLL
@@ -182,7 +185,7 @@ SAMTONE_DEVICE void combine_row(const Combine& c, u32 row, const double (&ln)[BL
     }
 }
 
-// A share of the faults of the embeddings.
+// Each thread looks at a share of the faults of the embeddings.
 SAMTONE_DEVICE void find_faults(const Combine& c, double (&found)[FOUND]) {
     UNROLL
     for (u32 space = 0; space < 2; ++space)
@@ -196,15 +199,15 @@ SAMTONE_DEVICE void find_faults(const Combine& c, double (&found)[FOUND]) {
         }
 }
 
-// Results and status from what the call found: value k in lane k of the warp. The largest share of the gradient becomes about 2^13
-// in units of 2^SHIFT, so that gradients of logits use the range of f16 and none leaves it. Where the sums of P@1 and MRR are equal, both
-// are 1: `Metrics::from_sums` in src/output.rs says why. Both are added up in the same order, as it wants.
+// Makes results and status of what the call found: lane k of the warp has value k. SHIFT is chosen so that the largest share of the
+// gradient becomes about 2^13 in units of 2^SHIFT. So gradients of logits use the range of f16, and none leaves it. Where the sums of P@1
+// and MRR are equal, both are 1: `Metrics::from_sums` in src/output.rs says why. Both are added up in the same order, as it wants.
 SAMTONE_DEVICE void finish(const Combine& c, double value) {
     constexpr u32 TARGET = 13;
     const u32 k = lane_id();
     const bool faulty = k >= FAULTS && k < FOUND && value != minus_infinity();
     const u32 faults = vote_sync_ballot(ALL_LANES, faulty) >> FAULTS;
-    const u32 fatal = 1u << NO_NEGATIVE | (c.zero_is_error != 0 ? 15u : 3u); // as `is_refused`
+    const u32 fatal = 1u << NO_NEGATIVE | (c.zero_is_error != 0 ? 15u : 3u); // as in `is_refused`
     if (k == LOSS && (faults & fatal) != 0) value = not_a_number();
     const double of_qp = shfl_sync_bfly(ALL_LANES, value, PRECISION_QP ^ MRR_QP);
     const double of_pq = shfl_sync_bfly(ALL_LANES, value, PRECISION_PQ ^ MRR_PQ);

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Compiles kernels/*.cu to kernels/ptx/*.ptx, asks ptxas of every architecture what it makes of them, and writes
-docs/kernels.md. With --check nothing is written: it fails unless what is there is what the sources give.
+"""Compiles kernels/*.cu to kernels/ptx/*.ptx, has ptxas translate them for every architecture, and writes docs/kernels.md of what
+ptxas says. With --check it writes nothing, and fails unless the files are what the sources give.
 
-Needs Linux, Python 3.9 or newer with pip, and network for the first run only.
+It needs Linux and Python 3.9 or newer with pip. Only the first run needs network.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main():
 def run(arguments, output, report):
     kernels = sources.read_all(arguments.sources)
     wanted, usage, problems = build(kernels)
-    # One file that does not compile keeps no other from being written, but a table without it would be wrong.
+    # If one file does not compile, the others are written all the same. But a table without that file would be wrong.
     complete = len(wanted) == len(kernels)
     listed = {(k.name, e): t for k in kernels for e, t in ptxas.entries(wanted.get(k.stem, "")).items()}
     for (file, entry), threads in listed.items():
@@ -73,7 +73,7 @@ def run(arguments, output, report):
 
 
 def build(kernels):
-    """Stem → PTX; (file, entry) → architecture → usage; problems."""
+    """Gives three things: PTX by stem; usage by (file, entry) and then by architecture; problems."""
     wanted, usage, problems = {}, {}, []
     if not kernels:
         return wanted, usage, problems
@@ -120,7 +120,7 @@ def differences(files, stale):
 
 
 def write(path, text):
-    """Whole or not at all; and not if nothing changed, so that cargo has nothing to rebuild."""
+    """Writes the file whole or not at all. It does not write if nothing changed, so that cargo has nothing to rebuild."""
     if path.exists() and path.read_bytes() == text.encode():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +152,7 @@ def shown(path):
 
 
 if __name__ == "__main__":
-    # Remarks quote the sources, which are UTF-8, to terminals that may not be.
+    # Remarks quote the sources, which are UTF-8. The terminal may not be.
     sys.stdout.reconfigure(errors="backslashreplace")
     sys.stderr.reconfigure(errors="backslashreplace")
     sys.exit(main())

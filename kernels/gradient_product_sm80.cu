@@ -1,19 +1,22 @@
 // gradient_product_sm80.cu: sums of gradients of logits times embeddings; mma.sync.
-// Math     sums[i] (+)= Σ_j ĝ_ij x_j over the super-blocks of the wave that i is an edge of; x packed rows. For an index of a column
-//          edge Σ_i ĝ_ij x_i. A super-block on the diagonal of a triangle is a whole symmetric matrix: its rows are enough
+// Math     sums[i] (+)= Σ_j ĝ_ij x_j over the super-blocks of the wave whose rows have index i, where x are packed rows. For an index of
+//          the columns it is Σ_i ĝ_ij x_i. A super-block on the diagonal of a triangle is a whole symmetric matrix, whose rows are enough
 // In/out   gradients of gradient_tile_sm80.cu, towers, skipped (skipping.cuh) · sums of either space, f32, row-major with a stride
-// Tiles    one TILE x TILE tile of a sum per block, grid (blocks of rows of both spaces · tiles along d); a space's blocks of rows
-//          begin at its cuts, so that each is whole within the edges it meets. Along k, runs of tiles that are not skipped
+// Tiles    one TILE x TILE tile of a sum per thread block, grid (blocks of rows of both spaces · tiles along d). The blocks of rows of a
+//          space begin at its cuts, so that a super-block has all rows of a block or none. Along k the product visits runs of tiles that
+//          are not skipped
 // Threads  2·TILE; see product.cuh
-// Shared   product.cuh's stages
+// Shared   the stages of product.cuh
 // Sync     P1, P2, P3 product.cuh
-// Numerics f32 sums as in product.cuh; one writer for each sum, super-blocks in the order of the wave: same bits on every run
-// Limits   stride even, sums aligned to 8 bytes
+// Numerics f32 sums as in product.cuh. Each sum has one writer, and the super-blocks are added in the order of the wave, so that every run
+//          gives the same bits
+// Limits   the stride is even, and the sums are aligned to 8 bytes
 #include "common/outputs.cuh"
 #include "common/product.cuh"
 #include "common/skipping.cuh"
 
-// The first tile of a line, from `from` on, that is computed, or is not; `count` if there is none. All lanes of a warp.
+// The first tile of a line, from `from` on, that is computed, or that is not. Gives `count` if there is none. All lanes of a warp call
+// this.
 SAMTONE_DEVICE u32 next_tile(const Line& line, u32 from, bool computed SAMTONE_SITE) {
     while (from < line.count) {
         u32 bits = computed_from(line, from SAMTONE_EMULATED_AS(, site));

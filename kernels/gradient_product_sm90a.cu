@@ -1,15 +1,17 @@
 // gradient_product_sm90a.cu: sums of gradients of logits times embeddings; wgmma.
 // Math     as gradient_product_sm80.cu
 // In/out   gradients of gradient_tile_sm90a.cu, towers in panels, skipped (skipping.cuh) · sums as gradient_product_sm80.cu
-// Tiles    a cluster visits squares of 256 rows x 256 columns of the sums in turn, a block 128 of the rows: grid (2·clusters), any number
-//          of clusters. A part's blocks of rows (common/outputs.cuh) have 256. Along k, squares that are not skipped
+// Tiles    a cluster visits squares of 256 rows x 256 columns of the sums in turn, and each of its thread blocks 128 of the rows: grid
+//          (2·clusters) for any number of clusters. The blocks of rows of a part (common/outputs.cuh) have 256 rows. Along k the product
+//          visits the squares that are not skipped
 // Threads  384; see pipeline.cuh
-// Shared   pipeline.cuh's slots and mbarriers. Where k runs along a row of the gradients, A is 128 rows of one panel; where it runs
-//          down their columns, 64 rows of two. B is 64 rows of four panels of the embeddings
+// Shared   the slots and mbarriers of pipeline.cuh. Where k runs along a row of the gradients, A is 128 rows of one panel. Where k runs
+//          down their columns, A is 64 rows of two panels. B is 64 rows of four panels of the embeddings
 // Sync     P1 … P5 pipeline.cuh
-// Numerics f32 sums in tensor cores over all k of the wave, which cut (kernels/README.md): less than 2^-20 of the sum at every 16 of k.
-//          In the mean over 16,384 terms 1.1e-4 where all are of one sign, 2e-5 where they cancel. Split f32: 16 terms, then rounded
-//          to nearest. One writer for each sum, super-blocks in the order of the wave: same bits on every run
+// Numerics f32 sums in tensor cores over all k of the wave, which cut (kernels/README.md). A cut loses less than 2^-20 of the sum, at
+//          every 16 of k. In the mean over 16,384 terms that is 1.1e-4 if all have one sign, and 2e-5 if they cancel. In split f32 tensor
+//          cores add up 16 terms, which are then added with rounding to nearest. Each sum has one writer, and the super-blocks are added
+//          in the order of the wave, so that every run gives the same bits
 // Limits   as gradient_product_sm80.cu
 #include "common/outputs.cuh"
 #include "common/pipeline.cuh"
@@ -18,16 +20,16 @@
 constexpr u32 STAGES = 4;
 static_assert(Ring<STAGES>::END <= 227 << 10, "the memory of a multiprocessor");
 
-// A square of sums, and this block's rows of it.
+// A square of sums.
 struct Square {
-    OutputRows rows; // of the cluster
+    OutputRows rows; // those of the cluster
     u32 column;
 };
 SAMTONE_DEVICE Square square_of(const Product& product, u32 k) {
     return {rows_of<PAIR>(product, k / product.tiles_along_dim), k % product.tiles_along_dim * PAIR};
 }
 
-// Calls `visit(block, side)` for every matrix of the wave that adds to these rows, in order; side 0: its rows are theirs.
+// Calls `visit(super-block, side)` for every matrix of the wave that adds to these rows, in order. For side 0 they are rows of the matrix.
 template <class Visit> SAMTONE_DEVICE void for_each_matrix(const Wave& wave, const OutputRows& rows, Visit visit) {
     for (u32 b = 0; b < wave.count; ++b) {
         const SuperBlock& block = wave.blocks[b];
@@ -43,9 +45,10 @@ SAMTONE_DEVICE Line line_along(const u32* skipped, const SuperBlock& block, u32 
     const Edge& edge = side == 0 ? block.row : block.col;
     return line_of(skipped, block, side, (square.rows.begin - edge.begin) / PAIR, 2);
 }
-constexpr u32 SLOTS_OF_SQUARE = PAIR / 64; // slots of k
+constexpr u32 SLOTS_OF_SQUARE = PAIR / 64; // how many slots k takes in a square
 
-// The warp that copies, one lane of which does. Segments of planes: lo·x, hi·x; of split f32 lo·hi, hi·lo, hi·hi.
+// The warp that copies calls this, and one lane of it copies. The segments of planes are lo·x and hi·x, in split f32 lo·hi, hi·lo and
+// hi·hi.
 template <Arithmetic A>
 SAMTONE_DEVICE void copy_matrix(Ring<STAGES>& ring, const SuperBlock& block, u32 side, const Square& square, const Towers& towers,
                                 const unsigned char* gradients, u64 plane, const u32* skipped) {
@@ -53,10 +56,10 @@ SAMTONE_DEVICE void copy_matrix(Ring<STAGES>& ring, const SuperBlock& block, u32
     const Edge &edge = side == 0 ? block.row : block.col, &other = side == 0 ? block.col : block.row;
     const Tower& tower = tower_of(towers, other.space);
     const u64 panel = static_cast<u64>(block.row.tiles) * HALF * 128;
-    const u32 row = square.rows.begin - edge.begin + cluster_rank() * HALF; // of this block, along the edge
+    const u32 row = square.rows.begin - edge.begin + cluster_rank() * HALF; // the first row of this block, along the axis
     const unsigned char* a_start = gradients + block.gradient * 2 + (side == 0 ? row * 128ull : row / 64 * panel);
     const u64 a_step = side == 0 ? panel : 64 * 128;
-    // Beyond the last panel of the embeddings the last is copied again: columns of sums that are not stored.
+    // Beyond the last panel of the embeddings, the last one is copied again. It makes columns of sums that are not stored.
     const u32 last = towers.row_bytes / 128 - 1, first = square.column / 64 + 2 * cluster_rank();
     const u32 panels[2] = {first < last ? first : last, first + 1 < last ? first + 1 : last};
     const u32 half = cluster_rank() * (B_BYTES / 2);
@@ -93,7 +96,7 @@ SAMTONE_DEVICE void copy_matrix(Ring<STAGES>& ring, const SuperBlock& block, u32
     }
 }
 
-// The warps that multiply: slots of one segment.
+// The warps that multiply call this: how many slots one segment has.
 SAMTONE_DEVICE u32 slots_of(const Line& line) {
     if (line.skipped == nullptr) return SLOTS_OF_SQUARE * line.count;
     u32 squares = 0;
@@ -102,15 +105,15 @@ SAMTONE_DEVICE u32 slots_of(const Line& line) {
     return SLOTS_OF_SQUARE * squares;
 }
 
-// Products of one slot: 64 of k. TRANSPOSED: k runs down the columns of the gradients.
+// What the products of one slot read: 64 of k. TRANSPOSED says that k runs down the columns of the gradients.
 struct Operands {
     u64 gradients, embeddings;
 };
 SAMTONE_DEVICE Operands operands_of(const Ring<STAGES>& ring) {
-    // 64 rows of this warpgroup, or one panel of 64 columns: 8 KiB either way.
+    // This warpgroup reads 64 rows, or one panel of 64 columns. Both are 8 KiB.
     return {wgmma_operand(ring.stage() + consumer() * (A_BYTES / 2), 0, 1024), wgmma_operand(ring.stage() + A_BYTES, B_BYTES / 4, 1024)};
 }
-// The k-th 16 of k; the embeddings of one half, or of both from the first on.
+// The k-th 16 of k of the gradients, and of the embeddings of one half. From the first half on they may serve both halves.
 template <bool TRANSPOSED> SAMTONE_DEVICE u64 gradients_at(const Operands& of, u32 k) {
     return advanced(of.gradients, (TRANSPOSED ? 16 * 128 : 32) * k);
 }
@@ -118,7 +121,7 @@ SAMTONE_DEVICE u64 embeddings_at(const Operands& of, u32 k, u32 half) {
     return advanced(of.embeddings, half * (B_BYTES / 2) + 16 * 128 * k);
 }
 
-// Both halves at once, added up in tensor cores: products of a slot are under way while the next is waited for.
+// Makes both halves at once, added up in tensor cores. The products of a slot are under way while the next slot is waited for.
 template <bool TRANSPOSED> SAMTONE_DEVICE void multiply_together(HalfSums (&total)[2], Ring<STAGES>& ring, u32 steps, bool& started) {
     Ring<STAGES> previous = ring;
     for (u32 step = 0; step < steps; ++step) {
@@ -144,7 +147,7 @@ template <bool TRANSPOSED> SAMTONE_DEVICE void multiply_together(HalfSums (&tota
     release(previous);
 }
 
-// Halves one after the other, 16 of k at a time.
+// Makes the halves one after the other, 16 of k at a time.
 template <bool TRANSPOSED> SAMTONE_DEVICE void multiply_apart(HalfSums (&total)[2], Ring<STAGES>& ring, u32 steps) {
     for (u32 step = 0; step < steps; ++step) {
         wait_full(ring);

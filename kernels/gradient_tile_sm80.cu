@@ -1,24 +1,24 @@
 // gradient_tile_sm80.cu: gradient of the loss with respect to tiles of cosines; mma.sync.
-// Math     g_ij = exp(β s_ij)·([kept for row i] a_i + [kept for column j] b_j), with log a, log b from combine.cu, in units of
-//          2^SHIFT; ĝ_ij = g_ij·n_i·n_j with n = 2^12/‖packed row‖, so that products with packed rows need no other scale.
-//          dots: Σ g (s − s⁺), each part with the positive of its own anchor
-// In/out   towers, rows, log_coefficients [4][rows_count], positive [rows_count], results (SHIFT), skipped (skipping.cuh); instead of packed
-//          embeddings, the cosines that logsumexp_sm80.cu kept (cosines.cuh): kernels named `kept` · gradients: per super-block a
-//          row-major matrix of [row.tiles·TILE][col.tiles·TILE], f16, two planes of f16, or f32; dots: f64 for each tile
-// Tiles    one tile per block, grid (tiles of the wave). Off the diagonal of a triangle, also the mirror image of the tile. Of a tile that
-//          is skipped nothing is written but a dot of 0
+// Math     g_ij = exp(β s_ij)·([row i keeps j] a_i + [column j keeps i] b_j), with log a, log b from combine.cu, in units of 2^SHIFT.
+//          ĝ_ij = g_ij·n_i·n_j with n = 2^12/‖packed row‖, so that products with packed rows need no other scale.
+//          dots: Σ g (s − s⁺), where each part of g has the positive of its own anchor
+// In/out   towers, rows, log_coefficients [4][rows_count], positive [rows_count], results (SHIFT), skipped (skipping.cuh). Kernels named
+//          `kept` read no packed embeddings, but the cosines that logsumexp_sm80.cu kept (cosines.cuh) · gradients: for each
+//          super-block a row-major matrix [row.tiles·TILE][col.tiles·TILE], f16, two planes of f16, or f32; dots: an f64 for each tile
+// Tiles    one tile per thread block, grid (tiles of the wave). Off the diagonal of a triangle, the thread block also writes the mirror
+//          image of the tile. For a tile that is skipped it writes nothing but a dot of 0
 // Threads  2·TILE; see product.cuh
-// Shared   product.cuh's stages, but of kept cosines; afterwards
-//            0           edges, 48 bytes each (epilogue.cuh); of the pass: exponent and factor of the coefficient, s⁺
-//            96·TILE     the tile, rows of TILE elements and 16 bytes of padding, one after the other plane; chunk c of 16 bytes of
+// Shared   the stages of product.cuh, if the cosines are not kept. Afterwards
+//            0           entries, 48 bytes each (epilogue.cuh). This pass adds exponent and factor of the coefficient, and s⁺
+//            96·TILE     the tile, one plane after the other, in rows of TILE elements and 16 bytes of padding. The 16-byte chunk c of
 //                        row r is at c ^ r / 8 % 8, so that both rows and columns of chunks lie in different banks
 //            then        4 bytes for each warp: its part of the dot
 // Sync     P1, P2, P3 product.cuh; E1 epilogue.cuh
 //          G1 the whole tile and all dots are written before they are read
-// Numerics As logsumexp_sm80.cu. Coefficients are factor·2^exponent with whole exponents. Where none of a warp's coefficients
-//          exceeds 2^60 times the inverse of its largest exponential, one exponential serves both; elsewhere each is taken with
-//          its own. |g| ≤ 2^14: it cannot leave f16, and what lies below 2^-24 is lost: 2^-38 of the largest row. Kept cosines give
-//          the same bits: each product after [2] scale is mul_rn or fma_rn, so that no compiler fuses it in one kernel only
+// Numerics As logsumexp_sm80.cu. A coefficient is factor·2^exponent with a whole exponent. If no coefficient of a warp exceeds 2^60 times
+//          the inverse of its largest exponential, one exponential serves both rows and columns. Else each is taken with its own. |g| ≤
+//          2^14, so that it cannot leave f16. What lies below 2^-24 is lost, which is 2^-38 of the largest row. Kept cosines give the same
+//          bits as recomputed ones: each product after [2] scale is mul_rn or fma_rn, so that no compiler fuses it in one kernel only
 // Limits   as logsumexp_sm80.cu
 #include "common/cosines.cuh"
 #include "common/epilogue.cuh"
@@ -31,7 +31,7 @@ template <u32 TILE, Arithmetic A> struct Staging {
     static_assert(BYTES <= Shape<TILE>::STAGES * Shape<TILE>::STAGE, "fits the stages' memory");
 };
 
-// The thread's cosines, as `keep` of logsumexp_sm80.cu stored them.
+// Loads the thread's cosines, as `keep` of logsumexp_sm80.cu stored them.
 template <u32 TILE> SAMTONE_DEVICE void load_kept(Totals<TILE>& x, const float* tile) {
     UNROLL
     for (u32 v = 0; v < 4 * Shape<TILE>::FRAGMENTS; ++v) {
@@ -44,12 +44,12 @@ template <u32 TILE> SAMTONE_DEVICE void load_kept(Totals<TILE>& x, const float* 
     }
 }
 
-// Where an element of the tile is staged, in its plane.
+// Where an element of the tile is staged, counted from the start of its plane.
 template <u32 TILE, Arithmetic A> SAMTONE_DEVICE u32 staged_at(u32 row, u32 column) {
     return row * Staging<TILE, A>::ROW + ((column * Numbers<A>::BYTES) ^ (row / 8 % 8 * 16));
 }
 
-// Two neighbouring elements of the tile.
+// Stages two neighbouring elements of the tile.
 template <u32 TILE, Arithmetic A> SAMTONE_DEVICE void stage_pair(u32 row, u32 column, float low, float high) {
     const shared_address at = shared_base() + Staging<TILE, A>::START + staged_at<TILE, A>(row, column);
     if constexpr (Numbers<A>::TENSOR) {
@@ -65,7 +65,7 @@ template <u32 TILE, Arithmetic A> SAMTONE_DEVICE void stage_pair(u32 row, u32 co
     }
 }
 
-// Copies the staged tile to rows row0, … and columns column0, … of a matrix whose rows have `columns` elements.
+// Copies the staged tile to the rows row0, … and the columns column0, … of a matrix. A row of the matrix has `columns` elements.
 template <u32 TILE, Arithmetic A, bool MIRRORED>
 SAMTONE_DEVICE void copy_out(unsigned char* matrix, u64 plane, u32 columns, u32 row0, u32 column0) {
     using S = Staging<TILE, A>;
@@ -78,7 +78,7 @@ SAMTONE_DEVICE void copy_out(unsigned char* matrix, u64 plane, u32 columns, u32 
             if constexpr (!MIRRORED) {
                 chunk = ld_shared_u32x4(tile + staged_at<TILE, A>(row, column));
             } else {
-                auto word = [&](u32 i) { // elements of column `row` of the tile
+                auto word = [&](u32 i) { // two elements of column `row` of the tile
                     if constexpr (BYTES == 4) return ld_shared_u32(tile + staged_at<TILE, A>(column + i, row));
                     const u32 low = ld_shared_u16(tile + staged_at<TILE, A>(column + 2 * i, row));
                     return low | static_cast<u32>(ld_shared_u16(tile + staged_at<TILE, A>(column + 2 * i + 1, row))) << 16;
@@ -97,7 +97,7 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
                                   unsigned char* gradients, u64 plane, double* dots, const u32* skipped, const Cosines& cosines) {
     begin_launch();
     using E = Elements<TILE>;
-    constexpr float NEVER = -1e9f; // an exponent that flushes everything to 0
+    constexpr float NEVER = -1e9f; // an exponent that makes everything 0
     // [1] load
     const TilePlace at = place_of(wave, blockIdx.x);
     const SuperBlock& block = wave.blocks[at.block];
@@ -115,7 +115,7 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
         const double log = ld_global_f64(log_coefficients + static_cast<u64>(of) * row_count + edge.row);
         const double log2 = fma_rn(log, LOG2_E, -ld_global_f64(results + SHIFT)), whole = round_f64(log2);
         cosine = static_cast<float>(ld_global_f64(positive + edge.row));
-        if (log != minus_infinity()) { // which is nothing; at small τ any number may be a logarithm
+        if (log != minus_infinity()) { // −∞ is the logarithm of no coefficient. At small τ any other number may be a logarithm
             exponent = static_cast<float>(whole);
             factor = ex2_approx(static_cast<float>(log2 - whole));
         }
@@ -224,7 +224,7 @@ GRADIENT_TILE(gradient_tile_f16x3_64, 64, f16x3)
 GRADIENT_TILE(gradient_tile_f16x3_128, 128, f16x3)
 GRADIENT_TILE(gradient_tile_f32_64, 64, f32)
 
-// What multiplied is past: f16x2 serves f16x3, too.
+// Only the cosines distinguish f16x3 from f16x2, and here they are there already. So the kernels of f16x2 serve f16x3 as well.
 #define GRADIENT_TILE_KEPT(name, TILE, arithmetic)                                                                       \
     SHARED_BYTES(name, Staging<TILE, Arithmetic::arithmetic>::BYTES);                                                    \
     KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta,  \

@@ -1,24 +1,28 @@
 // gradient_tile_sm90a.cu: gradient of the loss with respect to tiles of cosines; wgmma.
 // Math     as gradient_tile_sm80.cu
-// In/out   as gradient_tile_sm80.cu, with packed embeddings in panels, or cosines kept by logsumexp_sm90a.cu; and gradients: per super-block and plane
-//          [col.tiles·2][row.tiles·128] rows of 64 columns, f16, swizzled as wgmma reads them. dots: f64 for each block and square
-// Tiles    a cluster visits squares of 256 x 256 in turn, a block two tiles of it: grid (2·clusters), any number of clusters. Off
-//          the diagonal of a triangle, also the mirror image of a tile. Of a square that is skipped nothing is written but dots of 0
-// Threads  384; see pipeline.cuh. Warps 1..3 load the edges
-// Shared   pipeline.cuh's slots, of kept cosines KEPT_STAGES of 32 KiB, half a tile each; then, from STAGING on
-//            0              16 KiB for each warpgroup that multiplies: its part of a tile, 64 rows of two panels, or, mirrored, 128
-//                           rows of one
-//            EDGES          edges (pipeline.cuh); of the pass: exponent and factor of the coefficient, s⁺
+// In/out   as gradient_tile_sm80.cu, with packed embeddings in panels, or cosines that logsumexp_sm90a.cu kept. gradients: for each
+//          super-block and plane [col.tiles·2][row.tiles·128] rows of 64 columns, f16, swizzled as wgmma reads them. dots: an f64 for each
+//          thread block and square
+// Tiles    a cluster visits squares of 256 x 256 in turn, and each of its thread blocks two tiles of a square: grid (2·clusters) for any
+//          number of clusters. Off the diagonal of a triangle, a thread block also writes the mirror image of a tile. For a square that is
+//          skipped it writes nothing but a dot of 0
+// Threads  384; see pipeline.cuh. Warps 1..3 load the entries
+// Shared   the slots of pipeline.cuh. For kept cosines these are KEPT_STAGES slots of 32 KiB, each with half a tile. Then, from STAGING on
+//            0              16 KiB for each warpgroup that multiplies: its part of a tile, as 64 rows of two panels or, mirrored, as 128
+//                           rows of one panel
+//            EDGES          entries (pipeline.cuh). This pass adds exponent and factor of the coefficient, and s⁺
 //            FACTORS        f32[128] for each warpgroup: factors of the columns for the common exponent
-//            DOTS           f32[2][2][8]: parts of the dot, of squares in turn, by half and warp
+//            DOTS           f32[2][2][8]: parts of the dot of two squares in turn, by half and warp
 // Sync     P1 … P5, E1, E2, E3 pipeline.cuh
 //          G1 the warpgroup's part of the tile is written before it is copied
-//          G2 it has been read before it is written again
-//          G3 all warps' dots are written before they are added up; those of the square before the last have been
+//          G2 it has been copied before it is written again
+//          G3 all warps' dots of a square are written before they are added up. Those of the square before the last have been added up
+//             before their place is written again
 //          G4 all factors of the columns are written before any is read
-// Numerics As logsumexp_sm80.cu. Coefficients are factor·2^exponent with whole exponents. Where the warp's largest cosine and the largest
-//          exponent of the warpgroup's rows and columns leave room (below), one exponential, times that largest coefficient's power,
-//          serves both; what is lost is below 2^-40. Elsewhere each is taken with its own. |g| ≤ 2^14, as in gradient_tile_sm80.cu
+// Numerics As logsumexp_sm80.cu. A coefficient is factor·2^exponent with a whole exponent. If the warp's largest cosine and the largest
+//          exponent among the warpgroup's rows and columns leave ROOM (below), one exponential serves both rows and columns. It is
+//          multiplied by the power of two of the largest coefficient. What is lost then is below 2^-40. Else each is taken with its own.
+//          |g| ≤ 2^14, as in gradient_tile_sm80.cu
 // Limits   as logsumexp_sm80.cu
 #include "common/pipeline.cuh"
 #include "common/skipping.cuh"
@@ -37,9 +41,9 @@ constexpr u32 STAGING = (Ring<STAGES>::END + 1023) / 1024 * 1024, EDGES = STAGIN
               FACTORS = EDGES + EDGES_BYTES + 16, DOTS = FACTORS + 2 * 4 * HALF, GRADIENT_TILE_BYTES = DOTS + 2 * 4 * 16;
 static_assert(GRADIENT_TILE_BYTES <= 227 << 10, "the memory of a multiprocessor");
 
-constexpr float NEVER = -1e9f; // an exponent that flushes everything to 0
-// Exponentials are taken at 2^(β s + strongest), coefficients at 2^(exponent − strongest). The former stay below 2^ROOM, and near 1 where
-// gradients are, which keeps their digits; the latter vanish only where the gradient is below 2^(ROOM − 126).
+constexpr float NEVER = -1e9f; // an exponent that makes everything 0
+// Exponentials are taken at 2^(β s + strongest), coefficients at 2^(exponent − strongest). Exponentials stay below 2^ROOM. They are near 1
+// where gradients are, which keeps their digits. A coefficient becomes 0 only where the gradient is below 2^(ROOM − 126).
 constexpr float ROOM = 86;
 
 SAMTONE_DEVICE bool leads_warpgroup() { return threadIdx.x % WARPGROUP == 0; }
@@ -50,7 +54,7 @@ struct CoefficientOf {
     u32 row_count;
 };
 
-// Exponent, factor and s⁺ of an entry of an edge.
+// Exponent, factor and s⁺ of an entry.
 SAMTONE_DEVICE void coefficient(float (&numbers)[3], const CoefficientOf& of, const EdgeEntry& entry, u32 block) {
     constexpr double LOG2_E = 1.44269504088896340735992468100;
     numbers[0] = NEVER;
@@ -59,18 +63,19 @@ SAMTONE_DEVICE void coefficient(float (&numbers)[3], const CoefficientOf& of, co
     const double log = ld_global_f64(of.log_coefficients + static_cast<u64>(block) * of.row_count + entry.row);
     const double log2 = fma_rn(log, LOG2_E, -ld_global_f64(of.results + SHIFT)), whole = round_f64(log2);
     numbers[2] = static_cast<float>(ld_global_f64(of.positive + entry.row));
-    if (log != minus_infinity()) { // which is nothing; at small τ any number may be a logarithm
+    if (log != minus_infinity()) { // −∞ is the logarithm of no coefficient. At small τ any other number may be a logarithm
         numbers[0] = static_cast<float>(whole);
         numbers[1] = ex2_approx(static_cast<float>(log2 - whole));
     }
 }
 
-// [4], [5]: cosines of a half → gradients times both scales, in place; gives this thread's part of the dot.
+// [4], [5]: makes gradients, times both scales, of the cosines of a half, in place. Gives this thread's part of the dot.
 template <bool CHECKED>
 SAMTONE_DEVICE float differentiate(HalfSums& x, const KeptSlots& kept, const Edges& edges, u32 half, bool counted,
                                   const Beta& beta) {
-    const u32 first = HALF + half * HALF; // entry of the half's first column
-    // [4] one exponential or two: by the largest exponent of 64 rows and 128 columns, the same in all warps of the warpgroup
+    const u32 first = HALF + half * HALF; // the entry of the half's first column
+    // [4] one exponential or two. The largest exponent is that of 64 rows and 128 columns, so that it is the same in all warps of the
+    // warpgroup.
     float strongest = NEVER;
     UNROLL
     for (u32 k = 0; k < 2; ++k) strongest = max_f32(strongest, ld_shared_f32(edges.of_pass(0, consumer() * 64 + k * WARP + lane_id())));
@@ -133,22 +138,22 @@ SAMTONE_DEVICE float differentiate(HalfSums& x, const KeptSlots& kept, const Edg
     return row_dot + (counted ? column_dot : 0.0f);
 }
 
-// This warp's part of a half, as f16, to its warpgroup's memory: rows in two panels, or the transposed in one.
+// Writes this warp's part of a half, as f16, to the memory of its warpgroup: its rows in two panels, or its columns as rows in one panel.
 template <bool MIRRORED> SAMTONE_DEVICE void stage_half(HalfSums& x) {
     const u32 matrix = lane_id() / 8, r = lane_id() % 8, warp = consumer_warp() % 4;
     const shared_address staging = shared_base() + STAGING + consumer() * STAGING_BYTES;
     UNROLL
-    for (u32 group = 0; group < 16; group += 2) { // of eight columns: two, and both row slots
+    for (u32 group = 0; group < 16; group += 2) { // two groups of eight columns, and both row slots
         const u32 pairs[4] = {
             cvt_rn_f16x2_f32(x[4 * group], x[4 * group + 1]), cvt_rn_f16x2_f32(x[4 * group + 2], x[4 * group + 3]),
             cvt_rn_f16x2_f32(x[4 * group + 4], x[4 * group + 5]), cvt_rn_f16x2_f32(x[4 * group + 6], x[4 * group + 7])};
-        const u32 columns = group + matrix / 2, rows = warp * 2 + matrix % 2; // groups of eight
+        const u32 columns = group + matrix / 2, rows = warp * 2 + matrix % 2; // numbers of groups of eight
         if constexpr (MIRRORED) stmatrix_x4_trans(staging + (columns * 8 + r) * 128 + (rows ^ r) * 16, pairs);
         else stmatrix_x4(staging + columns / 8 * (64 * 128) + (rows * 8 + r) * 128 + (columns % 8 ^ r) * 16, pairs);
     }
 }
 
-// [6] store: copies the staged half to where it belongs in one plane of the super-block's matrix.
+// [6] store: copies the staged half to its place in one plane of the matrix of the super-block.
 template <bool MIRRORED>
 SAMTONE_DEVICE void store_half(HalfSums& x, unsigned char* gradients, u64 plane, const SuperBlock& block, const TilePlace& at, u32 half) {
     if (leads_warpgroup()) SYNC(G2, cp_async_bulk_wait_group_read<0>());
@@ -172,7 +177,7 @@ SAMTONE_DEVICE void store_half(HalfSums& x, unsigned char* gradients, u64 plane,
     }
 }
 
-// The copying thread: cosines of this block's part of a square that were kept.
+// The copying thread copies the kept cosines of this block's part of a square.
 template <class R> SAMTONE_DEVICE void copy_kept(R& ring, const SuperBlock& block, const TilePlace& at, const Cosines& cosines) {
     for (u32 half = 0; half < 2; ++half) {
         if (is_mirrored(block, at, half)) continue;
@@ -185,7 +190,7 @@ template <class R> SAMTONE_DEVICE void copy_kept(R& ring, const SuperBlock& bloc
     }
 }
 
-// The multiplying warpgroups: a half of them.
+// The multiplying warpgroups load a half of them.
 template <class R> SAMTONE_DEVICE void load_kept(HalfSums& x, R& ring) {
     constexpr u32 VECTORS = KEPT_BYTES / (16 * CONSUMERS);
     UNROLL
@@ -237,7 +242,7 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
             HalfSums x[KEPT ? 1 : 2] = {};
             if constexpr (!KEPT) multiply_cosines<A>(x, ring, Numbers<A>::COSINE_SEGMENTS * (towers.row_bytes / 128));
             wait_edges(edges);
-            KEEP_LOOP // the second half moves to where the first was: one copy of the code
+            KEEP_LOOP // the second half moves to where the first was, so that one copy of the code serves both
             for (u32 half = 0; half < 2; ++half) {
                 if constexpr (!KEPT) {
                     if (half == 1) move_half(x);
@@ -296,7 +301,7 @@ GRADIENT_TILE(gradient_tile_f16_sm90a, f16)
 GRADIENT_TILE(gradient_tile_f16x2_sm90a, f16x2)
 GRADIENT_TILE(gradient_tile_f16x3_sm90a, f16x3)
 
-// What multiplied is past: f16x2 serves f16x3, too.
+// Only the cosines distinguish f16x3 from f16x2, and here they are there already. So the kernels of f16x2 serve f16x3 as well.
 #define GRADIENT_TILE_KEPT(name, arithmetic)                                                                                    \
     SHARED_BYTES(name, GRADIENT_TILE_BYTES);                                                                                    \
     KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows,       \

@@ -1,21 +1,21 @@
 // logsumexp_sm80.cu: sums of exponentials of the rows and columns of tiles of cosines, and ranks; mma.sync.
-// Math     for every index i of a tile's row edge that anchors a row: Σ exp(β s_ij) over its kept negatives j of the tile, and the
-//          number of them with s_ij above s⁺; likewise down its columns. reference.rs: `block_sums`
-// In/out   towers: packed embeddings; rows: keys of the anchors · partial sums {f32 sum, i32 exponent} and counts (u32), one for
-//          each index and tile: places in problem.cuh; cosines: of super-blocks that keep them, for gradient_tile (cosines.cuh)
-// Tiles    one tile per block, grid (tiles of the wave)
+// Math     for every index i of a tile's rows that anchors a row of the batch: Σ exp(β s_ij) over the negatives j of the tile that it
+//          keeps, and the number of those whose s_ij is above s⁺. The same for the indices of its columns. reference.rs: `Negatives::kept`
+// In/out   towers: packed embeddings; rows: keys of the anchors · for each index and tile a partial sum {f32 sum, i32 exponent} and a count
+//          (u32), whose places are in problem.cuh; cosines: of super-blocks that keep them, for gradient_tile (cosines.cuh)
+// Tiles    one tile per thread block, grid (tiles of the wave)
 // Threads  2·TILE; see product.cuh
-// Shared   product.cuh's stages; afterwards
-//            0              edges, 48 bytes each (epilogue.cuh); of the pass: s⁺ with slack, as bits
-//            96·TILE        per warp column: TILE sums, TILE exponents, TILE counts of the rows
-//            then           per warp row: the same of the columns
+// Shared   the stages of product.cuh. Afterwards
+//            0              entries, 48 bytes each (epilogue.cuh). This pass adds s⁺ with slack, as bits
+//            96·TILE        for each column of warps: TILE sums, TILE exponents, TILE counts of the rows
+//            then           for each row of warps: the same of the columns
 // Sync     P1, P2, P3 product.cuh; E1 epilogue.cuh
 //          L1 every warp's sums are written before they are added up
-// Numerics Cosines and exponentials f32. Exponents are whole numbers. Where the kept cosines of a warp's part span less than
-//          2^110, one exponential under one exponent serves rows and columns; elsewhere each row and column has the exponent of
-//          its own largest term, so nothing that counts is lost at any temperature. An index without negatives gives sum 0.
-//          Same bits on every run: fixed order, no atomics
-// Limits   packed rows are multiples of 128 bytes; 128 more rows than indices exist
+// Numerics Cosines and exponentials are f32. Exponents are whole numbers. A warp looks at the cosines of its part that any anchor keeps. If
+//          they span less than 2^110, one exponential under one exponent serves rows and columns. Else each row and column has the
+//          exponent of its own largest term, so that nothing that counts is lost at any temperature. An index without negatives gives
+//          the sum 0. Every run gives the same bits: the order is fixed, and there are no atomics
+// Limits   packed rows are multiples of 128 bytes, and 128 more rows exist than indices
 #include "common/cosines.cuh"
 #include "common/epilogue.cuh"
 
@@ -26,7 +26,7 @@ template <u32 TILE> SAMTONE_DEVICE shared_address col_sums(u32 warp_row) {
     return row_sums<TILE>(TILE / 32) + warp_row * (12 * TILE);
 }
 
-// Sum, exponent and count of one index in one warp's part.
+// Stores the sum, the exponent and the count that one index has in one warp's part.
 template <u32 TILE> SAMTONE_DEVICE void store_sum(shared_address sums, u32 index, float sum, float exponent, u32 count) {
     st_shared_f32(sums + 4 * index, sum);
     st_shared_i32(sums + 4 * TILE + 4 * index, static_cast<i32>(exponent));
@@ -42,7 +42,7 @@ template <u32 TILE> SAMTONE_DEVICE void keep(Totals<TILE>& x, float* tile) {
     }
 }
 
-// Adds the parts of index `index` and stores the tile's partial.
+// Adds up the parts of index `index`, and stores the partial sum of the tile.
 template <u32 TILE>
 SAMTONE_DEVICE void store_partial(shared_address sums, u32 parts, u32 index, Partial* partials, u32* counts, bool ranks, u64 at) {
     i32 exponent = 0;
@@ -129,7 +129,7 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
     for (u32 i = 0; i < E::ROWS; ++i) row_exponent[i] = common;
     UNROLL
     for (u32 j = 0; j < E::COLS; ++j) col_exponent[j] = common;
-    if (beta.high * (largest - smallest) < 110.0f) { // also when nothing is kept
+    if (beta.high * (largest - smallest) < 110.0f) { // also when no anchor keeps any
         UNROLL
         for (u32 i = 0; i < E::ROWS; ++i) {
             UNROLL
@@ -188,7 +188,7 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
     if (holds_row<TILE>()) {
         const u64 to = block.row_partials + static_cast<u64>(at.col) * (block.row.tiles * TILE) + at.row * TILE + index;
         if (block.row.sums != 0) store_partial<TILE>(row_sums<TILE>(0), TILE / 32, index, partials, counts, ranks, to);
-    } else if (block.col.sums != 0 && !(block.triangle != 0 && at.row == at.col)) { // there the rows stand for both
+    } else if (block.col.sums != 0 && !(block.triangle != 0 && at.row == at.col)) { // on the diagonal, the sums of the rows stand for both
         const u64 to = block.col_partials + static_cast<u64>(at.row) * (block.col.tiles * TILE) + at.col * TILE + index;
         store_partial<TILE>(col_sums<TILE>(0), 2, index, partials, counts, ranks, to);
     }

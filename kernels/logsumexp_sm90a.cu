@@ -1,18 +1,20 @@
 // logsumexp_sm90a.cu: sums of exponentials of the rows and columns of tiles of cosines, and ranks; wgmma.
-// Math     as logsumexp_sm80.cu; reference.rs: `block_sums`
-// In/out   as logsumexp_sm80.cu, with packed embeddings in panels; tiles are 128 x 128, and every edge has an even number of them. A
-//          tile below the diagonal of a triangle keeps nothing
-// Tiles    a cluster visits squares of 256 x 256 in turn, a block two tiles of it: grid (2·clusters), any number of clusters
-// Threads  384; see pipeline.cuh. Warps 1..3 load the edges
-// Shared   pipeline.cuh's slots and mbarriers; then, from EDGES on
-//            0              edges (pipeline.cuh); of the pass: s⁺ with slack
+// Math     as logsumexp_sm80.cu; reference.rs: `Negatives::kept`
+// In/out   as logsumexp_sm80.cu, with packed embeddings in panels. Tiles are 128 x 128, and both axes of a super-block have an even number
+//          of them. The cosines of a tile below the diagonal of a triangle are not stored
+// Tiles    a cluster visits squares of 256 x 256 in turn, and each of its thread blocks two tiles of a square: grid (2·clusters) for any
+//          number of clusters
+// Threads  384; see pipeline.cuh. Warps 1..3 load the entries
+// Shared   the slots and mbarriers of pipeline.cuh. Then, from EDGES on
+//            0              entries (pipeline.cuh). This pass adds s⁺ with slack
 //            COLUMNS        [half][warp of 8][128] sums of the columns, f32; then as many words: exponent · 32 + count
 // Sync     P1 … P5, E1, E2, E3 pipeline.cuh
 //          L1 every warp's sums of the columns are written before they are added up
 //          L2 they have been added up before those of the next square are written
-// Numerics Cosines and exponentials f32. Exponents are whole numbers. One exponential under the exponent of the warp's largest serves
-//          rows and columns. Where that leaves a row or column with less than 2^-95, and so perhaps with lost terms, the warp takes
-//          each row and column of its part with the exponent of its own largest term. Same bits on every run: fixed order, no atomics
+// Numerics Cosines and exponentials are f32. Exponents are whole numbers. One exponential, under the exponent of the warp's largest cosine,
+//          serves rows and columns. If that leaves a row or column with less than 2^-95, terms of it may be lost. Then the warp takes
+//          each row and column of its part with the exponent of its own largest term. Every run gives the same bits: the order is
+//          fixed, and there are no atomics
 // Limits   as logsumexp_sm80.cu
 #include "common/pipeline.cuh"
 
@@ -25,22 +27,22 @@ constexpr float SUSPICIOUS = 0x1p-95f; // 2^7 lost terms of 2^-126 are 2^-24 of 
 
 SAMTONE_DEVICE float exponent_of(float largest, const Beta& beta) { return largest > NO_COSINE ? round_f32(beta.high * largest) : 0; }
 
-// Of a row of the warp's part, held by two lanes: sum, exponent and rank.
+// What two lanes hold of a row of the warp's part: sum, exponent and number of negatives above the positive.
 struct RowSum {
     float sum, exponent;
     u32 count;
 };
 
-// The first of the four column slots, next to each other, whose sums a lane has after sum_halving<32, 4, 16>.
+// A lane has the sums of four adjacent column slots after sum_halving<32, 4, 16>. This is the first of them.
 SAMTONE_DEVICE u32 first_column_slot() { return (lane_id() >> 2 & 1) * 16 + (lane_id() >> 3 & 1) * 8 + (lane_id() >> 4 & 1) * 4; }
 
-// `columns`: this warp's part of the sums of the half.
+// `columns` is where this warp's sums of the columns of the half begin.
 SAMTONE_DEVICE void store_column_sum(shared_address columns, u32 column, float sum, float exponent, u32 count) {
     st_shared_f32(columns + 4 * column, sum);
     st_shared_i32(columns + 4 * (COLUMN_WORDS + column), static_cast<i32>(exponent) * 32 + static_cast<i32>(count));
 }
 
-// [4] ranks: `count` of the row slot lane % 2, `counts` of the lane's four columns, one to a byte.
+// [4] ranks: `count` is of the row slot lane % 2. `counts` is of the lane's four columns, each of which has a byte.
 template <bool CHECKED>
 SAMTONE_DEVICE void count_above(u32& count, u32& counts, HalfSums& x, const KeptSlots& kept, const Edges& edges, u32 half) {
     u32 of_row[2] = {}, of_columns[8] = {};
@@ -63,7 +65,7 @@ SAMTONE_DEVICE void count_above(u32& count, u32& counts, HalfSums& x, const Kept
     counts = of_columns[0];
 }
 
-// [5] under one exponent. Whether a sum may have lost terms is told, and then nothing stored.
+// [5] sums under one exponent. If a sum may have lost terms, this stores nothing and gives false.
 template <bool CHECKED>
 SAMTONE_DEVICE bool sum_together(RowSum& of_row, shared_address columns, u32 counts, HalfSums& x, const KeptSlots& kept, const SuperBlock& block,
                                  const TileMask& tile, const Beta& beta, float exponent) {
@@ -93,7 +95,7 @@ SAMTONE_DEVICE bool sum_together(RowSum& of_row, shared_address columns, u32 cou
     return true;
 }
 
-// [5] each row and each column under its own.
+// [5] sums of each row and each column under its own exponent.
 SAMTONE_DEVICE void sum_apart(RowSum& of_row, shared_address columns, u32 counts, HalfSums& x, const KeptSlots& kept, const Beta& beta) {
     float row[2] = {}, row_exponent[2];
     UNROLL
@@ -105,7 +107,7 @@ SAMTONE_DEVICE void sum_apart(RowSum& of_row, shared_address columns, u32 counts
         row_exponent[i] = exponent_of(max_among(top, 1, 2), beta);
     }
     UNROLL
-    for (u32 j = 0; j < 32; ++j) { // one column after the other: their exponents together would not fit the registers
+    for (u32 j = 0; j < 32; ++j) { // one column after the other, because the exponents of all would not fit the registers
         float top = NO_COSINE, column = 0;
         UNROLL
         for (u32 i = 0; i < 2; ++i)
@@ -140,7 +142,7 @@ SAMTONE_DEVICE void keep(HalfSums& x, float* tile) {
         st_global_cs_f32x4(tile + 4 * (v * CONSUMERS + threadIdx.x - WARPGROUP), {x[4 * v], x[4 * v + 1], x[4 * v + 2], x[4 * v + 3]});
 }
 
-// Adds the eight warps' sums of column `column` of a half, and stores the tile's partial.
+// Adds up the eight warps' sums of one column of a half, and stores the partial sum of the tile.
 SAMTONE_DEVICE void store_column(shared_address sums, Partial* partials, u32* counts, bool ranks, u64 at) {
     i32 exponent = 0;
     bool any = false;
@@ -190,7 +192,7 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
             multiply_cosines<A>(x, ring, Numbers<A>::COSINE_SEGMENTS * (towers.row_bytes / 128));
             wait_edges(edges);
             SYNC(L2, bar_sync_named(1, CONSUMERS));
-            KEEP_LOOP // the second half moves to where the first was: one copy of the code
+            KEEP_LOOP // the second half moves to where the first was, so that one copy of the code serves both
             for (u32 half = 0; half < 2; ++half) {
                 if (half == 1) move_half(x);
                 if (is_mirrored(block, at, half)) continue;
@@ -211,7 +213,7 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
                 }
                 if (!summed) sum_apart(of_row, columns, column_counts, x[0], kept, beta);
 
-                // [6] store: rows are whole, columns are added up among the warps
+                // [6] store. The sums of the rows are whole. Those of the columns are added up among the warps first.
                 if (block.row.sums != 0 && (lane_id() & 2) == 0) {
                     const u64 to = block.row_partials + static_cast<u64>(at.col + half) * (block.row.tiles * HALF) + at.row * HALF +
                                    slot_row(lane_id() % 2);
@@ -222,7 +224,7 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
             release_edges(edges);
             SYNC(L1, bar_sync_named(1, CONSUMERS));
             const u32 half = consumer(), column = threadIdx.x % HALF;
-            // Of a tile on the diagonal the rows stand for both.
+            // In a tile on the diagonal, the sums of the rows stand for both.
             if (block.col.sums != 0 && (block.triangle == 0 || at.col + half > at.row)) {
                 const u64 to = block.col_partials + static_cast<u64>(at.row) * (block.col.tiles * HALF) + (at.col + half) * HALF + column;
                 store_column(shared_base() + COLUMNS + 4 * (half * 8 * HALF + column), partials, counts, block.ranks != 0, to);

@@ -1,18 +1,17 @@
-// prepare.cu: what the heavy passes read: packed embeddings, norms, the positives' cosines, keys of the anchors.
+// prepare.cu: makes what the heavy passes read: packed embeddings, norms, cosines of the positives, keys of the anchors.
 // Math     n = ‖x‖ (f64); packed = x·2^e with norm in [2^12, 2^13), as f16, two f16 or f32; inverse = 2^12/‖packed‖
 //          s⁺ᵢ = q̂ᵢ·p̂_{π(i)} from the raw embeddings, in f64; thresholds of margin and rank
-// In/out   raw embeddings of f32, f16 or bf16 with any row stride; order: row behind each index, or null for the identity ·
-//          packed rows with zeros up to 128 bytes, in either layout of
-//          problem.cuh; norms; faults of each index; anchor keys; 0 in the ticket of combine.cu. Packing again for a backward call:
-//          status, where a row has not the norm of the forward call
+// In/out   raw embeddings of f32, f16 or bf16 with any row stride; order: the row behind each index, null for the identity · packed
+//          rows with zeros up to 128 bytes, in either layout of problem.cuh; norms; faults of each index; anchor keys; 0 in the ticket
+//          of combine.cu. If a backward call packs again: in the status, rows whose norm is not that of the forward call
 // Tiles    grid (⌈rows of the packed queries / 8⌉ + ⌈rows of the packed passages / 8⌉)
-// Threads  256: one warp per index; that of a query also reads its positive
+// Threads  256: one warp per index. The warp of a query also reads its positive
 // Shared   none
 // Sync     none but exchanges within a warp
-// Numerics f64 sums over lanes in a fixed order, the same for a passage's norm wherever it is taken. A power of two changes no digit;
-//          f16 loses what lies 2^-37 below a row's norm, far under the last bit of an f32 cosine, and that is so for bf16 inputs as
-//          well, which therefore need no kernels of their own. A row that is not finite or has norm zero packs as zeros and leaves
-//          its number among the faults: combine.cu makes the status of them, so that nothing has to be cleared before this launch
+// Numerics f64 sums over lanes in a fixed order. A passage has the same norm wherever it is computed. A power of two changes no digit. f16
+//          loses what lies 2^-37 below the norm of a row, which is far below the last bit of an f32 cosine. That holds for bf16 inputs
+//          as well, so that they need no kernels of their own. A row that is not finite or has norm zero packs as zeros and leaves its
+//          number among the faults. combine.cu makes the status of the faults, so that nothing has to be cleared before this launch
 // Limits   raw rows are aligned to their elements
 #include "common/raw.cuh"
 #include "common/reduce.cuh"
@@ -29,20 +28,20 @@ ABI_STRUCT(Packing, {
     float* inverse;
     double* inverse_norm;
     Fault* faults;        // by index
-    u64 row_pitch, panel; // bytes from row to row of a panel, and from 128 bytes of a row to the next (problem.cuh)
+    u64 row_pitch, panel; // bytes from row to row of a panel, and from panel to panel (problem.cuh)
     u32 indices, padded, row_bytes, format;
     u32 swizzled, parts;
-    u32 index[MAX_CUTS], row[MAX_CUTS]; // of each part of the space: its first index, and the packed row of that
+    u32 index[MAX_CUTS], row[MAX_CUTS]; // of each part of the space: its first index, and the packed row of that index
 });
 
 ABI_STRUCT(Positives, {
-    const u32* positives;  // passage of each row's positive, or null for the identity
+    const u32* positives;  // the passage that is each row's positive; null for the identity
     const u32x2* row_keys; // query key, passage key
     double* positive;      // s⁺
     AnchorKeys* anchors;
     u32 *ticket, *status;
-    double margin;         // +∞ for none
-    u32 wanted, padding;   // 0: they are there already, as are the norms
+    double margin;         // +∞ if there is none
+    u32 wanted, padding;   // `wanted` is 0 if they are there already, as the norms are
 });
 
 ABI_STRUCT(Prepare, {
@@ -62,7 +61,7 @@ KERNEL(prepare, REDUCE_THREADS, BY_VALUE(Prepare) all) {
     const Positives& positives = all.positives;
     if (blockIdx.x == 0 && threadIdx.x == 0) st_global_u32(positives.ticket, 0);
     u32 packed_row = blockIdx.x * ROWS_PER_BLOCK + warp_id();
-    const u32 space = packed_row < all.of[0].padded ? 0 : 1; // whole blocks
+    const u32 space = packed_row < all.of[0].padded ? 0 : 1; // a thread block has rows of one space
     if (space == 1) packed_row -= all.of[0].padded;
     const Packing& p = all.of[space];
     u32 part = 0;
@@ -73,7 +72,7 @@ KERNEL(prepare, REDUCE_THREADS, BY_VALUE(Prepare) all) {
     if (exists && p.order != nullptr) row = ld_global_nc_u32(p.order + index);
     const unsigned char* x = p.raw.data + row * p.raw.row_bytes;
     double scale = 0;
-    if (exists) { // [1] norm; of a query, cosine with its positive
+    if (exists) { // [1] norm, and of a query the cosine with its positive
         const bool pairs = space == 0 && positives.wanted != 0;
         const Raw& other = all.of[1].raw;
         const bool other_aligned = is_aligned(other);
@@ -105,7 +104,7 @@ KERNEL(prepare, REDUCE_THREADS, BY_VALUE(Prepare) all) {
                 st_global_u32x2(p.faults + index, {norm.finite ? NONE : row, squares == 0 ? row : NONE});
                 st_global_f64(p.inverse_norm + index, norm.inverse);
             } else if (norm.inverse != ld_global_f64(p.inverse_norm + index) || !norm.finite) {
-                // The lowest row, whoever comes first.
+                // The status gets the lowest row, in whichever order they come.
                 atom_global_min_u32(positives.status + (norm.finite ? REPACKED_QUERY : NON_FINITE_QUERY) + space, row);
             }
         }
@@ -126,7 +125,7 @@ KERNEL(prepare, REDUCE_THREADS, BY_VALUE(Prepare) all) {
         for (u32 i = 0; i < 8; ++i) v[i] = 0;
         if (scale > 0) load_eight(v, p.raw, x, column, aligned);
         UNROLL
-        for (u32 i = 0; i < 8; ++i) v[i] = static_cast<float>(v[i] * scale); // in f64: the power alone may exceed f32
+        for (u32 i = 0; i < 8; ++i) v[i] = static_cast<float>(v[i] * scale); // in f64, because the power alone may exceed f32
         if (p.format == PACK_F32) {
             st_global_f32x4(chunk(4 * column), {v[0], v[1], v[2], v[3]});
             st_global_f32x4(chunk(4 * column + 16), {v[4], v[5], v[6], v[7]});

@@ -1,59 +1,60 @@
-// project.cu: the diagonal term, the projection onto the tangent of each embedding, the factor β, and the output type; ∂L/∂β.
-// Math     ∂L/∂x = β (I − x̂x̂ᵀ)(u + Σ D_i ŷ) / ‖x‖, u = Σ_j G_j ŷ_j over the negatives = sums·2^SHIFT·2^-12 / n, where n = 2^12/‖packed‖
-//          and ŷ is the other side of each positive pair that x belongs to; times the upstream gradient.
+// project.cu: makes gradients of the sums: the diagonal term, the projection onto the tangent of each embedding, the factor β, and the
+// output type. Also ∂L/∂β.
+// Math     ∂L/∂x = β (I − x̂x̂ᵀ)(u + Σ D_i ŷ) / ‖x‖, times the upstream gradient. u = Σ_j G_j ŷ_j over the negatives
+//          = sums·2^SHIFT·2^-12 / n, where n = 2^12/‖packed‖. ŷ is the other side of each positive pair that x belongs to.
 //          ∂L/∂τ = −β²·∂L/∂β, ∂L/∂log β = β·∂L/∂β from the dots of the gradient tiles
 // In/out   raw embeddings of both towers, norms, D, sums of gradient_product_sm80.cu · gradients, f32, f16 or bf16, any row stride;
 //          dots · results
-// Tiles    project: grid (1 + ⌈rows of ∂L/∂q / 8⌉ + ⌈rows of ∂L/∂p / 8⌉), the first block for ∂L/∂β. sum_dots: one block
+// Tiles    project: grid (1 + ⌈rows of ∂L/∂q / 8⌉ + ⌈rows of ∂L/∂p / 8⌉), the first thread block for ∂L/∂β. sum_dots: one thread block
 // Threads  256: one warp per output row
 // Shared   64 bytes (reduce.cuh)
 // Sync     R1, R2 reduce.cuh
-// Numerics f64 until it is stored, rounded once. May write where the sums are: a lane reads an element before it writes it. A row
-//          without direction gets zeros; a refused call NaN, and so does a row that has not the norm of the forward call, which the
-//          status then names. Dots are added in one fixed order
+// Numerics f64 until the gradient is stored, which rounds once. The gradients may lie where the sums are: a lane reads an element before it
+//          writes it. A row without direction gets zeros. A refused call gets NaN. A row whose norm is not that of the forward call gets
+//          NaN as well, and the status then names it. Dots are added in one fixed order
 // Limits   gradients are aligned to their elements
 #include "common/raw.cuh"
 #include "common/reduce.cuh"
 
 constexpr u32 ROWS_PER_BLOCK = REDUCE_THREADS / WARP;
 
-// One tower's gradient.
+// How the gradient of one tower is made.
 ABI_STRUCT(Projection, {
-    Raw own, other;               // raw embeddings of the tower, and of the other one
+    Raw own, other;               // the raw embeddings of this tower, and of the other one
     const float* sums;
-    u64 sums_stride;              // elements
-    const float* inverse;         // of the tower, by index
+    u64 sums_stride;              // from row to row, in elements
+    const float* inverse;         // of this tower, by index
     const double *inverse_norm, *other_inverse_norm; // by index
     unsigned char* out;
     u64 out_row_bytes;
-    u32 out_type, rows;           // of the output; no rows where there is none
-    u32 first_row;                // queries: the row of the first output row
+    u32 out_type, rows;           // of the output. There are no rows if the gradient is not wanted
+    u32 first_row;                // of the queries: the row that the first output row belongs to
     u32 is_passage;
 });
 
-// The sum of a wave's dots, to be added to that of earlier ones.
+// The dots of a wave. Their sum is added to that of earlier waves.
 ABI_STRUCT(Dots, {
     const double* dots;
     double* results;
     u32 count;
-    u32 first; // instead of adding, starts from nothing
+    u32 first; // starts from nothing, instead of adding
 });
 
 ABI_STRUCT(Backward, {
     Projection of[2];
     Dots dots;
     const double* diagonal;
-    // Pairs. Queries: the passage and the index of each row's positive (null: the identity). Passages: the indices behind each
-    // passage, occurrence_start[n] … occurrence_start[n + 1] (null: the identity), and the row that each index anchors.
+    // Pairs. For queries: the passage that is each row's positive, and its index (null for the identity). For passages: the indices behind
+    // passage n are occurrences[occurrence_start[n] … occurrence_start[n + 1] − 1] (null for the identity), and the row of each index.
     const u32 *positives, *anchor_index, *occurrence_start, *occurrences, *anchor_row;
     const float* upstream;        // null for 1
     u32* status;
-    double beta, factor;          // the host's part of the upstream gradient
-    u32 row_begin, row_end;       // rows of the shard
+    double beta, factor;          // `factor` is the host's part of the upstream gradient
+    u32 row_begin, row_end;       // the rows of the shard
     u32 zero_is_error, padding;
 });
 
-// BETA_SUM ← (first ? 0 : BETA_SUM) + Σ dots, in every thread.
+// BETA_SUM ← (first ? 0 : BETA_SUM) + Σ dots. Only thread 0 gets the sum with what was there before.
 SAMTONE_DEVICE double sum_of(const Dots& d SAMTONE_SITE) {
     double x = 0;
     for (u32 t = threadIdx.x; t < d.count; t += REDUCE_THREADS) x += ld_global_f64(d.dots + t SAMTONE_EMULATED_AS(, site));
@@ -64,20 +65,20 @@ SAMTONE_DEVICE double sum_of(const Dots& d SAMTONE_SITE) {
     return x;
 }
 
-// After each wave but the last, whose dots `project` adds.
+// Runs after each wave but the last. The dots of the last wave are added by `project`.
 SHARED_BYTES(sum_dots, REDUCE_BYTES);
 KERNEL(sum_dots, REDUCE_THREADS, BY_VALUE(Dots) dots) {
     begin_launch();
     sum_of(dots);
 }
 
-// The upstream gradient; NaN if the call is refused.
+// The upstream gradient, or NaN if the call is refused.
 SAMTONE_DEVICE double upstream_of(const Backward& b SAMTONE_SITE) {
     if (is_refused(b.status, b.zero_is_error SAMTONE_EMULATED_AS(, site))) return not_a_number();
     return b.upstream != nullptr ? b.factor * ld_global_f32(b.upstream SAMTONE_EMULATED_AS(, site)) : b.factor;
 }
 
-// ∂L/∂τ and ∂L/∂log β from Σ G (s − s⁺), which is ∂L/∂β without the cancellation of the negatives and the positive.
+// ∂L/∂τ and ∂L/∂log β from Σ G (s − s⁺). That is ∂L/∂β without the cancellation of the negatives and the positive.
 SAMTONE_DEVICE void finish(const Backward& b) {
     const double sum = sum_of(b.dots);
     if (threadIdx.x != 0) return;
@@ -93,7 +94,7 @@ SAMTONE_DEVICE void store_element(const Projection& p, u32 row, u32 column, doub
     else st_global_u16(to + 2 * column, p.out_type == TYPE_F16 ? cvt_rn_f16_f32(x).bits : cvt_rn_bf16_f32(x).bits);
 }
 
-// One embedding times a number.
+// Adds one embedding times a number.
 SAMTONE_DEVICE void add_scaled(double (&g)[8], const Raw& raw, u32 row, u32 column, bool aligned, double scale) {
     float y[8];
     load_eight(y, raw, raw.data + row * raw.row_bytes, column, aligned);
@@ -101,7 +102,7 @@ SAMTONE_DEVICE void add_scaled(double (&g)[8], const Raw& raw, u32 row, u32 colu
     for (u32 i = 0; i < 8; ++i) g[i] = fma_rn(scale, static_cast<double>(y[i]), g[i]);
 }
 
-// u + Σ D_i ŷ at columns column … column + 7.
+// u + Σ D_i ŷ at the columns column … column + 7.
 SAMTONE_DEVICE void gather(double (&g)[8], const Backward& b, const Projection& p, u32 row, u32 column, double unit, bool aligned) {
     UNROLL
     for (u32 i = 0; i < 8; ++i) g[i] = 0;
@@ -128,7 +129,7 @@ SAMTONE_DEVICE void gather(double (&g)[8], const Backward& b, const Projection& 
         const u32 index = b.occurrence_start != nullptr ? ld_global_nc_u32(b.occurrences + k) : k;
         const u32 anchored = ld_global_nc_u32(b.anchor_row + index);
         add_sum(index);
-        if (anchored < b.row_begin || anchored >= b.row_end) continue; // also NONE
+        if (anchored < b.row_begin || anchored >= b.row_end) continue; // also if it is NONE
         add_scaled(g, p.other, anchored, column, aligned,
                    ld_global_f64(b.diagonal + anchored) * ld_global_f64(p.other_inverse_norm + anchored));
     }
@@ -153,14 +154,14 @@ KERNEL(project, REDUCE_THREADS, BY_VALUE(Backward) b) {
     const double unit = exp2_f64(ld_global_f64(b.dots.results + SHIFT) - 12);
     const unsigned char* x = p.own.data + row * p.own.row_bytes;
     double factor = b.beta * inverse * upstream_of(b), along = 0, squares = 0;
-    // Added up as `prepare` did, so the same to the bit for the same embedding. By a loop of its own, whose registers are free again.
+    // This adds up as `prepare` did, so that the same embedding gives the same bits. The loop is apart to free its registers again.
     for (u32 column = 8 * lane_id(); column < p.own.dim; column += 8 * WARP) {
         float v[8];
         load_eight(v, p.own, x, column, aligned);
         add_squares(squares, v);
     }
     const Norm norm = norm_of(reduce_warp<Sum>(squares));
-    if ((!norm.finite || norm.inverse != inverse) && factor == factor) { // a refused call has its status
+    if ((!norm.finite || norm.inverse != inverse) && factor == factor) { // the status of a refused call is there already
         factor = not_a_number();
         if (lane_id() == 0) atom_global_min_u32(b.status + CHANGED_QUERY + p.is_passage, row);
     }

@@ -1,29 +1,32 @@
 // skip_squares.cu: which squares of cosines may be left out of the gradient.
-// Math     square_masses  U = max_i Σ_j exp(β s_ij) over the square's rows i that anchor, j its kept columns; V likewise down its columns
-//          choose_skipped a square is skipped if, for the rows of each of its edges, max_i a_i/|Dᵢ| · U <= η·J/C: a_i the
-//                         coefficient of the edge's block, Dᵢ = ∂L/∂(β s⁺ᵢ), J the square's candidates, C those of a row in all blocks.
-//                         docs/skipping.md has the proof. Never a square on the diagonal of a triangle
-//          count_skipped  how many there are, and how many are skipped, without mirror images
+// Math     square_masses  U = max_i Σ_j exp(β s_ij) over the rows i of the square that anchor, where j are the columns that i keeps.
+//                         V is the same for its columns
+//          choose_skipped a square is skipped if both its rows and its columns allow it. The rows allow it if max_i a_i/|Dᵢ| · U <= η·J/C.
+//                         a_i is the coefficient of their block, Dᵢ = ∂L/∂(β s⁺ᵢ), J is the number of candidates in the square, and C
+//                         that of a row in all blocks. docs/skipping.md has the proof. A square on the diagonal of a triangle is never
+//                         skipped
+//          count_skipped  how many squares there are, and how many are skipped, without mirror images
 // In/out   partials of the logsumexp pass · masses: U and V of each square · skipped: a word for each (common/skipping.cuh), results
-// Tiles    square_masses, choose_skipped: one square per block, grid (squares of the wave, mirror images included). count_skipped: one block
+// Tiles    square_masses, choose_skipped: one square per thread block, grid (squares of the wave, mirror images included). count_skipped:
+//          one thread block
 // Threads  256
 // Shared   64 bytes (reduce.cuh)
 // Sync     R1, R2 reduce.cuh
-// Numerics The largest sum is found by whole numbers, exactly. Logarithms to base 2; what they are off by, and sums of f32, is within SLACK.
-//          Comparisons with NaN, and a row without a derivative of its positive, keep the square
-// Limits   squares of 256 rows and columns at the most
+// Numerics The largest sum is found by whole numbers, exactly. Logarithms have base 2. Their error, and that of sums in f32, is within
+//          SLACK. A comparison with NaN keeps the square in the gradient, and so does a row whose derivative by its positive is nearly 0
+// Limits   squares have 256 rows and columns at most
 #include "common/reduce.cuh"
 #include "common/skipping.cuh"
 
-// Subtracted from the logarithm of what is allowed: 0.07% of it.
+// This is subtracted from the logarithm of what is allowed. It is 0.07% of it.
 constexpr double SLACK = 0x1p-10;
 
-// The largest sums along the two edges of a square; a sum of 0 where no anchor has a negative.
+// The largest sums among the rows and among the columns of a square. A sum of 0 says that no anchor has a negative there.
 ABI_STRUCT(Masses, {
     Partial row, col;
 });
 
-// Block and place of square k of a wave, among those that may be skipped.
+// Super-block and place of square k of a wave, counting only those that may be skipped.
 struct Square {
     u32 block, row, col;
 };
@@ -39,16 +42,17 @@ SAMTONE_DEVICE Square square_of(const Wave& wave, u32 k, u32 together) {
     const u32 cols = wave.blocks[b].col.tiles / together;
     return {b, k / cols, k % cols};
 }
-// Whether the square is computed once and can be skipped at all.
+// Whether this square can be skipped, and is no mirror image of another one.
 SAMTONE_DEVICE bool is_candidate(const SuperBlock& block, const Square& at) { return block.triangle == 0 || at.row < at.col; }
 
-// Partial sums as whole numbers in the same order, exact in f64; −∞ for an empty sum.
+// A partial sum as a whole number, which f64 holds exactly. Larger sums have larger numbers, and an empty sum has −∞.
 constexpr double OCTAVE = 0x1p23;
 SAMTONE_DEVICE double order_of(const Partial& x) {
     return x.sum == 0 ? minus_infinity() : x.exponent * OCTAVE + static_cast<double>(bits_of(x.sum));
 }
 
-// The largest sum of the indices of one edge over `together` tiles. `first`: its partial for the square's first index and tile.
+// The largest sum of the indices of one axis over `together` tiles. `first` is the partial sum of the square's first index in its first
+// tile.
 SAMTONE_DEVICE Partial largest_sum(const Edge& edge, const Partial* first, u32 indices, u32 tile, u32 together) {
     Partial mine{0, 0};
     for (u32 t = 0; edge.sums != 0 && threadIdx.x < indices && t < together; ++t) {
@@ -95,14 +99,14 @@ ABI_STRUCT(Choice, {
     u32 rows, step, together, padding;
 });
 
-// log2 of a positive number, to 2^-21.
+// log2 of a positive number, with an error up to 2^-21.
 SAMTONE_DEVICE double log2_of(double x) {
     const u64 bits = bits_of(x);
     const double fraction = double_of((bits & 0xfffffffffffffull) | 0x3ff0000000000000ull);
     return static_cast<double>(static_cast<i32>(bits >> 52) - 1023) + lg2_approx(static_cast<float>(fraction));
 }
 
-// log2 of a_i/|Dᵢ|, the largest of the edge's anchors in the square; −∞ if none has a coefficient.
+// log2 of a_i/|Dᵢ|, the largest among the anchors of the axis in the square. It is −∞ if none has a coefficient.
 SAMTONE_DEVICE double largest_demand(const Choice& c, const Edge& edge, u32 begin, const Towers& towers) {
     constexpr double LOG2_E = 1.44269504088896340735992468100, SMALLEST = 1e-300;
     double demand = minus_infinity();
@@ -118,7 +122,7 @@ SAMTONE_DEVICE double largest_demand(const Choice& c, const Edge& edge, u32 begi
     return reduce_block<Largest>(demand);
 }
 
-// Whether the anchors of an edge can do without the square.
+// Whether the anchors of an axis can do without the square.
 SAMTONE_DEVICE bool spares(const Partial& mass, double demand, u32 candidates, double log2_share) {
     if (mass.sum == 0 || demand == minus_infinity()) return true;
     const double share = demand + mass.exponent + lg2_approx(mass.sum);

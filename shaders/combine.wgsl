@@ -1,22 +1,22 @@
-// combine.wgsl: the O(M) steps between the heavy passes: partial sums → loss, metrics, coefficients; and the dot of ∂L/∂β.
-// Math     src/combine.rs, without logarithms but for the loss: E = exp(β s⁺), D_g = Σ_b S_b / E, ℓ_g − β s⁺ = log(e + D_g),
+// combine.wgsl: the O(M) steps between the heavy passes. Partial sums become loss, metrics and coefficients. Also the dot of ∂L/∂β.
+// Math     src/combine.rs, without logarithms except for the loss: E = exp(β s⁺), D_g = Σ_b S_b / E, ℓ_g − β s⁺ = log(e + D_g),
 //          D_i = −Σ_g c w̃ D_g / (e + D_g), a^b = Σ_{g∋b} c w̃ / (E (e + D_g))
 // In/out   scratch: partials of logsumexp.wgsl, dots of gradient_tile.wgsl; side: weights, groups, candidates · state, status
-// Groups   merge: 64 indices of an edge each; combine: 64 rows each; the others: one
+// Groups   merge: 64 indices of an axis each; combine: 64 rows each; the others: one
 // Numerics Scaled numbers: f32 whose exponent is a whole number of its own. Sums of many are Pairs. Tiles, super-blocks and rows are
-//          added in one fixed order: same bits on every run
+//          added in one fixed order, so that every run gives the same bits
 
 struct Params {
     zero: u32,
-    count: u32,           // merge: indices of the edge; combine: rows
+    count: u32,           // merge: indices of the axis; combine: rows
     begin: u32,           // the first of them
-    across: u32,          // tiles of the edge across
-    along: u32,           // indices of the edge, padded to tiles
+    across: u32,          // tiles of the other axis
+    along: u32,           // indices of the axis, padded to tiles
     tile: u32,
-    triangle: u32,        // 0, or 1 for the rows of a triangle, 2 for its columns
+    triangle: u32,        // 0 for a rectangle, 1 for the rows of a triangle, 2 for its columns
     partials: u32,
     candidates: u32,
-    block_sums: u32,      // of the block that the edge's anchors take part in
+    block_sums: u32,      // those of the block in which the anchors of the axis take part
     ranks: u32,
     sums: u32,
     positive: u32,
@@ -30,11 +30,11 @@ struct Params {
     workgroups: u32,      // of combine
     results: u32,
     zero_is_error: u32,
-    empty_is_error: u32,  // whether a row without any term in its softmax is a fault; its loss and gradient are 0
+    empty_is_error: u32,  // whether a row without any term in its softmax is a fault. Such a row has loss and gradient 0
     dots: u32,
     tiles: u32,
     first: u32,           // whether the sum of dots starts here
-    factor: f32,          // the host's part of the upstream gradient: factor·2^factor_exponent
+    factor: f32,          // the host's part of the upstream gradient is factor·2^factor_exponent
     factor_exponent: i32,
     beta: f32,
     beta_head: f32,
@@ -92,7 +92,7 @@ fn pair_times_power(x: Pair, exponent: i32) -> Pair {
     return Pair(x.high * power, x.low * power);
 }
 
-// Adds the partials of the tiles across an edge of a super-block to the sums of the rows that it anchors.
+// Adds the partial sums of an axis of a super-block, over the tiles of the other axis, to the sums of the rows that it anchors.
 @compute @workgroup_size(64)
 fn merge(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
     let local = id.y * groups.x * 64u + id.x;
@@ -107,7 +107,7 @@ fn merge(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) 
     var sum = pair_at(to);
     var exponent = bitcast<i32>(state[to + 2u]);
     var above = state[to + 3u];
-    // Of a triangle, tiles right of the diagonal give rows, and those above it columns.
+    // In a triangle, the tiles right of the diagonal have sums of rows, and the tiles above it sums of columns.
     var tile = select(0u, local / params.tile, params.triangle == 1u);
     let end = select(params.across, local / params.tile, params.triangle == 2u);
     for (; tile < end; tile += 1u) {
@@ -209,10 +209,10 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
         }
         let w = value_of(weight);
         results[0] = two_product(w, value_of(loss));
-        for (var k = 0u; k < 2u; k += 1u) { // QP, PQ
+        for (var k = 0u; k < 2u; k += 1u) { // for QP, then for PQ
             let above = state[params.sums + SUM_WORDS * (k * params.count + row) + 3u];
             results[1u + 2u * k] = Pair(select(0.0, w, above == 0u), 0.0);
-            // Divisions of WGSL may be off by some ulps, and by 1 as well.
+            // A division in WGSL may be off by some ulps, also a division by 1.
             results[2u + 2u * k] = Pair(select(w / (1.0 + f32(above)), w, above == 0u), 0.0);
         }
     }
@@ -229,7 +229,7 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
     }
 }
 
-// Results from those of the workgroups.
+// Makes results of what the workgroups found.
 @compute @workgroup_size(64)
 fn finish_forward(lane: Lane) {
     var magnitude = NOWHERE;
@@ -246,7 +246,7 @@ fn finish_forward(lane: Lane) {
     if lane.index != 0u {
         return;
     }
-    // As `Metrics::from_sums`: P@1 and MRR are equal where every positive wins, and then 1, whatever the rounded weights add up to.
+    // As in `Metrics::from_sums`: P@1 and MRR are equal where every positive wins. Then both are 1, whatever the rounded weights add up to.
     for (var k = 1u; k < RESULTS; k += 2u) {
         if sums[k].high == sums[k + 1u].high && sums[k].low == sums[k + 1u].low {
             sums[k] = Pair(1.0, 0.0);
@@ -280,7 +280,7 @@ fn finish_forward(lane: Lane) {
     }
 }
 
-// By whole numbers, so that subnormal ones count on every device. Of infinity and NaN all gradients are NaN.
+// This takes the number apart by whole numbers, so that subnormal ones count on every device. With infinity or NaN all gradients are NaN.
 @compute @workgroup_size(1)
 fn load_upstream() {
     let bits = upstream[params.begin];
@@ -314,7 +314,7 @@ fn sum_dots(lane: Lane) {
     }
 }
 
-// ∂L/∂τ and ∂L/∂log β from Σ G (s − s⁺), which is ∂L/∂β without the cancellation of the negatives and the positive.
+// ∂L/∂τ and ∂L/∂log β from Σ G (s − s⁺). That is ∂L/∂β without the cancellation of the negatives and the positive.
 @compute @workgroup_size(1)
 fn finish_backward() {
     let upstream = scaled_at(params.results + UPSTREAM);

@@ -1,11 +1,11 @@
-// gradient_product.wgsl: products of the gradients of a super-block with the embeddings across: sums of gradients.
-// Math     rows     sum_m += Σ_k ĝ_mk·packed_k, m an index of the row edge, k one of the column edge
-//          columns  sum_m += Σ_k ĝ_km·packed_k, m an index of the column edge, k one of the row edge
-// In/out   gradients: row-major ĝ as vectors; packed: embeddings of the edge across · sums: f32, row-major with a stride
+// gradient_product.wgsl: sums of gradients: products of the gradients of a super-block with the embeddings of its other axis.
+// Math     rows     sum_m += Σ_k ĝ_mk·packed_k, where m is an index of the rows and k one of the columns
+//          columns  sum_m += Σ_k ĝ_km·packed_k, where m is an index of the columns and k one of the rows
+// In/out   gradients: row-major ĝ as vectors; packed: embeddings of the other axis · sums: f32, row-major with a stride
 // Groups   EDGE indices x EDGE numbers of an embedding each: grid (⌈d / EDGE⌉, ⌈indices / EDGE⌉); product_64.wgsl, product_128.wgsl
 // Shared   a: EDGE x 16 or 16 x EDGE of ĝ, as it lies; b: 16 rows of EDGE numbers
-// Numerics f32; sums end after 64 terms and are added to the total. One writer for each sum, super-blocks in the order of the
-//          dispatches: same bits on every run. The alternative is gradient_product_cooperative.wgsl
+// Numerics f32. A sum ends after 64 terms, and is then added to the total. Each sum has one writer, and the super-blocks are added in the
+//          order of the dispatches, so that every run gives the same bits. The alternative is gradient_product_cooperative.wgsl
 
 @group(0) @binding(1) var<storage, read> gradients: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> packed: array<Packed>;
@@ -13,7 +13,7 @@
 const EDGE = 64u * PARTS;
 const VECTORS = EDGE / 4u;
 const DEPTH = 16u;
-const A_ROW = 5u; // vectors of a row of `a` along k, with one of padding, so that rows 16 apart lie in different banks
+const A_ROW = 5u; // vectors of a row of `a` along k. One of them is padding, so that rows 16 apart lie in different banks
 const FLUSH = 4u;
 
 var<workgroup> a: array<vec4<f32>, EDGE * A_ROW>;
@@ -31,7 +31,7 @@ fn load_packed(first: u32, column: u32, index: u32) {
     }
 }
 
-// part + a·b, where a is four rows along k, and b four of k.
+// part + a·b, where a is four rows along k, and b is four of k.
 fn add_rows(part: mat4x4<f32>, a0: vec4<f32>, a1: vec4<f32>, a2: vec4<f32>, a3: vec4<f32>, b0: vec4<f32>, b1: vec4<f32>, b2: vec4<f32>, b3: vec4<f32>) -> mat4x4<f32> {
     return mat4x4<f32>(
         fma(vec4(a0.w), b3, fma(vec4(a0.z), b2, fma(vec4(a0.y), b1, fma(vec4(a0.x), b0, part[0])))),
@@ -41,7 +41,7 @@ fn add_rows(part: mat4x4<f32>, a0: vec4<f32>, a1: vec4<f32>, a2: vec4<f32>, a3: 
     );
 }
 
-// part + m·n for one k: m is four indices, n four numbers.
+// part + m·n for one k, where m is four indices and n is four numbers.
 fn add_outer(part: mat4x4<f32>, m: vec4<f32>, n: vec4<f32>) -> mat4x4<f32> {
     return mat4x4<f32>(
         fma(vec4(m.x), n, part[0]),
@@ -51,7 +51,7 @@ fn add_outer(part: mat4x4<f32>, m: vec4<f32>, n: vec4<f32>) -> mat4x4<f32> {
     );
 }
 
-// Block (r, c) of a thread: four indices first, first + step, … and four numbers.
+// Stores the blocks of a thread. Block (r, c) has four indices, `step` apart, and four numbers.
 fn store(total: Totals, first: u32, between: u32, step: u32, column: u32) {
     var sums = total;
     for (var r = 0u; r < PARTS; r += 1u) {
@@ -76,7 +76,7 @@ fn product_rows(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocati
     let stages = (params.depth + DEPTH - 1u) / DEPTH;
     for (var stage = 0u; stage < stages; stage += 1u) {
         for (var at = index; at < EDGE * DEPTH / 4u; at += 256u) {
-            // Rows beyond the edge are others' numbers, and are not stored.
+            // Rows beyond the end of the axis have numbers of something else. Their products are not stored.
             a[at / 4u * A_ROW + at % 4u] =
                 gradients[params.gradient_base + (row + at / 4u) * params.gradient_vectors + stage * (DEPTH / 4u) + at % 4u];
         }

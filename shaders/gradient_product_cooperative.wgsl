@@ -1,11 +1,11 @@
-// gradient_product_cooperative.wgsl: gradient_product.wgsl on cooperative matrices: ĝ as two planes of f16.
+// gradient_product_cooperative.wgsl: gradient_product.wgsl on cooperative matrices, with ĝ as two planes of f16.
 // Math     rows     sum_m += Σ_k ĝ_mk·packed_k;  columns  sum_m += Σ_k ĝ_km·packed_k
-// In/out   left: ĝ, row-major, the second plane what the first leaves; right: packed embeddings of the edge across · sums
+// In/out   left: ĝ, row-major, where the second plane has what the first leaves; right: packed embeddings of the other axis · sums
 // Groups   64 indices x 64 numbers of an embedding each
 // Threads  subgroup s computes the fragments s, s + (number of subgroups), … of the 4 x 4, each 16 x 16
 // Shared   products: the 64 x 64 sums, row by row
-// Numerics f32 sums end after 64 terms and are added to the total; the plane of the small numbers first
-// Limits   ĝ has zeros, and packed rows finite numbers, up to a multiple of 64 indices
+// Numerics A sum in f32 ends after 64 terms, and is then added to the total. The plane of the small numbers comes first
+// Limits   ĝ has zeros, and packed rows have finite numbers, up to a multiple of 64 indices
 
 @group(0) @binding(1) var<storage, read> left: array<f16>;
 @group(0) @binding(2) var<storage, read> right: array<f16>;
@@ -25,7 +25,7 @@ struct Invocation {
     @builtin(subgroup_size) lanes: u32,
 }
 
-// Σ over k of one fragment, over both planes.
+// Σ over k for one fragment, over both planes.
 fn sum_fragment(of_columns: bool, row: u32, column: u32) -> Sums {
     let stride = 4u * params.gradient_vectors;
     let row_numbers = 4u * params.row_vectors;

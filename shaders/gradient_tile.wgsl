@@ -1,16 +1,16 @@
 // gradient_tile.wgsl: gradient of the loss with respect to tiles of cosines.
-// Math     g_ij = exp(β s_ij)·([kept for row i] a_i + [kept for column j] b_j), with a, b from combine.wgsl, in units of 2^SHIFT;
+// Math     g_ij = exp(β s_ij)·([row i keeps j] a_i + [column j keeps i] b_j), with a, b from combine.wgsl, in units of 2^SHIFT.
 //          ĝ_ij = g_ij·n_i·n_j with n = 2^12/‖packed row‖, so that products with packed rows need no other scale.
-//          dots: Σ g (s − s⁺), each part with the positive of its own anchor
+//          dots: Σ g (s − s⁺), where each part of g has the positive of its own anchor
 // In/out   as logsumexp.wgsl; state: coefficients, positives, SHIFT · scratch: ĝ, row-major [row_tiles·TILE][col_tiles·TILE];
-//          dots: f32 for each tile
+//          dots: an f32 for each tile
 // Groups   one tile each. Off the diagonal of a triangle, also the mirror image of the tile
-// Numerics As logsumexp.wgsl. Coefficients are factor·2^exponent. Where no coefficient of a tile exceeds 2^60 times the inverse of
-//          its largest exponential, one exponential serves both; elsewhere each is taken with its own
+// Numerics As logsumexp.wgsl. A coefficient is factor·2^exponent. If no coefficient of a tile exceeds 2^60 times the inverse of its largest
+//          exponential, one exponential serves both rows and columns. Else each is taken with its own
 
-const NEVER = -1e9; // an exponent that flushes everything to 0
+const NEVER = -1e9; // an exponent that makes everything 0
 
-var<workgroup> coefficients: array<vec2<f32>, 2u * TILE>; // exponent and factor, by entry of the edges
+var<workgroup> coefficients: array<vec2<f32>, 2u * TILE>; // exponent and factor of every entry
 var<workgroup> positives: array<f32, 2u * TILE>;
 var<workgroup> strongest: atomic<i32>;
 

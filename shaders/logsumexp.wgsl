@@ -1,23 +1,23 @@
 // logsumexp.wgsl: sums of exponentials of the rows and columns of tiles of cosines, and ranks.
-// Math     for every index i of a tile's row edge that anchors a row: Σ exp(β s_ij) over its kept negatives j of the tile, and the
-//          number of them with s_ij above s⁺; likewise down its columns. reference.rs: `Negatives::kept`
+// Math     for every index i of a tile's rows that anchors a row of the batch: Σ exp(β s_ij) over the negatives j of the tile that it
+//          keeps, and the number of those whose s_ij is above s⁺. The same for the indices of its columns. reference.rs: `Negatives::kept`
 // In/out   left, right: packed embeddings; side, state: keys, norms, anchors · scratch: for each index and tile the sum, its
-//          exponent, the count, PARTIAL_WORDS words at (tile across · indices of the edge, padded + index)
+//          exponent and the count, PARTIAL_WORDS words at (tile of the other axis · indices of the axis, padded + index)
 // Groups   one tile each
-// Numerics Cosines and exponentials f32, exponents whole numbers. Where the kept cosines of a tile span less than 2^110, one
-//          exponential under one exponent serves rows and columns; elsewhere each row and column has the exponent of its own
-//          largest term, so nothing that counts is lost at any temperature. Same bits on every run: fixed order
+// Numerics Cosines and exponentials are f32, exponents are whole numbers. If the cosines of a tile that any anchor keeps span less than
+//          2^110, one exponential under one exponent serves rows and columns. Else each row and column has the exponent of its own largest
+//          term, so that nothing that counts is lost at any temperature. Every run gives the same bits, because the order is fixed
 
 const PARTIAL_WORDS = 3u;
 
-var<workgroup> bars: array<f32, 2u * TILE>; // s⁺ with slack, by entry of the edges
-// The cosine that an entry has its exponent from: the largest kept one, its own or that of the tile.
+var<workgroup> bars: array<f32, 2u * TILE>; // s⁺ with slack, of every entry
+// The cosine that gives an entry its exponent: the largest one that any anchor of the tile keeps, or that the entry's own anchor keeps.
 var<workgroup> tops: array<atomic<i32>, 2u * TILE>;
-// Of kept negatives above the bar: four entries 16 apart, 8 bits each, because an entry has at most 128.
+// Numbers of negatives above the bar. A word has four entries 16 apart, with 8 bits each, because an entry counts at most 128.
 var<workgroup> counts: array<atomic<u32>, 32u * PARTS>;
 var<workgroup> smallest: atomic<i32>;
 
-// β·log2 e times it, rounded; 0 where nothing is kept.
+// The exponent of an entry: β·log2 e times that cosine, rounded. It is 0 where no candidate is kept.
 fn exponent_at(entry: u32) -> f32 {
     let top = from_ordered(atomicLoad(&tops[entry]));
     return select(0.0, whole_logit(top), top > NO_COSINE);
@@ -92,7 +92,7 @@ fn logsumexp(
 
     // [5] exponents
     let highest = from_ordered(atomicLoad(&largest));
-    let together = params.beta_head * (highest - from_ordered(atomicLoad(&smallest))) < 110.0; // also when nothing is kept
+    let together = params.beta_head * (highest - from_ordered(atomicLoad(&smallest))) < 110.0; // also when none is kept
     if !together {
         for (var b = 0u; b < BLOCKS; b += 1u) {
             let block = s[b];
@@ -112,7 +112,8 @@ fn logsumexp(
     }
     workgroupBarrier();
 
-    // [6] sums: of rows and columns at once, or of rows, then of columns. One loop for both: what is there twice is compiled twice.
+    // [6] sums of rows and columns at once, or of rows and then of columns. It is one loop, because what is written twice is compiled
+    // twice.
     var row_sum: array<vec4<f32>, PARTS>;
     var col_sum: array<vec4<f32>, PARTS>;
     for (var edge = 0u; edge < select(2u, 1u, together); edge += 1u) {
@@ -125,7 +126,7 @@ fn logsumexp(
                 of_entries[k] = exponent_at(select(TILE + col_of(thread, b, k), row_of(thread, b, k), edge == 0u));
             }
             var of_rows = vec4<f32>();
-            var of_cols = vec4<f32>(); // not without a value: Chromium left what the last pass of the loop had
+            var of_cols = vec4<f32>(); // not without a value: Chromium would keep that of the last pass of the loop
             for (var i = 0u; i < 4u; i += 1u) {
                 let terms = exp2_of_four(logits_minus(block.s[i], select(of_entries, vec4<f32>(of_entries[i]), edge == 0u)));
                 of_rows[i] = dot(select(vec4<f32>(), terms, kept_in_row(row_bits, i)), vec4<f32>(1.0));
@@ -141,7 +142,7 @@ fn logsumexp(
     }
     workgroupBarrier();
 
-    // [7] store, an entry each. On the diagonal of a triangle the rows stand for both.
+    // [7] store: each thread stores an entry. On the diagonal of a triangle the sums of the rows stand for both.
     let by_row = is_row(index);
     let diagonal = params.triangle != 0u && place.row == place.col;
     if index >= 2u * TILE || select(params.col_sums, params.row_sums, by_row) == 0u || (diagonal && !by_row) {

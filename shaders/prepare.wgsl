@@ -1,23 +1,23 @@
-// prepare.wgsl: what the heavy passes read: packed embeddings, norms, the positives' cosines, keys of the anchors.
+// prepare.wgsl: makes what the heavy passes read: packed embeddings, norms, cosines of the positives, keys of the anchors.
 // Math     reset      status ← NONE, sums ← 0
 //          pack       n = ‖x‖; packed = x·2^t with norm in [2^12, 2^13); norms: 2^12/‖packed‖ and t
 //          positives  s⁺ᵢ = q̂ᵢ·p̂_{π(i)}; thresholds of margin and rank
 // In/out   raw: embeddings of f32, f16 or bf16 with any row stride, as words; side: order, positives, keys · packed, state, status
 // Groups   reset: 64 words each; pack: an index each; positives: a row each
-// Numerics Embeddings are decoded by whole numbers, so that subnormal ones count on every device and NaN is seen under any
+// Numerics Embeddings are decoded by whole numbers, so that subnormal ones count on every device, and NaN is seen under any
 //          optimiser. Norms and s⁺ have about 44 bits. A row that is not finite or has norm zero packs as zeros
 
 struct Params {
     zero: u32,
-    count: u32,           // words to reset; indices to pack, in this part; rows
-    first: u32,           // index of the first one
+    count: u32,           // reset: words; pack: indices of this part; positives: rows
+    first: u32,           // the index of the first one
     dim: u32,
     dtype: u32,
     row_stride: u32,      // elements
     raw_base: u32,        // elements from the start of the binding to the row of index `raw_first`
     raw_first: u32,
-    limit: u32,           // indices of the tower; those beyond are packed as zeros
-    order: u32,           // row behind each index, NONE for the identity
+    limit: u32,           // indices of the tower. Those beyond are packed as zeros
+    order: u32,           // the row behind each index; NONE for the identity
     packed_base: u32,     // vectors from the start of the binding to the first index of this part
     row_vectors: u32,
     norms: u32,
@@ -25,7 +25,7 @@ struct Params {
     other_base: u32,      // positives: vectors from the start of `other` to index `other_first`
     other_first: u32,
     other_norms: u32,
-    positives: u32,       // index of the passage space of each row's positive, NONE for the identity
+    positives: u32,       // the index in the space of the passages of each row's positive; NONE for the identity
     row_keys: u32,
     positive: u32,
     anchors: u32,
@@ -60,7 +60,7 @@ fn reset(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) 
     }
 }
 
-// An f16 number as the bits of the f32 number of the same value.
+// The bits of the f32 number that has the value of an f16 number.
 fn widen_f16(half: u32) -> u32 {
     let sign = (half & 0x8000u) << 16u;
     let magnitude = half & 0x7fffu;
@@ -73,7 +73,7 @@ fn widen_f16(half: u32) -> u32 {
     return sign | bitcast<u32>(f32(magnitude) * 5.9604644775390625e-8);
 }
 
-// Element `column` of a row that starts `start` elements from the binding's start, as bits of f32; 0 beyond its end.
+// The bits, as f32, of element `column` of a row that starts `start` elements from the start of the binding. They are 0 beyond its end.
 fn element_bits(start: u32, column: u32) -> u32 {
     let dtype = params.dtype;
     if column >= params.dim {

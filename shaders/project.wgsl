@@ -1,17 +1,18 @@
-// project.wgsl: the diagonal term, the projection onto the tangent of each embedding, the factor β, and the output type.
-// Math     ∂L/∂x = β (I − x̂x̂ᵀ)(u + Σ D_i ŷ) / ‖x‖, u = Σ_j G_j ŷ_j over the negatives = sums·2^SHIFT·2^-12 / n, where n = 2^12/‖packed‖
-//          and ŷ is the other side of each positive pair that x belongs to; times the upstream gradient
+// project.wgsl: makes gradients of the sums: the diagonal term, the projection onto the tangent of each embedding, the factor β, and the
+// output type.
+// Math     ∂L/∂x = β (I − x̂x̂ᵀ)(u + Σ D_i ŷ) / ‖x‖, times the upstream gradient. u = Σ_j G_j ŷ_j over the negatives
+//          = sums·2^SHIFT·2^-12 / n, where n = 2^12/‖packed‖. ŷ is the other side of each positive pair that x belongs to
 // In/out   own, other: packed embeddings; side: pairs; state: norms, D; sums of gradient_product.wgsl · out: f32, f16 or bf16, any
 //          row stride, an even one for 16 bits
 // Groups   an output row each
-// Numerics f32 in units of 2^SHIFT, rounded once more to 16 bits, to the nearest. The part along x̂ is a Pair: what is left without it
-//          may be far smaller, in one dimension nothing, and inherits its error. May write where the sums are: an invocation reads an
-//          element before it writes it. A row without direction gets zeros; a call without results NaN
+// Numerics f32 in units of 2^SHIFT, rounded once more to 16 bits, to the nearest. The part along x̂ is a Pair, because what is left without
+//          it may be far smaller (in one dimension nothing) and inherits its error. The gradients may lie where the sums are: an invocation
+//          reads an element before it writes it. A row without direction gets zeros. A call without results gets NaN
 
 struct Params {
     zero: u32,
     count: u32,           // output rows of this part
-    first: u32,           // query or passage of the first
+    first: u32,           // the query or passage of the first one
     dim: u32,
     row_vectors: u32,
     own_base: u32,        // vectors from the start of `own` to index own_first
@@ -29,13 +30,13 @@ struct Params {
     diagonal: u32,
     results: u32,
     passage: u32,         // 1 for passages
-    positives: u32,       // queries: index of the passage space of each row's positive; NONE for the identity
-    candidates: u32,      // passages: of the passage space
+    positives: u32,       // queries: the index in the space of the passages of each row's positive; NONE for the identity
+    candidates: u32,      // passages: those of the space of the passages
     occurrence_start: u32, // passages: the indices behind each passage; NONE for the identity
     occurrences: u32,
-    row_begin: u32,       // rows of the shard
+    row_begin: u32,       // the rows of the shard
     row_end: u32,
-    factor: f32,          // β times the host's part of the upstream gradient: factor·2^factor_exponent
+    factor: f32,          // β times the host's part of the upstream gradient is factor·2^factor_exponent
     factor_exponent: i32,
 }
 
@@ -54,7 +55,7 @@ fn float_at(at: u32) -> f32 {
     return bitcast<f32>(state[at]);
 }
 
-// Four numbers of the sum of index `index`, as directions: u in units of 2^SHIFT.
+// Four numbers of the sum of index `index`, as a direction: u in units of 2^SHIFT.
 fn direction_sum(index: u32, vector: u32) -> vec4<f32> {
     let inverse = float_at(params.norms + NORM_WORDS * index);
     let at = params.sums_base + (index - params.sums_first) * params.sums_stride + 4u * vector;
@@ -71,7 +72,7 @@ fn direction_sum(index: u32, vector: u32) -> vec4<f32> {
     return sum;
 }
 
-// D_i ŷ, ŷ the direction of index `index` of the other tower.
+// D_i ŷ, where ŷ is the direction of index `index` of the other tower.
 fn positive_part(row: u32, index: u32, vector: u32, shift: i32) -> vec4<f32> {
     let at = params.diagonal + SCALED_WORDS * row;
     let diagonal = times_power_of_two(float_at(at), bitcast<i32>(state[at + 1u]) - shift);
@@ -84,7 +85,7 @@ fn lists_occurrences() -> bool {
     return (params.passage != 0u) & (params.occurrence_start != NONE);
 }
 
-// Written once for queries and passages: what is there twice is compiled twice.
+// This is written once for queries and passages, because what is written twice is compiled twice.
 fn gather(row: u32, vector: u32, shift: i32) -> vec4<f32> {
     let of_query = params.passage == 0u;
     let listed = lists_occurrences();
@@ -109,14 +110,14 @@ fn gather(row: u32, vector: u32, shift: i32) -> vec4<f32> {
         } else if params.positives != NONE {
             other_index = side[params.positives + row];
         }
-        if of_query || (anchor >= params.row_begin && anchor < params.row_end) { // not NONE
+        if of_query || (anchor >= params.row_begin && anchor < params.row_end) { // not if it is NONE
             sum += positive_part(anchor, other_index, vector, shift);
         }
     }
     return sum;
 }
 
-// To the nearest, ties to even: conversions of WGSL may round either way. Of bits, because NaN has to arrive.
+// Rounds to the nearest, ties to even, because conversions of WGSL may round either way. It takes bits, because NaN has to arrive.
 fn narrow_f16(bits: u32) -> u32 {
     let sign = (bits >> 16u) & 0x8000u;
     let magnitude = bits & 0x7fffffffu;

@@ -1,31 +1,32 @@
-// epilogue.cuh: what the two passes do to a tile of products alike: scale to cosines, mask, reduce.
+// epilogue.cuh: what both passes over tiles do with the products of a tile: they scale them to cosines, mask them and reduce them.
 //
-// Shared   While a tile's product runs, each of its 2·TILE threads keeps one index of its edges in registers; afterwards they lie
-//          at EDGES, 48 bytes each, rows first:
-//            0  u32x4  as a candidate: query key, passage key (of queries exchanged), owner, and 2^12/‖x‖ as bits
-//           16  u32x4  as an anchor: query key, passage key (exchanged if it meets queries), row, highest cosine kept
-//           32  u32x4  of the pass: see its kernel
-// Sync     E1 all have read the stages of the product (P3); all edges are written before any is read
+// Shared   Each of the 2·TILE threads loads one index of the tile's two axes and keeps it in registers while the product runs. Afterwards
+//          it stores the index as an entry of 48 bytes. The entries of the rows lie before those of the columns. An entry has:
+//            0  u32x4  the index as a candidate: query key, passage key, owner, and 2^12/‖x‖ as bits. A query has its keys exchanged
+//           16  u32x4  the index as an anchor: query key, passage key, row, highest cosine that it keeps. The keys are exchanged if its
+//                      candidates are queries
+//           32  u32x4  what only one pass needs: see its kernel
+// Sync     E1 all entries are written before any is read. P3 is before, so that nobody still reads the stages of the product
 #pragma once
 #include "product.cuh"
 
 constexpr u32 EDGE_BYTES = 48;
 
-// Which super-block of the wave a tile is in, and where in it.
+// In which super-block of the wave a tile is, and where in it.
 struct TilePlace {
     u32 block, row, col;
 };
 
-// Place k of a rectangle of rows x cols, or of the part of a square on and right of its diagonal. Those of a rectangle go in bands
-// of eight rows, column by column, so that blocks that run together share both operands in the cache; those of a triangle row by
-// row.
+// Place k of a rectangle of rows x cols, or of that part of a square which is on and right of its diagonal. A rectangle is visited in
+// bands of eight rows, and a band column by column. So thread blocks that run together share both operands in the cache. A triangle is
+// visited row by row.
 SAMTONE_DEVICE u32x2 place_in(u32 rows, u32 cols, bool triangle, u32 k) {
     if (!triangle) {
         const u32 band = k / (8 * cols), in_band = k % (8 * cols), height = rows - 8 * band < 8 ? rows - 8 * band : 8;
         return {8 * band + in_band % height, in_band / height};
     }
-    // Row r begins at r·cols − r (r − 1) / 2: solve for r. In f32, because f64 is slow on most GPUs: up to 2047 columns all is exact
-    // but the root, so that r is off by one at most; beyond, by a few.
+    // Row r begins at r·cols − r (r − 1) / 2. This solves for r, in f32, because f64 is slow on most GPUs. Up to 2047 columns only the
+    // root is rounded, so that r is off by one at most. Beyond that it may be off by a few.
     const u64 side = 2ull * cols + 1;
     const float root = sqrt_rn(static_cast<float>(side * side - 8ull * k)), twice = static_cast<float>(side) - root;
     u32 r = twice > 0 ? static_cast<u32>(twice / 2) : 0;
@@ -43,21 +44,21 @@ SAMTONE_DEVICE TilePlace place_of(const Wave& wave, u32 tile) {
     return {b, place.x, place.y};
 }
 
-// One index of an edge of the tile, held by one thread.
+// One index of an axis of the tile, which one thread holds.
 struct EdgeEntry {
     u32x4 candidate, anchor;
-    u32 row; // that it anchors
+    u32 row; // the row that it anchors, or NONE
     bool live;
 };
 
-// Query key and passage key of a row, as an anchor on this edge. Between exchanged keys, the rule for candidates that are queries
-// reads as the rule for passages.
+// The query key and the passage key of a row as an anchor on this axis. Where the candidates are queries, the keys of both sides are
+// exchanged. The rule for such candidates then reads like the rule for passages.
 SAMTONE_DEVICE u32x2 keys_of_anchor(const Edge& edge, const u32x4& row) {
     const bool meets_queries = edge.block == PQ || edge.block == QQ;
     return {meets_queries ? row.y : row.x, meets_queries ? row.x : row.y};
 }
 
-// An index of an edge.
+// Loads one index of an axis.
 SAMTONE_DEVICE EdgeEntry load_entry(const Edge& edge, u32 index, const Towers& towers, const AnchorKeys* rows) {
     EdgeEntry entry{{NONE, NONE, NONE, 0}, {NONE, NONE, NONE, 0}, NONE, index < edge.end};
     if (!entry.live) return entry;
@@ -75,7 +76,7 @@ SAMTONE_DEVICE EdgeEntry load_entry(const Edge& edge, u32 index, const Towers& t
 
 template <u32 TILE> SAMTONE_DEVICE bool holds_row() { return threadIdx.x < TILE; }
 
-// This thread's index: thread k < TILE holds row k, thread TILE + k column k.
+// This thread's index. Thread k < TILE holds row k of the tile, and thread TILE + k holds column k.
 template <u32 TILE>
 SAMTONE_DEVICE EdgeEntry load_edge(const SuperBlock& block, const TilePlace& at, const Towers& towers, const AnchorKeys* rows) {
     const Edge& edge = holds_row<TILE>() ? block.row : block.col;
@@ -89,10 +90,10 @@ template <u32 TILE> SAMTONE_DEVICE void store_edge(shared_address edges, const E
     st_shared_u32x4(at + 32, of_pass);
 }
 
-// A thread's elements, seen as rows and columns: row slot i of 2·FRAGMENTS, column slot j of 8.
+// The elements of a thread, seen as rows and columns. It has 2·FRAGMENTS row slots, counted by i, and 8 column slots, counted by j.
 template <u32 TILE> struct Elements {
     static constexpr u32 ROWS = 2 * Shape<TILE>::FRAGMENTS, COLS = 8;
-    u32 row0, column0; // of this thread in the tile
+    u32 row0, column0; // where this thread's part of the tile begins
     SAMTONE_MEMBER static Elements of_this_thread() {
         return {warp_row<TILE>() + lane_id() / 4, warp_column<TILE>() + lane_id() % 4 * 2};
     }
@@ -101,7 +102,8 @@ template <u32 TILE> struct Elements {
 };
 template <u32 TILE> SAMTONE_DEVICE float& element(Totals<TILE>& x, u32 i, u32 j) { return x[i / 2][j / 2][i % 2 * 2 + j % 2]; }
 
-// The rule of src/mask.rs: whether the candidate at cosine s is a negative of the anchor. Without branches: all of it is in registers.
+// The rule of src/mask.rs: whether the candidate at cosine s is a negative of the anchor. It has no branches, because all of it is in
+// registers.
 SAMTONE_DEVICE bool keys_differ(const u32x4& candidate, const u32x4& anchor) {
     return (candidate.x != anchor.x) & (candidate.y != anchor.y) & (candidate.y != anchor.x) &
            ((candidate.z == NONE) | (candidate.z == anchor.z));
@@ -110,12 +112,13 @@ SAMTONE_DEVICE bool is_negative(const u32x4& candidate, const u32x4& anchor, flo
     return keys_differ(candidate, anchor) & (s <= float_of(anchor.w));
 }
 
-// Which of the thread's elements are kept negatives of their row's and of their column's anchor: bit 8 i + j.
+// Which elements of the thread are negatives that the anchor of their row, or of their column, keeps. Element (i, j) is bit 8 i + j.
 struct Kept {
     u64 row, col;
 };
 
-// Of a tile: whether its rows, its columns anchor; how many exist; whether any pair may be masked.
+// What the mask must know of a tile: whether its rows and its columns anchor, whether any pair may be masked, and how many rows and columns
+// exist.
 struct TileMask {
     bool row_anchors, col_anchors, masked;
     u32 live_rows, live_cols;
@@ -124,13 +127,13 @@ struct TileMask {
 template <u32 TILE> SAMTONE_DEVICE TileMask mask_of(const SuperBlock& block, const TilePlace& at, const Towers& towers) {
     const u32 row = block.row.begin + at.row * TILE, col = block.col.begin + at.col * TILE;
     const u32 rows = row < block.row.end ? block.row.end - row : 0, cols = col < block.col.end ? block.col.end - col : 0;
-    // Default keys mask a pair only where both indices are the same: the order of the passages sees to it.
+    // Default keys mask a pair only where both indices are the same. The order of the passages guarantees that.
     const bool overlap = row < col + TILE && col < row + TILE;
     return {block.row.anchors != 0, block.col.anchors != 0, towers.masked != 0 || overlap, rows < TILE ? rows : TILE,
             cols < TILE ? cols : TILE};
 }
 
-// [2] scale: products → cosines, in place, unless they are cosines already. [3] mask.
+// [2] scale: makes cosines of products, in place, unless they are cosines already. [3] mask.
 template <u32 TILE, bool SCALED = false> SAMTONE_DEVICE Kept scale_and_mask(Totals<TILE>& x, shared_address edges, const TileMask& tile) {
     using E = Elements<TILE>;
     const E elements = E::of_this_thread();
@@ -138,7 +141,7 @@ template <u32 TILE, bool SCALED = false> SAMTONE_DEVICE Kept scale_and_mask(Tota
     const bool checked = tile.masked || tile.live_rows < TILE || tile.live_cols < TILE;
     Kept kept{tile.row_anchors ? ~0ull : 0, tile.col_anchors ? ~0ull : 0};
     if (SCALED && !checked) return kept;
-    float col_scale[E::COLS]; // once for all rows
+    float col_scale[E::COLS]; // loaded once for all rows
     UNROLL
     for (u32 j = 0; !SCALED && j < E::COLS; ++j) col_scale[j] = ld_shared_f32(cols + elements.column(j) * EDGE_BYTES + 12);
     UNROLL
@@ -166,20 +169,21 @@ template <u32 TILE, bool SCALED = false> SAMTONE_DEVICE Kept scale_and_mask(Tota
 }
 SAMTONE_DEVICE bool is_kept(u64 bits, u32 i, u32 j) { return (bits >> (8 * i + j) & 1) != 0; }
 
-// 2^(s·β·log2 e − k) for whole k: the product with the high part is exact up to the cancellation with k under one fused
-// multiply-add, so that 1/τ, rounded to f32, costs no digit of a logit near 100.
+// 2^(s·β·log2 e − k) for a whole k. The fused multiply-add rounds the product with the high part only after k was subtracted. So 1/τ,
+// which is rounded to f32, costs no digit of a logit near 100.
 SAMTONE_DEVICE float exponential(float s, const Beta& beta, float k) {
     return ex2_approx(fma_rn(s, beta.low, fma_rn(s, beta.high, -k)));
 }
 
-// Below every cosine.
+// This is below every cosine.
 constexpr float NO_COSINE = -4;
 
 // ---- reductions among lanes
 
-// Halves a register array over lanes that differ in the bits FIRST, 2·FIRST, … below LAST·2, adding: N values a lane become
-// N / (number of lanes); a lane keeps the part that its bits choose, first bit first. 4 + 2 + 1 exchanges for 8 values over 8
-// lanes, where one value after the other would take 24. The operands of each sum are the same in both lanes, only swapped.
+// Adds up N values over the lanes that differ in the bits BIT, 2·BIT, … LAST. Each step exchanges half of a lane's values with one other
+// lane, so that a lane ends up with N / (number of lanes) sums. Its bits choose which ones, the lowest bit first. For 8 values over 8 lanes
+// that takes 4 + 2 + 1 exchanges, where one value after the other would take 24. The operands of each sum are the same in both lanes, in
+// swapped places.
 template <u32 N, u32 BIT, u32 LAST, class T> SAMTONE_DEVICE void sum_halving(T (&v)[N] SAMTONE_SITE) {
     if constexpr (BIT <= LAST) {
         const bool upper = (lane_id() & BIT) != 0;
@@ -195,8 +199,8 @@ template <u32 N, u32 BIT, u32 LAST, class T> SAMTONE_DEVICE void sum_halving(T (
     }
 }
 
-// Of values that all these lanes share, the ones whose sums a lane holds afterwards. By selections, because an index known only
-// at run time would move the array to local memory.
+// Of N values that all these lanes share, this leaves those whose sums a lane holds after `sum_halving`. It selects instead of indexing,
+// because an index that is known only at run time would move the array to local memory.
 template <u32 N, u32 BIT, u32 LAST> SAMTONE_DEVICE void choose_halving(float (&v)[N]) {
     if constexpr (BIT <= LAST) {
         const bool upper = (lane_id() & BIT) != 0;
@@ -209,7 +213,7 @@ template <u32 N, u32 BIT, u32 LAST> SAMTONE_DEVICE void choose_halving(float (&v
     }
 }
 
-// The row slots whose sums a lane holds after sum_halving<ROWS, 1, 2>: FIRST … FIRST + ROWS / 4 − 1.
+// The row slots whose sums a lane holds after sum_halving<ROWS, 1, 2>: this one and the ROWS / 4 − 1 that follow.
 template <u32 TILE> SAMTONE_DEVICE u32 first_row_slot() {
     constexpr u32 ROWS = Elements<TILE>::ROWS;
     return (lane_id() & 1) * (ROWS / 2) + (lane_id() >> 1 & 1) * (ROWS / 4);
@@ -217,7 +221,7 @@ template <u32 TILE> SAMTONE_DEVICE u32 first_row_slot() {
 // The column slot whose sum a lane holds after sum_halving<8, 4, 16>.
 SAMTONE_DEVICE u32 column_slot() { return (lane_id() >> 2 & 1) * 4 + (lane_id() >> 3 & 1) * 2 + (lane_id() >> 4 & 1); }
 
-// The largest value among lanes that differ in the bits FIRST … LAST.
+// The largest value among the lanes that differ in the bits `first` … `last`.
 SAMTONE_DEVICE float max_among(float x, u32 first, u32 last SAMTONE_SITE) {
     for (u32 bit = first; bit <= last; bit *= 2) x = max_f32(x, shfl_sync_bfly(ALL_LANES, x, bit SAMTONE_EMULATED_AS(, site)));
     return x;

@@ -1,11 +1,12 @@
 // hopper.cuh: PTX instructions of compute capability 9.0, the "a" ones included: clusters, mbarriers, bulk copies, wgmma.
 //
-// As in instructions.cuh, each function states the instruction and, beside it, what the emulator does for it.
+// As in instructions.cuh, each function states the instruction and, beside it, what the emulator does for it. A block is a thread block.
 //
-// Warpgroup: four warps whose first is a multiple of four. wgmma and setmaxnreg are of all 128 threads, at the same line.
-// Proxies: bulk copies and wgmma reach shared memory by the asynchronous proxy, loads and stores by the generic one. What a
-// bulk copy wrote is seen by who waited for its mbarrier; what stores wrote is seen by wgmma and bulk copies after
-// fence_proxy_async by the storing thread and a barrier.
+// Warpgroup: four warps, the first of which has a number that is a multiple of four. wgmma and setmaxnreg need all its 128 threads, at the
+// same line.
+// Proxies: bulk copies and wgmma reach shared memory by the asynchronous proxy, loads and stores by the generic one. A thread that waited
+// for the mbarrier of a bulk copy sees what the copy wrote. wgmma and bulk copies see what a thread stored only after that thread made a
+// fence_proxy_async and a barrier followed.
 #pragma once
 #include "instructions.cuh"
 
@@ -14,7 +15,7 @@ SAMTONE_DEVICE u32 warpgroup_id() { return threadIdx.x / WARPGROUP; }
 
 // ---- clusters: an address of shared memory means the same place in every block of the cluster
 
-// %cluster_ctarank: number of this block in its cluster.
+// %cluster_ctarank: the number of this block in its cluster.
 SAMTONE_DEVICE u32 cluster_rank() {
     u32 r = 0;
     SAMTONE_PTX("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
@@ -22,7 +23,7 @@ SAMTONE_DEVICE u32 cluster_rank() {
     return r;
 }
 
-// barrier.cluster: all threads of all blocks of the cluster, at the same line. Orders memory among them.
+// barrier.cluster: all threads of all blocks of the cluster meet, at the same line. Orders memory among them.
 SAMTONE_DEVICE void cluster_sync(SAMTONE_SITE_ONLY) {
     SAMTONE_PTX("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
     SAMTONE_EMULATED_AS(emulator::cluster_sync(site));
@@ -30,7 +31,7 @@ SAMTONE_DEVICE void cluster_sync(SAMTONE_SITE_ONLY) {
 
 // ---- registers and named barriers
 
-// setmaxnreg: registers of each thread of the warpgroup from here on; a multiple of 8, 24 to 256.
+// setmaxnreg: from here on each thread of the warpgroup has so many registers, a multiple of 8 from 24 to 256.
 template <u32 registers> SAMTONE_DEVICE void setmaxnreg_inc(SAMTONE_SITE_ONLY) {
     SAMTONE_PTX("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
     SAMTONE_EMULATED_AS(emulator::setmaxnreg(true, registers, site));
@@ -40,47 +41,48 @@ template <u32 registers> SAMTONE_DEVICE void setmaxnreg_dec(SAMTONE_SITE_ONLY) {
     SAMTONE_EMULATED_AS(emulator::setmaxnreg(false, registers, site));
 }
 
-// bar.sync id, threads: so many threads of the block, whole warps, that name this barrier (1..15). Orders memory among them.
+// bar.sync id, threads: so many threads of the block meet, in whole warps, which name this barrier (1..15). Orders memory among them.
 SAMTONE_DEVICE void bar_sync_named(u32 id, u32 threads SAMTONE_SITE) {
     SAMTONE_PTX("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
     SAMTONE_EMULATED_AS(emulator::bar_sync_named(id, threads, site));
 }
 
-// ---- mbarriers: 8 bytes of shared memory. A phase ends when `count` threads have arrived and as many bytes have been copied as
-// were expected; the next begins at once. Phases are told apart by their parity: the first has parity 0.
+// ---- mbarriers: 8 bytes of shared memory each. A phase ends when `count` threads have arrived and all expected bytes have been copied.
+// The next phase begins at once. Their parity tells one phase from the next: the first has parity 0.
 
 SAMTONE_DEVICE void mbarrier_init(shared_address barrier, u32 count SAMTONE_SITE) {
     SAMTONE_PTX("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
     SAMTONE_EMULATED_AS(emulator::mbarrier_init(barrier, count, site));
 }
 
-// fence.mbarrier_init: before the barrier of the cluster after which other blocks and copies may use the mbarriers.
+// fence.mbarrier_init: after it and a barrier of the cluster, other blocks and copies may use the mbarriers.
 SAMTONE_DEVICE void fence_mbarrier_init(SAMTONE_SITE_ONLY) {
     SAMTONE_PTX("fence.mbarrier_init.release.cluster;" ::: "memory");
     SAMTONE_EMULATED_AS(emulator::fence_mbarrier_init(site));
 }
 
-// mbarrier.arrive of this block's barrier.
+// mbarrier.arrive at a barrier of this block.
 SAMTONE_DEVICE void mbarrier_arrive(shared_address barrier SAMTONE_SITE) {
     SAMTONE_PTX("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
     SAMTONE_EMULATED_AS(emulator::mbarrier_arrive(barrier, site));
 }
 
-// mbarrier.arrive.expect_tx: arrives, and the phase also waits for so many bytes more.
+// mbarrier.arrive.expect_tx: arrives, and makes the phase also wait for so many more bytes.
 SAMTONE_DEVICE void mbarrier_arrive_expect_tx(shared_address barrier, u32 bytes SAMTONE_SITE) {
     SAMTONE_PTX("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
     SAMTONE_EMULATED_AS(emulator::mbarrier_arrive_expect_tx(barrier, bytes, site));
 }
 
-// mapa, mbarrier.arrive: of the barrier at this address in block `rank` of the cluster. Its release is of this block: enough for
-// who has read by wgmma alone, whose reads wgmma_wait_group has ended; .release.cluster would flush the caches' writes each time.
+// mapa, mbarrier.arrive: arrives at the barrier at this address in block `rank` of the cluster. This is a release to the own block only.
+// That is enough for a thread that has read by wgmma alone, because wgmma_wait_group has ended those reads. With .release.cluster, each
+// arrival would flush the writes of the caches.
 SAMTONE_DEVICE void mbarrier_arrive_cluster(shared_address barrier, u32 rank SAMTONE_SITE) {
     SAMTONE_PTX("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
                 "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier), "r"(rank) : "memory");
     SAMTONE_EMULATED_AS(emulator::mbarrier_arrive_cluster(barrier, rank, site));
 }
 
-// mbarrier.try_wait.parity until the phase of that parity has ended. What was done before the arrivals is seen afterwards.
+// mbarrier.try_wait.parity, until the phase of that parity has ended. Afterwards the thread sees what was done before the arrivals.
 SAMTONE_DEVICE void mbarrier_wait(shared_address barrier, u32 parity SAMTONE_SITE) {
     SAMTONE_PTX("{\n\t.reg .pred done;\n\t"
                 "WAIT:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t@done bra DONE;\n\tbra WAIT;\n\t"
@@ -88,17 +90,17 @@ SAMTONE_DEVICE void mbarrier_wait(shared_address barrier, u32 parity SAMTONE_SIT
     SAMTONE_EMULATED_AS(emulator::mbarrier_wait(barrier, parity, site));
 }
 
-// ---- bulk copies: a multiple of 16 bytes, from and to multiples of 16; one thread starts one
+// ---- bulk copies: one thread starts a copy of a multiple of 16 bytes, from and to addresses that are multiples of 16
 
-// cp.async.bulk, global to shared memory: adds its bytes to this block's barrier when it has landed.
+// cp.async.bulk, global to shared memory. When the copy has landed, it adds its bytes to this block's barrier.
 SAMTONE_DEVICE void cp_async_bulk_load(shared_address to, const void* from, u32 bytes, shared_address barrier SAMTONE_SITE) {
     SAMTONE_PTX("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
                 "r"(bytes), "r"(barrier) : "memory");
     SAMTONE_EMULATED_AS(emulator::cp_async_bulk_load(to, from, bytes, barrier, 0, site));
 }
 
-// The same into every block of the cluster whose bit is set in `ranks`, at this address; each block's barrier at `barrier` gets
-// the bytes.
+// The same copy into every block of the cluster whose bit is set in `ranks`. It lands at this address in each block, and adds its bytes to
+// the block's own barrier at the address `barrier`.
 SAMTONE_DEVICE void cp_async_bulk_load_multicast(shared_address to, const void* from, u32 bytes, shared_address barrier,
                                                  u16 ranks SAMTONE_SITE) {
     SAMTONE_PTX("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
@@ -106,7 +108,7 @@ SAMTONE_DEVICE void cp_async_bulk_load_multicast(shared_address to, const void* 
     SAMTONE_EMULATED_AS(emulator::cp_async_bulk_load(to, from, bytes, barrier, ranks, site));
 }
 
-// cp.async.bulk, shared to global memory, in this thread's current group.
+// cp.async.bulk, shared to global memory. The copy joins this thread's current group.
 SAMTONE_DEVICE void cp_async_bulk_store(void* to, shared_address from, u32 bytes SAMTONE_SITE) {
     SAMTONE_PTX("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
     SAMTONE_EMULATED_AS(emulator::cp_async_bulk_store(to, from, bytes, site));
@@ -115,7 +117,7 @@ SAMTONE_DEVICE void cp_async_bulk_commit_group(SAMTONE_SITE_ONLY) {
     SAMTONE_PTX("cp.async.bulk.commit_group;" ::: "memory");
     SAMTONE_EMULATED_AS(emulator::cp_async_bulk_commit_group(site));
 }
-// At most `pending` groups of this thread still read shared memory (…_read), or are still under way.
+// Waits until at most `pending` groups of this thread still read shared memory (…_read), or until at most so many are still under way.
 template <u32 pending> SAMTONE_DEVICE void cp_async_bulk_wait_group_read(SAMTONE_SITE_ONLY) {
     SAMTONE_PTX("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
     SAMTONE_EMULATED_AS(emulator::cp_async_bulk_wait_group(pending, true, site));
@@ -125,14 +127,14 @@ template <u32 pending> SAMTONE_DEVICE void cp_async_bulk_wait_group(SAMTONE_SITE
     SAMTONE_EMULATED_AS(emulator::cp_async_bulk_wait_group(pending, false, site));
 }
 
-// fence.proxy.async: this thread's earlier stores to shared memory before its, or others', later asynchronous reads.
+// fence.proxy.async: asynchronous reads, by this thread or by others, that come later see what this thread stored to shared memory before.
 SAMTONE_DEVICE void fence_proxy_async(SAMTONE_SITE_ONLY) {
     SAMTONE_PTX("fence.proxy.async.shared::cta;" ::: "memory");
     SAMTONE_EMULATED_AS(emulator::fence_proxy_async(site));
 }
 
-// ---- stmatrix: the counterpart of ldmatrix: lane 8i + j gives the address of row j of matrix i, 16 bytes; r[i] holds elements
-// (g, 2t) and (g, 2t + 1) of matrix i; with .trans, elements (2t, g) and (2t + 1, g).
+// ---- stmatrix: the counterpart of ldmatrix. Lane 8i + j gives the address of row j of matrix i: 16 bytes. r[i] holds the elements
+// (g, 2t) and (g, 2t + 1) of matrix i, or with .trans the elements (2t, g) and (2t + 1, g).
 SAMTONE_DEVICE void stmatrix_x4(shared_address row, const u32 (&r)[4] SAMTONE_SITE) {
     SAMTONE_PTX("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]), "r"(r[2]),
                 "r"(r[3]) : "memory");
@@ -144,27 +146,28 @@ SAMTONE_DEVICE void stmatrix_x4_trans(shared_address row, const u32 (&r)[4] SAMT
     SAMTONE_EMULATED_AS(emulator::stmatrix(row, r, 4, true, site));
 }
 
-// ---- wgmma: d (64 x N, f32) = a (64 x 16) · b (16 x N), or += , both f16 in shared memory, by a warpgroup, asynchronously.
-// Warp w of the warpgroup holds rows 16 w … 16 w + 15: d[4 j + r] is row g + 8 (r / 2), column 8 j + 2 t + r % 2 of them.
+// ---- wgmma: d (64 x N, f32) = a (64 x 16) · b (16 x N), or += . Both operands are f16 in shared memory. A warpgroup starts it, and it
+// goes on asynchronously. Warp w of the warpgroup holds the rows 16 w … 16 w + 15. In these, d[4 j + r] is row g + 8 (r / 2), column
+// 8 j + 2 t + r % 2.
 //
-// An operand is described by 64 bits: where it starts, and two strides. Its bytes lie in rows of 128, eight of which make an
-// atom of 1024 bytes aligned to 1024, with the 16-byte chunk c of row r at c ^ r % 8. So the address of a byte has its bits 4..6
-// xored with bits 7..9.
-//   not transposed (k along a row): row r is index m (or n) r. Eight rows take 1024 bytes; the next eight are `stride` bytes on.
-//                                   The next 16 of k are 32 bytes on.
-//   transposed (m or n along a row): row r is k r; a row has 64 indices, the next 64 are `leading` bytes on. The next eight
-//                                   of k are `stride` bytes on.
+// 64 bits describe an operand: where it starts, and two strides. Its bytes lie in rows of 128. Eight rows make an atom of 1024 bytes,
+// which is aligned to 1024 bytes. In it the 16-byte chunk c of row r is at c ^ r % 8: the bits 4..6 of an address are xored with its
+// bits 7..9.
+//   not transposed: k runs along a row, and row r is index m (or n) r. Eight rows take 1024 bytes. The next eight begin `stride` bytes
+//                   further, and the next 16 of k begin 32 bytes further.
+//   transposed:     m (or n) runs along a row, and row r is k r. A row has 64 indices. The next 64 indices begin `leading` bytes further,
+//                   and the next eight of k begin `stride` bytes further.
 
-// The descriptor of an operand in rows of 128 bytes with that swizzle.
+// The descriptor of an operand that lies in rows of 128 bytes with that swizzle.
 SAMTONE_DEVICE u64 wgmma_operand(shared_address start, u32 leading, u32 stride) {
     constexpr u64 SWIZZLE_128 = 1ull << 62;
     return SWIZZLE_128 | static_cast<u64>(stride / 16) << 32 | static_cast<u64>(leading / 16) << 16 | (start & 0x3ffff) / 16;
 }
 
-// The same operand, so many bytes on.
+// The descriptor of what lies so many bytes further in the same operand.
 SAMTONE_DEVICE u64 advanced(u64 operand, u32 bytes) { return operand + bytes / 16; }
 
-// wgmma.fence: before the first wgmma, and whenever a register of theirs was used by other instructions since.
+// wgmma.fence: needed before the first wgmma, and whenever another instruction has used a register of theirs since.
 SAMTONE_DEVICE void wgmma_fence(SAMTONE_SITE_ONLY) {
     SAMTONE_PTX("wgmma.fence.sync.aligned;" ::: "memory");
     SAMTONE_EMULATED_AS(emulator::wgmma_fence(site));
@@ -174,13 +177,13 @@ SAMTONE_DEVICE void wgmma_commit_group(SAMTONE_SITE_ONLY) {
     SAMTONE_EMULATED_AS(emulator::wgmma_commit_group(site));
 }
 
-// wgmma.wait_group: at most `pending` groups are under way. Their operands are still read, their sums must not be touched.
+// wgmma.wait_group: waits until at most `pending` groups are under way. Those still read their operands, and nobody may touch their sums.
 template <u32 pending> SAMTONE_DEVICE void wgmma_wait_group(SAMTONE_SITE_ONLY) {
     SAMTONE_PTX("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
     SAMTONE_EMULATED_AS(emulator::wgmma_wait_group(pending, site));
 }
 
-// Keeps the compiler from moving a use of these sums across this line: the sums are written behind its back.
+// wgmma writes its sums without the compiler's knowledge. This keeps the compiler from moving a use of them across this line.
 template <u32 N> SAMTONE_DEVICE void hold(float (&d)[N]) {
     UNROLL
     for (u32 i = 0; i < N; ++i) {
@@ -189,8 +192,8 @@ template <u32 N> SAMTONE_DEVICE void hold(float (&d)[N]) {
     }
 }
 
-// The same number, of which the compiler knows nothing: what is computed from it is computed here and not in advance, where it
-// would occupy registers for long.
+// Gives the same number, but the compiler knows nothing of it. So it computes here what depends on the number, and not in advance, where
+// that would occupy registers for long.
 SAMTONE_DEVICE u32 only_here(u32 x) {
     SAMTONE_PTX("" : "+r"(x));
     return x;
@@ -216,7 +219,7 @@ SAMTONE_DEVICE void wgmma_m64n128k16_f16(float (&d)[64], u64 a, u64 b, bool accu
                 : "l"(a), "l"(b), "r"(static_cast<u32>(accumulate)), "n"(A_TRANSPOSED ? 1 : 0), "n"(B_TRANSPOSED ? 1 : 0));
     SAMTONE_EMULATED_AS(emulator::wgmma(d, nullptr, 128, a, b, accumulate, A_TRANSPOSED, B_TRANSPOSED, site));
 }
-// Columns 0..127 and 128..255.
+// The same for 256 columns: `low` has the sums of the columns 0..127, `high` those of 128..255.
 template <bool A_TRANSPOSED, bool B_TRANSPOSED>
 SAMTONE_DEVICE void wgmma_m64n256k16_f16(float (&low)[64], float (&high)[64], u64 a, u64 b, bool accumulate SAMTONE_SITE) {
     SAMTONE_PTX("{.reg .pred p; setp.ne.b32 p, %130, 0;\n\twgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "

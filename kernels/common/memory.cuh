@@ -1,12 +1,12 @@
 // memory.cuh: the part of instructions.cuh that loads and stores. Include instructions.cuh.
 //
-// One line of the tables below makes, for `f32x4` say:
+// One line of the tables below makes the five functions of one type. For `f32x4` they are:
 //   f32x4 ld_shared_f32x4(shared_address)      ld.shared.v4.f32
-//   f32x4 ld_global_f32x4(const void*)         ld.global.v4.f32       may have been written by this launch
-//   f32x4 ld_global_nc_f32x4(const void*)      ld.global.nc.v4.f32    not written by any block of this launch, nor one before
+//   f32x4 ld_global_f32x4(const void*)         ld.global.v4.f32       of what this launch may have written
+//   f32x4 ld_global_nc_f32x4(const void*)      ld.global.nc.v4.f32    of what neither this launch nor one before it writes
 //   void  st_shared_f32x4(shared_address, f32x4)
 //   void  st_global_f32x4(void*, f32x4)
-// Addresses are aligned to the size of the value: 16 bytes here.
+// Addresses are aligned to the size of the value, which is 16 bytes here.
 #pragma once
 
 #define SAMTONE_LOAD(function, type, instruction, address_type, address_register, emulated, ...) \
@@ -62,7 +62,7 @@ SAMTONE_ACCESS_2(f32x2, f32x2, "f32", "f")
 SAMTONE_ACCESS_4(u32x4, u32x4, "u32", "r")
 SAMTONE_ACCESS_4(f32x4, f32x4, "f32", "f")
 
-// st.global.cs: of what is read much later, if at all; caches let it go first.
+// st.global.cs: stores what is read much later, if at all. Caches let it go first.
 SAMTONE_STORE(st_global_cs_f32x4, f32x4, "st.global.cs.v4.f32", void*, "l", store_global, "[%4], {%0, %1, %2, %3};" ::"f"(v.x), "f"(v.y),
               "f"(v.z), "f"(v.w))
 
@@ -72,7 +72,7 @@ SAMTONE_STORE(st_global_cs_f32x4, f32x4, "st.global.cs.v4.f32", void*, "l", stor
 #undef SAMTONE_LOAD
 #undef SAMTONE_STORE
 
-// atom.global: integers only, because the order in which blocks arrive must not change a result. Gives the value before.
+// atom.global: only on integers, because the order in which thread blocks arrive must not change a result. Gives the value before.
 SAMTONE_DEVICE u32 atom_global_add_u32(void* address, u32 value SAMTONE_SITE) {
     u32 r = 0;
     SAMTONE_PTX("atom.global.add.u32 %0, [%1], %2;" : "=r"(r) : "l"(address), "r"(value) : "memory");
@@ -85,7 +85,7 @@ SAMTONE_DEVICE u32 atom_global_min_u32(void* address, u32 value SAMTONE_SITE) {
     SAMTONE_EMULATED_AS(r = emulator::atomic(address, value, emulator::Atomic::min, site));
     return r;
 }
-// atom.global.inc: one more, and 0 after `last`: whoever gets `last` is the last of last + 1, and the next ones count anew.
+// atom.global.inc: adds one, or makes it 0 after `last`. Who gets `last` is the last of last + 1 callers, and the next callers count anew.
 SAMTONE_DEVICE u32 atom_global_inc_u32(void* address, u32 last SAMTONE_SITE) {
     u32 r = 0;
     SAMTONE_PTX("atom.global.inc.u32 %0, [%1], %2;" : "=r"(r) : "l"(address), "r"(last) : "memory");

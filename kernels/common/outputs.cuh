@@ -1,22 +1,22 @@
-// outputs.cuh: where the sums of the gradient products go.
+// outputs.cuh: where the sums of the gradient products go. In this file a block is a block of rows.
 #pragma once
 #include "problem.cuh"
 
 ABI_STRUCT(Outputs, {
-    u32 count, blocks;           // of cuts; of blocks of rows: 0 for a space without gradients
-    u32 cuts[MAX_CUTS];          // where the parts of the space begin; the last is its end
+    u32 count, blocks;           // how many cuts; how many blocks. A space without gradients has no blocks
+    u32 cuts[MAX_CUTS];          // where the parts of the space begin. The last cut is the end of the space
     u32 first_block[MAX_CUTS];   // the first block of each part
     float* sums;
-    u64 stride;                  // elements
+    u64 stride;                  // from row to row, in elements
 });
 ABI_STRUCT(Product, {
     Outputs of[2];
     u32 dim, tiles_along_dim;
-    u32 accumulate; // add to what is there
+    u32 accumulate; // whether to add to what is there
     u32 padding;
 });
 
-// A block of rows of sums: those of one space from `begin` on, up to `end` at the most.
+// One block: rows of one space, from `begin` on. It ends at `end` or before.
 struct OutputRows {
     u32 space, begin, end;
 };
@@ -30,7 +30,7 @@ template <u32 ROWS> SAMTONE_DEVICE OutputRows rows_of(const Product& product, u3
     return {space, outputs.cuts[part] + (row_block - outputs.first_block[part]) * ROWS, outputs.cuts[part + 1]};
 }
 
-// Stores or adds the sums of columns c and c + 1 of a row; c is even.
+// Stores or adds the sums of the columns c and c + 1 of a row. c is even.
 SAMTONE_DEVICE void store_sums(const Product& product, float* row, u32 c, float first, float second SAMTONE_SITE) {
     if (c + 1 < product.dim) {
         f32x2 sum{first, second};

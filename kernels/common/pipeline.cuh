@@ -1,31 +1,34 @@
-// pipeline.cuh: the mainloop of the heavy kernels of compute capability 9.0: clusters of two blocks, in each of which one thread
-// copies and two warpgroups multiply.
+// pipeline.cuh: the mainloop of the heavy kernels of compute capability 9.0. They run in clusters of two thread blocks. In each thread
+// block one thread copies and two warpgroups multiply. In this file a block is a thread block.
 //
-// Math     a cluster computes a square of 256 x 256 elements: block `rank` its rows 128 rank … 128 rank + 127, warpgroup `consumer` of it
-//          64 of those, a thread the elements that wgmma gives it: see hopper.cuh. Columns 0..127 and 128..255 are two halves
-// Threads  384: warp 0 copies (one lane), warps 1..3 may load what an epilogue needs, warps 4..11 multiply
-// Shared   STAGES slots of 48 KiB, each 64 of k: A of this block, 16 KiB, then B of the cluster, 32 KiB, of which each block copies
-//          one half to both; then two mbarriers for each slot, `full` and `empty`. Of a ring of the block's own, slots of BYTES
-// Sync     P1 the slot is free in both blocks, or in the one that fills it: all warps that multiply have released it
+// Math     A cluster computes a square of 256 x 256 elements. Block `rank` computes the rows 128 rank … 128 rank + 127 of it, and each
+//          warpgroup 64 of these rows. A thread has the elements that wgmma gives it: see hopper.cuh. The columns 0..127 and 128..255
+//          are the two halves of the square
+// Threads  384: one lane of warp 0 copies, warps 1..3 may load what an epilogue needs, warps 4..11 multiply
+// Shared   STAGES slots of 48 KiB, each with 64 of k. A slot has 16 KiB of A, which are this block's own. Then it has 32 KiB of B, which
+//          are the cluster's: each block copies one half of them to both. After the slots there are two mbarriers for each, `full` and
+//          `empty`. In a ring that serves one block alone, a slot has BYTES bytes
+// Sync     P1 the slot is free: all warps that multiply have released it. If both blocks read it, that is the warps of both
 //          P2 the slot is full: this block's A and both blocks' halves of B have landed
-//          P3 this warp's products no longer read the slot: told to both blocks; or its lanes have loaded what they need of it
-//          P4 mbarriers of both blocks are ready before either uses them
+//          P3 the products of this warp no longer read the slot, which both blocks learn. In a ring of one block: the lanes of this warp
+//             have loaded what they need of the slot
+//          P4 the mbarriers of both blocks are ready before either block uses them
 //          P5 no block ends while the other may still write to it or arrive at its mbarriers
-// Numerics Tensor cores cut every partial sum towards zero: see product.cuh. Cosines are therefore added up over 64 terms (16 of
-//          split f32) in tensor cores, and the sums of these rounded to nearest
+// Numerics Tensor cores cut every partial sum towards zero: see product.cuh. So tensor cores add up a cosine over 64 terms (over 16 in
+//          split f32), and the sums of these are added with rounding to nearest
 #pragma once
 #include "cosines.cuh"
 #include "epilogue.cuh"
 #include "hopper.cuh"
 
 constexpr u32 CLUSTER = 2, CONSUMERS = 2 * WARPGROUP, PIPELINE_THREADS = WARPGROUP + CONSUMERS;
-constexpr u32 HALF = 128, PAIR = 256; // columns, or rows, of a tile and of two
+constexpr u32 HALF = 128, PAIR = 256; // the columns, or rows, of one tile and of two
 constexpr u32 A_BYTES = 128 * HALF, B_BYTES = 128 * PAIR, STAGE_BYTES = A_BYTES + B_BYTES;
-// Registers of a thread that copies, and of one that multiplies: 128·56 + 256·224 are what 384 threads of 168 have.
+// The registers of a thread that copies, and of one that multiplies. 128·56 + 256·224 are what 384 threads of 168 registers have.
 constexpr u32 COPY_REGISTERS = 56, MULTIPLY_REGISTERS = 224;
 constexpr u16 BOTH_BLOCKS = 3;
 
-// Sums of one half: element(x, i, j) is row slot i of 2, column slot j of 32.
+// The sums of one half. element(x, i, j) is in row slot i of 2 and column slot j of 32.
 using HalfSums = float[64];
 SAMTONE_DEVICE float& element(HalfSums& x, u32 i, u32 j) { return x[j / 2 * 4 + i * 2 + j % 2]; }
 
@@ -35,16 +38,16 @@ SAMTONE_DEVICE void move_half(HalfSums (&x)[2]) {
 }
 
 SAMTONE_DEVICE u32 consumer() { return warpgroup_id() - 1; }
-SAMTONE_DEVICE u32 consumer_warp() { return warp_id() - WARPGROUP / WARP; } // of 8
-// Row of the block's 128, column of the half's 128.
+SAMTONE_DEVICE u32 consumer_warp() { return warp_id() - WARPGROUP / WARP; } // one of 8
+// Which of the block's 128 rows, and which of the half's 128 columns, a slot is.
 SAMTONE_DEVICE u32 slot_row(u32 i) { return consumer_warp() * 16 + 8 * i + lane_id() / 4; }
 SAMTONE_DEVICE u32 slot_column(u32 j) { return j / 2 * 8 + lane_id() % 4 * 2 + j % 2; }
 
-// The ring of slots, as one thread goes around it. `BLOCKS`: whose warps release a slot.
+// The ring of slots, as one thread goes around it. BLOCKS is the number of blocks whose warps release a slot.
 template <u32 STAGES, u32 BYTES = STAGE_BYTES, u32 BLOCKS = CLUSTER> struct Ring {
     static constexpr u32 SLOTS = STAGES, SLOT_BYTES = BYTES, RELEASES = BLOCKS * CONSUMERS / WARP;
     static constexpr u32 BARRIERS = STAGES * BYTES, END = BARRIERS + 16 * STAGES;
-    u32 slot, parity; // of the phase that `full` completes next
+    u32 slot, parity; // `parity` is that of the phase that `full` completes next
     SAMTONE_MEMBER shared_address stage() const { return shared_base() + slot * BYTES; }
     SAMTONE_MEMBER shared_address full() const { return shared_base() + BARRIERS + 16 * slot; }
     SAMTONE_MEMBER shared_address empty() const { return full() + 8; }
@@ -54,7 +57,7 @@ template <u32 STAGES, u32 BYTES = STAGE_BYTES, u32 BLOCKS = CLUSTER> struct Ring
     }
 };
 
-// All threads of the cluster, first of all. `more`: makes the kernel's own mbarriers.
+// All threads of the cluster call this first. `more` makes the mbarriers of the kernel's own.
 template <class R, class Make> SAMTONE_DEVICE void start_pipeline(Make more) {
     if (threadIdx.x == 0) {
         for (R ring{0, 0}; ring.slot < R::SLOTS; ++ring.slot) {
@@ -64,17 +67,17 @@ template <class R, class Make> SAMTONE_DEVICE void start_pipeline(Make more) {
         more();
         fence_mbarrier_init();
     }
-    bar_warp_sync(ALL_LANES); // whole warps meet the cluster's barrier
+    bar_warp_sync(ALL_LANES); // only whole warps may meet the cluster's barrier
     SYNC(P4, cluster_sync());
 }
 
-// All threads of the cluster, last of all.
+// All threads of the cluster call this last.
 SAMTONE_DEVICE void end_pipeline() {
-    bar_warp_sync(ALL_LANES); // lanes that had nothing to copy wait for the one that had
+    bar_warp_sync(ALL_LANES); // the lanes that had nothing to copy wait for the one that had
     SYNC(P5, cluster_sync());
 }
 
-// The copying thread: waits for a free slot and says how many bytes will fill it.
+// The copying thread calls this. It waits for a free slot, and says how many bytes will fill it.
 template <class R> SAMTONE_DEVICE shared_address begin_stage(const R& ring) {
     SYNC(P1, mbarrier_wait(ring.empty(), ring.parity ^ 1));
     mbarrier_arrive_expect_tx(ring.full(), R::SLOT_BYTES);
@@ -85,20 +88,20 @@ template <class R> SAMTONE_DEVICE void wait_full(const R& ring SAMTONE_SITE) {
     SYNC(P2, mbarrier_wait(ring.full(), ring.parity SAMTONE_EMULATED_AS(, site)));
 }
 
-// A warp that multiplies: done with the slot.
+// A warp that multiplies calls this when it is done with the slot.
 template <class R> SAMTONE_DEVICE void release(const R& ring SAMTONE_SITE) {
     static_assert(R::RELEASES == CLUSTER * CONSUMERS / WARP, "a slot that both blocks read");
     if (lane_id() < CLUSTER) SYNC(P3, mbarrier_arrive_cluster(ring.empty(), lane_id() SAMTONE_EMULATED_AS(, site)));
 }
 
-// The same of a slot of this block's own, which every lane has loaded from: an arrival in the other block would not order loads.
+// The same for a slot of this block's own. Every lane has loaded from it. An arrival in the other block would not order loads.
 template <class R> SAMTONE_DEVICE void release_loaded(const R& ring SAMTONE_SITE) {
     static_assert(R::RELEASES == CONSUMERS / WARP, "a slot that this block alone reads");
     SYNC(P3, bar_warp_sync(ALL_LANES SAMTONE_EMULATED_AS(, site)));
     if (lane_id() == 0) mbarrier_arrive(ring.empty() SAMTONE_EMULATED_AS(, site));
 }
 
-// ---- squares of a wave, which clusters share out among themselves
+// ---- the squares of a wave: clusters share them out among themselves
 
 SAMTONE_DEVICE u32 cluster_id() { return blockIdx.x / CLUSTER; }
 SAMTONE_DEVICE u32 clusters() { return gridDim.x / CLUSTER; }
@@ -127,7 +130,7 @@ SAMTONE_DEVICE TilePlace square_of(const Wave& wave, u32 k) {
 
 // ---- cosines
 
-// The copying thread: embeddings of a square, all segments of k. Of split f32 the planes are lo·hi, hi·lo, hi·hi.
+// The copying thread copies the embeddings of a square, along all segments of k. In split f32 the segments are lo·hi, hi·lo and hi·hi.
 template <Arithmetic A, class R>
 SAMTONE_DEVICE void copy_square(R& ring, const SuperBlock& block, const TilePlace& at, const Towers& towers) {
     const Tower &left = tower_of(towers, block.row.space), &right = tower_of(towers, block.col.space);
@@ -148,7 +151,7 @@ SAMTONE_DEVICE void copy_square(R& ring, const SuperBlock& block, const TilePlac
     }
 }
 
-// The multiplying warpgroups: sums of both halves along `steps` slots.
+// The multiplying warpgroups add up both halves along `steps` slots.
 template <Arithmetic A, class R> SAMTONE_DEVICE void multiply_cosines(HalfSums (&total)[2], R& ring, u32 steps) {
     constexpr u32 PARTS = Numbers<A>::PARTS;
     for (u32 step = 0; step < steps; ++step) {
@@ -169,7 +172,7 @@ template <Arithmetic A, class R> SAMTONE_DEVICE void multiply_cosines(HalfSums (
                 hold(sums);
                 UNROLL
                 for (u32 i = 0; i < 64; ++i) total[half][i] += sums[i];
-                hold(total[half]); // before the next products take the registers of `sums`: there is no room for two
+                hold(total[half]); // the next products take the registers of `sums` only after this, because there is no room for two
             }
         }
         release(ring);
@@ -177,16 +180,16 @@ template <Arithmetic A, class R> SAMTONE_DEVICE void multiply_cosines(HalfSums (
     }
 }
 
-// ---- edges of a square: what the epilogue must know of its 128 rows and 256 columns
+// ---- entries: what the epilogue must know of the 128 rows and 256 columns of a square. The rows come first
 //
-//      0  f32[384]    2^12/‖x‖                                    rows first
-//   1536  f32[3][384] of the pass: see its kernel
-//   6144  u32x4[384]  as a candidate: query key, passage key, owner
-//  12288  u32x4[384]  as an anchor: query key, passage key, row, highest cosine kept
+//      0  f32[384]    2^12/‖x‖
+//   1536  f32[3][384] what only one pass needs: see its kernel
+//   6144  u32x4[384]  the index as a candidate: query key, passage key, owner
+//  12288  u32x4[384]  the index as an anchor: query key, passage key, row, highest cosine that it keeps
 //
-// Sync     E1 the square before is done with: all warps that multiply have said so
+// Sync     E1 all warps that multiply have said that they are done with the square before
 //          E2 all entries are written before any is read
-//          E3 this warp has read the entries
+//          E3 all lanes of this warp have read the entries
 constexpr u32 EDGE_ENTRIES = HALF + PAIR, EDGES_BYTES = 48 * EDGE_ENTRIES, EDGE_LOADERS = WARPGROUP - WARP;
 struct Edges {
     shared_address at;
@@ -204,7 +207,7 @@ SAMTONE_DEVICE void make_edges(const Edges& edges) {
     mbarrier_init(edges.empty(), CONSUMERS / WARP);
 }
 
-// Warps 1..3: the entries of a square. `of_pass(numbers, entry, is row)` gives three numbers for each.
+// Warps 1..3 load the entries of a square. `of_pass(numbers, entry, is row)` gives the three numbers of the pass for each.
 template <class OfPass>
 SAMTONE_DEVICE void load_edges(Edges& edges, const SuperBlock& block, const TilePlace& at, const Towers& towers, const AnchorKeys* rows,
                                OfPass of_pass) {
@@ -234,8 +237,8 @@ SAMTONE_DEVICE void release_edges(Edges& edges SAMTONE_SITE) {
     edges.parity ^= 1;
 }
 
-// [1] load: the warpgroup that copies, all squares of this cluster that are not `left_out`. `copy(block, place)` is of the copying
-// thread; `of_pass` as for load_edges, with the super-block first.
+// [1] load: the warpgroup that copies calls this. It visits all squares of this cluster for which `left_out` is false. The copying thread
+// calls `copy(super-block, place)`. `of_pass(numbers, entry, axis)` gives the three numbers of the pass for each entry.
 template <class Copy, class OfPass, class LeftOut>
 SAMTONE_DEVICE void load_squares(Edges& edges, const Wave& wave, const Towers& towers, const AnchorKeys* rows, Copy copy, OfPass of_pass,
                                  LeftOut left_out) {
@@ -258,7 +261,7 @@ SAMTONE_DEVICE void load_squares(Edges& edges, const Wave& wave, const Towers& t
     }
 }
 
-// [2] scale: products of one half → cosines, in place.
+// [2] scale: makes cosines of the products of one half, in place.
 SAMTONE_DEVICE void scale_half(HalfSums& x, const Edges& edges, u32 half) {
     float scale[2];
     UNROLL
@@ -274,23 +277,23 @@ SAMTONE_DEVICE void scale_half(HalfSums& x, const Edges& edges, u32 half) {
     }
 }
 
-// Whether the tile of a half is the mirror image of another one, which is computed.
+// Whether the tile of this half is the mirror image of another tile, which is computed.
 SAMTONE_DEVICE bool is_mirrored(const SuperBlock& block, const TilePlace& at, u32 half) {
     return block.triangle != 0 && at.col + half < at.row;
 }
 
-// Where this block's tile of a half has its cosines, of a super-block that keeps them.
+// Where a super-block that keeps its cosines has those of this block's tile of a half.
 SAMTONE_DEVICE float* kept_tile(const Cosines& cosines, const SuperBlock& block, const TilePlace& at, u32 half) {
     return kept_square(cosines, block, at.block, at.row / 2, at.col / 2, 2, PAIR * PAIR) + (at.row % 2 * 2 + half) * (HALF * HALF);
 }
 
-// Which of the thread's elements of a half are kept negatives of their row's and of their column's anchor: a word for each row slot.
+// Which of the thread's elements of a half are negatives that the anchor of their row, or of their column, keeps. Each row slot has a word.
 struct KeptSlots {
     u32 row[2], col[2];
 };
 SAMTONE_DEVICE bool is_kept_slot(const u32 (&bits)[2], u32 i, u32 j) { return (bits[i] >> j & 1) != 0; }
 
-// Of one half, as `mask_of` of a tile.
+// What the mask must know of one half, as `mask_of` says it of a tile.
 SAMTONE_DEVICE TileMask mask_of_half(const SuperBlock& block, const TilePlace& at, u32 half, const Towers& towers) {
     return mask_of<HALF>(block, {at.block, at.row, at.col + half}, towers);
 }
@@ -306,7 +309,7 @@ SAMTONE_DEVICE KeptSlots mask_half(HalfSums& x, const Edges& edges, u32 half, co
         anchor[i] = ld_shared_u32x4(edges.anchor(slot_row(i)));
         live[i] = slot_row(i) < tile.live_rows;
     }
-    KEEP_LOOP // keys need no element of x; unrolled, all of them would be loaded at once
+    KEEP_LOOP // keys need no element of x. If this were unrolled, all keys would be loaded at once
     for (u32 j = 0; j < 32; ++j) {
         const u32 column = slot_column(j), entry = HALF + half * HALF + column;
         const u32x4 c = ld_shared_u32x4(edges.candidate(entry)), other = ld_shared_u32x4(edges.anchor(entry));
@@ -329,7 +332,7 @@ SAMTONE_DEVICE KeptSlots mask_half(HalfSums& x, const Edges& edges, u32 half, co
     return kept;
 }
 
-// The largest kept cosine of the warp's part of a half.
+// The largest cosine of the warp's part of a half that any anchor keeps.
 template <bool CHECKED> SAMTONE_DEVICE float largest_of(HalfSums& x, const KeptSlots& kept) {
     float largest = NO_COSINE;
     UNROLL

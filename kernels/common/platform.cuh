@@ -1,20 +1,21 @@
 // platform.cuh: what a kernel file may assume of its compiler: types, and a few macros.
 //
-// A kernel is compiled twice from the same text: to PTX by a CUDA compiler that has no headers at hand, and, when
-// SAMTONE_EMULATED is defined, to C++ that runs on the emulator. Only this file and instructions.cuh know the difference.
+// A kernel is compiled twice from the same text. A CUDA compiler that has no headers at hand makes PTX of it. Where SAMTONE_EMULATED
+// is defined, a C++ compiler makes a program of it that runs on the emulator. Only this file and the headers of instructions know the
+// difference.
 //
-//   KERNEL(name, threads, parameters…)   an entry point for blocks of at most `threads` threads
-//   KERNEL_CLUSTER(name, threads, blocks, parameters…)   the same for clusters of so many blocks; grids are a multiple
-//   SYNC(S1, call)                       a barrier or a wait, with the label its kernel's header explains; an emulated
-//                                        launch can leave out every call of one label, to see that a test fails
-//   MUTANT(name)                         false; true in an emulated launch that asks for this defect (tests of the emulator)
+//   KERNEL(name, threads, parameters…)   an entry point for thread blocks of at most `threads` threads
+//   KERNEL_CLUSTER(name, threads, blocks, parameters…)   the same for clusters of `blocks` thread blocks. A grid is a multiple of that
+//   SYNC(S1, call)                       a barrier or a wait. The header of the kernel explains its label. An emulated launch can leave
+//                                        out every call of one label; then a test must fail
+//   MUTANT(name)                         false. In a test of the emulator it is true if the launch asks for this defect
 //   UNROLL                               the next loop is unrolled
 //   KEEP_LOOP                            the next loop is not unrolled
-//   BY_VALUE(type)                       a struct as parameter: stays in the constant bank, also when indexed at run time
-//   ABI_STRUCT(name, { members })        a struct that the host writes or reads; padding is a member
-//   SHARED_BYTES(kernel, bytes)          the dynamic shared memory that the host gives to a block
+//   BY_VALUE(type)                       a struct as a parameter. It stays in the constant bank, also when it is indexed at run time
+//   ABI_STRUCT(name, { members })        a struct that the host writes or reads. Its padding is a member
+//   SHARED_BYTES(kernel, bytes)          the dynamic shared memory that the host gives to a thread block
 //
-// The PTX tells what the host must know, as constants that nothing on the device reads: `name_members` and `name_bytes` of a struct,
+// The PTX tells the host what it must know, in constants that nothing on the device reads: `name_members` and `name_bytes` of a struct,
 // `name_parameters` and `name_shared_bytes` of a kernel. tests/emulator/cuda_abi.rs compares them with src/cuda/abi.rs.
 #pragma once
 
@@ -26,7 +27,7 @@ using i64 = long long;
 
 static_assert(sizeof(u16) == 2 && sizeof(u32) == 4 && sizeof(u64) == 8, "PTX types have fixed sizes");
 
-// Storage of a 16-bit float. Arithmetic is done in f32.
+// The storage of a 16-bit float. Arithmetic is done in f32.
 struct bf16 {
     u16 bits;
 };
@@ -47,7 +48,7 @@ struct alignas(16) f32x4 {
     float x, y, z, w;
 };
 
-// A byte address in the shared memory of the block. There are no pointers to shared memory: it is reached by instructions.
+// A byte address in the shared memory of the thread block. Shared memory has no pointers. Instructions reach it by such addresses.
 using shared_address = u32;
 
 constexpr u32 WARP = 32;
@@ -70,7 +71,7 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 #define SAMTONE_PURE_PTX(...)
 #define SAMTONE_PTX_90(...)
 #define SAMTONE_EMULATED_AS(...) __VA_ARGS__
-// Where the instruction stands in the kernel: a last parameter that the caller never writes.
+// The place of the instruction in the kernel. It is a last parameter that the caller never writes.
 #define SAMTONE_SITE_ONLY emulator::Site site = emulator::Site::current()
 #define SAMTONE_SITE , SAMTONE_SITE_ONLY
 
@@ -99,11 +100,11 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 
 #define SAMTONE_DEVICE static __device__ __forceinline__
 #define SAMTONE_MEMBER __device__ __forceinline__
-// Instructions with effects or that involve other lanes stay in program order; pure ones may be moved and merged.
+// An instruction that has an effect or involves other lanes stays in program order. A pure one may be moved and merged.
 #define SAMTONE_PTX(...) asm volatile(__VA_ARGS__)
 #define SAMTONE_PURE_PTX(...) asm(__VA_ARGS__)
-// One of compute capability 9.0 in a kernel for every device: a comment, of which src/cuda/driver/ptx.rs makes the instruction on
-// devices that have it, so that no kernel is there twice.
+// An instruction of compute capability 9.0 in a kernel for every device. In the PTX it is a comment. On a device that has the
+// instruction, src/cuda/driver/ptx.rs makes it of the comment. So one kernel serves both kinds of devices.
 #if __CUDA_ARCH__ >= 900
 #define SAMTONE_PTX_90(text, ...) asm volatile(text __VA_ARGS__)
 #else

@@ -1,20 +1,20 @@
-// product.cuh: the mainloop of every heavy kernel: one TILE x TILE tile of A·B, along k in stages of 128 bytes.
+// product.cuh: the mainloop of every heavy kernel of 8.0. It makes one TILE x TILE tile of A·B, along k in stages of 128 bytes.
 //
-// Math     total[m][n] += Σ_k A[m][k]·B[k][n], k over `steps` stages
-// Shape    TILE 64: 4 warps of 32 x 32; TILE 128: 8 warps of 64 x 32. THREADS = 2·TILE. A thread's elements are those of
-//          mma.sync: total[i][j][r] is row 16 i + g + 8 (r / 2), column 8 j + 2 t + r % 2 of its warp's part,
-//          g = lane / 4, t = lane % 4
-// Shared   STAGES slots of 256·TILE bytes: A, then B, 128·TILE bytes each. "By rows": a row m (or n) has its 128 bytes of k in
-//          eight 16-byte chunks, chunk c at c ^ m % 8. "By depth": a row k has its TILE elements in chunks, chunk c at
-//          c ^ k % 8 within each eight. So eight rows of one chunk lie in eight different banks, as ldmatrix wants them
-// Sync     P1 this thread's copies of the stage have landed
-//          P2 so have all threads', and all have read the slot that is filled next
-//          P3 all have read the last stage: the caller may write to shared memory
-// Numerics Tensor cores cut every term and every partial sum towards zero, which over 1024 terms of one sign is a bias of 2^-17. So
-//          they add up a stage at the most, a bias of 2^-21, and half of one where cosines are made, which 1/τ makes logits; the sums of
-//          stages are added with rounding to nearest.
-//          f16x3: lo·hi + hi·lo + hi·hi, each operand being the sum of two f16 (22 bits); lo·lo is below f32's last bit.
-//          f16x2: as f16 for cosines; gradients of logits are the sum of two f16, lo·x + hi·x
+// Math     total[m][n] += Σ_k A[m][k]·B[k][n], where k runs over `steps` stages
+// Shape    With TILE 64 there are 4 warps of 32 x 32, with TILE 128 there are 8 warps of 64 x 32. THREADS = 2·TILE. A thread has the
+//          elements that mma.sync gives it: total[i][j][r] is row 16 i + g + 8 (r / 2), column 8 j + 2 t + r % 2 of its warp's part,
+//          where g = lane / 4 and t = lane % 4
+// Shared   STAGES slots of 256·TILE bytes: A, then B, 128·TILE bytes each. An operand lies in one of two ways. "By rows": row m (or n)
+//          has its 128 bytes of k in eight 16-byte chunks, chunk c at c ^ m % 8. "By depth": row k has its TILE elements in chunks,
+//          chunk c at c ^ k % 8 within each eight. So eight rows of one chunk lie in eight different banks, as ldmatrix wants them
+// Sync     P1 the copies of the stage that this thread made have landed
+//          P2 those of all threads have landed, and all threads have read the slot that is filled next
+//          P3 all threads have read the last stage, so that the caller may write to shared memory
+// Numerics Tensor cores cut every term and every partial sum towards zero. Over 1024 terms of one sign that is a bias of 2^-17. So they
+//          add up one stage at most, which leaves a bias of 2^-21. Of a cosine, which 1/τ makes a logit, they add up half a stage. The
+//          sums of stages are added with rounding to nearest.
+//          f16x3: lo·hi + hi·lo + hi·hi, where each operand is the sum of two f16 (22 bits). lo·lo is below the last bit of f32.
+//          f16x2: cosines are made as in f16. Gradients of logits are the sum of two f16: lo·x + hi·x
 #pragma once
 #include "problem.cuh"
 
@@ -27,7 +27,7 @@ template <Arithmetic A> struct Numbers {
     static constexpr u32 COSINE_SEGMENTS = SPLIT ? 3 : 1;                                // products of planes
     static constexpr u32 GRADIENT_SEGMENTS = SPLIT ? 3 : GRADIENT_PLANES;
     static constexpr u32 DEPTH = 128 / BYTES;                                            // elements of k in a stage
-    static constexpr u32 PARTS = SPLIT ? 4 : 1; // of a stage, each of which a tensor core adds up by itself
+    static constexpr u32 PARTS = SPLIT ? 4 : 1; // of a stage. A tensor core adds up each part by itself
 };
 
 template <u32 TILE> struct Shape {
@@ -37,27 +37,28 @@ template <u32 TILE> struct Shape {
 };
 template <u32 TILE> using Totals = float[Shape<TILE>::FRAGMENTS][4][4];
 
-// Where the warp's part of the tile starts.
+// Where the warp's part of the tile begins.
 template <u32 TILE> SAMTONE_DEVICE u32 warp_row() { return warp_id() / (TILE / 32) * (TILE / 2); }
 template <u32 TILE> SAMTONE_DEVICE u32 warp_column() { return warp_id() % (TILE / 32) * 32; }
 
-// One operand in global memory as this thread copies it: four chunks of 16 bytes a stage, `pass` bytes apart.
+// How this thread copies its share of one operand from global memory: in each stage four chunks of 16 bytes, `pass` bytes apart.
 struct Source {
-    const unsigned char* origin; // its first chunk of the first stage, in the first plane
-    const unsigned char* next;   // of the stage that is copied next
-    u64 pass, stage, plane;      // bytes to its next chunk, to the next stage, to the second plane
-    u32 filled;                  // 16, or 0 where the matrix has ended: the copy gives zeros
+    const unsigned char* origin; // the first chunk of the first stage, in the first plane
+    const unsigned char* next;   // the first chunk of the stage that is copied next
+    u64 pass, stage, plane;      // bytes to the next chunk, to the next stage, to the second plane
+    u32 filled;                  // 16, or 0 where the matrix has ended: then the copy gives zeros
     u32 to, to_pass;             // offsets in the operand's shared memory
 };
 
-// Rows row, row + 1, … of a matrix, k along the row.
+// The rows row, row + 1, … of a matrix. k runs along a row.
 template <u32 TILE> SAMTONE_DEVICE Source by_rows(const unsigned char* matrix, u64 row_bytes, u64 plane, u32 row) {
     const u32 mine = threadIdx.x / 8, chunk = threadIdx.x % 8;
     const unsigned char* at = matrix + (row + mine) * row_bytes + 16 * chunk;
     return {at, at, TILE / 4 * row_bytes, 128, plane, 16, mine * 128 + (chunk ^ mine % 8) * 16, TILE / 4 * 128};
 }
 
-// Rows depth, depth + 1, … of a matrix as k; TILE elements from byte `column_bytes` on, of a row that has `row_bytes`.
+// The rows depth, depth + 1, … of a matrix, each of which is one k. Of each row, which has `row_bytes`, these are TILE elements from byte
+// `column_bytes` on.
 template <u32 TILE, Arithmetic A>
 SAMTONE_DEVICE Source by_depth(const unsigned char* matrix, u64 row_bytes, u64 plane, u32 depth, u32 column_bytes) {
     constexpr u32 CHUNKS = TILE * Numbers<A>::BYTES / 16, ROWS = Shape<TILE>::THREADS / CHUNKS;
@@ -78,10 +79,10 @@ SAMTONE_DEVICE void copy_stage(Source& source, shared_address operand) {
     source.next += source.stage;
 }
 
-// How an operand lies in shared memory.
+// How an operand lies in shared memory: see above.
 enum class Layout { rows, depth };
 
-// sums += A·B for 64 / PARTS of k from `start` on, on tensor cores.
+// sums += A·B over 64 / PARTS of k, from `start` on, by tensor cores.
 template <u32 TILE, u32 PARTS, Layout A_LAYOUT, Layout B_LAYOUT>
 SAMTONE_DEVICE void multiply_f16(Totals<TILE>& sums, shared_address stage, u32 start) {
     constexpr u32 FRAGMENTS = Shape<TILE>::FRAGMENTS;
@@ -92,7 +93,7 @@ SAMTONE_DEVICE void multiply_f16(Totals<TILE>& sums, shared_address stage, u32 s
         const u32 deep = start + step;
         u32 a[FRAGMENTS][4], b[4][2];
         UNROLL
-        for (u32 i = 0; i < FRAGMENTS; ++i) { // matrices: rows 0..7 and 8..15 of the fragment, then the same at k + 8
+        for (u32 i = 0; i < FRAGMENTS; ++i) { // the matrices are rows 0..7 and 8..15 of the fragment, then the same rows at k + 8
             const u32 first = row0 + 16 * i;
             if (A_LAYOUT == Layout::rows) {
                 const u32 row = first + lane % 16, chunk = deep / 8 + lane / 16;
@@ -103,7 +104,7 @@ SAMTONE_DEVICE void multiply_f16(Totals<TILE>& sums, shared_address stage, u32 s
             }
         }
         UNROLL
-        for (u32 pair = 0; pair < 2; ++pair) { // two fragments at a time: columns 16 pair … 16 pair + 15
+        for (u32 pair = 0; pair < 2; ++pair) { // loads two fragments at a time: columns 16 pair … 16 pair + 15
             const u32 first = column0 + 16 * pair;
             u32 both[4];
             if (B_LAYOUT == Layout::rows) {
@@ -126,7 +127,7 @@ SAMTONE_DEVICE void multiply_f16(Totals<TILE>& sums, shared_address stage, u32 s
     }
 }
 
-// Likewise by fused multiply-add on f32, which rounds to nearest: slow, exact, for checking the others.
+// The same by fused multiply-add in f32, which rounds to nearest. It is slow and exact, and serves to check the others.
 template <u32 TILE, Layout A_LAYOUT, Layout B_LAYOUT> SAMTONE_DEVICE void multiply_f32(Totals<TILE>& sums, shared_address stage) {
     constexpr u32 FRAGMENTS = Shape<TILE>::FRAGMENTS;
     const u32 g = lane_id() / 4, t = lane_id() % 4;
@@ -180,9 +181,9 @@ SAMTONE_DEVICE void multiply(Totals<TILE>& total, Source a, Source b, u32 steps)
                 b.next = b.origin + (segment + 1 < SEGMENTS ? b.plane : 0);
             }
         }
-        cp_async_commit_group(); // also when there is nothing left, so that the count of groups stays the same
+        cp_async_commit_group(); // also when there is nothing left to copy, so that the count of groups stays the same
     };
-    if (SEGMENTS > 1) a.next += a.plane; // lo·hi, with three segments hi·lo, hi·hi: small terms first lose nothing to the large sum
+    if (SEGMENTS > 1) a.next += a.plane; // segments: lo·hi, (hi·lo,) hi·hi. Small terms come first and lose nothing to the large sum
     for (u32 stage = 0; stage < S::STAGES - 1; ++stage) copy_next();
 
     for (u32 step = 0; step < all; ++step) {
@@ -190,7 +191,7 @@ SAMTONE_DEVICE void multiply(Totals<TILE>& total, Source a, Source b, u32 steps)
         SYNC(P2, bar_sync());
         copy_next();
         const shared_address slot = shared_base() + step % S::STAGES * S::STAGE;
-        // Cosines, whose operands lie by rows, end after half a stage.
+        // Cosines, whose operands both lie by rows, are added to the total after half a stage.
         constexpr u32 PARTS = Numbers<A>::TENSOR && B_LAYOUT == Layout::rows && Numbers<A>::PARTS == 1 ? 2 : Numbers<A>::PARTS;
         auto add_part = [&](u32 part) {
             float sums[FRAGMENTS][4][4] = {};
@@ -208,7 +209,7 @@ SAMTONE_DEVICE void multiply(Totals<TILE>& total, Source a, Source b, u32 steps)
         if constexpr (PARTS == 1) {
             add_part(0);
         } else {
-            KEEP_LOOP // unrolled, the fragments of all parts would be alive at once: more than there are registers
+            KEEP_LOOP // if this were unrolled, the fragments of all parts would be alive at once, which are more than there are registers
             for (u32 part = 0; part < PARTS; ++part) add_part(part);
         }
     }

@@ -1,10 +1,10 @@
-// raw.cuh: embeddings as the caller has them: any type, any row stride.
+// raw.cuh: embeddings as the caller has them, of any type and any row stride.
 #pragma once
 #include "problem.cuh"
 
 constexpr u32 TYPE_F32 = 0, TYPE_F16 = 1, TYPE_BF16 = 2;
 
-// Raw embeddings of one tower.
+// The raw embeddings of one tower.
 ABI_STRUCT(Raw, {
     const unsigned char* data;
     u64 row_bytes;
@@ -17,7 +17,7 @@ SAMTONE_DEVICE float high_half(u32 pair, u32 type) {
     return type == TYPE_BF16 ? float_of(pair & 0xffff0000u) : cvt_f32(f16{static_cast<u16>(pair >> 16)});
 }
 
-// Elements column … column + 7 of a raw row; zeros beyond its end. `aligned`: rows start and end at multiples of 16 bytes.
+// Elements column … column + 7 of a raw row, with zeros beyond its end. `aligned` says that rows start and end at multiples of 16 bytes.
 SAMTONE_DEVICE void load_eight(float (&v)[8], const Raw& raw, const unsigned char* row, u32 column, bool aligned) {
     UNROLL
     for (u32 i = 0; i < 8; ++i) v[i] = 0;
@@ -62,13 +62,13 @@ SAMTONE_DEVICE bool is_aligned(const Raw& raw) {
     return ((reinterpret_cast<u64>(raw.data) | raw.row_bytes | raw.dim * bytes) & 15) == 0;
 }
 
-// What follows from a sum of squares.
+// What a sum of squares says of a row.
 struct Norm {
-    double norm, inverse; // 0 for a row that has no direction
+    double norm, inverse; // both are 0 for a row that has no direction
     bool finite;
 };
 SAMTONE_DEVICE Norm norm_of(double squares) {
-    const bool finite = squares < 1e300; // false for NaN; squares of finite f32 numbers stay far below
+    const bool finite = squares < 1e300; // it is false for NaN. Squares of finite f32 numbers stay far below 1e300
     const double norm = finite && squares > 0 ? sqrt_rn(squares) : 0;
     return {norm, norm > 0 ? 1 / norm : 0, finite};
 }

@@ -1,8 +1,8 @@
-// reduce.cuh: sums and maxima over a block of 256 threads, in f64 and in an order that never changes.
+// reduce.cuh: sums and maxima over a thread block of 256 threads, in f64 and in an order that never changes.
 //
 // Shared   from 0 on: 8 bytes for each warp and value
-// Sync     R1 every warp's values are written
-//          R2 all have read the result: shared memory is free
+// Sync     R1 every warp has written its values
+//          R2 all threads have read the result, so that shared memory is free
 #pragma once
 #include "problem.cuh"
 
@@ -20,7 +20,7 @@ template <class Operation> SAMTONE_DEVICE double reduce_warp(double x SAMTONE_SI
     return x;
 }
 
-// The result, in every thread.
+// Every thread gets the result.
 template <class Operation> SAMTONE_DEVICE double reduce_block(double x SAMTONE_SITE) {
     x = reduce_warp<Operation>(x SAMTONE_EMULATED_AS(, site));
     if (lane_id() == 0) st_shared_f64(shared_base() + 8 * warp_id(), x);
@@ -31,8 +31,8 @@ template <class Operation> SAMTONE_DEVICE double reduce_block(double x SAMTONE_S
     return all;
 }
 
-// Several at once: value k of all threads in lane k of every warp, sums for k < SUMS, beyond that the largest. In the same order; but
-// only after another barrier have all read the results.
+// Several reductions at once. Lane k of every warp gets the result of value k: the sum for k < SUMS, else the maximum. The order is that of
+// `reduce_block`. Here shared memory is not free at the end: only after another barrier have all threads read the results.
 template <u32 SUMS, u32 COUNT> SAMTONE_DEVICE double reduce_block_to_lanes(const double (&x)[COUNT] SAMTONE_SITE) {
     static_assert(COUNT <= WARP, "a lane for each");
     const shared_address mine = shared_base() + 8 * COUNT * warp_id();

@@ -1,4 +1,4 @@
-// arithmetic.cpp: conversions exactly as PTX rounds them, and approximate instructions with the error they may have.
+// arithmetic.cpp: conversions exactly as PTX rounds them, and approximate instructions with the error that they may have.
 #include "../common/platform.cuh"
 #include <algorithm>
 #include <cmath>
@@ -11,8 +11,8 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 
 float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 
-// 22 of the 23 bits after the point, so that a result is as coarse as an error of 2^-22 may be, and exact powers of two
-// stay exact, as they do in hardware.
+// Keeps 22 of the 23 bits after the point. So a result is as coarse as an error of 2^-22 may make it. An exact power of two stays exact, as
+// it does in hardware.
 float coarse(float x) {
     u32 bits = bits_of(x);
     if (!std::isfinite(x) || (bits & 1) == 0) return x;
@@ -61,7 +61,7 @@ double sqrt_rn(double x) { return std::sqrt(x); }
 float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
 double fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 
-// Not fmax and fmin, which may give a NaN for a signalling one, and either zero for two of different sign.
+// fmax and fmin do not serve: they may give a NaN for a signalling one, and either zero for two of different sign.
 float max_f32(float a, float b) {
     if (std::isnan(a) || std::isnan(b)) return std::isnan(a) ? b : a;
     return a > b || (a == b && std::signbit(b)) ? a : b;
@@ -82,12 +82,12 @@ u16 f16_of(float x) {
     u32 bits = bits_of(x);
     u32 sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     if (magnitude >= 0x47800000) return static_cast<u16>(sign | 0x7c00); // 65536 and above
-    if (magnitude >= 0x38800000) {                                       // normal: the exponent's bias goes from 127 to 15
+    if (magnitude >= 0x38800000) {                                       // normal: the bias of the exponent goes from 127 to 15
         u32 rebased = magnitude - (112u << 23);
         return static_cast<u16>(sign | (rebased + 0xfff + (rebased >> 13 & 1)) >> 13);
     }
     u32 exponent = magnitude >> 23;
-    if (exponent < 102) return static_cast<u16>(sign); // below half of the smallest subnormal, 2^-25
+    if (exponent < 102) return static_cast<u16>(sign); // below half of the smallest subnormal number, 2^-25
     u32 mantissa = (magnitude & 0x7fffff) | 0x800000, shift = 126 - exponent;
     u32 quotient = mantissa >> shift, rest = mantissa & ((1u << shift) - 1), half = 1u << (shift - 1);
     if (rest > half || (rest == half && (quotient & 1) != 0)) ++quotient;
@@ -110,8 +110,8 @@ i32 exponent_of_factor(float x, i32 least) {
     return magnitude == 0 ? OF_ZERO : std::max(static_cast<i32>(magnitude >> 23) - 127, least);
 }
 
-// Every term is cut at the same place, below the largest one; what is left of them adds up exactly, and the sum is cut to f32.
-// The product of two factors counts as a term of the power of two that theirs add up to, though it may reach the next.
+// Every term is cut at the same place, which the largest one decides. What is left of the terms adds up exactly, and the sum is cut to f32.
+// The power of two of a product counts as the sum of those of its factors, though the product may reach the next one.
 float fused_sum(float sum, const double* products, const i32* exponents, u32 count, i32 fraction_bits) {
     i32 highest = exponent_of_factor(sum, -126);
     bool finite = std::isfinite(sum);

@@ -49,7 +49,7 @@ void cluster_sync(Site site) { all_meet(State::cluster_barrier, "barrier.cluster
 
 u32 cluster_rank() { return now.running->block->rank; }
 
-// Warps arrive as wholes, once their last lane has come.
+// Warps arrive as wholes: a warp arrives when its last lane does.
 void bar_sync_named(u32 id, u32 threads, Site site) {
     Thread& self = *now.running;
     auto mine = [&] { return "bar.sync " + std::to_string(id) + ", " + std::to_string(threads) + " (" + place(site) + ")"; };
@@ -86,13 +86,13 @@ void bar_sync_named(u32 id, u32 threads, Site site) {
     suspend();
 }
 
-// Lanes of a warp meet. The last to arrive computes for all: `complete` gets the operand of every lane in mask.
+// Lanes of a warp meet. The last to arrive computes for all of them: `complete` gets the operand of every lane in the mask.
 void rendezvous(const char* operation, u32 mask, Site site, void* operand, void (*complete)(Thread* const*)) {
     Thread& self = *now.running;
     wait(self, State::collective, operation, mask, site, operand);
     if ((mask >> self.lane() & 1) == 0) fail(self, waits(self) + ", which do not include its own");
     Thread* const* warp = &self.block->threads[self.warp() * WARP];
-    // Who joins the lanes that already wait here finds what they found: later arrivals elsewhere looked at them.
+    // A lane that joins lanes which already wait here finds what they found, because later arrivals elsewhere looked at them.
     Meeting& meeting = self.block->meetings[self.warp()];
     const bool joins = meeting.present != 0 && meeting.first->mask == mask &&
                        same_text(meeting.first->operation, operation) && same_site(meeting.first->site, site);

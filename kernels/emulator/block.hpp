@@ -1,4 +1,4 @@
-// block.hpp: the state of a launch, shared by the emulator's own files. Kernels never see it.
+// block.hpp: the state of a launch, which the emulator's own files share. Kernels never see it. In the emulator a block is a thread block.
 #pragma once
 #include "../common/platform.cuh"
 #include "memory.hpp"
@@ -13,7 +13,7 @@ namespace emulator {
 
 constexpr u32 WARPGROUP_THREADS = 128;
 
-// splitmix64: small, and the same on every machine.
+// splitmix64. It is small, and gives the same numbers on every machine.
 struct Random {
     u64 state = 0;
     u64 next();
@@ -39,15 +39,15 @@ struct Store {
     Place to, from;
     u32 bytes;
     Site site;
-    std::vector<unsigned char> read; // what lay in shared memory, once that has been read
+    std::vector<unsigned char> read; // what lay in shared memory, once the copy has read it
 };
 struct StoreGroup {
     u32 number;
     std::vector<Store> stores;
 };
 
-// Who goes on: anybody; or mostly the thread, or a thread of the group (warp, warpgroup, block), that ranks highest, so that
-// some run far ahead.
+// Which ready thread goes on: any; or mostly the thread that ranks highest; or mostly one of the group (warp, warpgroup, block) that ranks
+// highest. In the last two cases some threads run far ahead.
 enum class Order { uniform, by_thread, by_group };
 
 enum class State { ready, collective, barrier, cluster_barrier, named_barrier, mbarrier, warpgroup, exited };
@@ -60,14 +60,14 @@ struct Progress {
     u64 priority = 0;
     u32 clock = 1;
     Known known;
-    std::vector<u32> fences; // clocks up to which its stores are for asynchronous reads, too
+    std::vector<u32> fences; // up to which clocks its stores are visible to asynchronous reads as well
 
     Known fenced;              // what it knew at its last fence, which its atomics tell other blocks; null: it has not fenced
-    std::vector<u64> told;     // where they did
-    std::vector<u32> unfenced; // releases that its atomics found, known to it after its next fence
-    bool waited = false;       // for the launches before
+    std::vector<u64> told;     // at which places its atomics told it
+    std::vector<u32> unfenced; // releases that its atomics found. The thread knows of them after its next fence
+    bool waited = false;       // for the launches before this one
 
-    // while it waits
+    // These say what it waits for.
     const char* operation = nullptr;
     u32 mask = 0;
     Site site;
@@ -77,8 +77,8 @@ struct Progress {
     std::vector<Copy> uncommitted;
     std::vector<std::vector<Copy>> groups;
 
-    Party store_agent = NOBODY; // and the next: of reading, and of writing
-    u32 store_groups = 0;       // committed
+    Party store_agent = NOBODY; // the party of its reading stores; the next party is that of its writing stores
+    u32 store_groups = 0;       // how many groups it has committed
     std::vector<Store> uncommitted_stores;
     std::vector<StoreGroup> stores;
 
@@ -102,28 +102,28 @@ struct Thread : Progress {
     u32 warp() const { return index / WARP; }
 };
 
-// Where lanes of a warp wait for each other.
+// A place where lanes of a warp wait for each other.
 struct Meeting {
-    const Thread* first = nullptr; // to arrive
+    const Thread* first = nullptr; // the first lane to arrive
     u32 present = 0;
 };
 
 struct NamedBarrier {
-    u32 threads = 0; // that shall meet, as the first to arrive says
+    u32 threads = 0; // how many shall meet, as the first to arrive says
     std::vector<Thread*> arrived;
 };
 
 struct Mbarrier {
     u32 offset = 0, count = 0;
     u32 phase = 0, pending = 0;
-    i64 bytes = 0; // expected and not yet copied; negative: copied and not yet expected
+    i64 bytes = 0; // expected and not yet copied; if negative, copied and not yet expected
     Party agent = NOBODY, maker = NOBODY;
-    u32 made_at = 0; // clock of its maker
+    u32 made_at = 0; // the clock of its maker
     bool fenced = false;
     Site site;
     Join arrivals;
-    Known done;                                  // by the phases before
-    std::vector<std::pair<Known, Known>> waited; // what a thread knew before it waited for the phase, and then
+    Known done;                                  // what the phases before have done
+    std::vector<std::pair<Known, Known>> waited; // what a thread knew before it waited for the phase, and what it knew then
     std::vector<Thread*> waiters;
 };
 
@@ -133,21 +133,22 @@ struct Block {
     Index index;
     u32 rank = 0;
     std::vector<Thread*> threads;
-    u32 live = 0; // threads that have not ended
+    u32 live = 0; // how many threads have not ended
     Memory shared;
     u32 arrived = 0;               // at bar.sync
-    std::vector<Meeting> meetings; // per warp, the one that began when there was no other
+    std::vector<Meeting> meetings; // for each warp, the meeting that began when there was no other
     std::array<NamedBarrier, 16> named;
     std::map<u32, Mbarrier> mbarriers; // by offset
     std::vector<std::shared_ptr<Warpgroup>> warpgroups;
 };
 
-// Who acts behind a thread's back: an mbarrier, for the copies that it counts; the products of a warpgroup, one entry for
-// each warp that waits for them; a thread's bulk stores, reading and writing; another cluster's thread, up to a fence.
+// A party that acts behind a thread's back. An mbarrier makes the copies that it counts. A warpgroup makes products, as one party for each
+// warp that waits for them. The bulk stores of a thread are two parties, for reading and for writing. And what a thread of another cluster
+// did up to a fence, a release, is a party.
 struct Agent {
     enum Kind { mbarrier, wgmma, store_reads, store_writes, release } kind;
     const Block* block;
-    u32 number; // offset, warpgroup, thread or release
+    u32 number; // offset of the mbarrier, or number of the warpgroup, thread or release
 };
 
 struct Launch {
@@ -161,7 +162,7 @@ struct Launch {
     std::vector<std::vector<unsigned char>> arguments;
 };
 
-// A part of a bulk copy, into one block.
+// The part of a bulk copy that goes into one block.
 struct Load {
     Block* block;
     u32 to;
@@ -177,17 +178,17 @@ struct Current {
     const Kernel* kernel = nullptr;
     std::vector<const unsigned char*> arguments;
     std::vector<Block*> blocks;   // of the cluster
-    std::vector<Thread*> threads; // of all of them: by party
-    std::vector<Agent> agents;    // the parties after the threads
+    std::vector<Thread*> threads; // of all these blocks, by party
+    std::vector<Agent> agents;    // the parties that follow the threads
     std::vector<Thread*> ready;
     std::vector<Load> loads;   // under way
-    std::vector<Store> stores; // read, and not written yet
+    std::vector<Store> stores; // have read, and have not written yet
     Thread* running = nullptr;
     u32 first_serial = 2, serial = 1; // of the launch's first cluster, and of this cluster
     Random random;
     Order order = Order::uniform;
-    u32 preemption = 0, until_preemption = 0; // mean number of accesses between two preemptions; 0: never
-    bool lazy_copies = true;                  // asynchronous copies land when they must, else perhaps at once
+    u32 preemption = 0, until_preemption = 0; // the mean number of accesses between two preemptions; 0: never
+    bool lazy_copies = true;                  // asynchronous copies land only when they must. Else they may land at once
     u64 mutant_hits = 0;
     u32 cluster_arrived = 0; // at barrier.cluster
     std::string error;
@@ -196,47 +197,47 @@ struct Current {
 extern Current now;
 
 // ---- scheduler.cpp
-// Ends the launch with a sentence about a thread. Does not return, runs no destructors of the kernel.
+// Ends the launch with a sentence about a thread. It does not return, and runs no destructors of the kernel.
 [[noreturn]] void fail(const Thread& thread, const std::string& what);
-// Lets another thread run, now and then, where memory is touched.
+// Lets another thread run now and then. Called where memory is touched.
 void maybe_preempt();
-// The running thread gives way: until somebody makes it ready.
+// The running thread gives way until somebody makes it ready.
 void suspend();
 void make_ready(Thread& thread);
-// The running thread is about to wait.
+// Called when the running thread is about to wait.
 void wait(Thread& self, State state, const char* operation, u32 mask, Site site, void* operand);
 std::string waits(const Thread& thread);
-// As other threads' sentences name it.
+// How the sentence of another thread, `to`, names a thread.
 std::string name_of(const Thread& thread, const Thread& to);
 std::string name_of(const Block& block);
 bool same_text(const char* a, const char* b);
 bool same_site(Site a, Site b);
-// Runs the launch; gives the sentence, empty if all went well.
+// Runs the launch. Gives the sentence that says what went wrong, or an empty one.
 std::string run(const Launch& launch);
 
 // ---- barriers.cpp
-// Lanes of a warp meet. The last to arrive computes for all: `complete` gets all lanes of the warp.
+// Lanes of a warp meet. The last to arrive computes for all of them: `complete` gets all lanes of the warp.
 void rendezvous(const char* operation, u32 mask, Site site, void* operand, void (*complete)(Thread* const*));
-// Everybody's past is before everybody's future.
+// What each of these threads did before is ordered before what any of them does later.
 void meet(Thread* const* threads, std::size_t count);
 // Fails if somebody waits for this thread, which ends.
 void nobody_waits_for(const Thread& self);
 
-// ---- memory.cpp: of a launch that overlaps with those before it
+// ---- memory.cpp: for a launch that overlaps with those before it
 void overlap_exit(const Thread& thread);
 
 // ---- messages.cpp
 void forget_messages(); // of the launch before
 void forget_hearing();  // of the cluster before
-// The running thread's atomic, at this place.
+// Called at an atomic of the running thread, with its place.
 void message(Thread& self, Place at);
-// Is an access of another cluster of this launch before what is done by who knows this?
+// Whether this access by another cluster of the launch is ordered before what a party does that knows `known`.
 bool was_told(const Access& earlier, const Clock& known);
 
 // ---- memory.cpp
 // Who accesses memory, and what is noted of it.
 struct Actor {
-    const Thread& thread; // whom sentences name
+    const Thread& thread; // the thread that sentences name
     const Clock& known;
     Party self; // whose own accesses are ordered anyway
     bool async; // reads by the asynchronous proxy
@@ -250,9 +251,9 @@ Place shared_place(const Thread& thread, Block& block, shared_address address, u
 Place global_place(const Thread& thread, const void* address, u32 bytes, u32 alignment, const char* operation,
                    const char* what, Site site);
 void note_read(const Actor& actor, Place at, u32 bytes, Way way, const char* operation, Site site);
-// `what` says how: writes, or copies.
+// `what` says how: "writes" or "copies".
 void note_write(const Actor& actor, Place at, u32 bytes, const char* operation, const char* what, Site site);
-// The bytes' only history.
+// Makes this access the only history of the bytes.
 void set_writer(Place at, u32 bytes, const Access& access);
 std::string bytes_at(u32 bytes, const char* what, Place at);
 void check_read_shared(const Thread& thread, shared_address address, void* to, u32 bytes, const char* operation, Site site);
@@ -262,8 +263,8 @@ void check_write_shared(const Thread& thread, shared_address address, const void
 // ---- what a thread must not leave behind, and what happens behind its back
 void copies_exit(const Thread& thread);  // copies.cpp
 void stores_exit(Thread& thread);        // bulk.cpp
-void loads_exit(const Thread& last);     // bulk.cpp: of a block
-bool land_one();                         // bulk.cpp: false: none is under way
+void loads_exit(const Thread& last);     // bulk.cpp: called for the last thread of a block
+bool land_one();                         // bulk.cpp: gives false if none is under way
 void write_stores();                     // bulk.cpp: at the end of a cluster
 void mbarriers_exit(const Thread& last); // mbarrier.cpp
 Mbarrier& mbarrier_for_copy(const Thread& self, Block& block, shared_address address, const char* operation, Site site);

@@ -45,7 +45,7 @@ Known with(const Known& known, Party party, u32 clock) {
 void Common::add(const Known& known, Party self) {
     for (Added& before : added) {
         if (before.known != known) continue;
-        // Another thread has the same: that one was not asked of itself, but this one is asked of it.
+        // A thread with the same vector was not asked about itself. This is another thread, so that what it knows of that one counts.
         if (before.but != NOBODY && before.but != self) {
             if (before.but < at.size()) at[before.but] = std::min(at[before.but], clock_of(*known, before.but));
             before.but = NOBODY;
@@ -60,7 +60,7 @@ void Common::add(const Known& known, Party self) {
         any = true;
         return;
     }
-    // What no entry stands for is 0 in the sum, except that an entry beyond a vector's end is 0 in it.
+    // An entry that the sum does not have counts as 0, and so does an entry that this vector does not have.
     for (std::size_t i = 0; i < at.size(); ++i)
         if (i != self) at[i] = std::min(at[i], clock_of(*known, static_cast<Party>(i)));
 }

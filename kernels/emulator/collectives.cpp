@@ -115,9 +115,10 @@ float element(u32 pair, u32 upper, Half type) {
     return type == Half::bf16 ? float_of(static_cast<u32>(bits) << 16) : f32_of_f16(bits);
 }
 
-// Accumulator and eight products along k, then the next eight: as on compute capability 8.0 to 8.9. 9.0 adds all sixteen at once.
+// Adds the accumulator and eight products along k, then the next eight, as devices of 8.0 to 8.9 do. Devices of 9.0 add all sixteen at
+// once.
 void multiply(Thread* const* warp) {
-    double a[16][16], b[8][16]; // of columns
+    double a[16][16], b[8][16]; // b is by columns
     i32 a_exponents[16][16], b_exponents[8][16];
     auto put = [](double& number, i32& exponent, u32 pair, u32 upper, Half type) {
         const float x = element(pair, upper, type);
@@ -135,7 +136,7 @@ void multiply(Thread* const* warp) {
         for (u32 r = 0; r < 2; ++r)
             for (u32 i = 0; i < 2; ++i) put(b[g][2 * t + 8 * r + i], b_exponents[g][2 * t + 8 * r + i], p.b[r], i, p.type);
     }
-    // Most rows and columns of small problems are padding. Products with zeros leave a sum as it is, but for its sign if it is zero.
+    // Most rows and columns of small problems are padding. Products with zeros leave a sum as it is, except for the sign of a zero.
     auto all_of = [](const double(&numbers)[16], auto is) { return std::all_of(numbers, numbers + 16, is); };
     auto is_zero = [](double x) { return x == 0; };
     auto is_finite = [](double x) { return std::isfinite(x); };

@@ -1,5 +1,5 @@
-// emulator.hpp: what common/instructions.cuh calls when a kernel is compiled as C++. Included by common/platform.cuh, after
-// the types. The rules that each function keeps are in kernels/README.md.
+// emulator.hpp: what common/instructions.cuh calls when a kernel is compiled as C++. common/platform.cuh includes it after the types.
+// kernels/README.md has the rules that each function checks.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -17,10 +17,10 @@ struct Index {
     u32 x = 0, y = 0, z = 0;
 };
 
-// Addresses below it are invalid in shared memory, as a null pointer is elsewhere.
+// Lower addresses are invalid in shared memory, as a null pointer is elsewhere.
 constexpr shared_address SHARED_BASE = 1024;
 
-// True if this launch asked for the defect, or for barriers with this label to be left out.
+// Whether this launch asked for the defect of this name, or for barriers with this label to be left out.
 bool mutant(const char* name);
 
 // ---- barriers, exchanges, matrices
@@ -59,7 +59,7 @@ void mbarrier_arrive(shared_address barrier, Site site);
 void mbarrier_arrive_expect_tx(shared_address barrier, u32 bytes, Site site);
 void mbarrier_arrive_cluster(shared_address barrier, u32 rank, Site site);
 void mbarrier_wait(shared_address barrier, u32 parity, Site site);
-// `ranks`: bits of the blocks of the cluster that get it; 0: this block alone.
+// `ranks` has bits for the blocks of the cluster that get the bytes. With 0 this block alone gets them.
 void cp_async_bulk_load(shared_address to, const void* from, u32 bytes, shared_address barrier, u32 ranks, Site site);
 void cp_async_bulk_store(void* to, shared_address from, u32 bytes, Site site);
 void cp_async_bulk_commit_group(Site site);
@@ -69,7 +69,7 @@ void stmatrix(shared_address row, const u32* fragment, u32 matrices, bool transp
 void wgmma_fence(Site site);
 void wgmma_commit_group(Site site);
 void wgmma_wait_group(u32 pending, Site site);
-// d: 64 sums of columns 0..127 in `low`; of columns 128..255 in `high`, null if there are none.
+// `low` has the 64 sums of the columns 0..127, `high` those of the columns 128..255. `high` is null if there are none.
 void wgmma(float* low, float* high, u32 columns, u64 a, u64 b, bool accumulate, bool a_transposed, bool b_transposed, Site site);
 
 template <class T> T load_shared(shared_address address, const char* operation, Site site) {
@@ -115,17 +115,18 @@ u16 f16_of(float x);
 float f32_of_f16(u16 bits);
 
 // ---- sums as tensor cores make them (arithmetic.cpp)
-// Bits after the point of the largest term that are kept of every term: of wgmma, and of mma.sync, the fewest of any device.
+// How many bits of every term are kept below the largest term's power of two, by wgmma and by mma.sync. For mma.sync it is the fewest of
+// any device.
 constexpr i32 WGMMA_FRACTION_BITS = 25, MMA_FRACTION_BITS = 24;
-// The power of two of a number that they multiply or add; `least` that of subnormal ones; below all others for 0.
+// The power of two of a number that tensor cores multiply or add. `least` is that of subnormal numbers. For 0 it is below all others.
 i32 exponent_of_factor(float x, i32 least);
-// sum + Σ products[k]; exponents[k] those of the factors of a product, added. For a few products.
+// sum + Σ products[k], for a few products. exponents[k] is the sum of the exponents of the factors of product k.
 float fused_sum(float sum, const double* products, const i32* exponents, u32 count, i32 fraction_bits);
 
-// ---- entry points: KERNEL makes a static Registration
+// ---- entry points: each KERNEL makes a static Registration
 struct Kernel {
     u32 max_threads;
-    u32 cluster; // blocks of a cluster
+    u32 cluster; // how many blocks a cluster has
     std::vector<u32> argument_bytes;
     std::function<void(const unsigned char* const*)> call;
 };

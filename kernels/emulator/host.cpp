@@ -6,8 +6,8 @@ namespace emulator {
 namespace {
 std::vector<std::unique_ptr<Memory>> buffers;
 
-// An address in global memory is TAG, the number of the buffer, and the offset from the middle of a range, so that it is no
-// valid pointer of this process, and an index somewhat too small or too large still belongs to its buffer.
+// An address in global memory consists of TAG, the number of the buffer, and the offset from the middle of a range. So it is no valid
+// pointer of this process, and an index that is somewhat too small or too large still belongs to its buffer.
 constexpr u64 TAG = 0x5a5aull << 48;
 constexpr u64 TAG_MASK = 0xffffull << 48;
 constexpr u32 OFFSET_BITS = 34;

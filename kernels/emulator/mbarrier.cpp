@@ -1,11 +1,11 @@
-// mbarrier.cpp: mbarriers. Their state is kept here; whoever touches their bytes by other instructions is caught.
+// mbarrier.cpp: mbarriers. Their state is kept here. A thread that touches their bytes by other instructions is caught.
 #include "block.hpp"
 #include <algorithm>
 
 namespace emulator {
 
 namespace {
-constexpr i64 MOST = (1 << 20) - 1; // of arrivals, and of bytes
+constexpr i64 MOST = (1 << 20) - 1; // the most arrivals, and the most bytes
 constexpr u32 MBARRIER_BYTES = 8;
 
 std::string name_of(const Mbarrier& mbarrier, const Block& block, const Thread& to) {
@@ -62,15 +62,15 @@ void maybe_complete(const Thread& thread, Block& block, Mbarrier& mbarrier, cons
     mbarrier.waiters.clear();
 }
 
-// What a thread of another block learns from an arrival: that asynchronous reads and copies are done. The arrival is a
-// release to its own block only: see mbarrier_arrive_cluster.
+// What a thread of another block learns from an arrival: that asynchronous reads and copies are done. The arrival is a release to its own
+// block only: see mbarrier_arrive_cluster.
 Known of_agents(const Known& known) {
     Clock at = *known;
     std::fill_n(at.begin(), std::min(at.size(), now.threads.size()), 0);
     return std::make_shared<const Clock>(std::move(at));
 }
 
-// Others than threads of its block may use it only then.
+// Threads of other blocks, and copies, may use an mbarrier only after a fence.mbarrier_init.
 void check_fenced(const Thread& self, const Block& block, const Mbarrier& mbarrier, const char* operation, Site site) {
     if (now.launch.detect_races && !mbarrier.fenced)
         fail(self, std::string(operation) + " (" + place(site) + ") uses " + name_of(mbarrier, block, self) +
@@ -152,7 +152,7 @@ void mbarrier_wait(shared_address address, u32 parity, Site site) {
     Thread& self = *now.running;
     if (parity > 1) fail(self, std::string(OPERATION) + " (" + place(site) + ") for parity " + std::to_string(parity));
     Mbarrier& mbarrier = find_mbarrier(self, *self.block, address, OPERATION, site);
-    // Who looks late may find that the phase after has ended as well, and waits on.
+    // A thread that looks late may find that the next phase has ended as well. Then it waits on.
     while (mbarrier.phase % 2 == parity) {
         wait(self, State::mbarrier, OPERATION, 0, site, &mbarrier);
         self.waits_at = mbarrier.offset;

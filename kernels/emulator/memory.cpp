@@ -1,11 +1,11 @@
-// memory.cpp: shared and global memory in which every access is checked: bounds, alignment, whether anything was ever
-// written there, and whether conflicting accesses are ordered.
+// memory.cpp: shared and global memory. Every access is checked: whether it is in bounds and aligned, whether anything was ever written
+// there, and whether conflicting accesses are ordered.
 #include "block.hpp"
 
 namespace emulator {
 
 void Memory::resize(u64 count) {
-    constexpr unsigned char POISON = 0xff; // every pattern of these is a NaN: f32, f16, bf16, f64
+    constexpr unsigned char POISON = 0xff; // as f32, f16, bf16 or f64, every number made of these is a NaN
     bytes.assign(count, POISON);
     if (chunks.size() < count / CHUNK_BYTES + 1) chunks.resize(count / CHUNK_BYTES + 1);
 }
@@ -34,12 +34,12 @@ void check_range(const Thread& thread, Place at, u32 bytes, u32 alignment, const
 bool is_thread(Party party) { return party < now.threads.size(); }
 const Agent& agent_of(Party party) { return now.agents[party - now.threads.size()]; }
 
-// A history that still matters: that of shared memory ends with its block, that of global memory with the launch.
+// Whether a history still matters. That of shared memory ends with its block, that of global memory with the launch.
 bool matters(const Access& access, bool shared) {
     return shared ? access.serial == now.serial : access.serial >= now.first_serial;
 }
 
-// Is `earlier` before what the actor does now?
+// Whether `earlier` is ordered before what the actor does now.
 bool ordered(const Access& earlier, const Actor& me) {
     if (earlier.serial < now.first_serial) return true;
     if (earlier.serial != now.serial) return was_told(earlier, me.known);
@@ -51,7 +51,7 @@ bool ordered(const Access& earlier, const Actor& me) {
     return true;
 }
 
-// Are stores of then for asynchronous reads of now: has their thread fenced since, before what is known of it?
+// Whether asynchronous reads of the actor see this store: its thread must have fenced since, and the actor must know of the fence.
 bool fenced(const Access& store, const Actor& me) {
     const std::vector<u32>& fences = now.threads[store.party]->fences;
     auto fence = std::lower_bound(fences.begin(), fences.end(), store.clock);
@@ -88,7 +88,7 @@ void check_special(const Actor& me, const Access& writer, const std::function<st
 }
 
 void read_by(const Actor& me, Cell& cell, bool shared) {
-    // The reader before is kept as the other one, unless whoever is ordered after this one is ordered after that one too.
+    // The reader before stays as the other one, unless whoever is ordered after this reader is ordered after that one too.
     const Access before = cell.reader;
     cell.reader = me.access;
     if (before.serial == me.access.serial && before.party == me.access.party) return;
@@ -168,7 +168,7 @@ void note_write(const Actor& me, Place at, u32 bytes, const char* operation, con
         }
         for (const Access& reader : {cell.reader, cell.other_reader})
             if (matters(reader, shared) && !ordered(reader, me)) race(me, mine(), reader, "reads");
-        // Who is ordered after this write is ordered after what it is ordered after.
+        // Whoever is ordered after this write is also ordered after everything that this write is ordered after.
         cell = {me.access, {}, {}};
     });
 }
@@ -259,7 +259,7 @@ u32 atomic(void* address, u32 value, Atomic what, Site site) {
     u32 before = 0;
     std::memcpy(&before, at.bytes(), sizeof before);
     if (now.launch.detect_races) {
-        // Atomics do not conflict with each other, so they leave no trace for others to find.
+        // Atomics do not conflict with each other, so they leave no trace that others could find.
         const Actor me = actor_of(*now.running, site);
         each_cell(at, sizeof value, false, [&](const Cell& cell) {
             auto mine = [&] { return accessed(operation, sizeof value, "changes", at, site); };

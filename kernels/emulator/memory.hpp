@@ -6,28 +6,28 @@
 
 namespace emulator {
 
-// Where in the kernel an access was, as a small number.
+// The place of an access in the kernel, as a small number.
 using SiteNumber = u16;
 
 constexpr u32 HOST = 1;
 
-// One access to a cell of memory: enough to ask whether it is ordered before another.
+// One access to a cell of memory. It tells enough to ask whether it is ordered before another.
 struct Access {
-    u32 serial = 0; // of the cluster; 0: none, or HOST
+    u32 serial = 0; // of the cluster; 0: no access; HOST: by the host
     u32 clock = 0;  // of the party
     Party party = 0;
     SiteNumber site = 0;
 };
-// In place of a clock, for a writer: the bytes are the target of a copy under way; they are an mbarrier.
+// What a writer has in place of a clock if the bytes are the target of a copy under way, and if they are an mbarrier.
 constexpr u32 UNDER_WAY = 0xffffffff, IS_MBARRIER = 0xfffffffe;
 
-// Two readers are remembered, of different warps if there are: whoever writes next conflicts with at least one of them if it
-// conflicts with a reader of another warp at all.
+// Two readers are remembered, of different warps if there are any. So if the next writer conflicts with a reader of another warp, it
+// conflicts with at least one of the two.
 struct Cell {
     Access writer, reader, other_reader;
 };
 
-// 16 bytes have one history, until an access to fewer of them gives every two their own.
+// 16 bytes have one history together, until an access to fewer of them gives every two bytes their own.
 constexpr u32 CHUNK_BYTES = 16, CELL_BYTES = 2;
 struct Chunk {
     Cell cell;
@@ -41,7 +41,7 @@ struct Memory {
     std::string name;
     std::vector<unsigned char> bytes;
     std::vector<Chunk> chunks;
-    const Block* block = nullptr; // whose shared memory it is
+    const Block* block = nullptr; // whose shared memory this is
 
     void resize(u64 count);
 };
@@ -52,7 +52,7 @@ struct Place {
     unsigned char* bytes() const { return &memory->bytes[static_cast<std::size_t>(offset)]; }
 };
 
-// Calls f for every cell of these bytes. `alike`: f leaves the same in each.
+// Calls f for every cell of these bytes. `alike` says that f leaves the same in each.
 template <class F> void each_cell(Place place, u64 bytes, bool alike, F&& f) {
     u64 at = static_cast<u64>(place.offset);
     for (const u64 end = at + bytes; at < end;) {

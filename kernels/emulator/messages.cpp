@@ -1,9 +1,9 @@
-// messages.cpp: messages from block to block: what is known to a thread that fences is told by its atomics after that fence to
-// whoever changes the same place later and then fences, too.
+// messages.cpp: messages from block to block. A thread that fences tells what it knows by its atomics after the fence. A thread that
+// changes the same place later, and then fences too, learns it.
 //
-// A release is what a thread knew at a fence, told by its first atomic at some place after it. Clusters run one after the other,
-// and each numbers its parties anew: in the cluster that hears of it, a release is a party of its own, whose clock is 1 for
-// those who know of it, so that barriers there pass it on as they do everything else.
+// A release is what a thread knew at a fence. Its first atomic at some place after the fence tells it there. Clusters run one after the
+// other, and each numbers its parties anew. So in a cluster that hears of a release, the release is a party of its own. Its clock is 1 for
+// those who know of it, and barriers there pass it on as they do everything else.
 #include "block.hpp"
 #include <algorithm>
 
@@ -13,11 +13,11 @@ namespace {
 struct Release {
     u32 serial; // of the cluster
     Known known;
-    std::vector<u32> heard; // releases of other clusters that its thread knew of
+    std::vector<u32> heard; // the releases of other clusters that its thread knew of
 };
-std::vector<Release> releases;             // of the launch
-std::map<u64, std::vector<u32>> told;      // at an address, and what was told there, first things first
-std::map<u32, std::vector<Party>> heard;   // releases of a cluster that this one has heard of, as parties here
+std::vector<Release> releases;             // of this launch
+std::map<u64, std::vector<u32>> told;      // by address: the releases that were told there, the first one first
+std::map<u32, std::vector<Party>> heard;   // by number: the parties that stand for the releases of a cluster which this one has heard of
 
 u32 release_of(Party party) { return now.agents[party - now.threads.size()].number; }
 

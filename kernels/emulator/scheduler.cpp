@@ -1,4 +1,5 @@
-// scheduler.cpp: threads as fibers that one scheduler resumes in seeded random order; how a launch begins and ends.
+// scheduler.cpp: threads are fibers, which one scheduler resumes in a random order that the seed decides. Also how a launch begins and
+// ends.
 #include "block.hpp"
 #include <algorithm>
 #include <sys/mman.h>
@@ -41,7 +42,7 @@ std::map<std::string, Kernel>& kernels() {
     }
 }
 
-// A stack with an inaccessible page below it.
+// Gives the thread a stack, with an inaccessible page below it.
 void give_stack(Thread& thread) {
     const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
     constexpr int FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
@@ -76,7 +77,7 @@ std::string lanes(u32 mask) {
     return text;
 }
 
-// Index of the ready thread that goes on. Now and then any may, so that nobody waits for ever.
+// The index of the ready thread that goes on. Now and then it is any thread, so that nobody waits for ever.
 u32 choose() {
     u32 best = now.random.below(static_cast<u32>(now.ready.size()));
     if (now.order == Order::uniform || now.random.below(32) == 0) return best;
@@ -85,7 +86,7 @@ u32 choose() {
     return best;
 }
 
-// Threads of so many rank alike.
+// How many threads have the same rank.
 u32 group_size() {
     const u32 cluster = static_cast<u32>(now.blocks.size());
     std::vector<u32> sizes{WARP};
@@ -112,7 +113,7 @@ void start_block(Block& block) {
     }
 }
 
-// Nobody can go on, and no copy will land: who waits for what, each kind of waiting once.
+// No thread can go on, and no copy will land. This says who waits for what, each kind of waiting once.
 void deadlock() {
     std::string sentence;
     std::vector<const Thread*> told;
@@ -151,7 +152,7 @@ void run_cluster(u64 number) {
                         static_cast<u32>(number / across / grid.y)};
     for (Block* block : now.blocks) start_block(*block);
     for (;;) {
-        // A late copy lands when nothing else can happen, or, seldom, before.
+        // A late copy lands when nothing else can happen. Seldom it lands before.
         const bool lands = !now.loads.empty() && (now.ready.empty() || now.random.below(now.lazy_copies ? 512 : 16) == 0);
         if (lands) {
             if (_setjmp(scheduler) == 0) land_one();
@@ -291,7 +292,7 @@ std::string waits(const Thread& thread) {
     return "thread " + std::to_string(thread.index) + " is at " + thread.operation + at + " (" + place(thread.site) + ")";
 }
 
-// Usually one literal, whose address says so.
+// Usually both are the same literal, at the same address.
 bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
 
 bool same_site(Site a, Site b) { return a.line() == b.line() && same_text(a.file_name(), b.file_name()); }
@@ -328,7 +329,7 @@ std::string run(const Launch& launch) {
             return now.error;
         }
     }
-    // A name that begins with ? may be one of another kernel.
+    // A name that begins with ? may belong to another kernel.
     if (!launch.mutant.empty() && launch.mutant[0] != '?' && now.mutant_hits == 0)
         return "kernel `" + launch.kernel + "` never reaches `" + launch.mutant + "`";
     return {};

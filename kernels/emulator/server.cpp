@@ -1,5 +1,5 @@
-// server.cpp: the emulator as a process, so that a crash of emulated code is an error of the caller and not its end. It speaks
-// the protocol of kernels/README.md on standard input and output.
+// server.cpp: the emulator as a process. So a crash of emulated code is an error of the caller and not its end. It speaks the protocol of
+// kernels/README.md on standard input and output.
 #include "block.hpp"
 #include <csignal>
 #include <cstdio>
@@ -61,7 +61,7 @@ void serve_launch() {
     answer(refusal);
 }
 
-// Runs on a stack of its own, since the fault may be that a thread's stack is full.
+// This runs on a stack of its own, because the fault may be that the stack of a thread is full.
 void on_signal(int signal) {
     char text[512];
     const char* what = signal == SIGALRM ? "is still running at the end of its time"

@@ -1,9 +1,9 @@
 // warpgroup.cpp: what the four warps of a warpgroup do together: setmaxnreg, and wgmma, which goes on behind their backs.
 //
-// The threads of a warpgroup need not meet at a wgmma: each adds its registers to the product, the first to come makes it and
-// the others must want the same. A product is computed when it must be: when the first thread waits for its group; with eager
-// copies perhaps as soon as the last thread has issued it. Until a thread has waited, its registers hold NaNs; their numbers
-// are kept in a Tile, which all products that add to the same registers share.
+// The threads of a warpgroup need not meet at a wgmma. The first to come makes the product, and the others must want the same one. Each
+// adds its registers to it. A product is computed when it must be: when the first thread waits for its group. With eager copies it may be
+// computed as soon as the last thread has issued it. Until a thread has waited, its registers hold NaNs. Their numbers are kept in a Tile,
+// which all products that add to the same registers share.
 #include "block.hpp"
 #include "wgmma.hpp"
 #include <deque>
@@ -16,14 +16,14 @@ constexpr std::size_t SUM_BYTES = SUMS * sizeof(float);
 constexpr const char *WGMMA = "wgmma.mma_async", *WAIT = "wgmma.wait_group", *SETMAXNREG = "setmaxnreg";
 
 struct Tile {
-    std::array<float*, THREADS> registers{}; // null: has not issued a product of this tile
-    std::array<bool, THREADS> done{};        // has waited
-    u32 left = THREADS;                      // have not
+    std::array<float*, THREADS> registers{}; // null: this thread has not issued a product of the tile
+    std::array<bool, THREADS> done{};        // this thread has waited
+    u32 left = THREADS;                      // how many threads have not waited
     u32 last_group = 0;
     Sums sums{};
 };
 
-// What each thread knew when it issued a product, and all of them; of one product or of several in a row.
+// What each thread knew when it issued a product, and what all of them knew. It serves one product, or several in a row.
 struct Learned {
     Common common;
     std::array<Known, THREADS> knew;
@@ -35,7 +35,7 @@ struct Learned {
 
 struct Product {
     Site site;
-    u32 columns, group, waited; // its threads have waited for that many groups
+    u32 columns, group, waited; // how many groups its threads have waited for
     u64 a, b;
     bool accumulate, a_transposed, b_transposed;
     std::shared_ptr<Tile> tiles[2];
@@ -54,12 +54,12 @@ struct Change {
 
 struct Warpgroup {
     u32 number = 0;
-    Party agent = NOBODY; // and the three after it: of the products, as each warp has waited for them
+    Party agent = NOBODY; // this party and the three after it are the products, as each of the four warps has waited for them
     std::deque<Product> products;
-    u32 first_product = 0; // number of products[0]
+    u32 first_product = 0; // the number of products[0]
     std::vector<std::shared_ptr<Tile>> tiles;
-    std::vector<Thread*> waiters;                      // for others to issue
-    std::shared_ptr<Learned> learned;                  // for the last product
+    std::vector<Thread*> waiters;                      // they wait for others to issue
+    std::shared_ptr<Learned> learned;                  // at the last product
     std::array<std::pair<Known, Known>, WARPS> waited; // what a thread of the warp knew before and after its last wait
     std::vector<Change> changes;
 };
@@ -85,7 +85,7 @@ Warpgroup& warpgroup_of(Thread& self, const char* operation, Site site) {
                    place(site) + "), " + name_of(other, self) + " was at " + operation + " (" + place(there) + ")" + what);
 }
 
-// The first to come: will all others?
+// The first thread to come asks whether all others can still come.
 void check_live(const Thread& self, const char* operation, Site site) {
     for (u32 i = 0; i < THREADS; ++i) {
         const Thread& other = *self.block->threads[self.index / THREADS * THREADS + i];
@@ -113,14 +113,14 @@ void give_registers(Warpgroup& group, const Thread& self, std::shared_ptr<Tile>&
     if ((mine != nullptr && mine != tile) || (tile->registers[thread] != nullptr && tile->registers[thread] != registers))
         fail(self,
              std::string(WGMMA) + " (" + place(site) + ") gets other registers than other threads of the warpgroup give it");
-    tile->last_group = std::max(tile->last_group, number); // others may be ahead
+    tile->last_group = std::max(tile->last_group, number); // other threads may be ahead
     if (mine != nullptr) return;
     tile->registers[thread] = registers;
     if (accumulate) std::memcpy(&tile->sums[thread * SUMS], registers, SUM_BYTES);
     std::memset(registers, 0xff, SUM_BYTES); // NaNs
 }
 
-// All threads of the warpgroup have issued it: may it read its operands?
+// All threads of the warpgroup have issued the product. This checks whether it may read its operands.
 void check_operands(const Warpgroup& group, const Product& product, const Thread& last) {
     const Access access{now.serial, product.group, group.agent, number_of(product.site)};
     const Actor me{last, product.learned->common.value(), NOBODY, true, access};
@@ -144,7 +144,7 @@ void compute(const Block& block, Product& product) {
     }
 }
 
-// In the order in which they were issued.
+// Computes the products in the order in which they were issued.
 void compute_groups(const Block& block, Warpgroup& group, u32 last) {
     while (!group.products.empty() && group.products.front().group <= last && group.products.front().issued == THREADS) {
         compute(block, group.products.front());
@@ -153,7 +153,7 @@ void compute_groups(const Block& block, Warpgroup& group, u32 last) {
     }
 }
 
-// The thread issues the product knowing what it knows: put together once for as long as nobody learns more.
+// Notes what the thread knows when it issues the product. That is put together only once while nobody learns more.
 void learn(Warpgroup& group, Product& product, const Thread& self) {
     const Known& mine = self.known;
     const u32 thread = self.index % THREADS;
@@ -162,7 +162,7 @@ void learn(Warpgroup& group, Product& product, const Thread& self) {
         product.learned = group.learned;
     }
     if (product.learned->knew[thread] == mine) return;
-    if (product.learned->knew[thread] != nullptr) { // it knew less at a product before
+    if (product.learned->knew[thread] != nullptr) { // it knew less when it issued an earlier product
         auto own = std::make_shared<Learned>();
         for (u32 i = 0; i < THREADS; ++i) {
             const Thread& other = *self.block->threads[self.index - thread + i];
@@ -176,13 +176,13 @@ void learn(Warpgroup& group, Product& product, const Thread& self) {
 } // namespace
 
 namespace {
-// Registers of a thread at launch: what a kernel gets that is compiled for one block of so many threads on a multiprocessor.
+// The registers that a thread has at launch. A kernel gets these if it is compiled for one block of so many threads on a multiprocessor.
 u32 launch_registers() {
     constexpr u32 OF_MULTIPROCESSOR = 1 << 16, MOST = 256;
     return std::min(MOST, OF_MULTIPROCESSOR / now.launch.threads / 8 * 8);
 }
 
-// Once all warpgroups have changed theirs: an increase waits until there are as many, here for ever.
+// Called when all warpgroups have changed theirs. An increase waits until there are enough registers, which here is for ever.
 void check_registers(const Thread& self, Site site) {
     const auto& groups = self.block->warpgroups;
     u32 all = 0;

@@ -9,7 +9,7 @@ namespace emulator {
 namespace {
 constexpr u32 ATOM = 1024, ROW = 128;
 
-// Values of all 65536 bit patterns, and their powers of two.
+// The values of all 65536 bit patterns, and their powers of two.
 struct Table {
     float values[1 << 16];
     i16 exponents[1 << 16];
@@ -26,7 +26,7 @@ const Table& f16_table() {
     return *table;
 }
 
-// Vectors of 16 bytes, since every processor has registers for them.
+// Vectors of 16 bytes, because every processor has registers for them.
 using Pair = double __attribute__((vector_size(16)));
 using PairBits = i64 __attribute__((vector_size(16)));
 using FloatPair = float __attribute__((vector_size(8)));
@@ -41,7 +41,7 @@ template <class Vector, class T> Vector vector_at(const T* at) {
     return vector;
 }
 
-// Towards zero, as tensor cores drop the bits that do not fit.
+// Cuts towards zero, as tensor cores drop the bits that do not fit.
 void cut(float* at, Pair x) {
     constexpr i64 KEPT = ~((1ll << 29) - 1);
     const FloatPair pair = __builtin_convertvector(reinterpret_cast<Pair>(reinterpret_cast<PairBits>(x) & KEPT), FloatPair);
@@ -88,11 +88,12 @@ void gather(Matrix& matrix, const Operand& operand, u32 indices, const unsigned 
     matrix.finite = finite;
 }
 
-// As `fused_sum` of arithmetic.cpp, for eight columns at a time. In f32, where products of two f16 and powers of two are exact.
+// The same as `fused_sum` of arithmetic.cpp, for eight columns at a time. It computes in f32, where products of two f16 and powers of two
+// are exact.
 void multiply(Sums& sums, const Matrix& a, const Matrix& b, u32 first) {
     constexpr u32 COLUMNS = 128, EIGHT = 8, OWN = 64;
-    constexpr i32 LEAST = -100; // below it there are zeros only
-    // Most rows and columns of small problems are padding. Products with zeros leave a sum as it is, but for its sign if it is zero.
+    constexpr i32 LEAST = -100; // below it there are only zeros
+    // Most rows and columns of small problems are padding. Products with zeros leave a sum as it is, except for the sign of a zero.
     const bool all_finite = a.finite && b.finite;
     bool nothing_in_row[64];
     for (u32 row = 0; row < 64; ++row) {
@@ -111,7 +112,7 @@ void multiply(Sums& sums, const Matrix& a, const Matrix& b, u32 first) {
             right_exponents[k] = vector_at<Eight>(&b.exponents[k][first + column]);
         }
         for (u32 row = 0; row < 64; ++row) {
-            // A pair of columns each for four threads.
+            // Four threads have a pair of columns each.
             float* const at = &sums[(row / 16 * WARP + row % 8 * 4) * OWN + column / 2 + row % 16 / 8 * 2];
             if (nothing_in_columns || nothing_in_row[row]) {
                 bool all_stay = true;

@@ -9,7 +9,7 @@ namespace emulator {
 
 using i16 = std::int16_t;
 
-// What a descriptor says; see common/hopper.cuh.
+// What a descriptor says: see common/hopper.cuh.
 struct Operand {
     u64 descriptor;
     shared_address start;
@@ -18,7 +18,7 @@ struct Operand {
 
     // What is wrong with it for so many indices (m or n), or nothing.
     std::string wrong(u32 indices) const;
-    // The 16 bytes with k and index: eight of k, of one index; transposed: eight indices, of one k.
+    // Where the 16 bytes lie that have this k and this index. They are eight of k of one index or, transposed, eight indices of one k.
     shared_address chunk(u32 index, u32 k) const {
         const u32 along = transposed ? index / 64 * leading + index % 64 * 2 : k * 2;
         const u32 row = transposed ? k : index;
@@ -34,7 +34,8 @@ template <class F> void each_chunk(const Operand& operand, u32 indices, F&& f) {
         for (u32 k = 0; k < 16; k += operand.transposed ? 1 : 8) f(operand.chunk(index, k));
 }
 
-// Of up to 256 indices: element (k, index) is numbers[k][index], and `exponents` its power of two, below all others for 0.
+// A matrix of up to 256 indices. Its element (k, index) is numbers[k][index]. `exponents` has the powers of two, for 0 one below all
+// others.
 struct Matrix {
     float numbers[16][256];
     i16 exponents[16][256];
@@ -42,9 +43,9 @@ struct Matrix {
 };
 void gather(Matrix& matrix, const Operand& operand, u32 indices, const unsigned char* shared);
 
-// 64 x 128, as the 128 threads have them: 64 of each, one thread after the other.
+// Sums of 64 x 128. Each of the 128 threads has 64 of them, one thread after the other.
 using Sums = std::array<float, 64 * 128>;
-// sums += a · b, of 128 columns from `first` on.
+// sums += a · b, for the 128 columns from `first` on.
 void multiply(Sums& sums, const Matrix& a, const Matrix& b, u32 first);
 
 } // namespace emulator

@@ -1,1 +1,1 @@
-"""From a kernel file to PTX that every supported architecture accepts. `kernels/compile.py` is the command."""
+"""Makes PTX of a kernel file, and sees to it that every supported architecture accepts it. `kernels/compile.py` is the command."""

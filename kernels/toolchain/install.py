@@ -1,7 +1,7 @@
 """The compilers: wheels of fixed versions and contents, unpacked below target/, which git ignores.
 
-A folder is named after package and version and appears whole, by a rename, so that commands may run at the same time. One
-that is there is used as it is, without network.
+A folder is named after package and version. A rename makes it appear whole, so that several commands may run at the same time. A folder
+that is there already is used as it is, without network.
 """
 
 import os
@@ -18,7 +18,7 @@ FOLDER = KERNELS.parent / "target" / "cuda-toolchain"
 
 
 def wheel(key):
-    """The folder of an entry of "wheels" in toolchain.json."""
+    """The folder of an entry of "wheels" in toolchain.json. Installs it if it is not there."""
     pin = TOOLCHAIN["wheels"][key]
     requirement = f"{pin['package']}=={pin['version']}"
     folder = FOLDER / f"{pin['package']}-{pin['version']}"

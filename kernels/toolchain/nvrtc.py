@@ -1,13 +1,15 @@
-"""CUDA C++ to PTX, by NVRTC.
+"""Makes PTX of CUDA C++, by NVRTC.
 
-Which NVRTC: a driver refuses PTX of a newer `.version` than its own CUDA, so the oldest that compiles as well is best.
-11.8 writes 7.8 (drivers from 520 on), 12.0 8.0 (525), 12.2 8.2 (535), 12.8 8.7 (570). Measured with ptxas 12.8 on 52 kernels
-for sm_80, 86, 90 and 120: none spills under any of the four. 181 of 208 register counts are the same; the others differ both
-ways, and no tile kernel loses a resident block. Of the tile kernels' instructions 11.8 makes up to 2.4 % fewer than 12.8 for
-logsumexp and gradient_product; up to 2.4 % more for gradient_tile, 5 to 7 % with f16x3, where it derives positions from the
-thread's index again and again. Instructions are not time, which was not measured; to compare anew, change "compiler" and
+Which NVRTC is best? A driver refuses PTX whose `.version` is newer than its own CUDA. So the oldest NVRTC is best, if it compiles as well
+as the others. 11.8 writes version 7.8 (drivers from 520 on), 12.0 writes 8.0 (525), 12.2 writes 8.2 (535), 12.8 writes 8.7 (570).
+
+The four were compared with ptxas 12.8 on 52 kernels, for sm_80, 86, 90 and 120. None of them spills. 181 of 208 register counts are the
+same. The others differ both ways, and no tile kernel loses a resident thread block. For logsumexp and gradient_product, 11.8 makes up to
+2.4 % fewer instructions than 12.8. For gradient_tile it makes up to 2.4 % more, and 5 to 7 % more with f16x3, where it derives positions
+from the index of the thread again and again. Time was not measured, and instructions are not time. To compare anew, change "compiler" and
 "version" in toolchain.json.
-Instructions of 9.0 such as wgmma need 8.0, and 12.8 is the ptxas that files with them are checked with.
+
+Instructions of 9.0, such as wgmma, need version 8.0 of the PTX. Files with them are checked with ptxas 12.8, and compiled by NVRTC 12.8.
 """
 
 import ctypes
@@ -22,7 +24,7 @@ _loaded = {}
 def _library(key):
     if key not in _loaded:
         folder = install.wheel(key)
-        # Loaded first, because NVRTC asks the loader for it by name alone.
+        # This is loaded first, because NVRTC asks the loader for it by its name alone.
         for builtins in folder.glob("nvidia/*/lib/libnvrtc-builtins.so.*"):
             ctypes.CDLL(str(builtins))
         [library] = folder.glob("nvidia/*/lib/libnvrtc.so.*")
@@ -31,7 +33,7 @@ def _library(key):
 
 
 def compile(source):
-    """The PTX of a source, with the line that names what it was compiled from. Whatever the compiler remarks is an error."""
+    """The PTX of a source. Its first line names what it was compiled from. Any remark of the compiler is an error."""
     library = _library(source.target["compiler"])
     program = ctypes.c_void_p()
 
@@ -69,7 +71,7 @@ def compile(source):
 
 
 def finish(source, ptx):
-    # The build's number differs between the compilers for different processors.
+    # The compilers for different processors have different build numbers.
     lines = [line.rstrip() for line in ptx.splitlines() if "Compiler Build ID" not in line]
     body = "\n".join(lines).strip("\n") + "\n"
     for directive, wanted in (("version", source.target["version"]), ("target", source.target["target"])):

@@ -1,5 +1,5 @@
-"""PTX to machine code, to see what it takes. Anything that ptxas says beyond what every kernel gets is a problem: a spill, a
-stack frame, a warning, a directive it ignores, a note that it serialised instructions."""
+"""Makes machine code of PTX, to see what a kernel takes. ptxas says some things of every kernel. Anything else that it says is a problem:
+a spill, a stack frame, a warning, a directive that it ignores, a note that it serialised instructions."""
 
 import re
 import subprocess
@@ -25,7 +25,7 @@ class Usage:
 
 
 def entries(ptx):
-    """Entry → most threads per block; None where the kernel does not say."""
+    """The most threads of a thread block, by entry. It is None where the kernel does not say."""
     starts = [(m[1], m.start()) for m in ENTRY.finditer(ptx)]
     found = {}
     for (name, start), (_, end) in zip(starts, [*starts[1:], (None, len(ptx))]):
@@ -35,13 +35,13 @@ def entries(ptx):
 
 
 def shared_memory(ptx):
-    """Entry → bytes of dynamic shared memory per block, where SHARED_BYTES of common/platform.cuh names them."""
+    """The bytes of dynamic shared memory of a thread block, by entry, where SHARED_BYTES of common/platform.cuh names them."""
     found = re.finditer(r"^\.global \.align 4 \.u32 (\w+)_shared_bytes(?: = (\d+))?;$", ptx, re.MULTILINE)
     return {m[1]: int(m[2] or 0) for m in found}
 
 
 def parse(output):
-    """What `ptxas -v` says: entry → usage, and the lines it should not have said."""
+    """What `ptxas -v` says: the usage by entry, and the lines that it should not have said."""
     usage, remarks, function, entry = {}, [], None, None
     for line in output.splitlines():
         if not EXPECTED.match(line):
@@ -62,14 +62,14 @@ def parse(output):
 
 
 def as_loaded(ptx, architecture):
-    """What the library makes of PTX for every device on one of this architecture: src/cuda/driver/ptx.rs."""
+    """PTX for every device, as src/cuda/driver/ptx.rs changes it for a device of this architecture."""
     if int(re.sub(r"\D", "", architecture)) < 90:
         return ptx
     return ptx.replace("\n.target sm_80\n", "\n.target sm_90\n").replace("// griddepcontrol.", "griddepcontrol.")
 
 
 def assemble(name, ptx, architecture, cubin="/dev/null"):
-    """Usage of each entry, and problems as sentences."""
+    """The usage of each entry, and problems as sentences."""
     ptx = as_loaded(ptx, architecture)
     program = install.program("ptxas", "ptxas")
     with tempfile.TemporaryDirectory() as folder:
@@ -87,12 +87,12 @@ def assemble(name, ptx, architecture, cubin="/dev/null"):
 
 
 def bodies(text, start):
-    """Entry → its text, where each begins as `start` finds it."""
+    """The text of each entry, by entry. `start` finds where an entry begins."""
     found = [(m[1], m.start()) for m in start.finditer(text)]
     return {name: text[at:end] for (name, at), (_, end) in zip(found, [*found[1:], (None, len(text))])}
 
 
-# What reaches global memory; `LD` and `ST` may.
+# Instructions that reach global memory. `LD` and `ST` may reach it.
 GLOBAL = re.compile(r"\b(LDG|STG|LDGSTS|ATOM|ATOMG|RED|REDG|LD|ST|UBLKCP|UBLKRED|UTMA\w+)\b")
 
 
@@ -109,7 +109,7 @@ def early_accesses(file, ptx, sass):
 
 
 def matrix_units(file, ptx, sass):
-    """A problem for each entry that asks for wgmma and does not get it, or whose machine code touches local memory."""
+    """A problem for each entry that asks for wgmma and gets no HGMMA, and for each of these whose machine code touches local memory."""
     code = bodies(sass, re.compile(r"^\.text\.(\w+):", re.MULTILINE))
     for entry, text in bodies(ptx, ENTRY).items():
         if "wgmma.mma_async" not in text:

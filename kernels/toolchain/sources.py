@@ -1,16 +1,16 @@
 """What a PTX file depends on, and the hash of it.
 
-A kernel is compiled from its own text and the `.cuh` headers it includes, directly or not, and from nothing else: the
-compiler is handed these texts and no folder to search. The emulator's headers end in `.hpp` and are not among them.
+A kernel is compiled from its own text and from the `.cuh` headers that it includes, directly or not. The compiler gets these texts and
+no folder to search, so that nothing else can enter. The emulator's headers end in `.hpp` and are not among them.
 
-The hash, which tests/library/artefacts.rs computes as well, is FNV-1a of 64 bits, as 16 hexadecimal digits, over
+The hash is FNV-1a of 64 bits, as 16 hexadecimal digits. tests/library/artefacts.rs computes it as well. It is taken over
 
     nvrtc VERSION OPTION OPTION …      one line
     NAME                               of the kernel file, then of each header in the order of the names
     TEXT                               with LF line ends, and one LF after it
 
-A name is the path below the folder of the kernels. `#include "x"` is looked up beside the including file, then there.
-Whether the line stands in a branch that the preprocessor skips is not asked.
+A name is the path below the folder of the kernels. `#include "x"` is looked up beside the including file first, and then in the folder of
+the kernels. The line counts even if it stands in a branch that the preprocessor skips.
 """
 
 import json
@@ -34,8 +34,8 @@ class Source:
     name: str
     target: dict
     hash: str
-    # Name → text, the kernel first. Included names are replaced by the names of the files they stand for, so that a header
-    # is one file to the compiler, however it was spelled.
+    # Texts by name, the kernel first. The name in an #include is replaced by that of the file it stands for. So a header is one file to the
+    # compiler, however the #include spells it.
     files: dict
 
     @property
@@ -62,7 +62,7 @@ def target_of(name):
 
 
 def read(kernel, folder):
-    """The kernel file with all it includes; `folder` is the one it stands in, or one above."""
+    """The kernel file with everything that it includes. `folder` is the one in which it stands, or one above."""
     roots = [folder.resolve(), KERNELS]
     texts, resolved = {}, {}
 

@@ -27,7 +27,7 @@ OCCUPANCY = """
 
 
 def render(kernels, architectures, shared_memory):
-    """kernels: (file, entry, threads, {architecture: Usage}) in order. shared_memory: entry → bytes."""
+    """`kernels` has (file, entry, threads, {architecture: Usage}) in order, and `shared_memory` has bytes by entry."""
     layout = {
         "ptxas": TOOLCHAIN["wheels"]["ptxas"]["version"],
         "architectures": " | ".join(architectures),

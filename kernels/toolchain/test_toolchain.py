@@ -1,4 +1,4 @@
-"""Can the checks fail? `python3 -m unittest discover -s kernels/toolchain -t kernels`"""
+"""Tests that the checks can fail: `python3 -m unittest discover -s kernels/toolchain -t kernels`"""
 
 import contextlib
 import io
@@ -36,7 +36,7 @@ class Commands(unittest.TestCase):
         return self.ptx("kernels.md")
 
     def run_with(self, *more):
-        """Exit status, and what was said on the way."""
+        """The exit status, and what was said on the way."""
         said = io.StringIO()
         arguments = ["compile.py", "--sources", str(self.sources), "--output", str(self.output), *more]
         with mock.patch("sys.argv", arguments), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -202,7 +202,7 @@ class Waits(unittest.TestCase):
 
 class Hash(unittest.TestCase):
     def test_equals_what_tests_artefacts_rs_computes(self):
-        # The same files and number stand in tests/library/artefacts.rs.
+        # tests/library/artefacts.rs has the same files and the same number.
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / "common").mkdir()

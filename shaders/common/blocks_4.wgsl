@@ -4,7 +4,7 @@ const PARTS = 2u;
 const BLOCKS = PARTS * PARTS;
 
 struct Totals {
-    block: array<mat4x4<f32>, BLOCKS>, // PARTS·r + c: the r-th four of its rows, the c-th of its columns
+    block: array<mat4x4<f32>, BLOCKS>, // block PARTS·r + c has the r-th four of the thread's rows and the c-th four of its columns
 }
 
 // total += part, part ← 0.

@@ -1,12 +1,12 @@
-// cooperative.wgsl: fragments of 16 x 16 as cooperative matrices, each held by a subgroup. emulated.wgsl does the same without.
-// Of matrices a, 16 x k, and b, k x 16: "rows" lie row by row, "columns" column by column, `stride` numbers apart. The module has
-// the buffers `left` and `right` of f16, and `products` in workgroup memory.
+// cooperative.wgsl: fragments of 16 x 16 as cooperative matrices, each of which a subgroup holds. emulated.wgsl does the same without
+// cooperative matrices. Matrix a is 16 x k, and b is k x 16. "Rows" lie row by row, "columns" column by column, `stride` numbers apart. The
+// module has the buffers `left` and `right` of f16, and `products` in workgroup memory.
 
 alias Left = coop_mat16x16<f16, A>;
 alias Right = coop_mat16x16<f16, B>;
 alias Sums = coop_mat16x16<f32, C>;
 
-// To be called first.
+// Every invocation calls this first.
 fn enter(invocation: Invocation) {
 }
 

@@ -1,15 +1,15 @@
-// emulated.wgsl: what cooperative.wgsl does, without cooperative matrices: for tests on devices that have none. Slow. Operands are
-// where they lie; the elements of sums are dealt out to the invocations of a subgroup, as a real one may hold them.
+// emulated.wgsl: what cooperative.wgsl does, without cooperative matrices. It is slow, and serves tests on devices that have none. Operands
+// stay where they lie. The elements of sums are dealt out to the invocations of a subgroup, as a real device may hold them.
 
 struct Operand {
     at: u32,
-    along: u32, // numbers to the next row of a, column of b
+    along: u32, // numbers to the next row of a, or to the next column of b
     deep: u32,  // numbers to the next k
 }
 
 alias Left = Operand;
 alias Right = Operand;
-alias Sums = array<f32, 64>; // element lane + lanes·n; subgroups have four invocations or more
+alias Sums = array<f32, 64>; // number n is element lane + lanes·n; a subgroup has four invocations or more
 
 var<private> lane: u32;
 var<private> lanes: u32;

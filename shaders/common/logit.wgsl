@@ -1,8 +1,8 @@
-// logit.wgsl: exponentials of cosines times β. Needs numbers.wgsl, and `params` with β·log2 e as the sum of three numbers,
-// beta_head, of 12 bits, beta_middle and beta_tail.
+// logit.wgsl: exponentials of cosines times β. Needs numbers.wgsl, and `params` with β·log2 e as the sum of three numbers: beta_head, which
+// has 12 bits, beta_middle and beta_tail.
 
-// s·β·log2 e − k for whole k, where β·log2 e is params.beta_head + beta_middle + beta_tail and the head has 12 bits: the product
-// of the heads and the cancellation with k are exact, so that 1/τ costs no digit of a logit near 100.
+// s·β·log2 e − k for a whole k. The product of the heads is exact, and so is the difference of that and k. So 1/τ costs no digit of a logit
+// near 100.
 fn logits_minus(s: vec4<f32>, k: vec4<f32>) -> vec4<f32> {
     let s0 = vec4<f32>(head(s.x), head(s.y), head(s.z), head(s.w));
     let s1 = s - s0;
@@ -14,8 +14,8 @@ fn logit_minus(s: f32, k: f32) -> f32 {
     return logits_minus(vec4<f32>(s), vec4<f32>(k)).x;
 }
 
-// The whole number nearest to s·β·log2 e, give or take one: what logits_minus leaves of the largest logit is small then at every
-// temperature. Of the head alone it would be off by up to 2^-12 of the logit, which at τ = 1e-6 is beyond the exponents of f32.
+// The whole number nearest to s·β·log2 e, give or take one. With it, logits_minus leaves a small rest of the largest logit at every
+// temperature. With the head alone it would be off by up to 2^-12 of the logit. At τ = 1e-6 that is beyond the exponents of f32.
 fn whole_logit(s: f32) -> f32 {
     return round((params.beta_head + params.beta_middle) * s);
 }

@@ -1,9 +1,9 @@
-// multiply_cooperative.wgsl: products of the rows of a tile with its columns on cooperative matrices: f16 operands, f32 sums. The
-// alternative is multiply_f32.wgsl. Only for tiles of 64 x 64 and f16 storage.
+// multiply_cooperative.wgsl: products of the rows of a tile with its columns on cooperative matrices, with f16 operands and f32 sums. It
+// serves only tiles of 64 x 64 and f16 storage. The alternative is multiply_f32.wgsl.
 //
 // Threads  subgroup s computes the fragments s, s + (number of subgroups), … of the tile's 4 x 4, each 16 x 16
-// Shared   products: the tile, row by row, for the threads to read their elements from
-// Numerics tensor cores may cut sums towards zero, so they end after 64 terms and are added to the total with rounding
+// Shared   products: the tile, row by row, from which the threads read their elements
+// Numerics Tensor cores may cut sums towards zero. So a sum ends after 64 terms, and is then added to the total with rounding
 // Limits   whole tiles are read: packed rows beyond the last index exist and are finite
 
 @group(0) @binding(1) var<storage, read> left: array<f16>;
@@ -53,7 +53,7 @@ fn multiply(place: Place, thread: Thread, invocation: Invocation) -> Totals {
     return out;
 }
 
-// Element of the matrix of gradients of a super-block: f16, and in the second plane what that leaves.
+// Stores an element of the matrix of gradients of a super-block: an f16, and in the second plane what the first leaves.
 fn store_gradient(at: u32, g: f32) {
     let high = f16(g);
     gradients[at] = high;

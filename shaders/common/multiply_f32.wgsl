@@ -1,9 +1,9 @@
 // multiply_f32.wgsl: products of the rows of a tile with its columns, by fused multiply-add on f32. The alternative is
 // multiply_cooperative.wgsl.
 //
-// Shared   pool: TILE rows of the left, then of the right tower, 16 numbers of k each: four vectors, and one of padding, so that
-//          rows 16 apart lie in different banks
-// Numerics sums end after 64 terms and are added to the total
+// Shared   pool: TILE rows of the left tower, then TILE rows of the right one, with 16 numbers of k each. A row has four vectors, and one
+//          of padding, so that rows 16 apart lie in different banks
+// Numerics A sum ends after 64 terms, and is then added to the total
 
 @group(0) @binding(1) var<storage, read> left: array<Packed>;
 @group(0) @binding(2) var<storage, read> right: array<Packed>;
@@ -19,7 +19,7 @@ struct Invocation {
     @builtin(local_invocation_index) index: u32,
 }
 
-// One stage of both operands: 16 numbers of k of every row; zeros beyond the edges.
+// Loads one stage of both operands: 16 numbers of k of every row, and zeros beyond the last row.
 fn load_stage(place: Place, stage: u32, thread: u32) {
     for (var k = thread; k < TILE * STEP; k += THREADS) {
         let row = k / STEP;
@@ -39,7 +39,7 @@ fn load_stage(place: Place, stage: u32, thread: u32) {
     }
 }
 
-// Products of four rows with four columns over one vector of k.
+// The products of four rows with four columns over one vector of k.
 fn products_of(a0: vec4<f32>, a1: vec4<f32>, a2: vec4<f32>, a3: vec4<f32>, b0: vec4<f32>, b1: vec4<f32>, b2: vec4<f32>, b3: vec4<f32>) -> mat4x4<f32> {
     return mat4x4<f32>(
         dot(a0, b0), dot(a0, b1), dot(a0, b2), dot(a0, b3),
@@ -49,7 +49,7 @@ fn products_of(a0: vec4<f32>, a1: vec4<f32>, a2: vec4<f32>, a3: vec4<f32>, b0: v
     );
 }
 
-// Products of rows with columns. Ends with shared memory free.
+// The products of rows with columns. At the end, workgroup memory is free.
 fn multiply(place: Place, thread: Thread, invocation: Invocation) -> Totals {
     var total = Totals();
     var part = Totals();
@@ -68,7 +68,7 @@ fn multiply(place: Place, thread: Thread, invocation: Invocation) -> Totals {
     return total;
 }
 
-// Element of the matrix of gradients of a super-block.
+// Stores an element of the matrix of gradients of a super-block.
 fn store_gradient(at: u32, g: f32) {
     scratch[params.gradient + at] = bitcast<u32>(g);
 }

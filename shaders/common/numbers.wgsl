@@ -1,23 +1,23 @@
-// numbers.wgsl: what f32, the only float of WGSL, does not hold: more digits (Pair), more range (Scaled), exponentials and
-// logarithms whose error is known. Every module that includes this has a uniform `params` whose member `zero` is 0.
+// numbers.wgsl: what f32, the only float of WGSL, does not hold: more digits (Pair), more range (Scaled), and exponentials and logarithms
+// whose error is known. Every module that includes this has a uniform `params` whose member `zero` is 0.
 
 const NONE = 0xffffffffu;
 const NO_COSINE = -4.0; // below every cosine
 const LN_2 = 0.6931471805599453;
-const LN_2_HEAD = 0.693115234375; // 15 bits: times a whole number below 2^9 it is exact
+const LN_2_HEAD = 0.693115234375; // it has 15 bits, so that it is exact times a whole number below 2^9
 const LN_2_TAIL = 3.1946184945309e-5;
 
-// x, for an optimiser that may reassociate sums: it cannot know that this changes nothing.
+// Gives x. An optimiser that may reassociate sums cannot know that, and so it stops here.
 fn opaque(x: f32) -> f32 {
     return bitcast<f32>(bitcast<u32>(x) ^ params.zero);
 }
 
-// The first 12 bits of x: products of two such numbers are exact.
+// The first 12 bits of x. The product of two such numbers is exact.
 fn head(x: f32) -> f32 {
     return bitcast<f32>(bitcast<u32>(x) & 0xfffff000u);
 }
 
-// 2^n: 0 below the normal range, the largest power above it.
+// 2^n. Below the normal range it is 0, and above it the largest power.
 fn power_of_two(n: i32) -> f32 {
     return select(bitcast<f32>(u32(min(n, 127) + 127) << 23u), 0.0, n < -126);
 }
@@ -27,7 +27,7 @@ fn exponent_of(x: f32) -> i32 {
     return i32((bitcast<u32>(x) >> 23u) & 255u) - 127;
 }
 
-// ---- Pair: an unevaluated sum, about 46 bits
+// ---- Pair: a sum of two numbers that is not evaluated. It has about 46 bits
 
 struct Pair {
     high: f32,
@@ -69,7 +69,7 @@ fn pair_times(a: Pair, factor: f32) -> Pair {
     return pair_product(a, Pair(factor, 0.0));
 }
 
-// ---- Scaled: part·2^exponent with a part of 1 ≤ |part| < 2, or 0
+// ---- Scaled: part·2^exponent, where 1 ≤ |part| < 2, or 0
 
 struct Scaled {
     part: f32,
@@ -105,7 +105,7 @@ fn scaled_quotient(a: Scaled, b: Scaled) -> Scaled {
     return scaled(a.part / b.part, a.exponent - b.exponent);
 }
 
-// As f32: 0 or the largest numbers beyond its range.
+// As f32. Below its range this gives 0, and above it the largest numbers.
 fn value_of(x: Scaled) -> f32 {
     return times_power_of_two(x.part, x.exponent);
 }
@@ -118,7 +118,7 @@ fn times_power_of_two(x: f32, n: i32) -> f32 {
 
 // ---- exponentials and logarithms
 
-// 2^x for x ≤ 127, to 1e-7; 0 below 2^-125. The scalar below takes one of four, which compilers see.
+// 2^x for x ≤ 127, with an error of 1e-7. Below 2^-125 it is 0. The scalar below takes one of four, which compilers see.
 fn exp2_of_four(x: vec4<f32>) -> vec4<f32> {
     let whole = round(max(x, vec4<f32>(-200.0)));
     let f = x - whole;
@@ -155,7 +155,7 @@ fn log_of(x: Scaled) -> f32 {
     return f32(exponent) * LN_2_HEAD + (f32(exponent) * LN_2_TAIL + rest);
 }
 
-// log(1 + x) for x ≥ 0, with the digits of a tiny x.
+// log(1 + x) for x ≥ 0. It keeps the digits of a tiny x.
 fn log_1p(x: Scaled) -> Scaled {
     if x.part == 0.0 || x.exponent < -26 {
         return x;

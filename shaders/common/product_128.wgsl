@@ -1,7 +1,7 @@
-// product_128.wgsl: sums of 128 indices x 128 numbers, four blocks of 4 x 4 for each thread: half the traffic for each product. The
+// product_128.wgsl: sums of 128 indices x 128 numbers. A thread has four blocks of 4 x 4, which halves the traffic for each product. The
 // alternative is product_64.wgsl.
 
-// part += products over four k of rows at + 16 A_ROW i of a with twice four numbers of b.
+// part += the products, over four k, of the rows at + 16 A_ROW i of a with twice four numbers of b.
 fn add_row_products(part: ptr<function, Totals>, at: u32, from_b: u32) {
     const STRIDE = 16u * A_ROW;
     let a0 = a[at];
@@ -26,7 +26,7 @@ fn add_row_products(part: ptr<function, Totals>, at: u32, from_b: u32) {
     (*part).block[3] = add_rows((*part).block[3], a4, a5, a6, a7, c0, c1, c2, c3);
 }
 
-// part += products over one k.
+// part += the products over one k.
 fn add_column_products(part: ptr<function, Totals>, from_a: u32, from_b: u32) {
     let m = a[from_a];
     let further_m = a[from_a + 16u];

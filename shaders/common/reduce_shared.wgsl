@@ -1,5 +1,5 @@
-// reduce_shared.wgsl: sums and maxima over a workgroup of 64, through workgroup memory, in an order that never changes. The
-// result is in every invocation. reduce_subgroup.wgsl does the same with exchanges within subgroups.
+// reduce_shared.wgsl: sums and maxima over a workgroup of 64, through workgroup memory, in an order that never changes. Every invocation
+// gets the result. reduce_subgroup.wgsl does the same with exchanges within subgroups.
 
 const LANES = 64u;
 

@@ -1,5 +1,5 @@
-// reduce_subgroup.wgsl: sums and maxima over a workgroup of 64, by exchanges within subgroups, then through workgroup memory, in an
-// order that never changes on one device. The result is in every invocation. The alternative is reduce_shared.wgsl.
+// reduce_subgroup.wgsl: sums and maxima over a workgroup of 64, by exchanges within subgroups and then through workgroup memory. The order
+// never changes on one device. Every invocation gets the result. The alternative is reduce_shared.wgsl.
 
 const LANES = 64u;
 
@@ -14,7 +14,7 @@ struct Lane {
 var<workgroup> lanes: array<Pair, LANES>;
 var<workgroup> lane_maxima: array<i32, LANES>;
 
-// Every invocation has the same `size`, which browsers do not see in a member of a struct.
+// Every invocation has the same `size`. Browsers do not see that of a member of a struct.
 @diagnostic(off, subgroup_uniformity)
 fn reduce_sum(x: Pair, lane: Lane) -> Pair {
     var sum = x;

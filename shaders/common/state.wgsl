@@ -1,23 +1,23 @@
 // state.wgsl: where things lie in the buffer `state`, in words. src/wgpu/layout.rs lays it out.
 
-// Of an index of a tower: n = 2^12/‖packed row‖ as a Pair, and the power t of two in packed = x·2^t. n is 0 without direction.
+// Of an index of a tower: n = 2^12/‖packed row‖ as a Pair, and the power t of two in packed = x·2^t. n is 0 for a row without direction.
 const NORM_WORDS = 4u;
 const NORM_POWER = 2u;
 
-// Of a row as an anchor: query key, passage key, and as f32 the highest cosine it keeps and s⁺ with the slack above which a
-// negative outranks it.
+// Of a row as an anchor: query key, passage key, and as f32 the highest cosine that it keeps and s⁺ with a slack. A negative above the
+// latter outranks the positive.
 const ANCHOR_WORDS = 4u;
 
-// Of a row in a block: Σ exp(β s) = (high + low)·2^exponent, and the number of kept negatives above the positive.
+// Of a row in a block of loss.md: Σ exp(β s) = (high + low)·2^exponent, and the number of negatives above the positive.
 const SUM_WORDS = 4u;
 
 // Of a row: s⁺ as a Pair.
 const POSITIVE_WORDS = 2u;
 
-// Scaled numbers: coefficients by block and row, the diagonal and the losses by row.
+// Scaled numbers: of each row in each block the coefficient, and of each row the diagonal and the loss.
 const SCALED_WORDS = 2u;
 
-// Results. f32 first, for whoever reads them on the device; then what the host reads.
+// Results. First come those in f32, for whoever reads them on the device, and then what the host reads.
 const LOSS = 0u;
 const PRECISION_QP = 1u;
 const MRR_QP = 2u;
@@ -25,13 +25,13 @@ const PRECISION_PQ = 3u;
 const MRR_PQ = 4u;
 const GRAD_TAU = 5u;
 const GRAD_LOG_BETA = 6u;
-const SHIFT = 8u;           // whole number: gradients of logits are in units of 2^SHIFT
-const ACCEPTED = 9u;        // 1 once a forward call has results, not refused; until then gradients are NaN
-const UPSTREAM = 10u;       // Scaled; NOT_A_NUMBER for one that is not finite
-const BETA_SUM = 12u;       // Σ G (s − s⁺) in units of 2^SHIFT, a Pair
+const SHIFT = 8u;           // a whole number: gradients of logits are in units of 2^SHIFT
+const ACCEPTED = 9u;        // 1 after a forward call that was not refused. Without it gradients are NaN
+const UPSTREAM = 10u;       // Scaled, or NOT_A_NUMBER for one that is not finite
+const BETA_SUM = 12u;       // Σ G (s − s⁺) in units of 2^SHIFT, as a Pair
 const NOT_A_NUMBER = 0x7fc00000u;
 
-// What a call found wrong with its inputs, in the buffer `status`: the lowest row, NONE if there is none.
+// What a call found wrong with its inputs, in the buffer `status`: for each kind of fault the lowest row that has it, or NONE.
 const NON_FINITE = 0u; // + 1 for passages
 const ZERO_NORM = 2u;  // + 1 for passages
 const NO_NEGATIVE = 4u;

@@ -1,6 +1,6 @@
-// storage_f16.wgsl: packed embeddings as f16, for inputs of 16 bits. Rows are scaled to a norm of 2^12 … 2^13 by a power of two,
-// so f16 inputs lose nothing, and bf16 inputs only what lies 2^-37 below a row's norm (2^-26 where a device flushes subnormal
-// numbers). The alternative is storage_f32.wgsl. Needs `enable f16;` at the head of the module.
+// storage_f16.wgsl: packed embeddings as f16, for inputs of 16 bits. A power of two scales each row to a norm of 2^12 … 2^13. So f16 inputs
+// lose nothing, and bf16 inputs only what lies 2^-37 below the norm of a row (2^-26 on a device that flushes subnormal numbers). The
+// alternative is storage_f32.wgsl. Needs `enable f16;` at the head of the module.
 
 alias Packed = vec4<f16>;
 

@@ -1,15 +1,15 @@
-// tile.wgsl: the two passes over tiles of cosines: which tile, its edges, its product, its mask.
+// tile.wgsl: what both passes over tiles of cosines share: which tile, the entries of its two axes, its product, its mask.
 //
-// Threads  256 as 16 x 16: thread (y, x) has the rows y, y + 16, … and the columns x, x + 16, … of the tile, PARTS in each
-//          direction for every block of 4 x 4, of which blocks_1.wgsl has one and blocks_4.wgsl four
-// Shared   pool: the product's (multiply_f32.wgsl, multiply_cooperative.wgsl), afterwards scratch of 512·PARTS vectors
-//          candidates, anchors: the indices of the tile's edges, rows first
+// Threads  256 as 16 x 16. Thread (y, x) has the rows y, y + 16, … and the columns x, x + 16, … of the tile. It has blocks of 4 x 4
+//          elements, PARTS in each direction: one with blocks_1.wgsl, four with blocks_4.wgsl
+// Shared   pool: memory of the product (multiply_f32.wgsl, multiply_cooperative.wgsl), afterwards scratch of 512·PARTS vectors
+//          candidates, anchors: the indices of the tile's axes, rows first
 
 struct Params {
     zero: u32,
     tiles: u32,
-    triangle: u32,        // both edges are the same: tiles below the diagonal are mirror images, and not visited
-    row_begin: u32,       // indices of the spaces
+    triangle: u32,        // both axes are the same. Tiles below the diagonal are mirror images, which are not visited
+    row_begin: u32,       // index of the space, as the next three
     row_end: u32,
     col_begin: u32,
     col_end: u32,
@@ -23,20 +23,20 @@ struct Params {
     row_norms: u32,       // words from the start of `state`
     col_norms: u32,
     anchors: u32,
-    row_anchors: u32,     // rows, columns as anchors: 0 of nothing here, 1 of passages, 2 of queries
+    row_anchors: u32,     // what the rows, and the columns, anchor: 0 nothing here, 1 candidates are passages, 2 they are queries
     col_anchors: u32,
     row_sums: u32,        // whether their sums are taken here
     col_sums: u32,
-    ranks: u32,           // whether kept negatives above the positive are counted
+    ranks: u32,           // whether negatives above the positive are counted
     counted: u32,         // whether the columns' part of ∂L/∂β is added here
-    masked: u32,          // whether pairs of different indices can be masked at all
+    masked: u32,          // whether any pair of different indices can be masked
     row_partials: u32,    // words from the start of `scratch`
     col_partials: u32,
     row_coefficients: u32, // words from the start of `state`
     col_coefficients: u32,
     positive: u32,
     results: u32,
-    gradient: u32,        // f32 from the start of `scratch`
+    gradient: u32,        // numbers of f32 from the start of `scratch`
     dots: u32,
     plane: u32,           // cooperative: numbers from the first to the second plane of the gradients
     beta_head: f32,
@@ -52,10 +52,10 @@ struct Params {
 const TILE = 64u * PARTS;
 const THREADS = 256u;
 
-// Keys are exchanged where the candidates are queries: the rule for them then reads as the rule for passages.
+// Keys are exchanged where the candidates are queries. The rule for such candidates then reads like the rule for passages.
 var<workgroup> candidates: array<vec4<u32>, 2u * TILE>; // query key, passage key, owner, 2^12/‖packed‖
-var<workgroup> anchors: array<vec4<u32>, 2u * TILE>;    // query key, passage key, row, highest cosine kept
-var<workgroup> largest: atomic<i32>;                     // kept cosine of the tile, in the order of whole numbers
+var<workgroup> anchors: array<vec4<u32>, 2u * TILE>;    // query key, passage key, row, highest cosine that it keeps
+var<workgroup> largest: atomic<i32>;                     // the largest cosine of the tile that any anchor keeps, as a whole number
 
 struct Thread {
     index: u32,
@@ -68,8 +68,8 @@ struct Place {
     col: u32,
 }
 
-// Tiles of a rectangle go in bands of eight rows of tiles, column by column, so that workgroups that run together share both
-// operands in the cache; those of a triangle row by row.
+// The tiles of a rectangle are visited in bands of eight rows of tiles, and a band column by column. So workgroups that run together share
+// both operands in the cache. Those of a triangle are visited row by row.
 fn place_of(tile: u32) -> Place {
     let cols = params.col_tiles;
     if params.triangle == 0u {
@@ -78,7 +78,7 @@ fn place_of(tile: u32) -> Place {
         let height = min(8u, params.row_tiles - 8u * band);
         return Place(8u * band + in_band % height, in_band / height);
     }
-    // Row r begins at r·cols − r (r − 1) / 2: solve for r, then correct what f32 got wrong.
+    // Row r begins at r·cols − r (r − 1) / 2. This solves for r, and then corrects what f32 got wrong.
     let side_length = 2.0 * f32(cols) + 1.0;
     var r = u32(max(0.0, (side_length - sqrt(max(0.0, side_length * side_length - 8.0 * f32(tile)))) * 0.5));
     r = min(r, cols - 1u);
@@ -95,7 +95,7 @@ fn triangle_start(row: u32) -> u32 {
     return row * params.col_tiles - (row * row - row) / 2u;
 }
 
-// One index of an edge of the tile. It anchors `row`, or NONE.
+// One index of an axis of the tile. It anchors `row`, which is NONE if it anchors none.
 struct Edge {
     candidate: vec4<u32>,
     anchor: vec4<u32>,
@@ -106,7 +106,7 @@ fn is_row(k: u32) -> bool {
     return k < TILE;
 }
 
-// Entry k < TILE is row k of the tile, entry TILE + k its column k. One that does not exist is nobody's candidate and no anchor.
+// Entry k < TILE is row k of the tile, and entry TILE + k is its column k. One that does not exist is nobody's candidate and no anchor.
 fn load_edge(place: Place, k: u32) -> Edge {
     let local = select(place.col, place.row, is_row(k)) * TILE + k % TILE;
     let index = select(params.col_begin, params.row_begin, is_row(k)) + local;
@@ -133,7 +133,7 @@ fn rank_bar(edge: Edge) -> f32 {
     return bitcast<f32>(state[params.anchors + ANCHOR_WORDS * edge.row + 3u]);
 }
 
-// Bit 4 i + j of `row`: element (i, j) is a kept negative of its row's anchor; of `col`: of its column's.
+// Bit 4 i + j of `row` says that the anchor of its row keeps element (i, j). In `col` it says that of the anchor of its column.
 struct Kept {
     row: u32,
     col: u32,
@@ -156,12 +156,12 @@ fn is_kept(bits: u32, i: u32, j: u32) -> bool {
     return ((bits >> (4u * i + j)) & 1u) != 0u;
 }
 
-// Of the four elements of row i.
+// The same for the four elements of row i.
 fn kept_in_row(bits: u32, i: u32) -> vec4<bool> {
     return (vec4<u32>(bits >> (4u * i)) & vec4<u32>(1u, 2u, 4u, 8u)) != vec4<u32>();
 }
 
-// Whether two indices of the tile may be masked: default keys mask a pair only where both indices are the same.
+// Whether any two indices of the tile may be masked. Default keys mask a pair only where both indices are the same.
 fn is_checked(place: Place) -> bool {
     let row = params.row_begin + place.row * TILE;
     let col = params.col_begin + place.col * TILE;
@@ -169,8 +169,8 @@ fn is_checked(place: Place) -> bool {
     return (params.masked != 0u) | ragged | ((row < col + TILE) & (col < row + TILE));
 }
 
-// [2] scale: products → cosines. [3] mask: the rule of src/mask.rs. What belongs to a column is read once, not once for each row:
-// not every compiler sees that it stays the same.
+// [2] scale: makes cosines of products. [3] mask: the rule of src/mask.rs. What belongs to a column is read once, not once for each row,
+// because not every compiler sees that it stays the same.
 fn scale_and_mask(products: mat4x4<f32>, thread: Thread, block: u32, checked: bool) -> Cosines {
     var out = Cosines(products, Kept(select(0u, 0xffffu, params.row_anchors != 0u), select(0u, 0xffffu, params.col_anchors != 0u)));
     var col_scales = vec4<f32>();
@@ -208,7 +208,7 @@ fn scale_and_mask(products: mat4x4<f32>, thread: Thread, block: u32, checked: bo
     return out;
 }
 
-// Cosines as whole numbers of the same order, for an atomic maximum.
+// Cosines as whole numbers in the same order, for an atomic maximum.
 fn ordered(x: f32) -> i32 {
     let bits = bitcast<i32>(x);
     return select(bits, bits ^ 0x7fffffff, bits < 0);

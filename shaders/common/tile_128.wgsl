@@ -1,7 +1,7 @@
-// tile_128.wgsl: tiles of 128 x 128, four blocks of 4 x 4 elements for each thread: 31 KiB of workgroup memory, half the traffic
-// for each product. The alternative is tile_64.wgsl.
+// tile_128.wgsl: tiles of 128 x 128. A thread has four blocks of 4 x 4 elements, which halves the traffic for each product. It takes 31 KiB
+// of workgroup memory. The alternative is tile_64.wgsl.
 
-// part += products over one vector of k of rows a, a + 16, … with columns b, b + 16, …
+// part += the products, over one vector of k, of the rows a, a + 16, … with the columns b, b + 16, …
 fn add_products(part: ptr<function, Totals>, a: u32, b: u32) {
     const STRIDE = 16u * ROW_VECTORS;
     let b0 = pool[b];

@@ -1,6 +1,6 @@
-// tile_64.wgsl: tiles of 64 x 64, 4 x 4 elements for each thread: 15 KiB of workgroup memory, within every device's limits.
+// tile_64.wgsl: tiles of 64 x 64. A thread has 4 x 4 elements. It takes 15 KiB of workgroup memory, which is within every device's limits.
 
-// part += products over one vector of k of rows a, a + 16, … with columns b, b + 16, …
+// part += the products, over one vector of k, of the rows a, a + 16, … with the columns b, b + 16, …
 fn add_products(part: ptr<function, Totals>, a: u32, b: u32) {
     const STRIDE = 16u * ROW_VECTORS;
     let a0 = pool[a];

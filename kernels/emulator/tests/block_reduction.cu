@@ -1,8 +1,8 @@
-// block_reduction.cu: sums of the rows of a matrix, one block for several rows. A test of the emulator.
+// block_reduction.cu: sums of the rows of a matrix, where one thread block takes several rows. A test of the emulator.
 // Math     sums[i] = Σ_j x[i, j]
 // In/out   x: rows x columns, f32, row-major; sums: rows, f32
 // Tiles    block b takes rows b, b + grid, …
-// Threads  128; thread i adds columns i, i + 128, …; lane 0 of each warp writes its warp's sum; warp 0 adds those
+// Threads  128; thread i adds the columns i, i + 128, …; lane 0 of each warp writes the warp's sum; warp 0 adds these
 // Shared   0: 4 f32, sums of the warps, rewritten for each row
 // Sync     S1 sums of the warps are written before warp 0 reads them
 //          S2 warp 0 has read them before the next row's are written

@@ -1,11 +1,11 @@
-// double_buffered_copy.cu: reverses segments of a vector, with the next segment on its way. A test of the emulator.
+// double_buffered_copy.cu: reverses segments of a vector while the next segment is on its way. A test of the emulator.
 // Math     y[512 s + i] = x[512 s + 511 - i], with x = 0 from n on
 // In/out   x: n f32; y: 512 · segments f32
 // Tiles    block b walks over segments b, b + grid, …
 // Threads  128; thread i copies the 16 bytes of elements 4 i … 4 i + 3, and reads what thread 127 - i copied
 // Shared   two stages of 512 f32: 0 even and 2048 odd steps
-// Sync     S1 this thread's copies of the segment have landed; the next segment's may be under way
-//          S2 so have all threads'
+// Sync     S1 the copies of the segment that this thread made have landed; those of the next segment may be under way
+//          S2 those of all threads have landed
 //          S3 all threads have read the stage before it is filled again
 // Numerics exact
 // Limits   n is any; x is aligned to 16 bytes, n is a multiple of 4

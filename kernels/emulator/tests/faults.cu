@@ -1,4 +1,4 @@
-// faults.cu: one defect per kernel, for the sentence that each must give. A test of the emulator.
+// faults.cu: each kernel has one defect, and the emulator must say a certain sentence about it. A test of the emulator.
 #include "../../common/instructions.cuh"
 
 KERNEL(plain_use_of_a_pointer, 32, const float* x, float* y) { st_global_f32(y + lane_id(), x[lane_id()]); }
@@ -47,7 +47,7 @@ KERNEL(never_ends, 32, u32* y) {
     }
 }
 
-// Launched as one that may begin before earlier ones are complete.
+// The launch of this kernel may begin before earlier ones are complete.
 KERNEL(touches_before_it_waits, 32, const float* x, float* y) {
     if (threadIdx.x == 0) begin_launch();
     st_global_f32(y + threadIdx.x, ld_global_f32(x + threadIdx.x)); // the others have not waited

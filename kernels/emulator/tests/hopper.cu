@@ -1,9 +1,10 @@
 // hopper.cu: single instructions of compute capability 9.0, on inputs from the test. A test of the emulator.
 #include "../../common/hopper.cuh"
 
-// ---- wgmma: d = a · b twice over, of k = 64. a: 64 x 64 and b: 64 x N, row-major, placed as descriptors want them.
+// ---- wgmma: d = a · b twice over, along k = 64. a is 64 x 64 and b is 64 x N. Both are row-major here, and placed as descriptors want
+// them.
 
-// Byte of element (index, k) of an operand that begins at an atom: `panel` bytes for each 64 indices of a transposed one.
+// The byte of element (index, k) of an operand that begins at an atom. A transposed operand has `panel` bytes for each 64 indices.
 SAMTONE_DEVICE u32 place_of(bool transposed, u32 index, u32 k, u32 panel) {
     const u32 at = transposed ? index / 64 * panel + k * 128 + index % 64 * 2 : index * 128 + k * 2;
     return at ^ (at >> 7 & 7) << 4;
@@ -52,7 +53,7 @@ PRODUCT(product_256_a, 256, true, false)
 PRODUCT(product_256_b, 256, false, true)
 PRODUCT(product_256_ab, 256, true, true)
 
-// ---- stmatrix: four registers of every lane, to 512 bytes; then transposed, to the next.
+// ---- stmatrix: stores four registers of every lane to 512 bytes, and then, transposed, to the next 512.
 KERNEL(matrix_stores, 32, const u32* x, u32* y) {
     u32 r[4];
     UNROLL
@@ -64,7 +65,7 @@ KERNEL(matrix_stores, 32, const u32* x, u32* y) {
     for (u32 i = lane_id(); i < 256; i += WARP) st_global_u32(y + i, ld_shared_u32(shared_base() + 4 * i));
 }
 
-// ---- named barriers and registers: two pairs of warps exchange what they hold; one pair has more registers.
+// ---- named barriers and registers: two pairs of warps exchange what they hold. One pair has more registers.
 KERNEL(pairs, 2 * WARPGROUP, const u32* x, u32* y) {
     if (warpgroup_id() == 0) setmaxnreg_dec<40>();
     else setmaxnreg_inc<256>();
@@ -75,8 +76,8 @@ KERNEL(pairs, 2 * WARPGROUP, const u32* x, u32* y) {
     st_global_u32(y + threadIdx.x, ld_shared_u32(shared_base() + 4 * (threadIdx.x ^ 63)));
 }
 
-// ---- bulk copies: every block of a cluster of two copies its half of 512 words to both; words return from the other way around.
-// Shared: 0: 512 words; 2048: 512 words to store; 4096: an mbarrier for the words, 4104: one on which both blocks arrive.
+// ---- bulk copies: every block of a cluster of two copies its half of 512 words to both blocks. The words return in reverse order. Shared
+// memory: 0: 512 words; 2048: 512 words to store; 4096: an mbarrier for the words; 4104: one on which both blocks arrive.
 KERNEL_CLUSTER(exchange_halves, 64, 2, const u32* x, u32* y) {
     const shared_address base = shared_base(), words = base + 4096, both = base + 4104;
     const u32 rank = cluster_rank();
@@ -108,7 +109,7 @@ KERNEL_CLUSTER(exchange_halves, 64, 2, const u32* x, u32* y) {
     cluster_sync();
 }
 
-// ---- one thread copies in and out again, in groups.
+// ---- one thread copies words in and out again, in groups.
 KERNEL(copies_in_and_out, 32, const u32* x, u32* y) {
     const shared_address base = shared_base(), barrier = base + 1024;
     if (threadIdx.x != 0) return;

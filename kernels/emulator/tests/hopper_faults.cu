@@ -1,4 +1,4 @@
-// hopper_faults.cu: one defect of compute capability 9.0 per kernel, for the sentence that each must give. A test of the emulator.
+// hopper_faults.cu: each kernel has one defect of compute capability 9.0, and the emulator must say a certain sentence about it.
 #include "../../common/hopper.cuh"
 
 // x: 1024 words; y: 1024 words that nobody has written. Shared memory: 24 KiB.
@@ -7,7 +7,7 @@
 
 SAMTONE_DEVICE shared_address barrier() { return shared_base() + 8192; }
 
-// One thread makes it, all may use it.
+// One thread makes the mbarrier, and all may use it.
 SAMTONE_DEVICE void make(u32 count) {
     if (threadIdx.x == 0) {
         mbarrier_init(barrier(), count);
@@ -15,7 +15,7 @@ SAMTONE_DEVICE void make(u32 count) {
     }
     bar_sync();
 }
-// By one thread, of 16 words.
+// One thread loads 16 words.
 SAMTONE_DEVICE void load(const u32* x SAMTONE_SITE) {
     mbarrier_arrive_expect_tx(barrier(), 64 SAMTONE_EMULATED_AS(, site));
     cp_async_bulk_load(shared_base(), x, 64, barrier() SAMTONE_EMULATED_AS(, site));
@@ -24,7 +24,7 @@ SAMTONE_DEVICE void store(u32* y SAMTONE_SITE) {
     cp_async_bulk_store(y, shared_base(), 64 SAMTONE_EMULATED_AS(, site));
     cp_async_bulk_commit_group(SAMTONE_EMULATED_AS(site));
 }
-// All lanes are here, but this orders no memory.
+// All lanes meet here, but this orders no memory.
 SAMTONE_DEVICE void meet(SAMTONE_SITE_ONLY) { vote_sync_ballot(ALL_LANES, true SAMTONE_EMULATED_AS(, site)); }
 SAMTONE_DEVICE void write_words(u32 words) {
     for (u32 i = threadIdx.x; i < words; i += blockDim.x) st_shared_u32(shared_base() + 4 * i, i);
@@ -73,7 +73,7 @@ FAULT(waits_for_ever, 64) {
     if (threadIdx.x == 40) mbarrier_arrive(barrier());
     if (threadIdx.x == 0) mbarrier_wait(barrier(), 0);
 }
-FAULT(waits_for_a_phase_too_late, 32) { // two phases later its parity is the same again
+FAULT(waits_for_a_phase_too_late, 32) { // two phases later the parity is the same again
     make(1);
     if (threadIdx.x == 0)
         for (u32 i = 0; i < 2; ++i) mbarrier_arrive(barrier());
@@ -88,7 +88,7 @@ FAULT(ends_within_a_phase, 32) {
     make(3);
     if (threadIdx.x < 2) mbarrier_arrive(barrier());
 }
-FAULT(tells_of_one_lane, 64) { // lane 0 arrives, but not after what the other lanes did
+FAULT(tells_of_one_lane, 64) { // lane 0 arrives, but no barrier orders that after what the other lanes did
     make(1);
     if (warp_id() == 0) {
         write_words(32);
@@ -123,7 +123,7 @@ FAULT_OF_TWO(arrives_at_an_ended_block, 32) {
     if (cluster_rank() == 0 && threadIdx.x == 0) {
         mbarrier_arrive_expect_tx(barrier(), 64);
         cp_async_bulk_load(shared_base(), x, 64, barrier());
-        mbarrier_wait(barrier(), 0); // for long, if the copy is late
+        mbarrier_wait(barrier(), 0); // this takes long if the copy is late
         mbarrier_arrive_cluster(barrier(), 1);
     }
 }
@@ -254,7 +254,7 @@ FAULT(reads_what_is_being_stored, 32) {
     for (u32 i = 0; i < 16; ++i) st_shared_u32(shared_base() + 4 * i, i);
     fence_proxy_async();
     store(y);
-    cp_async_bulk_wait_group_read<0>(); // of shared memory, which is not enough
+    cp_async_bulk_wait_group_read<0>(); // this ends the reads of shared memory, which is not enough
     ld_global_u32(y);
 }
 FAULT(ends_before_its_stores, 32) {
@@ -297,7 +297,7 @@ FAULT(increase_to_fewer, 256) { setmaxnreg_inc<232>(); }
 FAULT(decrease_to_more, 384) { setmaxnreg_dec<176>(); }
 FAULT(half_a_warpgroup, 64) { setmaxnreg_dec<40>(); }
 
-// a: 64 rows of 128 bytes, b: 128 rows, of zeros; 24 KiB in all.
+// a has 64 rows of 128 bytes and b has 128 rows, all of zeros. Together they have 24 KiB.
 SAMTONE_DEVICE void write_operands() {
     for (u32 i = threadIdx.x; i < 6144; i += blockDim.x) st_shared_u32(shared_base() + 4 * i, 0);
 }
@@ -425,7 +425,7 @@ FAULT(overwrites_an_operand, 128) {
     start();
     multiply(d, a_operand(), b_operand());
     wgmma_commit_group();
-    bar_sync(); // of the threads, not of their product
+    bar_sync(); // it waits for the threads, but not for their product
     write_operands();
     wgmma_wait_group<0>();
     hold(d);
@@ -450,7 +450,7 @@ FAULT(ends_with_an_open_group, 128) {
     wgmma_wait_group<0>();
 }
 
-// No fault in itself: what sums are until they have been waited for, and then. y: 128 of each.
+// This has no fault. It shows what sums are until they have been waited for, and what they are then. y has 128 of each.
 KERNEL(sums_before_and_after, 128, u32* y) {
     float d[64];
     start();

@@ -1,8 +1,8 @@
-// instructions.cu: instructions one at a time, for results that are known. A test of the emulator, or of a device.
-// Each kernel is one warp, unless it says otherwise; thread i reads and writes element i of its vectors.
+// instructions.cu: instructions one at a time, with results that are known. A test of the emulator, or of a device. Each kernel is one
+// warp, unless it says otherwise. Thread i reads and writes element i of its vectors.
 #include "../../common/instructions.cuh"
 
-// Per element: bf16 and f16 of x, both orders of pairs, and back.
+// For each element: x as bf16 and f16, pairs in both orders, and back.
 KERNEL(conversions, 256, const float* x, u16* to_bf16, u16* to_f16, u32* pairs_bf16, u32* pairs_f16, float* from_bf16,
        float* from_f16, u32 n) {
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
@@ -18,7 +18,7 @@ KERNEL(conversions, 256, const float* x, u16* to_bf16, u16* to_f16, u32* pairs_b
     }
 }
 
-// Eight results per element, f32; two per element, f64.
+// For each element: eight results in f32 and two in f64.
 KERNEL(arithmetic, 256, const float* x, float* results, double* doubles, u32 n) {
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
         const float value = ld_global_nc_f32(x + i), next = ld_global_nc_f32(x + (i + 1) % n);
@@ -35,7 +35,7 @@ KERNEL(arithmetic, 256, const float* x, float* results, double* doubles, u32 n) 
     }
 }
 
-// Four exchanges per lane: from lane 5 i, with lane ^ 9, from lane + 3, a ballot of odd values.
+// Four exchanges for each lane: from lane 5 i, with lane ^ 9, from lane + 3, and a ballot of odd values.
 KERNEL(exchanges, 32, const u32* x, u32* results) {
     const u32 lane = lane_id(), value = ld_global_u32(x + lane);
     st_global_u32(results + 4 * lane, shfl_sync_idx(ALL_LANES, value, 5 * lane));
@@ -44,7 +44,7 @@ KERNEL(exchanges, 32, const u32* x, u32* results) {
     st_global_u32(results + 4 * lane + 3, vote_sync_ballot(ALL_LANES, value % 2 == 1));
 }
 
-// Four 8x8 matrices of u16 (x: 256 elements) into fragments, each kind after the other: 1 + 2 + 4, then transposed.
+// Loads four 8x8 matrices of u16 (x: 256 elements) into fragments, each kind after the other: 1 + 2 + 4, then transposed.
 KERNEL(matrix_loads, 32, const u16* x, u32* results) {
     const u32 lane = lane_id();
     st_shared_u32x4(shared_base() + 16 * lane, ld_global_nc_u32x4(x + 8 * lane));
@@ -66,7 +66,7 @@ KERNEL(matrix_loads, 32, const u16* x, u32* results) {
     for (u32 i = 0; i < 4; ++i) st_global_u32(to + 10 + i, four[i]);
 }
 
-// d += a · b on fragments given per lane: 4 + 2 words, and 4 accumulators.
+// d += a · b on the fragments of each lane: 4 + 2 words, and 4 accumulators.
 KERNEL(matrix_product, 32, const u32* a, const u32* b, float* d, u32 is_bf16) {
     const u32 lane = lane_id();
     const u32x4 words_a = ld_global_nc_u32x4(a + 4 * lane);
@@ -79,8 +79,8 @@ KERNEL(matrix_product, 32, const u32* a, const u32* b, float* d, u32 is_bf16) {
     st_global_f32x4(d + 4 * lane, f32x4{sums[0], sums[1], sums[2], sums[3]});
 }
 
-// Every load and store: x through shared memory to y, in pieces of each type; 32 bytes per lane and type, 11 types, and
-// the last once more by st.global.cs.
+// Every load and store. x goes through shared memory to y, in pieces of each type: 32 bytes for each lane and each of 11 types. The pieces
+// of the last type go once more, by st.global.cs.
 KERNEL(loads_and_stores, 32, const unsigned char* x, unsigned char* y) {
     const u32 lane = lane_id();
     const shared_address at = shared_base() + 32 * lane;
@@ -110,7 +110,7 @@ KERNEL(loads_and_stores, 32, const unsigned char* x, unsigned char* y) {
     }
 }
 
-// Copies of 4, 8 and 16 bytes with every length of zero fill in steps of two: 2 + 4 + 8 pieces of 16 bytes per lane.
+// Copies of 4, 8 and 16 bytes with every length of zero fill in steps of two: 2 + 4 + 8 pieces of 16 bytes for each lane.
 KERNEL(copies, 32, const unsigned char* x, unsigned char* y) {
     const u32 lane = lane_id();
     const shared_address at = shared_base() + 256 * lane;
@@ -127,7 +127,7 @@ KERNEL(copies, 32, const unsigned char* x, unsigned char* y) {
     }
 }
 
-// Blocks add, take minima and set bits in one word each; the first block to arrive is not known, the results are.
+// Blocks add, take minima and set bits in one word each. Nobody knows which block comes first, but the results are known.
 KERNEL(atomics, 64, u32* words) {
     const u32 i = blockIdx.x * blockDim.x + threadIdx.x;
     atom_global_add_u32(words, i);

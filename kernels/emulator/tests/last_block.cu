@@ -1,13 +1,13 @@
-// last_block.cu: the sum of a vector in one launch: the last block to come adds up what all have left. A test of the emulator.
+// last_block.cu: the sum of a vector in one launch. The last thread block to come adds up what all have left. A test of the emulator.
 // Math     sum = Σ_i x[i]
-// In/out   x: parts x 64 numbers, f32; parts: as many; sum: one; ticket: one u32, 0, and 0 again at the end
+// In/out   x: parts x 64 numbers, f32; parts: as many; sum: one; ticket: one u32, which is 0 before and after
 // Tiles    block b takes 64 numbers
 // Threads  64
-// Shared   0: the number that the block drew
+// Shared   0: the number that the thread block drew
 // Sync     S1 that number is written before it is read
-//          The message from block to block: a barrier after the parts are written, a fence, the drawing of a number; and in the
-//          last block a fence after that, and S1. Who leaves one out is not seen by results here, because blocks run one by one
-// Numerics f32, fixed order: the same bits whichever block is the last
+//          The message from block to block is a barrier after the parts are written, a fence, and the drawing of a number. In the last
+//          block it is a fence after that, and S1. The results here do not show if one of these is left out, because blocks run one by one
+// Numerics f32, fixed order: the same bits whichever thread block is the last
 // Limits   none
 #include "../../common/instructions.cuh"
 

@@ -5,20 +5,20 @@
 // Threads  128: four warps, each 32 x 32 of the tile, as 2 x 4 fragments of 16 x 8
 // Shared   3 stages of 8192 bytes: 0 A, 64 rows of 64 bytes; 4096 B, 64 rows of 64 bytes, or 32 rows of 128 bytes.
 //          16-byte chunks are permuted within a row, so that the 8 rows of an ldmatrix are in 8 different banks
-// Sync     S1 this thread's copies of the stage have landed; those of the next stage may be under way
-//          S2 so have all threads', and all have read the stage that is filled next
+// Sync     S1 the copies of the stage that this thread made have landed; those of the next stage may be under way
+//          S2 those of all threads have landed, and all threads have read the stage that is filled next
 // Numerics f32 accumulators
 // Limits   k, and n by rows, are multiples of 8; A, B are aligned to 16 bytes, C to 4
 #include "../../common/instructions.cuh"
 
 constexpr u32 THREADS = 128, TILE = 64, DEPTH = 32, STAGES = 3, STAGE_BYTES = 2 * TILE * DEPTH * 2, B_OFFSET = TILE * DEPTH * 2;
 
-// Byte offset of 16-byte chunk `chunk` of row `row`. Rows of 4 chunks: two rows fill the 32 banks.
+// The byte offset of 16-byte chunk `chunk` of row `row`. Rows have 4 chunks, so that two rows fill the 32 banks.
 SAMTONE_DEVICE u32 narrow(u32 row, u32 chunk) { return row * 64 + ((chunk ^ (row / 2 % 4)) * 16); }
-// Rows of 8 chunks: one row fills them.
+// The same for rows of 8 chunks. One row fills the banks.
 SAMTONE_DEVICE u32 wide(u32 row, u32 chunk) { return row * 128 + ((chunk ^ (row % 8)) * 16); }
 
-// 16 bytes of a row-major matrix of 16-bit elements, zeros outside.
+// Copies 16 bytes of a row-major matrix of 16-bit elements, and zeros outside of it.
 SAMTONE_DEVICE void copy_chunk(shared_address to, const u16* matrix, u32 row, u32 column, u32 rows, u32 columns) {
     const bool inside = (row < rows || MUTANT(rows_not_guarded)) && column < columns;
     const u16* from = inside ? matrix + static_cast<u64>(row) * columns + column : matrix;
@@ -62,7 +62,7 @@ template <bool b_by_rows, bool is_bf16> SAMTONE_DEVICE void product(const u16* a
             u32 fragments_a[2][4], fragments_b[4][2];
             UNROLL
             for (u32 i = 0; i < 2; ++i) {
-                // Matrices: rows 0..7 and 8..15 of the fragment, then the same at k + 8.
+                // The matrices are rows 0..7 and 8..15 of the fragment, then the same rows at k + 8.
                 const u32 row = warp_row + 16 * i + lane % 16, chunk = deep / 8 + lane / 16;
                 ldmatrix_x4(fragments_a[i], stage + (MUTANT(no_swizzle) ? row * 64 + chunk * 16 : narrow(row, chunk)) +
                                                 (MUTANT(misaligned) ? 4 : 0));

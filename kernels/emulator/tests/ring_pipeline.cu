@@ -1,21 +1,21 @@
-// ring_pipeline.cu: a matrix product by wgmma, with copies that two blocks share and a ring of slots. A test of the emulator.
+// ring_pipeline.cu: a matrix product by wgmma, with a ring of slots and copies that two thread blocks share. A test of the emulator.
 // Math     C = A · Bᵀ, rounded to f16
-// In/out   A: m x k, B: n x k, f16, packed: 64 rows and 64 of k are 64 rows of 128 bytes as wgmma reads them (packed_at in
-//          tests/emulator/pipeline.rs), those of one 64 rows one after the other along k; C: m x n, f16, row-major
+// In/out   A: m x k, B: n x k, f16. They are packed: 64 rows and 64 of k are 64 rows of 128 bytes as wgmma reads them (packed_at in
+//          tests/emulator/pipeline.rs). The pieces of the same 64 rows lie one after the other along k; C: m x n, f16, row-major
 // Tiles    a cluster computes 128 x 128 of C, block `rank` 64 rows of them, and takes every clusters-th square
-// Threads  256: one thread copies; warps 4..7 multiply, 64 x 128 sums
-// Shared   STAGES slots of 24 KiB, each 64 of k: A of this block, 8 KiB, and B, 16 KiB, half of it copied by each block;
+// Threads  256: one thread copies; warps 4..7 multiply and hold 64 x 128 sums
+// Shared   STAGES slots of 24 KiB, each with 64 of k: A of this block, 8 KiB, and B, 16 KiB, of which each block copies half;
 //          then 16 KiB: this block's part of C; then two mbarriers for each slot, `full` and `empty`
 // Sync     S1 the slot is free in both blocks
 //          S2 the slot is full
-//          S3 products have read the slot
-//          S4 mbarriers are ready in both blocks
+//          S3 the products have read the slot
+//          S4 the mbarriers are ready in both blocks
 //          S5 no block ends while the other may write to it or arrive at it
-//          S6 what this thread stored is for asynchronous reads
+//          S6 asynchronous reads see what this thread stored
 //          S7 all threads have stored and fenced
-//          S8 the copy of C has been read before it is written again
-//          S9 so all threads know
-//          S10 products of the slot before are done, those of this slot under way
+//          S8 the copy of C has been read before its place is written again
+//          S9 all threads know that
+//          S10 the products of the slot before are done, those of this slot are under way
 //          S11 all products are done
 // Numerics f32 accumulators, cut as tensor cores do
 // Limits   m, n multiples of 128, k of 64
@@ -50,12 +50,12 @@ SAMTONE_DEVICE void copy(Slot& slot, const unsigned char* a, const unsigned char
     }
 }
 
-// This warp's products have read the slot.
+// The products of this warp have read the slot.
 SAMTONE_DEVICE void release(const Slot& slot) {
     if (lane_id() < CLUSTER || MUTANT(every_lane_releases)) SYNC(S3, mbarrier_arrive_cluster(slot.empty(), lane_id() % CLUSTER));
 }
 
-// Products of a slot are under way while the next slot is waited for.
+// The products of a slot are under way while the next slot is waited for.
 SAMTONE_DEVICE void multiply(float (&sums)[64], Slot& slot, u32 steps) {
     Slot previous = slot;
     for (u32 step = 0; step < steps; ++step) {
@@ -81,7 +81,7 @@ SAMTONE_DEVICE void multiply(float (&sums)[64], Slot& slot, u32 steps) {
     release(previous);
 }
 
-// `c`: 64 rows of `n` elements, of which 128 columns are ours.
+// `c` has 64 rows of `n` elements. 128 columns of it are this cluster's.
 SAMTONE_DEVICE void store(u16* c, u32 n, const float (&sums)[64]) {
     const shared_address result = shared_base() + RESULT + (MUTANT(over_mbarriers) ? 16 * STAGES : 0);
     const u32 thread = threadIdx.x - WARPGROUP, warp = thread / WARP, matrix = lane_id() / 8;
@@ -92,7 +92,7 @@ SAMTONE_DEVICE void store(u16* c, u32 n, const float (&sums)[64]) {
         u32 r[4];
         UNROLL
         for (u32 i = 0; i < 4; ++i) r[i] = cvt_rn_f16x2_f32(sums[8 * j + 2 * i], sums[8 * j + 2 * i + 1]);
-        // Matrices: rows 0..7 and 8..15 of columns 16 j … 16 j + 7, then of the eight after.
+        // The matrices are rows 0..7 and 8..15 of the columns 16 j … 16 j + 7, then the same rows of the eight columns after.
         stmatrix_x4(result + (warp * 16 + matrix % 2 * 8 + lane_id() % 8) * 256 + (2 * j + matrix / 2) * 16, r);
     }
     SYNC(S6, fence_proxy_async());

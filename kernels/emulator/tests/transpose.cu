@@ -3,11 +3,11 @@
 // In/out   x: rows x columns, y: columns x rows, f32, row-major
 // Tiles    32 x 32; block b walks over tiles b, b + grid, …
 // Threads  256; thread (warp w, lane l) takes column l of the tile's rows w, w + 8, w + 16, w + 24
-// Shared   0: 32 rows of 33 f32, the tile, rewritten for each tile; the 33rd spreads a column over all banks
+// Shared   0: 32 rows of 33 f32, the tile, rewritten for each tile. The 33rd number spreads a column over all banks
 // Sync     S1 the tile is written before its columns are read
 //          S2 it is read before the next one is written
 // Numerics exact
-// Limits   rows, columns below 2^31; any rest of a tile
+// Limits   rows and columns are below 2^31. The last tiles may be partly filled
 #include "../../common/instructions.cuh"
 
 constexpr u32 THREADS = 256, TILE = 32, PITCH = TILE + 1;

@@ -1,5 +1,5 @@
 // warp_exchange.cu: reverses 32 numbers within each warp, through shared memory. A test of the emulator.
-// Math     y[w, i] = x[w, 31 - i], twice: once for each of `rounds`, so y = x when rounds is even
+// Math     y[w, i] = x[w, 31 - i], once for each of `rounds`. So y = x if `rounds` is even
 // In/out   x, y: 32 numbers per warp of the grid, u32
 // Tiles    block b takes the numbers 64 b … 64 b + 63
 // Threads  64, two warps that never meet
