@@ -4,7 +4,7 @@
 
 use super::DEFAULT_WORKSPACE_BYTES;
 use super::state::State;
-use super::tower::Panels;
+use super::tower::{NARROW, Panels};
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 use crate::order::Space;
@@ -75,7 +75,7 @@ pub struct Plan {
     pub(super) workers: usize,
     /// Number of tiles that the workspace holds in the gradient pass, each with its products up to every prefix.
     pub(super) slots: usize,
-    /// Elements of one panel of f32 rows; 0 if the caller's memory is read in place.
+    /// Elements of the largest panel that is copied; 0 if the caller's memory is read in place.
     panel: usize,
     /// The columns of embeddings between the ends of two prefixes, cut into panels. Those of the first prefix come first.
     pub(super) segments: Vec<Vec<Range<usize>>>,
@@ -105,7 +105,8 @@ impl Plan {
         let mut tile = m.div_ceil(4).next_multiple_of(MIN_TILE).clamp(64, MAX_TILE).max(least);
         let bound = batch.call().workspace_bytes().unwrap_or(DEFAULT_WORKSPACE_BYTES);
         let direct = [Space::Query, Space::Passage].iter().all(|&s| Panels::is_direct(&state.panels(s, batch)));
-        let panel = |tile: usize| if direct { 0 } else { tile * width };
+        let narrow = segments.iter().flatten().map(|columns| columns.len()).filter(|&width| width <= NARROW).max();
+        let panel = |tile: usize| tile * if direct { narrow.unwrap_or(0) } else { width };
         let panel_bytes = |tile: usize| PANELS * panel(tile) * size_of::<f32>();
         let needed = |tile: usize| (planes + 1) * tile * tile * size_of::<f32>() + panel_bytes(tile);
         // The edge of a tile depends on the inputs alone, because it decides the order of additions. The number of threads must not.

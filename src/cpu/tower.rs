@@ -14,6 +14,9 @@ use std::ops::Range;
 
 /// If a norm is outside 2^±RANGE, f32 products of raw embeddings may lose bits or overflow. So the tower is scaled as it is read.
 const RANGE: i32 = 30;
+/// A panel of so few columns is always copied. The library of matrix products has a routine of its own for them, which rounds another way
+/// for another row stride.
+pub(super) const NARROW: usize = 2;
 /// The least square of a prefix's norm, where that of the longest prefix is 1. Gradients of logits are divided by the norms of both
 /// embeddings, and f32 holds them down to norms of 2⁻⁴⁰ beside embeddings that are read with norms of 2^±RANGE.
 const LEAST_SHARE: f64 = 1.0 / (1_u128 << 80) as f64;
@@ -126,7 +129,7 @@ pub(super) struct Panels<'a> {
 }
 
 impl<'a> Panels<'a> {
-    /// Whether panels are views of the caller's memory, not copies.
+    /// Whether panels of more than [`NARROW`] columns are views of the caller's memory, not copies.
     pub(super) fn is_direct(&self) -> bool {
         matches!(self.x.data(), Data::F32(_)) && self.norms.shift.is_none() && self.order.is_none()
     }
@@ -137,7 +140,7 @@ impl<'a> Panels<'a> {
         'a: 's,
     {
         let stride = self.x.row_stride();
-        if let (Data::F32(data), true) = (self.x.data(), self.is_direct()) {
+        if let (Data::F32(data), true) = (self.x.data(), self.is_direct() && cols.len() > NARROW) {
             return MatRef::new(&data[rows.start * stride + cols.start..], rows.len(), cols.len(), stride);
         }
         scratch.resize(rows.len() * cols.len(), 0.0);

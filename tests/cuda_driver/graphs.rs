@@ -85,7 +85,7 @@ pub const CHECKS: &[Check] = &[
             graph.launch().map_err(text)?;
             let named = match graph.results() {
                 Err(Error::NonFinite { tower: Tower::Passage, row: 5, column: 7, value }) => value == f64::INFINITY,
-                Err(Error::ZeroNorm { tower: Tower::Query, row: 6 }) => std::ptr::eq(problem, &zero),
+                Err(Error::ZeroNorm { tower: Tower::Query, row: 6, prefix: None }) => std::ptr::eq(problem, &zero),
                 other => return Err(format!("{other:?}")),
             };
             demand(named, "another error")?;

@@ -400,7 +400,7 @@ fn refusals() -> Result<(), String> {
         let got = error_of(&nan)?;
         demand(got == (Some(want), true), &format!("{got:?}"))?;
         let got = error_of(&zero)?;
-        demand(got == (Some(Error::ZeroNorm { tower, row: 6 }), true), &format!("{got:?}"))?;
+        demand(got == (Some(Error::ZeroNorm { tower, row: 6, prefix: None }), true), &format!("{got:?}"))?;
         let got = error_of(&good)?;
         demand(got == (None, false), &format!("{got:?}"))
     })?;

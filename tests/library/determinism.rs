@@ -3,7 +3,7 @@
 use crate::support::data::{Kind, Source, duplicate_ids, problem};
 use crate::support::problem::{Buffer, Problem};
 use samtone::cpu::{self, Plan, Shard, Workspace};
-use samtone::{Batch, DType, EmbeddingsMut, GradientBuffers, Loss, LossAndGradients, Scope};
+use samtone::{Batch, DType, EmbeddingsMut, GradientBuffers, Loss, LossAndGradients, NoNegative, Scope};
 use std::collections::BTreeSet;
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
@@ -32,6 +32,12 @@ fn everything(loss: Loss, dtype: DType, workspace: usize) -> samtone::Result<Pro
 fn plain(loss: Loss, dtype: DType, workspace: usize) -> samtone::Result<Problem> {
     let problem = problem(loss, Kind::Random, (131, 203, 37), 0.02, 9, 0.0)?.rounded(dtype);
     Ok(problem.with(|call| call.with_workspace_bytes(workspace)))
+}
+
+/// The first with prefixes.
+fn prefixes(loss: Loss, dtype: DType, workspace: usize) -> samtone::Result<Problem> {
+    Ok(everything(loss, dtype, workspace)?
+        .with(|call| call.with_prefixes([3, 16, 17, 36]).with_no_negative(NoNegative::Zero)))
 }
 
 /// Bounds that store every logit, and that keep so few tiles that the number of threads decides about the waves.
@@ -73,7 +79,7 @@ fn any_number_of_threads() -> Outcome {
     for (k, (name, ..)) in Loss::PRESETS.iter().enumerate() {
         for (w, workspace) in WORKSPACES.into_iter().enumerate() {
             for dtype in [DType::F32, DType::BF16] {
-                let make = if (k + w) % 2 == 0 { everything } else { plain };
+                let make = [everything, plain, prefixes][(k + w) % 3];
                 let problem = make(Loss::by_name(name)?, dtype, workspace)?;
                 let (query, passage) = (Buffer::new(dtype, &problem.query), Buffer::new(dtype, &problem.passage));
                 let batch = problem.batch(&query, &passage)?;

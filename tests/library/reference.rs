@@ -59,6 +59,11 @@ fn with_options(plain: &Problem) -> Vec<Problem> {
         with("owners, all", &|call| owners(call, Scope::All)),
         with("owners, own", &|call| owners(call, Scope::Own)),
         with("margin", &|call| call.with_margin(0.05)),
+        with("prefixes", &|call| call.with_prefixes([1, 3]).with_prefix_weights([0.5, 2.0])),
+        with("prefixes and everything", &|call| {
+            let call = owners(shared_ids(weights(positives(call))), Scope::Own).with_margin(0.3);
+            call.with_prefixes([2, 3, 4])
+        }),
         with("everything", &|call| owners(shared_ids(weights(positives(call))), Scope::Own).with_margin(0.3)),
     ]
 }

@@ -211,7 +211,8 @@ fn frobenius(
     let norms: Vec<f64> = x.chunks(dim).map(norm).collect();
     // The gradient of a prefix grows as the norm of the prefix shrinks, and so does what rounded cosines cost.
     let shortest = problem.call.prefixes().map_or(dim, |dims| dims[0]);
-    let stretch = x.chunks(dim).zip(&norms).map(|(row, whole)| whole / norm(&row[..shortest])).fold(1.0, f64::max);
+    let stretches = x.chunks(dim).zip(&norms).map(|(row, whole)| whole / norm(&row[..shortest]));
+    let stretch = stretches.filter(|s| s.is_finite()).fold(1.0, f64::max);
     let length = |entries: &mut dyn Iterator<Item = f64>| {
         entries.enumerate().map(|(k, v)| (v * norms[k / dim]).powi(2)).sum::<f64>().sqrt()
     };

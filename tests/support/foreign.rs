@@ -29,6 +29,7 @@ fn others(problem: &Problem) -> Result<Vec<(&'static str, Problem)>> {
     with("`positives`", &|call| call.with_positives((0..m as u32).rev().collect::<Vec<_>>()));
     let weights: Vec<f32> = (0..m).map(|i| if i == 3 { 0.5 } else { 1.0 }).collect();
     with("`weights`", &|call| call.with_weights(&*weights));
+    with("`prefixes` 1 (weight 1)", &|call| call.with_prefixes([1, d]));
     let halves = |count: usize| (0..count as i64).map(|i| i / 2).collect::<Vec<_>>();
     with("`query_ids`", &|call| call.with_query_ids(halves(m)));
     with("`passage_ids`", &|call| call.with_passage_ids(halves(n)));

@@ -107,7 +107,10 @@ pub(in crate::cpu) fn gradient_tile(
 fn offset(tile: &Tile<'_>, a: &Coefficients, b: &Coefficients) -> Option<f32> {
     let (rows, cols) = (a.range(tile.row_start, tile.rows), b.range(tile.col_start, tile.cols));
     let (low, high) = (rows.0.min(cols.0), rows.1.max(cols.1));
-    (high - low <= SPAN).then(|| ((low + high) / 2.0).round())
+    match high - low {
+        span if span < 0.0 => Some(0.0), // every coefficient is 0
+        span => (span <= SPAN).then(|| ((low + high) / 2.0).round()),
+    }
 }
 
 struct Call<'a> {

@@ -1,9 +1,9 @@
 //! What a call refuses: some of it when it is joined with M queries and N passages, some already when it is checked alone.
 
-use super::{M, N, Outcome, batch, expect_invalid, good, present, towers};
+use super::{D, M, N, Outcome, batch, expect_invalid, good, present, refused, towers};
 use crate::support::data::{Kind, problem};
 use crate::support::problem::{Outputs, Problem};
-use samtone::{Call, DType, Loss, Scope, cpu};
+use samtone::{Call, DType, Error, Loss, Scope, Tower, cpu};
 
 /// The call joined with embeddings; with M and N alone it is refused for the same reason.
 #[track_caller]
@@ -71,6 +71,52 @@ fn positives_ids_and_owners() {
     expect_unjoined(owners(&[i32::MIN, 0, 0, 0, 0, 0]), "owners", "-2147483648 at passage 0", "0 to 3");
     let unused = good().with_hard_negative_owners([9, -1, -1, -1, -1, -1], Scope::All);
     expect_unjoined(unused, "owners", "9 at passage 0", "0 to 3");
+}
+
+#[test]
+fn prefixes() -> Outcome {
+    let of = |dims: &[usize]| good().with_prefixes(dims);
+    expect_unchecked(of(&[]), "prefixes", "an empty list", "at least one prefix");
+    expect_unchecked(of(&[0, 2]), "prefixes", "0 at position 0", "ascending numbers of entries, here at least 1");
+    expect_unchecked(of(&[2, 2]), "prefixes", "2 at position 1", "ascending numbers of entries, here at least 3");
+    expect_unchecked(of(&[3, 1]), "prefixes", "1 at position 1", "here at least 4");
+    let (q, p) = towers();
+    let allowed = "at most 3, the dimension of the embeddings";
+    for call in [of(&[1, 4]), of(&[1, 4]).with_prefix_weights([1.0, 0.0])] {
+        expect_invalid(batch(&call, &q, &p), "prefixes", "4 at position 1", allowed);
+        let pairs = call.pairs(M, N)?;
+        expect_invalid(samtone::Problem::new(pairs, DType::F32, D), "prefixes", "4 at position 1", allowed);
+    }
+
+    let weights = |weights: &[f64]| of(&[1, 3]).with_prefix_weights(weights);
+    let alone = good().with_prefix_weights([1.0]);
+    expect_unchecked(alone, "prefix_weights", "given without `prefixes`", "none, or `prefixes` with them");
+    expect_unchecked(weights(&[1.0]), "prefix_weights", "a slice of 1 elements", "2, one for each prefix");
+    expect_unchecked(weights(&[0.0, 0.0]), "prefix_weights", "0 for every prefix", "at least one weight above 0");
+    for bad in [-1.0, f64::NAN, f64::INFINITY, 1e31, 1e-31] {
+        let value = format!("{bad:?} at position 1");
+        expect_unchecked(weights(&[1.0, bad]), "prefix_weights", &value, "0, or from 1e-30 to 1e30");
+    }
+    assert_eq!(joined(weights(&[0.0, 1e30])), Ok(()));
+
+    // A prefix without a direction is named; so is one whose norm vanishes beside the rest.
+    let (call, mut zero, mut tiny) = (of(&[1, 3]), p.clone(), p);
+    (zero[2 * D], tiny[2 * D]) = (0.0, 1e-30);
+    for backend in [backend("cpu"), backend("reference")] {
+        let error = refused(backend, &batch(&call, &q, &zero)?, 1.0);
+        assert_eq!(error, Error::ZeroNorm { tower: Tower::Passage, row: 2, prefix: Some(1) });
+        let sentence = "the passage embedding in row 2 has norm zero in its first 1 entries";
+        assert!(error.to_string().starts_with(sentence), "{error}");
+    }
+    let of_cpu = |call: &Call| samtone::loss_and_gradients(&batch(call, &q, &tiny)?, 1.0).map(|_| ());
+    expect_invalid(of_cpu(&call), "passage", "e-30 in its first 1 entries", "at least 2^-40 of that of the longest");
+    // Nobody asks for that prefix.
+    assert_eq!(of_cpu(&call.with_prefix_weights([0.0, 1.0])), Ok(()));
+    Ok(())
+}
+
+fn backend(name: &str) -> &'static dyn samtone::backend::Backend {
+    samtone::backend::by_name(name).unwrap()
 }
 
 #[test]

@@ -70,7 +70,7 @@ fn embeddings_of_norm_zero() -> Outcome {
                 let x = if tower == Tower::Query { &mut q } else { &mut p };
                 x[row * D..(row + 1) * D].fill(zero);
                 for error in refused_everywhere(&batch(&call, &q, &p)?) {
-                    assert_eq!(error, Error::ZeroNorm { tower, row });
+                    assert_eq!(error, Error::ZeroNorm { tower, row, prefix: None });
                     let sentence = error.to_string();
                     let parts = [tower.to_string(), format!("row {row}"), "zero".into(), "ZeroGradient".into()];
                     assert!(parts.iter().all(|part| sentence.contains(part)), "{sentence}");
@@ -272,7 +272,7 @@ fn a_state_used_with_another_batch() -> Outcome {
         assert!(error.contains(&format!("a {tower} embedding in row 2 of norm")), "{error}");
         let error = refused(tower, &|row| row.iter_mut().for_each(|v| *v = -*v))?.to_string();
         assert!(error.contains("row 2 has a cosine of"), "{error}");
-        assert_eq!(refused(tower, &|row| row.fill(0.0))?, Error::ZeroNorm { tower, row: 2 });
+        assert_eq!(refused(tower, &|row| row.fill(0.0))?, Error::ZeroNorm { tower, row: 2, prefix: None });
         for value in [f32::NAN, f32::INFINITY] {
             let error = refused(tower, &|row| row[1] = value)?;
             assert!(matches!(error, Error::NonFinite { row: 2, column: 1, tower: t, .. } if t == tower), "{error}");
@@ -401,7 +401,7 @@ fn a_row_without_a_negative() -> Outcome {
         .with_query_ids([1, 2, 3, 3]);
     let strict = batch(&decoupled, &q, &p)?;
     for error in refused_everywhere(&strict) {
-        assert_eq!(error, Error::NoNegative { loss: "decoupled".into(), group: 0, row: 2 });
+        assert_eq!(error, Error::NoNegative { loss: "decoupled".into(), group: 0, row: 2, prefix: None });
         let sentence = error.to_string();
         let parts = ["row 2", "group 0", "`decoupled`", "positive_copies"];
         assert!(parts.iter().all(|part| sentence.contains(part)), "{sentence}");
@@ -410,7 +410,7 @@ fn a_row_without_a_negative() -> Outcome {
     let groups = vec![Group::new(1.0, &[Block::PQ], 1)?, Group::new(1.0, &[Block::QP], 0)?];
     let mine = decoupled.clone().with_loss(Loss::custom("mine", groups)?);
     for error in refused_everywhere(&batch(&mine, &q, &p)?) {
-        assert_eq!(error, Error::NoNegative { loss: "mine".into(), group: 1, row: 2 });
+        assert_eq!(error, Error::NoNegative { loss: "mine".into(), group: 1, row: 2, prefix: None });
     }
     let shard = Shard::new(&strict, 0..4)?;
     assert!(matches!(shard.evaluate(&shard.partials()?), Err(Error::NoNegative { row: 2, .. })));

@@ -1,17 +1,23 @@
 //! Properties of the definition that need no second implementation: invariances, equivalent batches, equal bits.
 
 mod masks;
+mod prefixes;
 mod runs;
 mod setup;
 
 use crate::support::data::Source;
 use crate::support::problem::{Outputs, Problem};
 use proptest::prelude::*;
-use samtone::{DType, Evaluation, Loss, cpu};
+use samtone::{DType, Evaluation, Loss, PrefixEvaluation, cpu};
 use setup::{
     Extras, SLACK, Setup, close, config, different, failed, inverse, pairs, pick, reduced, setup, shuffled, solve,
     subset,
 };
+
+/// The metrics of a prefix, the other way round.
+fn swapped_metrics(of: &PrefixEvaluation) -> PrefixEvaluation {
+    PrefixEvaluation { query_to_passage: of.passage_to_query, passage_to_query: of.query_to_passage, ..*of }
+}
 
 proptest! {
     #![proptest_config(config(96))]
@@ -125,6 +131,7 @@ proptest! {
         let evaluation = Evaluation {
             query_to_passage: got.evaluation.passage_to_query,
             passage_to_query: got.evaluation.query_to_passage,
+            prefixes: got.evaluation.prefixes.iter().map(swapped_metrics).collect(),
             ..got.evaluation
         };
         let back = Outputs { evaluation, grad_query: got.grad_passage, grad_passage: got.grad_query, ..got };
@@ -142,12 +149,14 @@ proptest! {
             shared_ids: false,
             owners: false,
             margin: false,
+            prefixes: setup.extras.prefixes,
         };
         let extras = match by {
             0 => Extras { owners: true, ..none },
             1 => Extras { passage_ids: true, ..none },
             2 => Extras { query_ids: true, ..none },
-            _ => Extras { margin: true, ..none },
+            // Each prefix has cosines of its own, so a margin hides other negatives from each.
+            _ => Extras { margin: true, prefixes: false, ..none },
         };
         let problem = Setup { extras, ..setup.clone() }.problem()?;
         let (m, n, d) = (problem.rows, problem.passages, problem.dim);

@@ -6,7 +6,7 @@ use crate::support::problem::{Buffer, Outputs, Problem};
 use proptest::prelude::*;
 use proptest::test_runner::{RngSeed, TestCaseError};
 use samtone::cpu;
-use samtone::{DType, Error, Evaluation, GradientBuffers, Loss, Pairs, Scope};
+use samtone::{DType, Error, Evaluation, GradientBuffers, Loss, Pairs, Scope, ZeroNorm};
 
 pub type Tested = Result<(), TestCaseError>;
 
@@ -36,6 +36,7 @@ pub struct Extras {
     pub shared_ids: bool,
     pub owners: bool,
     pub margin: bool,
+    pub prefixes: bool,
 }
 
 /// A problem in a form that shrinks.
@@ -52,14 +53,17 @@ pub struct Setup {
 }
 
 pub fn extras() -> impl Strategy<Value = Extras> {
-    any::<[bool; 7]>().prop_map(|[positives, weights, query_ids, passage_ids, shared_ids, owners, margin]| Extras {
-        positives,
-        weights,
-        query_ids,
-        passage_ids,
-        shared_ids: shared_ids && query_ids && passage_ids,
-        owners,
-        margin,
+    any::<[bool; 8]>().prop_map(|[positives, weights, query_ids, passage_ids, shared_ids, owners, margin, prefixes]| {
+        Extras {
+            positives,
+            weights,
+            query_ids,
+            passage_ids,
+            shared_ids: shared_ids && query_ids && passage_ids,
+            owners,
+            margin,
+            prefixes,
+        }
     })
 }
 
@@ -96,7 +100,7 @@ impl Setup {
         let mut call = problem.call.clone().with_workspace_bytes(TIGHT);
         let mut source = Source::new(self.seed + 1);
         let id = |count: usize, s: &mut Source| s.below(count.div_ceil(2) + 1) as i64 - 2;
-        let Extras { positives, weights, query_ids, passage_ids, shared_ids, owners, margin } = self.extras;
+        let Extras { positives, weights, query_ids, passage_ids, shared_ids, owners, margin, prefixes } = self.extras;
         if query_ids {
             call = call.with_query_ids((0..rows).map(|_| id(rows, &mut source)).collect::<Vec<_>>());
         }
@@ -119,6 +123,15 @@ impl Setup {
         }
         if margin {
             call = call.with_margin(source.uniform(-0.3, 0.3));
+        }
+        if prefixes {
+            let mut dims: Vec<usize> = (1..=self.dim).filter(|_| source.below(3) == 0).collect();
+            dims.extend(if dims.is_empty() { Some(self.dim) } else { None });
+            let weights: Vec<f64> = dims.iter().map(|_| [0.25, 1.0, 3.0][source.below(3)]).collect();
+            // A slot of the workspace has a tile for each prefix.
+            call = call.with_workspace_bytes(TIGHT * dims.len());
+            // In some kinds of data the first entries of a row may all be 0.
+            call = call.with_prefixes(dims).with_prefix_weights(weights).with_zero_norm(ZeroNorm::ZeroGradient);
         }
         Ok(Problem { call, ..problem })
     }
