@@ -81,7 +81,10 @@ def row_losses(q, p, tau, groups, positives, keep, margin):
 
 
 def make(name, preset, rng, M, N, d, tau, *, positives=None, weights=None, query_ids=None, passage_ids=None,
-         hard_owner=None, scope="all", margin=None, data="random", shared_ids=False):
+         hard_owner=None, scope="all", margin=None, data="random", prefixes=None,
+         shared_ids=False):
+    """`prefixes`: Matryoshka, a list of (number of leading dimensions, weight): the loss is the weighted sum of the same loss of
+    the prefixes, each with norms, positives and margins of its own."""
     positives = np.arange(M) if positives is None else np.asarray(positives)
     q = rng.normal(size=(M, d)) * rng.uniform(0.2, 5.0, size=(M, 1))
     p = rng.normal(size=(N, d)) * rng.uniform(0.2, 5.0, size=(N, 1))
@@ -96,12 +99,18 @@ def make(name, preset, rng, M, N, d, tau, *, positives=None, weights=None, query
     w = np.ones(M) if weights is None else np.asarray(weights, float)
     keep = keep_masks(M, N, positives, query_ids, passage_ids, hard_owner, scope, shared_ids)
     groups = PRESETS[preset]
-    rows = lambda q, p, t: row_losses(q, p, t, groups, positives, keep, margin)
-    f = lambda q, p, t: jnp.sum(jnp.asarray(w) * rows(q, p, t)) / w.sum()
+    each = lambda q, p, t: [row_losses(q[:, :k], p[:, :k], t, groups, positives, keep, margin) for k, _ in prefixes or [(d, 1)]]
+    rows = lambda q, p, t: sum(v * r for (_, v), r in zip(prefixes or [(d, 1)], each(q, p, t)))
+    mean = lambda r: jnp.sum(jnp.asarray(w) * r) / w.sum()
+    f = lambda q, p, t: mean(rows(q, p, t))
     loss, (dq, dp, dt) = jax.value_and_grad(f, (0, 1, 2))(q, p, tau)
     assert np.isfinite(loss) and np.isfinite(dq).all() and np.isfinite(dp).all()
     lst = lambda a: None if a is None else np.asarray(a).tolist()
-    return dict(name=name, preset=preset, **({"shared_ids": True} if shared_ids else {}),
+    nested = dict(prefixes=[dict(dim=k, weight=v) for k, v in prefixes],
+                  prefix_losses=[float(mean(r)) for r in each(q, p, tau)]) if prefixes else {}
+    if shared_ids:
+        nested["shared_ids"] = True
+    return dict(name=name, preset=preset, **nested,
                 groups=[dict(coefficient=c, blocks=b, positive_copies=e) for c, b, e in groups],
                 rows=M, passages=N, dim=d, temperature=tau, q=lst(q), p=lst(p), positives=lst(positives),
                 weights=lst(weights), query_ids=lst(query_ids), passage_ids=lst(passage_ids),
@@ -123,7 +132,22 @@ def main():
     cases += [make(f"{p}_margin", p, rng, 8, 8, 4, 0.05, margin=0.1) for p in ("samtone_query", "samtone_both", "qwen3")]
     cases += [make("samtone_query_single_row", "samtone_query", rng, 1, 1, 3, 0.05),
               make("samtone_both_every_negative_masked", "samtone_both", rng, 4, 4, 3, 0.05, query_ids=[1, 1, 1, 1])]
-    rng.bit_generator.advance(7522)  # the files come from a longer list, with other cases in between
+    ladder = [(3, 1.0), (5, 1.0), (8, 1.0), (12, 1.0)]
+    nested = lambda suffix, preset, *shape, **more: make(f"{preset}_prefixes{suffix}", preset, rng, *shape, **{"prefixes": ladder, **more})
+    cases += [nested("", p, 7, 7, 12, 0.2) for p in PRESETS]
+    cases += [nested(f"_{x}_tau001", p, 9, 9, 12, 0.01, data=x, prefixes=[(4, 1.0), (8, 1.0), (12, 1.0)])
+              for p in ("samtone_query", "samtone_both") for x in ("random", "trained", "anisotropic", "opposed")]
+    cases += [nested("_hard_negatives", p, 5, 17, 12, 0.05, hard_owner=[-1] * 5 + [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, -1, -1], scope=x)
+              for p, x in (("info_nce", "own"), ("samtone_both", "own"), ("gte", "all"))]
+    cases += [nested("_margin", p, 8, 8, 12, 0.05, margin=0.1) for p in ("samtone_query", "qwen3")]
+    cases += [nested("_duplicate_ids", p, 8, 10, 12, 0.07, query_ids=[4, 4, 9, 2, 2, 2, 7, 1], passage_ids=[1, 2, 2, 3, 4, 1, 5, 6, 6, 2])
+              for p in ("bidirectional", "samtone_both")]
+    cases += [nested("_weighted_shared_positive", "samtone_both", 6, 9, 12, 0.1, positives=[0, 3, 3, 5, 8, 0], weights=[1, 0, 2.5, .5, 1, 3],
+                     prefixes=[(3, 0.25), (5, 0.0), (8, 2.0), (12, 1.0)]),
+              nested("_short_of_the_end", "samtone_query", 6, 6, 10, 0.1, prefixes=[(3, 1.0), (6, 0.5)]),
+              nested("_one_below_the_end", "samtone_query", 6, 6, 10, 0.1, prefixes=[(4, 1.5)]),
+              nested("_one_dimension_first", "samtone_both", 6, 6, 4, 0.3, prefixes=[(1, 1.0), (2, 1.0), (4, 1.0)]),
+              nested("_every_dimension", "samtone_both", 5, 6, 9, 0.1, prefixes=[(k, 1.0 / k) for k in range(1, 10)])]
     chain = dict(query_ids=[10, 11, 12, 13, 14, 11], passage_ids=[11, 12, 13, 14, 10, 15, 11, 12, 20, 13], shared_ids=True)
     cases += [make(f"{p}_shared_ids", p, rng, 6, 10, 7, 0.1, **chain) for p in ("info_nce", "bidirectional", "samtone_query", "samtone_both", "gte", "qwen3")]
     cases += [make("samtone_both_shared_ids_hard_negatives", "samtone_both", rng, 6, 10, 7, 0.1, hard_owner=[-1] * 6 + [0, 1, 2, 3], scope="own", **chain),
