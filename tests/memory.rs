@@ -88,20 +88,24 @@ fn fused(p: &Problem, dtype: DType, pool: &rayon::ThreadPool) -> samtone::Result
 /// Bytes for each row and passage that do not depend on d: two sides of keys and thresholds, norms, partial sums in four
 /// blocks, coefficients.
 const PER_INDEX: usize = 300;
+/// What each further prefix adds to that.
+const PER_PREFIX: usize = 200;
 /// Sums of one wave of tiles, lists of tiles.
 const CONSTANT: usize = 3 << 19;
 
 /// The bound, beside the workspace: sums of the gradients as f32, and what a row or a passage costs otherwise.
 fn allowed(p: &Problem, workspace: usize) -> usize {
-    workspace + (p.rows + p.passages) * (4 * p.dim + PER_INDEX) + CONSTANT
+    let further = p.call.prefixes().map_or(0, |dims| dims.len() - 1);
+    workspace + (p.rows + p.passages) * (4 * p.dim + PER_INDEX + further * PER_PREFIX) + CONSTANT
 }
 
 fn peak_is_bounded() -> Outcome {
     // One dense matrix would take 144 MB, the workspace is 4 to 32.
     let (rows, dim) = (6000, 32);
-    let base = problem(Loss::samtone_both(), Kind::Random, (rows, rows, dim), 0.05, 1, 0.0)?;
+    let plain = problem(Loss::samtone_both(), Kind::Random, (rows, rows, dim), 0.05, 1, 0.0)?;
+    let nested = plain.clone().with(|call| call.with_prefixes([8, 16, 24, 32]));
     let dense = rows * rows * size_of::<f32>();
-    for dtype in [DType::F32, DType::BF16] {
+    for (base, dtype) in [(&plain, DType::F32), (&plain, DType::BF16), (&nested, DType::F32), (&nested, DType::BF16)] {
         let (query, passage) = (Buffer::new(dtype, &base.query), Buffer::new(dtype, &base.passage));
         for (threads, workspace) in [(2, 4 << 20), (7, 4 << 20), (2, 300 << 10), (4, 32 << 20)] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;

@@ -99,7 +99,6 @@ impl Workspace {
         let state = State::new(batch, 0..batch.rows())?;
         let plan = Plan::of(&state, batch)?;
         let task = Task { state: &state, batch, plan: &plan };
-        reserve(&mut self.tiles, plan.stored * plan.slot_len(), "tiles of logits")?;
         let combined = state.combine(&sums::partials(task, Some(&mut self.tiles), &self.pool)?)?;
         let temperature = self.backward(task, &combined, plan.stored, upstream, buffers)?;
         Ok((combined.evaluation, temperature))

@@ -4,7 +4,6 @@
 
 use super::DEFAULT_WORKSPACE_BYTES;
 use super::state::State;
-use super::tower::{NARROW, Panels};
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 use crate::order::Space;
@@ -95,7 +94,6 @@ impl Plan {
     pub(super) fn of(state: &State, batch: &Batch<'_>) -> Result<Self> {
         let m = batch.rows();
         let segments = segments(&state.prefixes);
-        let width = segments.iter().flatten().map(|columns| columns.len()).max().unwrap_or(0);
         let planes = state.prefixes.len();
         let regions = regions(&state.loss, &state.rows, &state.order, m);
         let grids = |tile: usize| cuts(&state.rows, &state.order, m).map(|cuts| Grid::new(&cuts, tile));
@@ -104,9 +102,10 @@ impl Plan {
         // If the batch allows it, there are at least sixteen tiles, so that a small batch has work for every core, too.
         let mut tile = m.div_ceil(4).next_multiple_of(MIN_TILE).clamp(64, MAX_TILE).max(least);
         let bound = batch.call().workspace_bytes().unwrap_or(DEFAULT_WORKSPACE_BYTES);
-        let direct = [Space::Query, Space::Passage].iter().all(|&s| Panels::is_direct(&state.panels(s, batch)));
-        let narrow = segments.iter().flatten().map(|columns| columns.len()).filter(|&width| width <= NARROW).max();
-        let panel = |tile: usize| tile * if direct { narrow.unwrap_or(0) } else { width };
+        let towers = [Space::Query, Space::Passage].map(|space| state.panels(space, batch));
+        let widths = segments.iter().flatten().map(|columns| columns.len());
+        let copied = widths.filter(|&width| towers.iter().any(|tower| tower.copies(width))).max().unwrap_or(0);
+        let panel = |tile: usize| tile * copied;
         let panel_bytes = |tile: usize| PANELS * panel(tile) * size_of::<f32>();
         let needed = |tile: usize| (planes + 1) * tile * tile * size_of::<f32>() + panel_bytes(tile);
         // The edge of a tile depends on the inputs alone, because it decides the order of additions. The number of threads must not.

@@ -7,6 +7,7 @@ use super::plan::TileId;
 use super::workspace::{Pool, Scratch};
 use crate::error::Result;
 use crate::loss::Block;
+use crate::memory::reserve;
 use crate::partials::{Partials, PrefixSums};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -86,8 +87,8 @@ fn sums(task: Task<'_>, id: TileId, k: usize, x: &[f32]) -> TileSums {
     sum_tile(x, &tile, masked, cols, ranks)
 }
 
-/// All sums of the shard. If `store` is given, it has room for the first tiles that the plan stores, and receives their products.
-pub(super) fn partials(task: Task<'_>, mut store: Option<&mut [f32]>, pool: &Pool) -> Result<Partials> {
+/// All sums of the shard. If `store` is given, it receives the products of the first tiles, which the plan stores.
+pub(super) fn partials(task: Task<'_>, mut store: Option<&mut Vec<f32>>, pool: &Pool) -> Result<Partials> {
     let Task { state, batch, plan } = task;
     let mut out = Partials::new(
         batch.rows(),
@@ -99,6 +100,9 @@ pub(super) fn partials(task: Task<'_>, mut store: Option<&mut [f32]>, pool: &Poo
     let stored = if store.is_some() { plan.stored } else { 0 };
     pool.prepare(plan.workers, if stored == plan.tiles.len() { 0 } else { plan.tile_len() }, plan.panel_len())?;
     let (len, prefixes) = (plan.slot_len(), plan.segments.len());
+    if let Some(store) = &mut store {
+        reserve(store, stored * len, "tiles of logits")?;
+    }
     let mut slots = store.iter_mut().flat_map(|store| store.chunks_mut(len)).take(stored);
     for wave in plan.tiles.chunks(plan.sum_wave()) {
         let jobs: Vec<_> = wave.iter().map(|&id| (id, slots.next())).collect();

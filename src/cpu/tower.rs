@@ -14,9 +14,9 @@ use std::ops::Range;
 
 /// If a norm is outside 2^±RANGE, f32 products of raw embeddings may lose bits or overflow. So the tower is scaled as it is read.
 const RANGE: i32 = 30;
-/// A panel of so few columns is always copied. The library of matrix products has a routine of its own for them, which rounds another way
-/// for another row stride.
-pub(super) const NARROW: usize = 2;
+/// A panel of so few columns is copied if there is anything between its rows. The library of matrix products has a routine of its own for
+/// such panels, which rounds another way for another row stride.
+const NARROW: usize = 2;
 /// The least square of a prefix's norm, where that of the longest prefix is 1. Gradients of logits are divided by the norms of both
 /// embeddings, and f32 holds them down to norms of 2⁻⁴⁰ beside embeddings that are read with norms of 2^±RANGE.
 const LEAST_SHARE: f64 = 1.0 / (1_u128 << 80) as f64;
@@ -129,9 +129,14 @@ pub(super) struct Panels<'a> {
 }
 
 impl<'a> Panels<'a> {
-    /// Whether panels of more than [`NARROW`] columns are views of the caller's memory, not copies.
+    /// Whether wide panels are views of the caller's memory.
     pub(super) fn is_direct(&self) -> bool {
         matches!(self.x.data(), Data::F32(_)) && self.norms.shift.is_none() && self.order.is_none()
+    }
+
+    /// Whether panels of so many columns are copies.
+    pub(super) fn copies(&self, columns: usize) -> bool {
+        !self.is_direct() || (columns <= NARROW && self.x.row_stride() != columns)
     }
 
     /// Rows `rows` (indices of the space) and columns `cols` as f32. It is a view if possible, else a copy in `scratch`.
@@ -140,7 +145,7 @@ impl<'a> Panels<'a> {
         'a: 's,
     {
         let stride = self.x.row_stride();
-        if let (Data::F32(data), true) = (self.x.data(), self.is_direct() && cols.len() > NARROW) {
+        if let (Data::F32(data), false) = (self.x.data(), self.copies(cols.len())) {
             return MatRef::new(&data[rows.start * stride + cols.start..], rows.len(), cols.len(), stride);
         }
         scratch.resize(rows.len() * cols.len(), 0.0);

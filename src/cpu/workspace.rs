@@ -37,9 +37,9 @@ impl Workspace {
 
 /// Bytes that a call takes for each row and each passage, whatever d is: keys, thresholds, norms, partial sums, coefficients.
 /// tests/memory.rs checks that calls take no more.
-const BYTES_PER_INDEX: usize = 320;
+const BYTES_PER_INDEX: usize = 300;
 /// The same for each further prefix.
-const BYTES_PER_INDEX_AND_PREFIX: usize = 240;
+const BYTES_PER_INDEX_AND_PREFIX: usize = 200;
 
 /// An error if there is no memory for what a call needs for `indices` rows and passages. This allocates that much and frees it again. The
 /// collections that need it grow one by one later, and would abort without memory.
