@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 const FEW: usize = 40;
 /// After this time a run says how far it is, then after twice the time, and so on.
 const NEWS: Duration = Duration::from_secs(30);
+/// A file that swallows what is written.
+pub const NOWHERE: &str = if cfg!(windows) { "NUL" } else { "/dev/null" };
 /// Characters of a line of numbers by group.
 const LINE: usize = 120;
 /// Characters of a reason in the summary.
@@ -150,7 +152,7 @@ pub fn run_to<W: std::io::Write + Send + 'static>(
     if !one_by_one {
         let _ = writeln!(lock(&out), "running {to_run} of {chosen} trials; `-- --format pretty` shows each");
         let _ = counted.set(to_run);
-        arguments.logfile = Some(if cfg!(windows) { "NUL" } else { "/dev/null" }.into());
+        arguments.logfile = Some(NOWHERE.into());
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     if !arguments.list && arguments.format.is_none_or(|format| format == libtest_mimic::FormatSetting::Pretty) {
