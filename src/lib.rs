@@ -49,9 +49,12 @@ pub use loss::{Block, Group, Loss};
 pub use output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, Metrics, TemperatureGradient};
 pub use pairs::Pairs;
 pub use partials::{ExpSum, Partials};
-pub use problem::{GradientOutput, Problem};
+pub use problem::GradientOutput;
 pub use temperature::Temperature;
 pub use tower::Tower;
+
+/// What any GPU backend plans for.
+pub type Problem<'a> = problem::Problem<'a, ()>;
 
 /// The crates whose types appear in this one's signatures.
 pub use half;

@@ -3,12 +3,13 @@
 use super::buffers::Buffers;
 use super::engine::Engine;
 use super::step::Step;
+use crate::Problem;
 use crate::backend::Backend;
 use crate::batch::{Batch, Embeddings, EmbeddingsMut, copy_rows, for_each_dtype};
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, TemperatureGradient, check_upstream};
-use crate::problem::{GradientOutput, Problem};
+use crate::problem::GradientOutput;
 use crate::wgpu::{Capabilities, Plan, Slot};
 use std::sync::{Mutex, PoisonError};
 

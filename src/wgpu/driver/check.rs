@@ -2,13 +2,13 @@
 
 use super::backend::run;
 use super::engine::Engine;
+use crate::Problem;
 use crate::batch::{Batch, Embeddings, EmbeddingsMut};
 use crate::call::Call;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::loss::Loss;
 use crate::output::GradientBuffers;
-use crate::problem::Problem;
 use crate::wgpu::{Capabilities, Plan, Products};
 use half::f16;
 
