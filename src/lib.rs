@@ -34,6 +34,7 @@ mod pairs;
 pub mod partials;
 mod problem;
 pub mod reference;
+mod refusal;
 mod regions;
 mod super_blocks;
 mod temperature;

@@ -45,7 +45,6 @@ pub(super) struct Facts {
     pub rows: std::ops::Range<usize>,
     pub uses: [bool; 4],
     /// Type, row stride and dimension of the embeddings of each tower.
-    #[cfg(feature = "wgpu")]
     pub raw: [(DType, usize, usize); 2],
 }
 
@@ -149,7 +148,6 @@ impl Plan {
             identity: problem.identity(),
             rows: problem.rows.clone(),
             uses: crate::loss::Block::ALL.map(|b| problem.call().loss().uses(b)),
-            #[cfg(feature = "wgpu")]
             raw: problem.row_strides.map(|stride| (problem.dtype, stride, d)),
         };
         let Dispatches { recorder, layout, side, partials, combine, backward, .. } = dispatches;

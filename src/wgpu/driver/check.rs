@@ -1,7 +1,7 @@
 //! Checks whether a device's cooperative matrices are right. Those of some drivers are not.
 
-use super::backend::run;
 use super::engine::Engine;
+use super::host::run;
 use crate::Problem;
 use crate::batch::{Batch, Embeddings, EmbeddingsMut};
 use crate::call::Call;
