@@ -12,7 +12,7 @@ pub(crate) const NONE: u32 = u32::MAX;
 /// The owner is the row whose hard negative it is, or [`NONE`] if it is everyone's. The row is [`NONE`] if it anchors none. The two keys
 /// of a query are exchanged ([`Key::swapped`](crate::mask::Key::swapped)). Kernels exchange the keys of an anchor that meets queries, too,
 /// so one comparison serves queries and passages.
-pub(crate) fn candidates(problem: &Problem<'_>, order: &Order, keys: &Keys, space: Space) -> Vec<[u32; 4]> {
+pub(crate) fn candidates<C>(problem: &Problem<'_, C>, order: &Order, keys: &Keys, space: Space) -> Vec<[u32; 4]> {
     match space {
         Space::Query => {
             keys.rows.iter().map(|k| k.swapped()).zip(0..).map(|(k, row)| [k.query, k.passage, NONE, row]).collect()

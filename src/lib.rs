@@ -35,6 +35,7 @@ pub mod partials;
 mod prefix;
 mod problem;
 pub mod reference;
+mod refusal;
 mod regions;
 mod super_blocks;
 mod temperature;
@@ -53,9 +54,12 @@ pub use output::{
 pub use pairs::Pairs;
 pub use partials::{ExpSum, Partials};
 pub use prefix::Prefix;
-pub use problem::{GradientOutput, Problem};
+pub use problem::GradientOutput;
 pub use temperature::Temperature;
 pub use tower::Tower;
+
+/// What any GPU backend plans for.
+pub type Problem<'a> = problem::Problem<'a, ()>;
 
 /// The crates whose types appear in this one's signatures.
 pub use half;

@@ -17,23 +17,24 @@ pub struct GradientOutput {
     pub row_stride: usize,
 }
 
-/// Everything that decides what a call launches, but no embedding.
+/// Everything that decides what a call launches, but no embedding. `Choices` are what one backend alone lets its callers choose, as
+/// [`cuda::Problem`](crate::cuda::Problem) does.
 #[derive(Debug, Clone)]
-pub struct Problem<'a> {
+pub struct Problem<'a, Choices> {
     pub(crate) pairs: Pairs<'a>,
     pub(crate) dtype: DType,
     pub(crate) dim: usize,
     pub(crate) row_strides: [usize; 2],
     pub(crate) rows: Range<usize>,
     pub(crate) gradients: [Option<GradientOutput>; 2],
-    pub(crate) cuda: crate::cuda::Choice,
     pub(crate) upstream: f64,
     pub(crate) device_upstream: bool,
     /// That of the call, unless CUDA's `with_room_for` raised it.
     pub(crate) workspace_bytes: Option<usize>,
+    pub(crate) choices: Choices,
 }
 
-impl<'a> Problem<'a> {
+impl<'a, Choices: Default> Problem<'a, Choices> {
     /// What [`Call::pairs`] gives, on embeddings of type `dtype` (f32, f16 or bf16) and dimension `dim`, contiguous; gradients of
     /// both towers as contiguous f32.
     ///
@@ -61,13 +62,15 @@ impl<'a> Problem<'a> {
             row_strides: [dim; 2],
             rows: 0..pairs.rows(),
             gradients: [gradient; 2],
-            cuda: crate::cuda::Choice::default(),
             upstream: 1.0,
             device_upstream: false,
             workspace_bytes: pairs.call().workspace_bytes(),
+            choices: Choices::default(),
         })
     }
+}
 
+impl<'a, Choices> Problem<'a, Choices> {
     /// Rows of q and p that start so many elements apart.
     ///
     /// # Errors

@@ -135,7 +135,7 @@ fn edges(region: &Region, cuts: &[Vec<usize>; 2], step: usize, longest: usize) -
 }
 
 /// The least length, a multiple of `step`, for which super-blocks of that many indices are at most [`MAX_SUPER_BLOCKS`].
-pub(crate) fn least_edge(problem: &Problem<'_>, order: &Order, step: usize) -> usize {
+pub(crate) fn least_edge<C>(problem: &Problem<'_, C>, order: &Order, step: usize) -> usize {
     let m = problem.pairs.rows();
     let (regions, cuts) = (regions(problem.call().loss(), &problem.rows, order, m), cuts(&problem.rows, order, m));
     let count = |longest: usize| -> usize {
@@ -159,8 +159,8 @@ pub(crate) fn least_edge(problem: &Problem<'_>, order: &Order, step: usize) -> u
 
 /// Super-blocks of every region, of at most `longest` indices along either axis. `longest` is a multiple of `step`, the indices that are
 /// visited together.
-pub(crate) fn super_blocks(
-    problem: &Problem<'_>,
+pub(crate) fn super_blocks<C>(
+    problem: &Problem<'_, C>,
     regions: &[Region],
     cuts: &[Vec<usize>; 2],
     step: usize,
@@ -209,7 +209,7 @@ mod tests {
             let (large, wide) = (plain.pairs(65_536, 65_536).unwrap(), plain.pairs(4, 1 << 22).unwrap());
             let shared = shared.pairs(20_000, 30_000).unwrap();
             for (pairs, rows) in [(large, 0..65_536), (wide, 0..4), (shared, 5..19_000)] {
-                let problem = Problem::new(pairs, DType::F32, 1).unwrap().with_rows(rows.clone()).unwrap();
+                let problem = crate::Problem::new(pairs, DType::F32, 1).unwrap().with_rows(rows.clone()).unwrap();
                 let (order, m) = (Order::new(&pairs), pairs.rows());
                 let (regions, cuts) = (regions(plain.loss(), &rows, &order, m), cuts(&rows, &order, m));
                 let count = |edge: usize| super_blocks(&problem, &regions, &cuts, 64, edge).len();
@@ -224,7 +224,7 @@ mod tests {
         }
         let call = Call::new(Loss::gte(), 0.1);
         let small = call.pairs(5000, 6000).unwrap();
-        let problem = Problem::new(small, DType::F32, 1).unwrap();
+        let problem = crate::Problem::new(small, DType::F32, 1).unwrap();
         assert_eq!(least_edge(&problem, &Order::new(&small), 128), 128, "what small bounds are for");
     }
 }

@@ -1,18 +1,71 @@
 //! Arrays of a call: their names, slots and sizes, and the content of the side data.
 
-use super::abi::{self, COMBINED_ROWS, FOUND, MAX_CUTS, RESULTS, ROWS_PER_BLOCK, STATUS_WORDS, Shared, number};
-use super::launches::{Launches, at};
-use super::plan::Layouts;
-use super::problem::{Arithmetic, Packing};
-use super::schedule::{Address, Slot};
+use super::abi::{
+    self, COMBINED_ROWS, FOUND, MAX_CUTS, MAX_SUPER_BLOCKS, NOT_KEPT, RESULTS, ROWS_PER_BLOCK, STATUS_WORDS, Shared,
+    number,
+};
+use super::problem::{Arithmetic, Packing, Problem, Tile};
+use super::schedule::{ARRAY_ALIGNMENT, Address, Array, ArrayId, Slot};
+use super::waves::{Division, Wave, kept_elements, wave_bytes};
 use crate::call::{NoNegative, ZeroNorm};
 use crate::candidates::candidates;
 use crate::dtype::DType;
 use crate::loss::Block;
 use crate::mask::Keys;
-use crate::order::Space;
+use crate::order::{Occurrences, Order, Space};
 use crate::problem::GradientOutput;
+use crate::super_blocks::{SuperBlock, Tiling};
 use bytemuck::{NoUninit, Pod};
+use std::collections::HashMap;
+
+/// Places of arrays in slots.
+#[derive(Debug, Default)]
+pub(super) struct Layout {
+    pub(super) arrays: Vec<Array>,
+    /// Bytes of each slot.
+    pub(super) ends: [u64; Slot::ALL.len()],
+    /// What the slot `Side` holds.
+    pub(super) side: Vec<u8>,
+}
+
+impl Layout {
+    fn add(&mut self, slot: Slot, name: &'static str, bytes: usize) -> Address {
+        let end = &mut self.ends[slot as usize];
+        let offset = end.next_multiple_of(ARRAY_ALIGNMENT);
+        *end = offset + bytes as u64;
+        self.arrays.push(Array { name, slot, offset, bytes: bytes as u64 });
+        Address::In(ArrayId(self.arrays.len() - 1), 0)
+    }
+
+    /// Lays out two groups of arrays of the workspace over each other, because they are never in use at the same time.
+    fn overlay<A, B>(&mut self, a: impl FnOnce(&mut Self) -> A, b: impl FnOnce(&mut Self) -> B) -> (A, B) {
+        let start = self.ends[Slot::Workspace as usize];
+        let first = a(self);
+        let end = std::mem::replace(&mut self.ends[Slot::Workspace as usize], start);
+        let second = b(self);
+        let last = &mut self.ends[Slot::Workspace as usize];
+        *last = end.max(*last);
+        (first, second)
+    }
+
+    /// Adds an array of the side data with its content.
+    fn add_side<T: NoUninit + Pod>(&mut self, name: &'static str, content: &[T]) -> Address {
+        let bytes: &[u8] = bytemuck::cast_slice(content);
+        let address = self.add(Slot::Side, name, bytes.len());
+        self.side.resize(self.ends[Slot::Side as usize] as usize - bytes.len(), 0);
+        self.side.extend(bytes);
+        address
+    }
+}
+
+/// What the arrays and the launches of a plan follow from.
+#[derive(Clone, Copy)]
+pub(super) struct Parts<'a> {
+    pub(super) problem: &'a Problem<'a>,
+    pub(super) order: &'a Order,
+    pub(super) tile: Tile,
+    pub(super) division: &'a Division,
+}
 
 /// One tower on the device.
 pub(super) struct TowerArrays {
@@ -44,8 +97,9 @@ pub(super) struct Common {
 }
 
 /// What decides which squares of cosines are left out of the gradient.
-#[derive(Clone, Copy)]
 pub(super) struct Skipping {
+    /// For each super-block whose squares may be skipped, by its number: the place of its first square.
+    pub(super) first_squares: HashMap<usize, usize>,
     pub(super) masses: Address,
     pub(super) skipped: Address,
     /// log₂ of the share of a row's softmax that may be skipped for each candidate that the row meets: η over their number.
@@ -57,25 +111,112 @@ pub(super) struct Sums {
     pub(super) address: Address,
     pub(super) stride: usize,
     pub(super) output: Address,
+    /// What the address of the output must be a multiple of.
+    alignment: u64,
 }
 
-impl Launches<'_> {
-    /// Adds an array of the side data with its content.
-    fn side_array<T: NoUninit + Pod>(&mut self, name: &'static str, content: &[T]) -> Address {
-        let bytes: &[u8] = bytemuck::cast_slice(content);
-        let id = self.layout.add(Slot::Side, name, bytes.len());
-        self.side.resize(self.layout.arrays[id.0].offset as usize, 0);
-        self.side.extend(bytes);
-        at(id)
+/// The arrays of a call.
+pub(super) struct Arrays<'a> {
+    pub(super) parts: Parts<'a>,
+    pub(super) layout: Layout,
+    pub(super) common: Common,
+    pub(super) towers: [TowerArrays; 2],
+    pub(super) sums: [Option<Sums>; 2],
+    pub(super) partials: Address,
+    pub(super) counts: Address,
+    pub(super) gradients: Address,
+    /// Bytes from the first plane of `gradients` to the second.
+    pub(super) plane: u64,
+    /// A dot is a tile's part of ∂L/∂β.
+    pub(super) dots: Address,
+    cosines: Address,
+    /// For each super-block whose cosines are stored, by its number: the place of its first cosine.
+    first_cosines: HashMap<usize, u64>,
+    pub(super) bounded_bytes: usize,
+}
+
+impl<'a> Arrays<'a> {
+    pub(super) fn new(parts: Parts<'a>) -> Self {
+        let mut layout = Layout::default();
+        let common = parts.common(&mut layout);
+        let towers = [Space::Query, Space::Passage].map(|space| parts.tower(&mut layout, space));
+        let sums = [0, 1].map(|k| parts.sums(&mut layout, k));
+        let Parts { problem, tile, division, .. } = parts;
+        let (tiling, arithmetic) = (tile.tiling(), problem.arithmetic());
+        let most = |waves: &[Wave], f: fn(&SuperBlock, Tiling) -> usize| {
+            waves.iter().map(|w| w.iter().map(|s| f(s, tiling)).sum::<usize>()).max().unwrap_or(0).max(1)
+        };
+        let partial_count = most(&division.forward, |s, tile| s.partials(tile).iter().sum());
+        let elements = most(&division.backward, SuperBlock::elements);
+        let dot_count = most(&division.backward, SuperBlock::tiles);
+        let plane = elements * arithmetic.bytes();
+        let ((partials, counts), (gradients, dots)) = layout.overlay(
+            |l| {
+                let partials = l.add(Slot::Workspace, "partials", abi::Partial::BYTES * partial_count);
+                (partials, l.add(Slot::Workspace, "counts", u32::BYTES * partial_count))
+            },
+            |l| {
+                let gradients = l.add(Slot::Workspace, "gradients", plane * arithmetic.gradient_planes());
+                (gradients, l.add(Slot::Workspace, "dots", f64::BYTES * dot_count))
+            },
+        );
+        let (mut kept, mut first_cosines) = (0, HashMap::new());
+        for block in division.kept_blocks() {
+            first_cosines.insert(block.number, kept as u64);
+            kept += kept_elements(block, tile);
+        }
+        let cosine_bytes = f32::BYTES * kept;
+        let cosines = match kept {
+            0 => Address::Null,
+            _ => layout.add(Slot::Workspace, "cosines", cosine_bytes),
+        };
+        let bounded_bytes = wave_bytes(partial_count, elements, dot_count, arithmetic) + cosine_bytes;
+        let plane = plane as u64;
+        Self {
+            parts,
+            layout,
+            common,
+            towers,
+            sums,
+            partials,
+            counts,
+            gradients,
+            plane,
+            dots,
+            cosines,
+            first_cosines,
+            bounded_bytes,
+        }
     }
 
-    pub(super) fn common(&mut self) -> Common {
-        let Layouts { problem, order, occurrences, .. } = self.layouts;
+    /// Whether the cosines of a super-block are stored.
+    pub(super) fn keeps(&self, block: &SuperBlock) -> bool {
+        self.first_cosines.contains_key(&block.number)
+    }
+
+    /// Where the super-blocks of a launch have their cosines.
+    pub(super) fn cosines(&self, wave: &[SuperBlock]) -> abi::Cosines {
+        let mut first = [NOT_KEPT; MAX_SUPER_BLOCKS];
+        for (first, block) in first.iter_mut().zip(wave) {
+            *first = self.first_cosines.get(&block.number).copied().unwrap_or(NOT_KEPT);
+        }
+        abi::Cosines { kept: self.cosines, first }
+    }
+
+    /// What the address of a gradient must be a multiple of.
+    pub(super) fn gradient_alignment(&self, k: usize) -> u64 {
+        self.sums[k].as_ref().map_or(1, |sums| sums.alignment)
+    }
+}
+
+impl Parts<'_> {
+    fn common(&self, layout: &mut Layout) -> Common {
+        let Parts { problem, order, .. } = self;
         let (m, pairs) = (problem.pairs.rows(), &problem.pairs);
         let keys = Keys::new(pairs);
         let row_keys: Vec<[u32; 2]> = keys.rows.iter().map(|k| [k.query, k.passage]).collect();
-        let row_keys = self.side_array("row_keys", &row_keys);
-        let weight = self.side_array("weights", &pairs.normalized_weights());
+        let row_keys = layout.add_side("row_keys", &row_keys);
+        let weight = layout.add_side("weights", &pairs.normalized_weights());
         let groups: Vec<abi::Group> = (problem.call().loss().groups().iter())
             .map(|g| abi::Group {
                 coefficient: g.coefficient(),
@@ -83,21 +224,22 @@ impl Launches<'_> {
                 copies: g.positive_copies().into(),
             })
             .collect();
-        let groups = self.side_array("groups", &groups);
-        let anchor_row = self.side_array("anchor_row", &order.anchor_row);
+        let groups = layout.add_side("groups", &groups);
+        let anchor_row = layout.add_side("anchor_row", &order.anchor_row);
         let [mut positives, mut anchor_index, mut occurrence_start, mut indices] = [Address::Null; 4];
         if order.passage.is_some() {
             let positive: Vec<u32> = (0..m).map(|i| pairs.positive(i) as u32).collect();
-            positives = self.side_array("positives", &positive);
-            anchor_index = self.side_array("anchor_index", &order.anchor_index(m));
-            occurrence_start = self.side_array("occurrence_start", &occurrences.start);
-            indices = self.side_array("occurrences", &occurrences.index);
+            positives = layout.add_side("positives", &positive);
+            anchor_index = layout.add_side("anchor_index", &order.anchor_index(m));
+            let occurrences = Occurrences::new(order);
+            occurrence_start = layout.add_side("occurrence_start", &occurrences.start);
+            indices = layout.add_side("occurrences", &occurrences.index);
         }
         let upstream = match problem.device_upstream {
-            true => at(self.layout.add(Slot::Upstream, "upstream", 4)),
+            true => layout.add(Slot::Upstream, "upstream", 4),
             false => Address::Null,
         };
-        let mut state = |name, bytes| at(self.layout.add(Slot::State, name, bytes));
+        let mut state = |name, bytes| layout.add(Slot::State, name, bytes);
         let results = state("results", RESULTS * f64::BYTES);
         let (status, ticket) = (state("status", STATUS_WORDS * u32::BYTES), state("ticket", u32::BYTES));
         let row_losses = state("row_losses", f64::BYTES * m);
@@ -105,7 +247,7 @@ impl Launches<'_> {
         let (positive, anchors) = (state("positive", f64::BYTES * m), state("anchors", <[u32; 4]>::BYTES * m));
         let diagonal = state("diagonal", f64::BYTES * m);
         let log_coefficients = state("log_coefficients", 4 * f64::BYTES * m);
-        let skipping = self.skipping();
+        let skipping = self.skipping(layout);
         let blocks = m.div_ceil(COMBINED_ROWS);
         let positives = abi::Positives {
             positives,
@@ -129,7 +271,7 @@ impl Launches<'_> {
             log_coefficients,
             results,
             faults: [Address::Null; 2],
-            found: at(self.layout.add(Slot::Workspace, "block_results", f64::BYTES * FOUND * blocks)),
+            found: layout.add(Slot::Workspace, "block_results", f64::BYTES * FOUND * blocks),
             status,
             ticket,
             beta: problem.call().beta(),
@@ -154,12 +296,12 @@ impl Launches<'_> {
     }
 
     /// Gives every square that may be skipped its place. `None` if the call asks for no skipping, or if no square may be skipped.
-    fn skipping(&mut self) -> Option<Skipping> {
-        let Layouts { problem, tile, division, .. } = self.layouts;
+    fn skipping(&self, layout: &mut Layout) -> Option<Skipping> {
+        let Parts { problem, tile, division, .. } = self;
         let share = problem.call().tile_skipping()?;
-        let mut squares = 0;
+        let (mut squares, mut first_squares) = (0, HashMap::new());
         for block in division.backward.iter().flatten().filter(|s| s.knows_shares()) {
-            self.first_squares.insert(block.number, squares);
+            first_squares.insert(block.number, squares);
             squares += block.squares(tile.tiling());
         }
         // The candidates that a row meets in all its blocks. They include the row itself and its positive, so the shares of all squares
@@ -168,14 +310,15 @@ impl Launches<'_> {
         let candidates = |block: &Block| if matches!(block, Block::QP | Block::PP) { n } else { m };
         let met: usize = Block::ALL.iter().filter(|b| problem.call().loss().uses(**b)).map(candidates).sum();
         (squares > 0).then(|| Skipping {
-            masses: at(self.layout.add(Slot::State, "square_masses", abi::Masses::BYTES * squares)),
-            skipped: at(self.layout.add(Slot::State, "skipped", u32::BYTES * squares)),
+            first_squares,
+            masses: layout.add(Slot::State, "square_masses", abi::Masses::BYTES * squares),
+            skipped: layout.add(Slot::State, "skipped", u32::BYTES * squares),
             log2_share: share.log2() - (met as f64).log2(),
         })
     }
 
-    pub(super) fn tower(&mut self, space: Space) -> TowerArrays {
-        let Layouts { problem, order, tile, .. } = self.layouts;
+    fn tower(&self, layout: &mut Layout, space: Space) -> TowerArrays {
+        let Parts { problem, order, tile, .. } = self;
         let (m, n, d) = problem.shape();
         let keys = Keys::new(&problem.pairs);
         let (slot, rows, indices) = match space {
@@ -195,10 +338,10 @@ impl Launches<'_> {
         let candidates = candidates(problem, order, &keys, space);
         let row_bytes = (problem.row_strides[space as usize] * problem.dtype.bytes()) as u64;
         let raw_bytes = (rows - 1) * row_bytes as usize + d * problem.dtype.bytes();
-        let raw = at(self.layout.add(slot, raw, raw_bytes));
-        let candidates = self.side_array(own_candidates, &candidates);
+        let raw = layout.add(slot, raw, raw_bytes);
+        let candidates = layout.add_side(own_candidates, &candidates);
         let passage_order = order.passage.as_ref().filter(|_| space == Space::Passage);
-        let visited = passage_order.map_or(Address::Null, |o| self.side_array("order", o));
+        let visited = passage_order.map_or(Address::Null, |o| layout.add_side("order", o));
         let (mut index, mut row) = ([0; MAX_CUTS], [0; MAX_CUTS]);
         let (parts, padded) = match tile.kernels().packing {
             // A tile may begin at the last index. It reads as many rows from there on as a tile has, so the rows are padded by a tile.
@@ -220,7 +363,7 @@ impl Launches<'_> {
             Packing::Rows => (packed_row_bytes, 128),
             Packing::Panels => (128, 128 * padded),
         };
-        let mut workspace = |name, bytes| at(self.layout.add(Slot::Workspace, name, bytes));
+        let mut workspace = |name, bytes| layout.add(Slot::Workspace, name, bytes);
         let packing = abi::Packing {
             raw: abi::Raw { data: raw, row_bytes, dim: number(d), dtype: problem.dtype.code() },
             order: visited,
@@ -228,10 +371,10 @@ impl Launches<'_> {
             plane: plane as u64,
             inverse: workspace(inverse, f32::BYTES * indices),
             // A backward call compares norms with these, to know whether it was given the embeddings of the forward call.
-            inverse_norm: at(self.layout.add(Slot::State, inverse_norm, f64::BYTES * indices)),
+            inverse_norm: layout.add(Slot::State, inverse_norm, f64::BYTES * indices),
             // These are part of the state. Shards exchange sums before `combine` reads the faults, and meanwhile another call may use the
             // workspace.
-            faults: at(self.layout.add(Slot::State, faults, <[u32; 2]>::BYTES * indices)),
+            faults: layout.add(Slot::State, faults, <[u32; 2]>::BYTES * indices),
             row_pitch: row_pitch as u64,
             panel: panel as u64,
             indices: number(indices),
@@ -251,32 +394,33 @@ impl Launches<'_> {
     }
 
     pub(super) fn packed_row_bytes(&self) -> usize {
-        (self.layouts.problem.dim * self.layouts.problem.arithmetic().bytes()).next_multiple_of(128)
+        (self.problem.dim * self.problem.arithmetic().bytes()).next_multiple_of(128)
     }
 
     /// Indices of a space that have gradients in this shard.
     pub(super) fn gradient_range(&self, k: usize) -> std::ops::Range<usize> {
-        if k == 0 { self.layouts.problem.rows.clone() } else { 0..self.layouts.order.len() }
+        if k == 0 { self.problem.rows.clone() } else { 0..self.order.len() }
     }
 
-    pub(super) fn sums(&mut self, k: usize) -> Option<Sums> {
-        let Layouts { problem, order, .. } = self.layouts;
+    fn sums(&self, layout: &mut Layout, k: usize) -> Option<Sums> {
+        let Parts { problem, order, .. } = self;
         let GradientOutput { dtype, row_stride } = problem.gradients[k]?;
         let (slot, name) = [(Slot::QueryGradient, "query_gradient"), (Slot::PassageGradient, "passage_gradient")][k];
         let rows = if k == 0 { problem.rows.len() } else { problem.pairs.passages() };
         let bytes = ((rows - 1) * row_stride + problem.dim) * dtype.bytes();
-        let output = self.layout.add(slot, name, bytes);
+        let output = layout.add(slot, name, bytes);
         let range = self.gradient_range(k);
         // Kernels store two sums at once, so rows of sums must begin at multiples of 8 bytes.
         let in_place = dtype == DType::F32 && row_stride % 2 == 0 && (k == 0 || order.passage.is_none());
-        self.gradient_alignment[k] = if in_place { 8 } else { dtype.bytes() as u64 };
-        let (id, stride) = if in_place {
+        let alignment = if in_place { 8 } else { dtype.bytes() as u64 };
+        let (sums, stride) = if in_place {
             (output, row_stride)
         } else {
             let stride = problem.dim.next_multiple_of(2);
-            (self.layout.add(Slot::Workspace, ["query_sums", "passage_sums"][k], 4 * range.len() * stride), stride)
+            (layout.add(Slot::Workspace, ["query_sums", "passage_sums"][k], 4 * range.len() * stride), stride)
         };
         // Kernels address sums by index. The first index of a shard may be above 0, so the address is as far before the array.
-        Some(Sums { address: Address::In(id, -((4 * range.start * stride) as i64)), stride, output: at(output) })
+        let address = sums.after(-((4 * range.start * stride) as i64));
+        Some(Sums { address, stride, output, alignment })
     }
 }

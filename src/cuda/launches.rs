@@ -1,100 +1,53 @@
 //! Turns the waves of a plan into launches.
 
 use super::abi::{self, MAX_CUTS, MAX_SUPER_BLOCKS, REDUCE_BYTES, REDUCE_THREADS, Shared, kernels, number};
-use super::arrays::{Common, Skipping, Sums, TowerArrays};
-use super::plan::{Layout, Layouts};
+use super::arrays::{Arrays, Parts, Skipping};
 use super::problem::{Arithmetic, Pass};
-use super::schedule::{Address, ArrayId, Launch, Slot};
-use super::waves::{PARTIAL_BYTES, Wave};
-use crate::error::Result;
-use crate::order::Space;
+use super::schedule::{Address, Launch};
+use super::waves::Wave;
 use crate::super_blocks::{SuperBlock, Tiling};
-use std::collections::HashMap;
 
 pub(super) struct Launches<'a> {
-    pub layouts: &'a Layouts<'a>,
-    pub layout: Layout,
-    pub side: Vec<u8>,
-    pub partials: Vec<Launch>,
-    pub combine: Vec<Launch>,
+    arrays: &'a Arrays<'a>,
+    pub(super) partials: Vec<Launch>,
+    pub(super) combine: Vec<Launch>,
     /// `partials` and then `combine`, but one launch merges the last wave and combines the sums.
-    pub forward: Vec<Launch>,
-    pub repack: Vec<Launch>,
-    pub backward: Vec<Launch>,
+    pub(super) forward: Vec<Launch>,
+    pub(super) backward: Vec<Launch>,
     /// For each launch of `backward` that reads stored cosines, its index, and a launch that recomputes them instead.
-    pub recomputing: Vec<(usize, Launch)>,
-    pub bounded_bytes: usize,
-    pub gradient_alignment: [u64; 2],
-    /// For each super-block whose squares may be skipped, by its number: the place of its first square.
-    pub first_squares: HashMap<usize, usize>,
-    /// For each super-block whose cosines are stored, by its number: the place of its first cosine.
-    pub first_cosines: HashMap<usize, u64>,
-    pub cosines: Option<ArrayId>,
-}
-
-pub(super) fn at(id: ArrayId) -> Address {
-    Address::In(id, 0)
+    recomputing: Vec<(usize, Launch)>,
 }
 
 impl<'a> Launches<'a> {
-    pub(super) fn new(layouts: &'a Layouts<'a>) -> Result<Self> {
-        let mut this = Self {
-            layouts,
-            layout: Layout::default(),
-            side: Vec::new(),
-            partials: Vec::new(),
-            combine: Vec::new(),
-            forward: Vec::new(),
-            repack: Vec::new(),
-            backward: Vec::new(),
-            recomputing: Vec::new(),
-            bounded_bytes: 0,
-            gradient_alignment: [1; 2],
-            first_squares: HashMap::new(),
-            first_cosines: HashMap::new(),
-            cosines: None,
-        };
-        let common = this.common();
-        let towers = [Space::Query, Space::Passage].map(|space| this.tower(space));
-        let sums = [0, 1].map(|k| this.sums(k));
-        let tile = layouts.tile.tiling();
-        let most = |waves: &[Wave], f: fn(&SuperBlock, Tiling) -> usize| {
-            waves.iter().map(|w| w.iter().map(|s| f(s, tile)).sum::<usize>()).max().unwrap_or(0).max(1)
-        };
-        let partial_count = most(&layouts.division.forward, |s, tile| s.partials(tile).iter().sum());
-        let elements = most(&layouts.division.backward, SuperBlock::elements);
-        let dot_count = most(&layouts.division.backward, SuperBlock::tiles);
-        let arithmetic = layouts.problem.arithmetic();
-        let (bytes, planes) = (arithmetic.bytes(), arithmetic.gradient_planes());
-        let ((partials, counts), (gradients, dots)) = this.layout.overlay(
-            |l| {
-                (
-                    l.add(Slot::Workspace, "partials", abi::Partial::BYTES * partial_count),
-                    l.add(Slot::Workspace, "counts", u32::BYTES * partial_count),
-                )
-            },
-            |l| {
-                (
-                    l.add(Slot::Workspace, "gradients", elements * bytes * planes),
-                    l.add(Slot::Workspace, "dots", 8 * dot_count),
-                )
-            },
-        );
-        this.bounded_bytes =
-            (PARTIAL_BYTES * partial_count).max(elements * bytes * planes + 8 * dot_count) + this.keep_cosines();
+    pub(super) fn new(arrays: &'a Arrays<'a>) -> Self {
+        let (partials, combine, forward, backward, recomputing) = Default::default();
+        let mut this = Self { arrays, partials, combine, forward, backward, recomputing };
+        this.partials.push(arrays.prepare(true));
+        this.sum_pass();
+        this.choose_step();
+        let last_dots = this.gradient_pass();
+        this.backward.push(arrays.project(last_dots));
+        this
+    }
 
-        let plane = (elements * bytes) as u64;
-        this.prepare(&towers, &common);
-        this.sum_pass(&towers, &common, partials, counts);
-        this.choose_step(&towers, &common);
-        let last_dots = this.gradient_pass(&towers, &common, &sums, gradients, plane, dots);
-        this.projection(&towers, &common, &sums, last_dots);
-        Ok(this)
+    /// [`Plan::backward_alone`](super::Plan::backward_alone).
+    pub(super) fn backward_alone(&self) -> Vec<Launch> {
+        let mut launches = self.backward.clone();
+        for (index, launch) in &self.recomputing {
+            launches[*index] = launch.clone();
+        }
+        launches.insert(0, self.arrays.prepare(false));
+        launches
+    }
+
+    fn parts(&self) -> &Parts<'a> {
+        &self.arrays.parts
     }
 
     /// A wave as kernels see it. The gradients of its logits begin at `element`.
-    fn wave(&self, wave: &[SuperBlock], towers: &[TowerArrays; 2], mut element: usize) -> abi::Wave {
-        let tile = self.layouts.tile.tiling();
+    fn wave(&self, wave: &[SuperBlock], mut element: usize) -> abi::Wave {
+        let tile = self.parts().tile.tiling();
+        let first_squares = self.arrays.common.skipping.as_ref().map(|s| &s.first_squares);
         let (mut first_tile, mut partial, mut blocks) = (0, 0, [abi::SuperBlock::default(); MAX_SUPER_BLOCKS]);
         for (s, block) in wave.iter().zip(&mut blocks) {
             let [row, col] = [0, 1].map(|axis| abi::Edge {
@@ -106,7 +59,7 @@ impl<'a> Launches<'a> {
                 sums: s.sums[axis],
                 gradients: s.gradients[axis],
                 tiles: number(s.tiles_along(axis, tile)),
-                packed: towers[s.spaces[axis] as usize].packed_row(number(s.ranges[axis].start)),
+                packed: self.arrays.towers[s.spaces[axis] as usize].packed_row(number(s.ranges[axis].start)),
             });
             let [triangle, ranks, counted] = s.flags();
             let [row_partials, col_partials] = s.partials(tile);
@@ -118,7 +71,9 @@ impl<'a> Launches<'a> {
                 triangle,
                 ranks,
                 counted,
-                first_square: self.first_squares.get(&s.number).map_or(abi::NONE, |first| number(*first)),
+                first_square: first_squares
+                    .and_then(|all| all.get(&s.number))
+                    .map_or(abi::NONE, |first| number(*first)),
                 row_partials: partial as u64,
                 col_partials: (partial + row_partials) as u64,
                 gradient: element as u64,
@@ -130,19 +85,19 @@ impl<'a> Launches<'a> {
         abi::Wave { count: number(wave.len()), tiles: number(first_tile), blocks }
     }
 
-    fn towers(&self, towers: &[TowerArrays; 2]) -> abi::Towers {
-        let Layouts { problem, order, .. } = &self.layouts;
+    fn towers(&self) -> abi::Towers {
+        let Parts { problem, order, .. } = self.parts();
         let masked = crate::mask::may_mask(&problem.pairs, order);
-        let of = towers.each_ref().map(|TowerArrays { packing, candidates }| {
-            let abi::Packing { packed, plane, panel, inverse, .. } = *packing;
-            abi::Tower { packed, plane, panel, inverse, candidates: *candidates }
+        let of = self.arrays.towers.each_ref().map(|tower| {
+            let abi::Packing { packed, plane, panel, inverse, .. } = tower.packing;
+            abi::Tower { packed, plane, panel, inverse, candidates: tower.candidates }
         });
-        abi::Towers { of, row_bytes: number(self.packed_row_bytes()), masked }
+        abi::Towers { of, row_bytes: number(self.parts().packed_row_bytes()), masked }
     }
 
     /// β·log₂e as two floats whose sum is exact to 2⁻⁴⁸.
     fn beta(&self) -> abi::Beta {
-        let exact = self.layouts.problem.call().beta() * std::f64::consts::LOG2_E;
+        let exact = self.parts().problem.call().beta() * std::f64::consts::LOG2_E;
         let high = exact as f32;
         abi::Beta { high, low: (exact - f64::from(high)) as f32 }
     }
@@ -150,60 +105,61 @@ impl<'a> Launches<'a> {
     /// A launch of a kernel that is compiled for every arithmetic and tile. There is a thread block for each of `tiles`; or as many
     /// clusters as the device holds, which take the `squares` in turn.
     fn tiled(&self, pass: Pass, arithmetic: Arithmetic, tiles: u32, squares: usize) -> Launch {
-        let tile = self.layouts.tile;
-        let (kernel, module) = pass.kernel(arithmetic, tile);
+        let Parts { problem, tile, .. } = self.parts();
+        let (kernel, module) = pass.kernel(arithmetic, *tile);
         let blocks = match tile.kernels().persistent {
             false => tiles,
-            true => 2 * number(squares.min(self.layouts.problem.clusters())),
+            true => 2 * number(squares.min(problem.clusters())),
         };
         Launch::new(module, kernel, [blocks, 1], tile.threads()).shared(tile.shared_bytes(pass, arithmetic))
     }
 
     /// Squares of a wave that clusters visit.
     fn squares(&self, wave: &[SuperBlock]) -> usize {
-        wave.iter().map(|s| s.tiles(self.layouts.tile.step())).sum()
+        wave.iter().map(|s| s.tiles(self.parts().tile.step())).sum()
     }
 
-    fn sum_pass(&mut self, towers: &[TowerArrays; 2], common: &Common, partials: ArrayId, counts: ArrayId) {
-        let (towers_of_kernels, partials, counts) = (self.towers(towers), at(partials), at(counts));
-        for (k, super_blocks) in self.layouts.division.forward.iter().enumerate() {
-            let wave = self.wave(super_blocks, towers, 0);
-            let arithmetic = self.layouts.problem.arithmetic().of_cosines();
+    fn sum_pass(&mut self) {
+        let Arrays { parts: Parts { problem, tile, division, .. }, common, partials, counts, .. } = self.arrays;
+        let (partials, counts) = (*partials, *counts);
+        let (towers, Tiling { edge, together }) = (self.towers(), tile.tiling());
+        for (k, super_blocks) in division.forward.iter().enumerate() {
+            let wave = self.wave(super_blocks, 0);
+            let arithmetic = problem.arithmetic().of_cosines();
             let launch = self.tiled(Pass::LogSumExp, arithmetic, wave.tiles, self.squares(super_blocks));
             self.partials.push(launch.parameters(&kernels::logsumexp {
                 wave,
-                towers: towers_of_kernels,
+                towers,
                 rows: common.positives.anchors,
                 beta: self.beta(),
                 partials,
                 counts,
-                cosines: self.cosines(super_blocks),
+                cosines: self.arrays.cosines(super_blocks),
             }));
-            if let Some((skipping, grid)) = common.skipping.zip(self.squares_to_judge(super_blocks)) {
-                let Tiling { edge, together } = self.layouts.tile.tiling();
+            if let Some((skipping, grid)) = common.skipping.as_ref().zip(self.squares_to_judge(super_blocks)) {
                 let (masses, tile, together) = (skipping.masses, number(edge), number(together));
                 let parameters = kernels::square_masses { wave, partials, masses, tile, together };
                 self.partials.push(self.judge("square_masses", grid).parameters(&parameters));
             }
-            let (anchor_index, tile) = (common.anchor_index, number(self.layouts.tile.edge()));
+            let (anchor_index, tile) = (common.anchor_index, number(edge));
             let m = abi::Merge { partials, counts, anchor_index, tile, first: k == 0 };
-            if k + 1 == self.layouts.division.forward.len() {
+            if k + 1 == division.forward.len() {
                 self.forward = self.partials.clone();
-                self.forward.push(self.combine_launch(towers, common, wave, m, true));
+                self.forward.push(self.arrays.combine(wave, m, true));
             }
-            self.partials.push(self.combine_launch(towers, common, wave, m, false));
+            self.partials.push(self.arrays.combine(wave, m, false));
         }
         // For sums that are complete already. This launch merges no wave.
         let nothing = abi::Merge { partials, counts, anchor_index: Address::Null, tile: 1, first: false };
-        let no_wave = self.wave(&[], towers, 0);
-        self.combine.push(self.combine_launch(towers, common, no_wave, nothing, true));
+        self.combine.push(self.arrays.combine(self.wave(&[], 0), nothing, true));
     }
 
     /// Number of squares of a wave that may be skipped, mirror images included; `None` if there are none.
     fn squares_to_judge(&self, wave: &Wave) -> Option<u32> {
-        let judged = wave.iter().filter(|s| self.first_squares.contains_key(&s.number));
-        let squares: usize = judged.map(|s| s.squares(self.layouts.tile.tiling())).sum();
-        (squares > 0).then_some(squares as u32)
+        let first_squares = &self.arrays.common.skipping.as_ref()?.first_squares;
+        let judged = wave.iter().filter(|s| first_squares.contains_key(&s.number));
+        let squares: usize = judged.map(|s| s.squares(self.parts().tile.tiling())).sum();
+        (squares > 0).then_some(number(squares))
     }
 
     /// A launch of a kernel that decides about squares, or counts them.
@@ -212,26 +168,27 @@ impl<'a> Launches<'a> {
     }
 
     /// Decides which squares the gradient leaves out. It needs the coefficients, so it comes after `combine`.
-    fn choose_step(&mut self, towers: &[TowerArrays; 2], common: &Common) {
-        let Some(Skipping { masses, skipped, log2_share }) = common.skipping else { return };
-        let (towers_of_kernels, results) = (self.towers(towers), common.combine.results);
-        let together = number(self.layouts.tile.tiling().together);
+    fn choose_step(&mut self) {
+        let Arrays { parts: Parts { problem, tile, division, .. }, common, .. } = self.arrays;
+        let Some(&Skipping { masses, skipped, log2_share, .. }) = common.skipping.as_ref() else { return };
+        let (towers, results) = (self.towers(), common.combine.results);
+        let together = number(tile.tiling().together);
         let c = abi::Choice {
             log_coefficients: common.combine.log_coefficients,
             diagonal: common.combine.diagonal,
             masses,
             skipped,
             log2_share,
-            rows: number(self.layouts.problem.pairs.rows()),
-            step: number(self.layouts.tile.step()),
+            rows: number(problem.pairs.rows()),
+            step: number(tile.step()),
             together,
             padding: 0,
         };
         let mut chosen = Vec::new();
-        for (k, super_blocks) in self.layouts.division.backward.iter().enumerate() {
-            let wave = self.wave(super_blocks, towers, 0);
+        for (k, super_blocks) in division.backward.iter().enumerate() {
+            let wave = self.wave(super_blocks, 0);
             if let Some(grid) = self.squares_to_judge(super_blocks) {
-                let choice = kernels::choose_skipped { wave, towers: towers_of_kernels, c };
+                let choice = kernels::choose_skipped { wave, towers, c };
                 chosen.push(self.judge("choose_skipped", grid).parameters(&choice));
             }
             let count = kernels::count_skipped { wave, skipped, results, together, first: k == 0 };
@@ -242,30 +199,23 @@ impl<'a> Launches<'a> {
     }
 
     /// For each wave, adds the launches of its gradients of logits and of their products. Returns the dots of the last wave, which the
-    /// projection adds up. A dot is a tile's part of ∂L/∂β.
-    fn gradient_pass(
-        &mut self,
-        towers: &[TowerArrays; 2],
-        common: &Common,
-        sums: &[Option<Sums>; 2],
-        gradients: ArrayId,
-        plane: u64,
-        dots: ArrayId,
-    ) -> abi::Dots {
-        let Layouts { problem, tile, division, .. } = self.layouts;
-        let (towers_of_kernels, results) = (self.towers(towers), common.combine.results);
-        let (gradients, skipped) = (at(gradients), common.skipping.map_or(Address::Null, |s| s.skipped));
-        let mut last_dots = abi::Dots { dots: at(dots), results, count: 0, first: true };
+    /// projection adds up.
+    fn gradient_pass(&mut self) -> abi::Dots {
+        let Arrays { parts: Parts { problem, tile, division, .. }, common, gradients, plane, dots, .. } = self.arrays;
+        let (towers, results) = (self.towers(), common.combine.results);
+        let skipped = common.skipping.as_ref().map_or(Address::Null, |s| s.skipped);
+        let (gradients, plane) = (*gradients, *plane);
+        let mut last_dots = abi::Dots { dots: *dots, results, count: 0, first: true };
         for (k, super_blocks) in division.backward.iter().enumerate() {
             // Super-blocks whose cosines are stored come first and have a launch of their own. The others have another launch, whose
             // gradients and dots lie behind those of the first.
-            let kept = super_blocks.iter().take_while(|s| self.first_cosines.contains_key(&s.number)).count();
+            let kept = super_blocks.iter().take_while(|s| self.arrays.keeps(s)).count();
             let (mut element, mut dot_count) = (0, 0);
             for part in [&super_blocks[..kept], &super_blocks[kept..]].into_iter().filter(|part| !part.is_empty()) {
-                let (wave, squares) = (self.wave(part, towers, element), self.squares(part));
+                let (wave, squares) = (self.wave(part, element), self.squares(part));
                 let parameters = kernels::gradient_tile {
                     wave,
-                    towers: towers_of_kernels,
+                    towers,
                     rows: common.positives.anchors,
                     beta: self.beta(),
                     log_coefficients: common.combine.log_coefficients,
@@ -274,13 +224,13 @@ impl<'a> Launches<'a> {
                     row_count: number(problem.pairs.rows()),
                     gradients,
                     plane,
-                    dots: Address::In(dots, (f64::BYTES * dot_count) as i64),
+                    dots: dots.after((f64::BYTES * dot_count) as i64),
                     skipped,
                 };
                 let launch = |pass| self.tiled(pass, problem.arithmetic(), wave.tiles, squares).parameters(&parameters);
                 let recomputing = launch(Pass::GradientTile);
-                if self.first_cosines.contains_key(&part[0].number) {
-                    let cosines = self.cosines(part);
+                if self.arrays.keeps(&part[0]) {
+                    let cosines = self.arrays.cosines(part);
                     let reading = launch(Pass::KeptGradientTile).parameters(&kernels::gradient_tile_kept { cosines });
                     self.recomputing.push((self.backward.len(), recomputing));
                     self.backward.push(reading);
@@ -296,10 +246,10 @@ impl<'a> Launches<'a> {
                 let launch = Launch::new("project", "sum_dots", [1, 1], REDUCE_THREADS).shared(REDUCE_BYTES);
                 self.backward.push(launch.parameters(&kernels::sum_dots { dots: last_dots }));
             }
-            let (product, blocks) = self.product(sums, k > 0);
+            let (product, blocks) = self.product(k > 0);
             if blocks > 0 {
                 let launch = self.tiled(Pass::GradientProduct, problem.arithmetic(), blocks, blocks as usize);
-                let (wave, towers) = (self.wave(super_blocks, towers, 0), towers_of_kernels);
+                let wave = self.wave(super_blocks, 0);
                 let product = kernels::gradient_product { wave, towers, gradients, plane, product, skipped };
                 self.backward.push(launch.parameters(&product));
             }
@@ -308,12 +258,12 @@ impl<'a> Launches<'a> {
     }
 
     /// Outputs of the products, and their number of tiles: thread blocks, or squares that clusters take in turn.
-    fn product(&self, sums: &[Option<Sums>; 2], accumulate: bool) -> (abi::Product, u32) {
-        let Layouts { problem, order, tile, .. } = self.layouts;
+    fn product(&self, accumulate: bool) -> (abi::Product, u32) {
+        let Arrays { parts: Parts { problem, order, tile, .. }, sums, .. } = self.arrays;
         let tile = tile.step();
         let all_cuts = crate::regions::cuts(&problem.rows, order, problem.pairs.rows());
         let of = [0, 1].map(|k| {
-            let range = self.gradient_range(k);
+            let range = self.parts().gradient_range(k);
             let inside = |cut: &usize| range.start <= *cut && *cut <= range.end;
             let points: Vec<usize> = all_cuts[k].iter().copied().filter(inside).collect();
             let (mut cuts, mut first_block, mut blocks) = ([number(range.end); MAX_CUTS], [0; MAX_CUTS], 0);

@@ -33,12 +33,11 @@ mod problem;
 mod schedule;
 mod waves;
 
-pub use crate::problem::{GradientOutput, Problem};
+pub use crate::problem::GradientOutput;
 #[cfg(feature = "cuda")]
 pub use driver::*;
 pub use plan::Plan;
-pub(crate) use problem::Choice;
-pub use problem::{Architecture, Arithmetic, Cosines, Tile};
+pub use problem::{Architecture, Arithmetic, Choices, Cosines, Problem, Tile};
 pub use schedule::{Address, Argument, Array, ArrayId, Launch, Slot};
 
 /// Default bound on the workspace beyond packed embeddings: 512 MiB. That is the size of 16384² gradients of logits in 16 bits.

@@ -1,56 +1,38 @@
 //! Launches of the kernels that work a row or an embedding at a time, around the matrix products: `prepare`, `combine`, `project`.
 
 use super::abi::{self, COMBINED_ROWS, REDUCE_BYTES, REDUCE_THREADS, ROWS_PER_BLOCK, kernels, number};
-use super::arrays::{Common, Sums, TowerArrays};
-use super::launches::Launches;
+use super::arrays::{Arrays, Parts};
 use super::schedule::{Address, Launch};
 
 /// Shared memory of a thread block of `combine`.
 const COMBINE_BYTES: u32 = 2816;
 
-impl Launches<'_> {
-    /// Packs both towers. The forward call also wants the cosines of the positives; a backward call that packs again does not.
-    pub(super) fn prepare(&mut self, towers: &[TowerArrays; 2], common: &Common) {
-        let of = towers.each_ref().map(|tower| tower.packing);
+impl Arrays<'_> {
+    /// Packs both towers. The forward call also wants norms and cosines of the positives. A backward call that packs again does not.
+    pub(super) fn prepare(&self, wanted: bool) -> Launch {
+        let of = self.towers.each_ref().map(|tower| tower.packing);
         let blocks = of.iter().map(|packing| packing.padded / number(ROWS_PER_BLOCK)).sum();
-        let launch = |wanted| {
-            let all = abi::Prepare { of, positives: abi::Positives { wanted, ..common.positives } };
-            Launch::new("prepare", "prepare", [blocks, 1], REDUCE_THREADS).parameters(&kernels::prepare { all })
-        };
-        self.partials.push(launch(true));
-        self.repack.push(launch(false));
+        let all = abi::Prepare { of, positives: abi::Positives { wanted, ..self.common.positives } };
+        Launch::new("prepare", "prepare", [blocks, 1], REDUCE_THREADS).parameters(&kernels::prepare { all })
     }
 
     /// Merges the partial sums of a wave. If they are `complete` with it, combines them.
-    pub(super) fn combine_launch(
-        &self,
-        towers: &[TowerArrays; 2],
-        common: &Common,
-        wave: abi::Wave,
-        m: abi::Merge,
-        complete: bool,
-    ) -> Launch {
+    pub(super) fn combine(&self, wave: abi::Wave, m: abi::Merge, complete: bool) -> Launch {
         let c = abi::Combine {
-            faults: towers.each_ref().map(|tower| tower.packing.faults),
-            indices: towers.each_ref().map(|tower| tower.packing.indices),
+            faults: self.towers.each_ref().map(|tower| tower.packing.faults),
+            indices: self.towers.each_ref().map(|tower| tower.packing.indices),
             merges_only: !complete,
-            ..common.combine
+            ..self.common.combine
         };
-        let blocks = self.layouts.problem.pairs.rows().div_ceil(COMBINED_ROWS);
+        let blocks = self.parts.problem.pairs.rows().div_ceil(COMBINED_ROWS);
         Launch::new("combine", "combine", [number(blocks), 1], REDUCE_THREADS)
             .shared(COMBINE_BYTES)
             .parameters(&kernels::combine { wave, m, c })
     }
 
-    /// Adds the last launch, which turns sums of gradients into the gradients of the raw embeddings.
-    pub(super) fn projection(
-        &mut self,
-        towers: &[TowerArrays; 2],
-        common: &Common,
-        sums: &[Option<Sums>; 2],
-        dots: abi::Dots,
-    ) {
-        let problem = self.layouts.problem;
+    /// Turns sums of gradients into the gradients of the raw embeddings. `dots` are those of the last wave.
+    pub(super) fn project(&self, dots: abi::Dots) -> Launch {
+        let Self { parts: Parts { problem, .. }, common, towers, sums, .. } = self;
         let rows = &problem.rows;
         let of = [0, 1].map(|k| {
             let (own, other) = (&towers[k].packing, &towers[1 - k].packing);
@@ -97,6 +79,6 @@ impl Launches<'_> {
             padding: 0,
         };
         let launch = Launch::new("project", "project", [blocks, 1], REDUCE_THREADS).shared(REDUCE_BYTES);
-        self.backward.push(launch.parameters(&kernels::project { b }));
+        launch.parameters(&kernels::project { b })
     }
 }

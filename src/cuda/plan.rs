@@ -4,46 +4,15 @@
 //! form a wave. Each pass has a launch for each wave. In it, a thread block computes one tile, or clusters take squares of tiles in turn.
 
 use super::DEFAULT_WORKSPACE_BYTES;
+use super::arrays::{Arrays, Parts};
 use super::launches::Launches;
-use super::problem::{Arithmetic, Tile};
-use super::schedule::{Array, ArrayId, Launch, Slot};
+use super::problem::{Arithmetic, Problem, Tile};
+use super::schedule::{ARRAY_ALIGNMENT, Array, Launch, Slot};
 use super::waves::{Division, bounded_bytes};
 use crate::error::{Error, Result};
-use crate::order::{Occurrences, Order};
-use crate::problem::Problem;
+use crate::order::Order;
 use crate::super_blocks::least_edge;
 use std::fmt;
-
-/// Every array begins at a multiple of this, as allocations of CUDA do. Kernels copy 16 bytes at once, so a multiple of 16 would do.
-pub(super) const ARRAY_ALIGNMENT: u64 = 256;
-
-/// Places of arrays in slots.
-#[derive(Debug, Default)]
-pub(super) struct Layout {
-    pub arrays: Vec<Array>,
-    ends: [u64; Slot::ALL.len()],
-}
-
-impl Layout {
-    pub(super) fn add(&mut self, slot: Slot, name: &'static str, bytes: usize) -> ArrayId {
-        let end = &mut self.ends[slot as usize];
-        let offset = end.next_multiple_of(ARRAY_ALIGNMENT);
-        *end = offset + bytes as u64;
-        self.arrays.push(Array { name, slot, offset, bytes: bytes as u64 });
-        ArrayId(self.arrays.len() - 1)
-    }
-
-    /// Lays out two groups of arrays of the workspace over each other, because they are never in use at the same time.
-    pub(super) fn overlay<A, B>(&mut self, a: impl FnOnce(&mut Self) -> A, b: impl FnOnce(&mut Self) -> B) -> (A, B) {
-        let start = self.ends[Slot::Workspace as usize];
-        let first = a(self);
-        let end = std::mem::replace(&mut self.ends[Slot::Workspace as usize], start);
-        let second = b(self);
-        let last = &mut self.ends[Slot::Workspace as usize];
-        *last = end.max(*last);
-        (first, second)
-    }
-}
 
 /// What a call launches, and on what memory. A plan can be printed.
 #[derive(Debug, Clone)]
@@ -64,15 +33,6 @@ pub struct Plan {
     kept_squares: [usize; 2],
     flops: f64,
     title: String,
-}
-
-/// What [`Launches`] works from.
-pub(super) struct Layouts<'a> {
-    pub problem: &'a Problem<'a>,
-    pub order: Order,
-    pub occurrences: Occurrences,
-    pub tile: Tile,
-    pub division: Division,
 }
 
 impl Plan {
@@ -97,21 +57,19 @@ impl Plan {
             return Err(Error::WorkspaceTooSmall { given, needed, rows: m, passages: n, dim: d });
         }
         let division = Division::best(problem, &order, tile, bound, needed);
-        let layouts = Layouts { problem, occurrences: Occurrences::new(&order), order, tile, division };
-        let launches = Launches::new(&layouts)?;
+        let parts = Parts { problem, order: &order, tile, division: &division };
+        let arrays = Arrays::new(parts);
+        let launches = Launches::new(&arrays);
         let backward_alone = launches.backward_alone();
         let alignment = |slot: Slot| match slot {
             Slot::Query | Slot::Passage => problem.dtype.bytes() as u64,
             Slot::Upstream => 4,
-            Slot::QueryGradient => launches.gradient_alignment[0],
-            Slot::PassageGradient => launches.gradient_alignment[1],
+            Slot::QueryGradient => arrays.gradient_alignment(0),
+            Slot::PassageGradient => arrays.gradient_alignment(1),
             Slot::Side | Slot::State | Slot::Workspace => ARRAY_ALIGNMENT,
         };
         Ok(Self {
-            slot_bytes: launches.layout.ends,
             slot_alignment: Slot::ALL.map(alignment),
-            arrays: launches.layout.arrays,
-            side: launches.side,
             forward: launches.forward,
             partials: launches.partials,
             combine: launches.combine,
@@ -119,10 +77,13 @@ impl Plan {
             backward: launches.backward,
             tile,
             arithmetic: problem.arithmetic(),
-            bounded_bytes: launches.bounded_bytes,
-            waves: [&layouts.division.forward, &layouts.division.backward].map(Vec::len),
-            kept_squares: layouts.division.squares(tile),
-            flops: layouts.division.flops(d),
+            waves: [&division.forward, &division.backward].map(Vec::len),
+            kept_squares: division.squares(tile),
+            flops: division.flops(d),
+            bounded_bytes: arrays.bounded_bytes,
+            slot_bytes: arrays.layout.ends,
+            arrays: arrays.layout.arrays,
+            side: arrays.layout.side,
             title: format!(
                 "cuda {}, {} queries x {} passages of dimension {}, {}",
                 problem.call().loss().name(),

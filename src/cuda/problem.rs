@@ -3,7 +3,6 @@
 use super::waves::bounded_bytes;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::problem::Problem;
 use crate::super_blocks::Tiling;
 
 /// What multiplies. In all of them, sums of products are f32 and are rounded to nearest at least every 64 terms.
@@ -251,9 +250,32 @@ const LARGE_TILE_ROWS: usize = 2048;
 /// Batches of at least this many queries take clusters: 2048² cosines are 64 squares, about as many as a device has clusters.
 const CLUSTER_ROWS: usize = 2048;
 
+/// A problem for this backend. It also says how the backend computes it: see the methods that begin with `with_`.
+pub type Problem<'a> = crate::problem::Problem<'a, Choices>;
+
+/// A problem for any backend, with the choices left to the plan.
+impl<'a> From<crate::Problem<'a>> for Problem<'a> {
+    fn from(problem: crate::Problem<'a>) -> Self {
+        let choices = Choices::default();
+        let crate::Problem {
+            pairs,
+            dtype,
+            dim,
+            row_strides,
+            rows,
+            gradients,
+            upstream,
+            device_upstream,
+            workspace_bytes,
+            ..
+        } = problem;
+        Self { pairs, dtype, dim, row_strides, rows, gradients, upstream, device_upstream, workspace_bytes, choices }
+    }
+}
+
 /// What a caller may choose. The plan chooses what is `None`.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Choice {
+pub struct Choices {
     arithmetic: Option<Arithmetic>,
     tile: Option<Tile>,
     architecture: Option<Architecture>,
@@ -265,14 +287,14 @@ impl Problem<'_> {
     /// Another arithmetic than the default of the type. `F16x3` and `Exact` hold embeddings of every type. `F16` and `F16x2` round those
     /// of f32.
     pub fn with_arithmetic(mut self, arithmetic: Arithmetic) -> Self {
-        self.cuda.arithmetic = Some(arithmetic);
+        self.choices.arithmetic = Some(arithmetic);
         self
     }
 
     /// Another tile than the plan would take. [`Plan::new`](super::Plan::new) refuses [`Tile::Cluster`] without [`Architecture::Sm90a`].
     /// [`Arithmetic::Exact`] exists for [`Tile::Small`] alone, and takes it whatever is asked for.
     pub fn with_tile(mut self, tile: Tile) -> Self {
-        self.cuda.tile = Some(tile);
+        self.choices.tile = Some(tile);
         self
     }
 
@@ -289,16 +311,16 @@ impl Problem<'_> {
     /// Stored cosines leave less of the workspace to waves. Smaller waves add the terms of a gradient up in another order, so its last
     /// bits may differ.
     pub fn with_cosines(mut self, cosines: Cosines) -> Self {
-        self.cuda.cosines = Some(cosines);
+        self.choices.cosines = Some(cosines);
         self
     }
 
     pub(super) fn cosines(&self) -> Option<Cosines> {
-        self.cuda.cosines
+        self.choices.cosines
     }
 
     pub(super) fn arithmetic(&self) -> Arithmetic {
-        self.cuda.arithmetic.unwrap_or(match self.dtype {
+        self.choices.arithmetic.unwrap_or(match self.dtype {
             DType::F32 | DType::F64 => Arithmetic::F16x3, // problems refuse f64
             DType::F16 | DType::BF16 => Arithmetic::F16x2,
         })
@@ -307,20 +329,20 @@ impl Problem<'_> {
     /// Says which kernels the plan may take. The default is [`Architecture::Sm80`]. Calls that make the plan for a device take the kernels
     /// of that device.
     pub fn with_architecture(mut self, architecture: Architecture) -> Self {
-        self.cuda.architecture = Some(architecture);
+        self.choices.architecture = Some(architecture);
         self
     }
 
     /// The problem on a device of this architecture, unless the caller chose another.
     #[cfg(feature = "cuda")]
     pub(super) fn on(mut self, architecture: Architecture) -> Self {
-        self.cuda.architecture.get_or_insert(architecture);
+        self.choices.architecture.get_or_insert(architecture);
         self
     }
 
     /// Number of clusters that share the work of the kernels of 9.0; 0 without these kernels.
     pub(super) fn clusters(&self) -> usize {
-        match self.cuda.architecture.unwrap_or_default() {
+        match self.choices.architecture.unwrap_or_default() {
             Architecture::Sm80 => 0,
             Architecture::Sm90a { multiprocessors } => (multiprocessors as usize / 2).max(1),
         }
@@ -330,7 +352,7 @@ impl Problem<'_> {
     /// workspace holds. If it holds none of these, the smallest tile.
     pub(super) fn tile(&self, fits: impl Fn(Tile) -> bool) -> Result<Tile> {
         let (hopper, m) = (self.clusters() > 0, self.pairs.rows());
-        Ok(match (self.cuda.tile, self.arithmetic()) {
+        Ok(match (self.choices.tile, self.arithmetic()) {
             (_, Arithmetic::Exact) => Tile::Small, // the only one it is compiled for
             (Some(Tile::Cluster), _) if !hopper => {
                 let allowed =

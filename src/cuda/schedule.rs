@@ -4,6 +4,9 @@
 use super::abi::Shared;
 use std::fmt;
 
+/// Every array begins at a multiple of this, as allocations of CUDA do. Kernels copy 16 bytes at once, so a multiple of 16 would do.
+pub(super) const ARRAY_ALIGNMENT: u64 = 256;
+
 /// A piece of device memory that the caller provides, at least [`Plan::slot_bytes`](super::Plan::slot_bytes) of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Slot {
@@ -77,6 +80,16 @@ pub enum Address {
     Null,
     /// An address that many bytes from the start of an array. It may lie before the array: kernels add an offset before they use it.
     In(ArrayId, i64),
+}
+
+impl Address {
+    /// The address that many bytes further.
+    pub(super) const fn after(self, bytes: i64) -> Self {
+        match self {
+            Self::Null => Self::Null,
+            Self::In(array, start) => Self::In(array, start + bytes),
+        }
+    }
 }
 
 /// One parameter of a kernel: its bytes, in which pointers are zero until a driver fills them in.

@@ -4,19 +4,13 @@
 //! gradients read and written. So a plan tries a few sizes of waves and takes the one of the lowest cost. A stored cosine has the bits of
 //! a recomputed one. But the size of the waves decides in which order gradients are added up, and so their last bits.
 
-use super::abi::{self, MAX_SUPER_BLOCKS, NOT_KEPT, Shared};
-use super::launches::{Launches, at};
-use super::plan::ARRAY_ALIGNMENT;
-use super::problem::{Arithmetic, Cosines, Tile};
-use super::schedule::{Address, Launch, Slot};
+use super::abi::{self, MAX_SUPER_BLOCKS, Shared};
+use super::problem::{Arithmetic, Cosines, Problem, Tile};
+use super::schedule::ARRAY_ALIGNMENT;
 use crate::order::Order;
-use crate::problem::Problem;
 use crate::regions;
 use crate::super_blocks::{SuperBlock, super_blocks};
 use std::ops::Range;
-
-/// Bytes of a partial sum and of its count of negatives above the positive.
-pub(super) const PARTIAL_BYTES: usize = abi::Partial::BYTES + u32::BYTES;
 
 /// Plans store cosines of at least this many terms (the dimension, times what a product costs: see [`terms`]), because cosines of fewer
 /// terms are recomputed faster than they are read. The first number is for gradients of one plane, the second for two planes.
@@ -162,13 +156,18 @@ fn sums_of(wave: &Wave) -> usize {
     ranges.iter().map(|(_, start, end)| end - start).sum()
 }
 
-/// Bytes of the workspace for a wave of one super-block of `rows` x `cols` indices, in the first or third pass, whichever takes more.
+/// Bytes of the workspace for a wave that leaves so many partial sums in the first pass, or so many gradients of logits and dots in the
+/// third, whichever takes more.
+pub(super) fn wave_bytes(partials: usize, gradients: usize, dots: usize, arithmetic: Arithmetic) -> usize {
+    let partials = partials * (abi::Partial::BYTES + u32::BYTES); // with the number of negatives above the positive
+    partials.max(gradients * arithmetic.bytes() * arithmetic.gradient_planes() + dots * f64::BYTES)
+}
+
+/// An upper bound on the bytes of the workspace for a super-block of `rows` x `cols` indices in tiles of any kind.
 pub(super) fn bounded_bytes(rows: usize, cols: usize, arithmetic: Arithmetic) -> usize {
-    let (bytes, planes) = (arithmetic.bytes(), arithmetic.gradient_planes());
-    // Partial sums of the smallest tile, whose edge is 64. Along each of the two axes there is one for every 64 cosines.
-    let partials = rows * cols / 64 * 2 * PARTIAL_BYTES;
-    let dots = rows * cols / (64 * 64) * size_of::<f64>();
-    partials.max(rows * cols * bytes * planes + dots) + 3 * ARRAY_ALIGNMENT as usize
+    // The smallest tile has most partial sums and dots. Its edge is 64, and along both axes it has a partial sum for every 64 cosines.
+    let cosines = rows * cols;
+    wave_bytes(cosines / 64 * 2, cosines, cosines / (64 * 64), arithmetic) + 3 * ARRAY_ALIGNMENT as usize
 }
 
 fn bytes_of(block: &SuperBlock, tile: Tile, arithmetic: Arithmetic) -> usize {
@@ -208,42 +207,11 @@ fn waves(blocks: impl Iterator<Item = SuperBlock>, tile: Tile, arithmetic: Arith
     waves
 }
 
-impl Launches<'_> {
-    /// Gives the stored cosines of each super-block their place. Returns the bytes that they take.
-    pub(super) fn keep_cosines(&mut self) -> usize {
-        let mut elements = 0;
-        for block in self.layouts.division.kept_blocks() {
-            self.first_cosines.insert(block.number, elements as u64);
-            elements += kept_elements(block, self.layouts.tile);
-        }
-        let bytes = size_of::<f32>() * elements;
-        self.cosines = (bytes > 0).then(|| self.layout.add(Slot::Workspace, "cosines", bytes));
-        bytes
-    }
-
-    pub(super) fn cosines(&self, wave: &[SuperBlock]) -> abi::Cosines {
-        let mut first = [NOT_KEPT; MAX_SUPER_BLOCKS];
-        for (first, block) in first.iter_mut().zip(wave) {
-            *first = self.first_cosines.get(&block.number).copied().unwrap_or(NOT_KEPT);
-        }
-        abi::Cosines { kept: self.cosines.map_or(Address::Null, at), first }
-    }
-
-    /// [`Plan::backward_alone`](super::Plan::backward_alone).
-    pub(super) fn backward_alone(&self) -> Vec<Launch> {
-        let mut launches = self.backward.clone();
-        for (index, launch) in &self.recomputing {
-            launches[*index] = launch.clone();
-        }
-        [self.repack.clone(), launches].concat()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::call::Call;
-    use crate::cuda::{Architecture, DEFAULT_WORKSPACE_BYTES, Plan};
+    use crate::cuda::{Architecture, DEFAULT_WORKSPACE_BYTES, Launch, Plan};
     use crate::dtype::DType;
     use crate::loss::Loss;
 

@@ -7,12 +7,12 @@ use super::layout::{LANES, RESULT_WORDS, STAGE, STATUS_BYTES};
 use super::plan::Plan;
 use super::uniforms::{Combine, Prepare, Product, Project, Tiles};
 use super::{Capabilities, Module, Variant, readout, results};
+use crate::Problem;
 use crate::call::Call;
 use crate::candidates::NONE;
 use crate::dtype::DType;
 use crate::loss::{Block, Loss};
 use crate::mask::COSINE_TIE;
-use crate::problem::Problem;
 use naga::{Literal, ScalarKind, TypeInner};
 
 /// Every variant that a plan may choose for some device.

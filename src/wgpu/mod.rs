@@ -34,13 +34,13 @@ mod schedule;
 mod shaders;
 mod uniforms;
 
+pub use crate::refusal::Refusal;
 pub use capabilities::Capabilities;
 #[cfg(feature = "wgpu")]
 pub use driver::Wgpu;
 #[cfg(feature = "wgpu")]
 pub use driver::{BufferRange, Buffers, Engine, Step, loss_and_gradients, wgpu};
 pub use plan::Plan;
-pub use readout::Refusal;
 pub use schedule::{ALIGNMENT, Binding, Dispatch, Slot};
 pub use shaders::{Module, Products, Variant};
 

@@ -2,8 +2,8 @@
 
 use super::capabilities::Capabilities;
 use super::shaders::Variant;
+use crate::Problem;
 use crate::order::{Occurrences, Order};
-use crate::problem::Problem;
 use crate::super_blocks::SuperBlock;
 
 /// What a plan is made from.

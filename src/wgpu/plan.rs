@@ -7,11 +7,11 @@ use super::layout::Layout;
 use super::parts::Parts;
 use super::schedule::{ALIGNMENT, Dispatch, Slot};
 use super::shaders::{Products, Variant};
+use crate::Problem;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::identity::Identity;
 use crate::order::{Occurrences, Order};
-use crate::problem::Problem;
 use crate::regions;
 use crate::super_blocks::{SuperBlock, least_edge, super_blocks};
 use std::fmt;
@@ -45,7 +45,6 @@ pub(super) struct Facts {
     pub rows: std::ops::Range<usize>,
     pub uses: [bool; 4],
     /// Type, row stride and dimension of the embeddings of each tower.
-    #[cfg(feature = "wgpu")]
     pub raw: [(DType, usize, usize); 2],
 }
 
@@ -149,7 +148,6 @@ impl Plan {
             identity: problem.identity(),
             rows: problem.rows.clone(),
             uses: crate::loss::Block::ALL.map(|b| problem.call().loss().uses(b)),
-            #[cfg(feature = "wgpu")]
             raw: problem.row_strides.map(|stride| (problem.dtype, stride, d)),
         };
         let Dispatches { recorder, layout, side, partials, combine, backward, .. } = dispatches;

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::loss::Block;
 use crate::output::{Evaluation, Metrics, TemperatureGradient};
 use crate::partials::{ExpSum, Partials, SAME_COSINE, expect_positives};
+use crate::refusal::Refusal;
 use crate::tower::Tower;
 use std::ops::Range;
 
@@ -23,17 +24,6 @@ pub(super) const NO_NEGATIVE_GROUP: usize = 5;
 
 /// A word of the status. Every forward call sets it to [`NONE`]. In a new buffer it is 0.
 pub(super) const RAN: usize = 7;
-
-/// Why a call is refused, and the lowest row that is wrong. The call's results on the device are NaN.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
-    /// An embedding with a NaN or an infinity.
-    NonFinite(Tower, usize),
-    /// An embedding of norm zero, if the call says that this is an error.
-    ZeroNorm(Tower, usize),
-    /// A row of weight above 0 whose softmax is empty: row and group.
-    NoNegative(usize, usize),
-}
 
 /// Reads numbers of the slot `State` by word. Words of the status count from its start, all others from the results on.
 struct State<'a> {
@@ -104,31 +94,16 @@ impl Plan {
     /// forward call has run.
     pub fn refusal(&self, state: &[u8]) -> Result<Option<Refusal>> {
         let state = self.state(state)?;
-        for (k, tower) in [Tower::Query, Tower::Passage].into_iter().enumerate() {
-            let (non_finite, zero_norm) = (state.status(NON_FINITE + k), state.status(ZERO_NORM + k));
-            if non_finite != NONE {
-                return Ok(Some(Refusal::NonFinite(tower, non_finite as usize)));
-            }
-            if zero_norm != NONE && self.facts.zero_is_error {
-                return Ok(Some(Refusal::ZeroNorm(tower, zero_norm as usize)));
-            }
-        }
-        let (row, group) = (state.status(NO_NEGATIVE), state.status(NO_NEGATIVE_GROUP));
-        Ok((row != NONE).then_some(Refusal::NoNegative(row as usize, group as usize)))
+        let row = |word: usize| Some(state.status(word)).filter(|row| *row != NONE).map(|row| row as usize);
+        let zero_norm = [0, 1].map(|k| row(ZERO_NORM + k).filter(|_| self.facts.zero_is_error));
+        let group = state.status(NO_NEGATIVE_GROUP) as usize;
+        let no_negative = row(NO_NEGATIVE).map(|row| (row, group));
+        Ok(Refusal::first([0, 1].map(|k| row(NON_FINITE + k)), zero_norm, no_negative))
     }
 
-    /// The error for a refusal. `find` must give the first element of a row that is not finite: its column and value.
-    pub fn error_of(&self, refusal: Refusal, find: impl FnOnce(Tower, usize) -> Result<(usize, f64)>) -> Error {
-        match refusal {
-            Refusal::NonFinite(tower, row) => match find(tower, row) {
-                Ok((column, value)) => Error::NonFinite { tower, row, column, value },
-                Err(error) => error,
-            },
-            Refusal::ZeroNorm(tower, row) => Error::ZeroNorm { tower, row, prefix: None },
-            Refusal::NoNegative(row, group) => {
-                Error::NoNegative { loss: self.facts.loss.clone(), group, row, prefix: None }
-            }
-        }
+    /// The error for a refusal. `row_bytes` must give a row that is not finite, as the call read it.
+    pub fn error_of(&self, refusal: Refusal, row_bytes: impl FnOnce(Tower, usize) -> Result<Vec<u8>>) -> Error {
+        refusal.error(&self.facts.loss, self.facts.raw[0].0, row_bytes)
     }
 
     /// Loss, row losses and metrics from the state after [`Plan::forward`].

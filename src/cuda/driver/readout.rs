@@ -9,14 +9,14 @@ use crate::cuda::abi::{
     REPACKED_QUERY, RESULTS, STATUS_WORDS, Shared, ZERO_PASSAGE, ZERO_QUERY,
 };
 use crate::cuda::{Plan, Problem, Slot};
-use crate::dtype::{DType, Element};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::identity::Identity;
 use crate::loss::{Block, Loss};
 use crate::output::{Evaluation, Metrics, TemperatureGradient};
 use crate::partials::{ExpSum, Partials, SAME_COSINE, expect_positives};
+use crate::refusal::{Refusal, non_finite, values};
 use crate::tower::Tower;
-use half::{bf16, f16};
 use std::ffi::c_int;
 use std::ops::Range;
 
@@ -45,12 +45,8 @@ pub struct Readout {
 /// What the array `status` says is wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
-    NonFinite(Tower, usize),
-    ZeroNorm(Tower, usize),
-    NoNegative {
-        row: usize,
-        group: usize,
-    },
+    /// The call is refused.
+    Refused(Refusal),
     /// The embedding had another norm in a backward call than in the forward call.
     Changed(Tower, usize),
 }
@@ -90,35 +86,27 @@ impl Readout {
         })
     }
 
-    /// The first fault, in the order in which the other backends look for them. `status` is the array of that name.
+    /// The first fault. A refusal comes first. `status` is the array of that name.
     fn fault(&self, status: &[u8]) -> Option<Fault> {
         let word =
             |at: usize| numbers(status, u32::from_le_bytes).nth(at).filter(|&row| row != NONE).map(|row| row as usize);
-        for (k, tower) in [Tower::Query, Tower::Passage].into_iter().enumerate() {
-            if let Some(row) = word([NON_FINITE_QUERY, NON_FINITE_PASSAGE][k]) {
-                return Some(Fault::NonFinite(tower, row));
-            }
-            if let Some(row) = word([ZERO_QUERY, ZERO_PASSAGE][k]).filter(|_| self.zero_norm == ZeroNorm::Error) {
-                return Some(Fault::ZeroNorm(tower, row));
-            }
-        }
-        if let Some(row) = word(NO_NEGATIVE) {
-            return Some(Fault::NoNegative { row, group: word(NO_NEGATIVE_GROUP).unwrap_or(0) });
-        }
+        let zero_norm = [ZERO_QUERY, ZERO_PASSAGE].map(|at| word(at).filter(|_| self.zero_norm == ZeroNorm::Error));
+        let no_negative = word(NO_NEGATIVE).map(|row| (row, word(NO_NEGATIVE_GROUP).unwrap_or(0)));
+        let refusal = Refusal::first([NON_FINITE_QUERY, NON_FINITE_PASSAGE].map(word), zero_norm, no_negative);
         let words = [[REPACKED_QUERY, CHANGED_QUERY], [REPACKED_PASSAGE, CHANGED_PASSAGE]];
-        let changed = |k: usize| words[k].into_iter().filter_map(word).min();
-        let mut towers = [Tower::Query, Tower::Passage].into_iter().enumerate();
-        towers.find_map(|(k, tower)| changed(k).map(|row| Fault::Changed(tower, row)))
+        let changed = |k: usize, tower| Some(Fault::Changed(tower, words[k].into_iter().filter_map(word).min()?));
+        refusal.map(Fault::Refused).or(changed(0, Tower::Query)).or(changed(1, Tower::Passage))
     }
 
     /// An error if the status names a row that does not exist. Then no call of this plan has written the state: the call may have been
     /// captured but never run, or the state may be of another plan.
     fn expect_row(&self, fault: Fault) -> Result<()> {
         let (what, row, count) = match fault {
-            Fault::NonFinite(tower, row) | Fault::ZeroNorm(tower, row) | Fault::Changed(tower, row) => {
+            Fault::Refused(Refusal::NonFinite(tower, row) | Refusal::ZeroNorm(tower, row))
+            | Fault::Changed(tower, row) => {
                 (tower.to_string(), row, if tower == Tower::Query { self.rows } else { self.passages })
             }
-            Fault::NoNegative { row, .. } => (Tower::Query.to_string(), row, self.rows),
+            Fault::Refused(Refusal::NoNegative(row, _)) => (Tower::Query.to_string(), row, self.rows),
         };
         if row < count {
             return Ok(());
@@ -129,37 +117,16 @@ impl Readout {
         })
     }
 
-    /// The elements of a row.
-    fn values(&self, bytes: &[u8]) -> Vec<f64> {
-        match self.dtype {
-            DType::F64 => numbers(bytes, f64::from_le_bytes).collect(), // problems refuse it
-            DType::F32 => numbers(bytes, f32::from_le_bytes).map(f64::from).collect(),
-            DType::F16 => numbers(bytes, f16::from_le_bytes).map(Element::to_f64).collect(),
-            DType::BF16 => numbers(bytes, bf16::from_le_bytes).map(Element::to_f64).collect(),
-        }
-    }
-
     /// The error for a row that a backward call found changed.
     fn changed(&self, tower: Tower, row: usize, bytes: &[u8]) -> Error {
-        let values = self.values(bytes);
+        let values = values(bytes, self.dtype);
         if values.iter().any(|value| !value.is_finite()) {
-            return self.non_finite(tower, row, bytes);
+            return non_finite(tower, row, &values);
         }
         let norm = values.iter().map(|value| value * value).sum::<f64>().sqrt();
         Error::StateMismatch {
             saved: format!("a {tower} embedding in row {row} that a backward call found to be another one"),
             given: format!("one of norm {norm}"),
-        }
-    }
-
-    /// The error for a row that is not finite. It names the first such element.
-    fn non_finite(&self, tower: Tower, row: usize, bytes: &[u8]) -> Error {
-        match self.values(bytes).into_iter().enumerate().find(|(_, value)| !value.is_finite()) {
-            Some((column, value)) => Error::NonFinite { tower, row, column, value },
-            None => Error::StateMismatch {
-                saved: format!("{tower} embeddings whose row {row} is not finite"),
-                given: "embeddings in which it is: they were overwritten before the results were read".into(),
-            },
         }
     }
 
@@ -328,25 +295,19 @@ impl Device {
         let head = unsafe { self.download(pointers.state, readout.head(), stream) }?;
         let fault = readout.fault(&head[readout.status.clone()]);
         fault.map_or(Ok(()), |fault| readout.expect_row(fault))?;
+        let row_bytes = |tower: Tower, row: usize| {
+            let (start, row_bytes) = match tower {
+                Tower::Query => (pointers.query, readout.row_bytes[0]),
+                Tower::Passage => (pointers.passage, readout.row_bytes[1]),
+            };
+            let bytes = readout.dim * readout.dtype.bytes();
+            // SAFETY: the caller's promise. The row is one of the embeddings.
+            unsafe { self.download(start + row as u64 * row_bytes, bytes, stream) }
+        };
         match fault {
             None => Ok(head),
-            Some(Fault::ZeroNorm(tower, row)) => Err(Error::ZeroNorm { tower, row, prefix: None }),
-            Some(Fault::NoNegative { row, group }) => {
-                Err(Error::NoNegative { loss: readout.loss.name().into(), group, row, prefix: None })
-            }
-            Some(Fault::NonFinite(tower, row) | Fault::Changed(tower, row)) => {
-                let (start, row_bytes) = match tower {
-                    Tower::Query => (pointers.query, readout.row_bytes[0]),
-                    Tower::Passage => (pointers.passage, readout.row_bytes[1]),
-                };
-                // SAFETY: the caller's promise. The row is one of the embeddings.
-                let bytes = unsafe {
-                    self.download(start + row as u64 * row_bytes, readout.dim * readout.dtype.bytes(), stream)
-                }?;
-                let changed = matches!(fault, Some(Fault::Changed(..)));
-                let error = if changed { Readout::changed } else { Readout::non_finite };
-                Err(error(readout, tower, row, &bytes))
-            }
+            Some(Fault::Refused(refusal)) => Err(refusal.error(readout.loss.name(), readout.dtype, row_bytes)),
+            Some(Fault::Changed(tower, row)) => Err(readout.changed(tower, row, &row_bytes(tower, row)?)),
         }
     }
 
@@ -417,6 +378,8 @@ impl Device {
 mod tests {
     use super::*;
     use crate::Call;
+    use Fault::Refused as refused;
+    use half::f16;
 
     fn readout(zero_norm: ZeroNorm) -> Readout {
         let call = Call::new(Loss::samtone_query(), 0.1).with_zero_norm(zero_norm);
@@ -435,15 +398,18 @@ mod tests {
         let strict = readout(ZeroNorm::Error);
         assert_eq!(strict.fault(&status(&[])), None);
         let both = status(&[(NON_FINITE_PASSAGE, 0), (ZERO_QUERY, 1), (NO_NEGATIVE, 0)]);
-        assert_eq!(strict.fault(&both), Some(Fault::ZeroNorm(Tower::Query, 1)));
-        assert_eq!(readout(ZeroNorm::ZeroGradient).fault(&both), Some(Fault::NonFinite(Tower::Passage, 0)));
+        assert_eq!(strict.fault(&both), Some(refused(Refusal::ZeroNorm(Tower::Query, 1))));
+        assert_eq!(readout(ZeroNorm::ZeroGradient).fault(&both), Some(refused(Refusal::NonFinite(Tower::Passage, 0))));
         let last = status(&[(NO_NEGATIVE, 1), (NO_NEGATIVE_GROUP, 2)]);
-        assert_eq!(strict.fault(&last), Some(Fault::NoNegative { row: 1, group: 2 }));
+        assert_eq!(strict.fault(&last), Some(refused(Refusal::NoNegative(1, 2))));
         let changed = [(REPACKED_PASSAGE, 0), (CHANGED_QUERY, 1), (REPACKED_QUERY, 0)];
         assert_eq!(strict.fault(&status(&changed)), Some(Fault::Changed(Tower::Query, 0)));
         assert_eq!(strict.fault(&status(&changed[..2])), Some(Fault::Changed(Tower::Query, 1)));
         assert_eq!(strict.fault(&status(&changed[..1])), Some(Fault::Changed(Tower::Passage, 0)));
-        assert_eq!(strict.fault(&status(&[changed[1], (ZERO_PASSAGE, 2)])), Some(Fault::ZeroNorm(Tower::Passage, 2)));
+        assert_eq!(
+            strict.fault(&status(&[changed[1], (ZERO_PASSAGE, 2)])),
+            Some(refused(Refusal::ZeroNorm(Tower::Passage, 2)))
+        );
     }
 
     #[test]
@@ -453,13 +419,15 @@ mod tests {
             .flat_map(|value| f16::from_f32(value).to_le_bytes())
             .collect();
         let readout = readout(ZeroNorm::Error);
-        assert_eq!(readout.expect_row(Fault::NonFinite(Tower::Passage, 2)), Ok(()));
-        for fault in [Fault::ZeroNorm(Tower::Query, 2), Fault::NonFinite(Tower::Passage, 3)] {
+        assert_eq!(readout.expect_row(refused(Refusal::NonFinite(Tower::Passage, 2))), Ok(()));
+        for fault in [Refusal::ZeroNorm(Tower::Query, 2), Refusal::NonFinite(Tower::Passage, 3)].map(refused) {
             assert!(matches!(readout.expect_row(fault), Err(Error::StateMismatch { .. })), "{fault:?}");
         }
-        let error = readout.non_finite(Tower::Query, 7, &row);
+        let error_of =
+            |bytes: &[u8]| Refusal::NonFinite(Tower::Query, 7).error("", readout.dtype, |_, _| Ok(bytes.to_vec()));
+        let error = error_of(&row);
         assert_eq!(error, Error::NonFinite { tower: Tower::Query, row: 7, column: 1, value: f64::NEG_INFINITY });
-        assert!(readout.non_finite(Tower::Query, 7, &[0; 8]).to_string().contains("overwritten"));
+        assert!(error_of(&[0; 8]).to_string().contains("overwritten"));
         assert_eq!(readout.changed(Tower::Query, 7, &row), error);
         let two: Vec<u8> = [2.0; 1].into_iter().flat_map(|value| f16::from_f32(value).to_le_bytes()).collect();
         let sentence = readout.changed(Tower::Passage, 1, &two).to_string();

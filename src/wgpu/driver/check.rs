@@ -1,14 +1,14 @@
 //! Checks whether a device's cooperative matrices are right. Those of some drivers are not.
 
-use super::backend::run;
 use super::engine::Engine;
+use super::host::run;
+use crate::Problem;
 use crate::batch::{Batch, Embeddings, EmbeddingsMut};
 use crate::call::Call;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::loss::Loss;
 use crate::output::GradientBuffers;
-use crate::problem::Problem;
 use crate::wgpu::{Capabilities, Plan, Products};
 use half::f16;
 

@@ -1,9 +1,11 @@
 //! Runs plans on wgpu.
 
+mod adapter;
 mod backend;
 mod buffers;
 mod check;
 mod engine;
+mod host;
 mod step;
 
 pub use backend::{Wgpu, loss_and_gradients};

@@ -2,7 +2,6 @@
 
 use super::buffers::{BufferRange, Buffers};
 use super::engine::Engine;
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::output::{Evaluation, TemperatureGradient};
 use crate::partials::Partials;
@@ -145,13 +144,13 @@ impl Step {
     pub fn results(&self, embeddings: &Buffers<'_>) -> Result<(Evaluation, TemperatureGradient)> {
         let state = self.read_state()?;
         if let Some(refusal) = self.plan.refusal(&state)? {
-            return Err(self.plan.error_of(refusal, |tower, row| self.find(tower, row, embeddings)));
+            return Err(self.plan.error_of(refusal, |tower, row| self.row_bytes(tower, row, embeddings)));
         }
         Ok((self.plan.evaluation(&state)?, self.plan.temperature(&state)?))
     }
 
-    /// The first element of a row that is not finite.
-    fn find(&self, tower: Tower, row: usize, embeddings: &Buffers<'_>) -> Result<(usize, f64)> {
+    /// A row that is not finite, as the call read it.
+    fn row_bytes(&self, tower: Tower, row: usize, embeddings: &Buffers<'_>) -> Result<Vec<u8>> {
         let slot = if tower == Tower::Query { Slot::Query } else { Slot::Passage };
         let BufferRange { buffer, offset, .. } = embeddings.get(slot, &self.plan, 1)?;
         if !buffer.usage().contains(wgpu::BufferUsages::COPY_SRC) {
@@ -164,17 +163,7 @@ impl Step {
         }
         let (dtype, stride, dim) = self.plan.raw(tower);
         let start = offset + (row * stride * dtype.bytes()) as u64;
-        let bytes = self.engine.read(buffer, start..start + (dim * dtype.bytes()) as u64)?;
-        let value = |chunk: &[u8]| match dtype {
-            DType::F32 | DType::F64 => f64::from(bytemuck::pod_read_unaligned::<f32>(chunk)),
-            DType::F16 => f64::from(bytemuck::pod_read_unaligned::<half::f16>(chunk)),
-            DType::BF16 => f64::from(bytemuck::pod_read_unaligned::<half::bf16>(chunk)),
-        };
-        let mut values = bytes.chunks_exact(dtype.bytes()).map(value).enumerate();
-        values.find(|(_, value)| !value.is_finite()).ok_or_else(|| {
-            let saved = format!("{tower} row {row} with a value that is not finite");
-            Error::StateMismatch { saved, given: "embeddings that are finite there".into() }
-        })
+        self.engine.read(buffer, start..start + (dim * dtype.bytes()) as u64)
     }
 
     /// Waits, then gives the sums of this shard.
@@ -184,7 +173,7 @@ impl Step {
     pub fn read_partials(&self, embeddings: &Buffers<'_>) -> Result<Partials> {
         let state = self.read_state()?;
         match self.plan.refusal(&state)? {
-            Some(refusal) => Err(self.plan.error_of(refusal, |tower, row| self.find(tower, row, embeddings))),
+            Some(refusal) => Err(self.plan.error_of(refusal, |tower, row| self.row_bytes(tower, row, embeddings))),
             None => self.plan.read_partials(&state),
         }
     }

@@ -14,7 +14,7 @@ use burn::cubecl::prelude::Client;
 use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl_runtime::runtime::Runtime;
-use samtone::cuda::{Cosines, Device, Plan, Pointers, Readout, Slot, Stream, check_slot_bytes};
+use samtone::cuda::{self, Cosines, Device, Plan, Pointers, Readout, Slot, Stream, check_slot_bytes};
 use samtone::{Evaluation, TemperatureGradient};
 
 /// An error while burn captures a graph: the host could not wait, and waiting would end the capture.
@@ -30,7 +30,7 @@ pub(super) fn run(task: Task<'_>, ordinal: usize) -> Result<Outputs<CubeBackend>
     let gradients = task.gradients();
     let Task { problem, client, towers, wanted, by_log_beta } = task;
     let device = Device::shared(ordinal)?;
-    let problem = problem.with_architecture(device.architecture());
+    let problem = cuda::Problem::from(problem).with_architecture(device.architecture());
     // What the first pass keeps of cosines is for the gradient.
     let problem = if wanted == Wanted::default() { problem.with_cosines(Cosines::Recomputed) } else { problem };
     let plan = Plan::new(&problem)?;

@@ -65,8 +65,9 @@ pub(super) fn read(client: &Client, handle: Handle) -> Result<Vec<u8>> {
     bytes.map(|bytes| bytes.to_vec()).map_err(|error| failed("read", error))
 }
 
-pub(super) fn element(bytes: &[u8], dtype: DType, at: usize) -> Option<f64> {
-    let bytes = bytes.get(at * dtype.size()..)?.get(..dtype.size())?;
+/// The number that these bytes begin with.
+fn element(bytes: &[u8], dtype: DType) -> Option<f64> {
+    let bytes = bytes.get(..dtype.size())?;
     match dtype {
         DType::F64 => bytes.try_into().ok().map(f64::from_le_bytes),
         DType::F32 => bytes.try_into().ok().map(|x| f32::from_le_bytes(x).into()),
@@ -86,5 +87,5 @@ pub(super) fn scalar(tensor: &CubeTensor) -> Result<f64> {
         return Err(invalid(ARGUMENT, value, "one number, f64, f32, f16 or bf16"));
     }
     let bytes = read(&tensor.client, tensor.handle.clone())?;
-    element(&bytes, dtype, 0).ok_or_else(|| invalid(ARGUMENT, format!("{} bytes", bytes.len()), "one number"))
+    element(&bytes, dtype).ok_or_else(|| invalid(ARGUMENT, format!("{} bytes", bytes.len()), "one number"))
 }

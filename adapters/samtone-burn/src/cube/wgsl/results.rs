@@ -1,6 +1,6 @@
 //! Results of a call, read when they are asked for.
 
-use crate::cube::tensors::{dims, element, read, row_stride};
+use crate::cube::tensors::{dims, read, row_stride};
 use crate::{Evaluation, Result};
 use burn::cubecl::prelude::Client;
 use burn::cubecl::server::Handle;
@@ -32,17 +32,15 @@ impl OnDevice {
         let state = read(&self.client, self.state.clone())?;
         match self.plan.refusal(&state)? {
             None => self.plan.evaluation(&state),
-            Some(refusal) => Err(self.plan.error_of(refusal, |tower, row| self.find(tower, row))),
+            Some(refusal) => Err(self.plan.error_of(refusal, |tower, row| self.row_bytes(tower, row))),
         }
     }
 
-    /// Column and value of the first element of a row that is not finite.
-    fn find(&self, tower: Tower, row: usize) -> Result<(usize, f64)> {
+    /// The bytes of an embedding.
+    fn row_bytes(&self, tower: Tower, row: usize) -> Result<Vec<u8>> {
         let tensor = &self.towers[usize::from(tower == Tower::Passage)];
-        let [_, dim] = dims(tensor);
-        let bytes = read(&self.client, tensor.handle.clone())?;
-        let start = row * row_stride(tensor);
-        let values = (start..start + dim).map(|at| element(&bytes, tensor.dtype, at).unwrap_or(f64::NAN));
-        Ok(values.enumerate().find(|(_, value)| !value.is_finite()).unwrap_or((0, f64::NAN)))
+        let ([_, dim], bytes) = (dims(tensor), read(&self.client, tensor.handle.clone())?);
+        let (start, size) = (row * row_stride(tensor), tensor.dtype.size());
+        Ok(bytes[start * size..(start + dim) * size].to_vec())
     }
 }
