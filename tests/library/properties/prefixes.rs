@@ -1,9 +1,11 @@
 //! What holds of Matryoshka prefixes.
 
 use super::setup::{Extras, SLACK, Setup, close, config, failed, setup, solve, solve_as};
+use crate::support::foreign::partials;
 use crate::support::problem::{Buffer, Outputs, Problem};
 use proptest::prelude::*;
-use samtone::{Call, DType, ZeroNorm, reference};
+use samtone::{Block, Call, DType, ZeroNorm, reference};
+use std::ops::Range;
 
 /// The problem without prefixes.
 fn plain(setup: &Setup) -> Result<Problem, TestCaseError> {
@@ -94,6 +96,36 @@ proptest! {
         let near = |got: f64, want: f64| (got - want).abs() <= 1e-12 * want.abs().max(1e-300);
         prop_assert!(near(reference.evaluation.loss, want.evaluation.loss));
         close(&got, &want, &nested)?;
+    }
+
+    /// Shards merge the sums of every prefix. Those of a prefix are what a plain call has for embeddings that are cut off there.
+    #[test]
+    fn partial_sums_are_of_every_prefix(setup in setup(), dim in 1..19_usize, middle in 1..49_usize) {
+        let plain = plain(&Setup { dim: setup.dim.max(2), ..setup })?;
+        let (d, m) = (plain.dim, plain.rows);
+        prop_assume!(m > 1);
+        let (dim, middle) = (dim.min(d - 1), middle.min(m - 1));
+        let nested = with_prefixes(&plain, &[dim, d], &[2.0, 1.0]);
+        let of = |problem: &Problem, rows: Range<usize>| {
+            let zero = problem.clone().with(|call| call.with_zero_norm(ZeroNorm::ZeroGradient));
+            partials(&zero, rows).map_err(failed)
+        };
+        let mut merged = of(&nested, 0..middle)?;
+        merged.merge(&of(&nested, middle..m)?).map_err(failed)?;
+        for (k, alone) in [cut(&plain, dim), plain.clone()].iter().enumerate() {
+            let want = of(alone, 0..m)?;
+            for block in Block::ALL {
+                let got = merged.log_sum_exp_of_prefix(k, block);
+                prop_assert_eq!(got.is_some(), want.log_sum_exp(block).is_some());
+                for (got, want) in got.into_iter().flatten().zip(want.log_sum_exp(block).into_iter().flatten()) {
+                    // A cosine near a margin may fall to either side of it, which `is_decided` knows of.
+                    let near = got == want || (got - want).abs() <= 2e-6 * plain.call.beta() + 1e-5;
+                    prop_assert!(near || !nested.is_decided(SLACK), "{block:?}, prefix {k}: {got} instead of {want}");
+                }
+            }
+        }
+        prop_assert_eq!(merged.log_sum_exp(Block::QP), merged.log_sum_exp_of_prefix(1, Block::QP));
+        prop_assert_eq!(merged.log_sum_exp_of_prefix(2, Block::QP), None);
     }
 
     /// A prefix of weight 0 is not there, and what lies behind the last prefix is not read.
