@@ -54,7 +54,7 @@ def run(block: str) -> dict[str, Any]:
 
 def test_readme() -> None:
     blocks = [block for block in BLOCKS if block not in OF_THE_TRAINER]
-    assert len(blocks) == 2, "the example at the top, and that of GradCache"
+    assert len(blocks) == 3, "the example at the top, those of Matryoshka and of GradCache"
     for block in blocks:
         run(block)
 
