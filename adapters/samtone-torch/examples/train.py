@@ -1,7 +1,7 @@
 """An ordinary training loop: a dual encoder of hashed words, AdamW, a learned temperature. The data, and the curve that it must
 follow, are specified in adapters/dual-encoder/README.md of the repository.
 
-    python examples/train.py [FOLDER] [--device cuda]
+    python examples/train.py [FOLDER] [--device cuda] [--prefixes]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import samtone
 import torch
@@ -32,15 +33,26 @@ class Encoder(nn.Module):
         return projected
 
 
-def train(folder: Path, device: str = "cpu") -> tuple[list[float], float]:
-    """The loss before each step, and log beta after the last."""
+class Training(NamedTuple):
+    """What is to follow a curve."""
+
+    loss: list[float]
+    """Before each step."""
+    prefix_losses: list[list[float]]
+    """Likewise of each prefix; empty without prefixes."""
+    log_beta: float
+    """After the last step."""
+
+
+def train(folder: Path, device: str = "cpu", **options: Any) -> Training:
+    """The training; `options` may be `prefixes` and `prefix_weights`."""
     # Ids stay on the CPU, where samtone looks at them.
     data = {k: v if k.endswith("ids") else v.to(device) for k, v in load_file(folder / "pairs.safetensors").items()}
     encoder = Encoder(data["table"].clone(), data["projection"].clone())
-    criterion = samtone.SamToNeLoss("samtone_query", temperature=1 / 20, learnable="log_beta")
+    criterion = samtone.SamToNeLoss("samtone_query", temperature=1 / 20, learnable="log_beta", **options)
     parameters = [*encoder.parameters(), *criterion.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)
-    curve = []
+    losses, prefix_losses = [], []
     for step, (pairs, on_cpu) in enumerate(zip(data["batches"].long(), data["batches"].long().cpu())):
         query, passage = (
             encoder(data[f"{tower}_buckets"].long()[pairs], data[f"{tower}_weights"][pairs])
@@ -51,9 +63,16 @@ def train(folder: Path, device: str = "cpu") -> tuple[list[float], float]:
         optimizer.zero_grad()
         evaluation.loss.backward()
         optimizer.step()
-        curve.append(evaluation.loss.item())
-        print(f"step {step:2}  loss {curve[-1]:.6f}  P@1 {evaluation.query_to_passage.precision_at_1.item():.3f}")
-    return curve, -math.log(criterion.temperature)
+        losses.append(evaluation.loss.item())
+        print(
+            f"step {step:2}  loss {losses[-1]:.6f}  P@1 {evaluation.query_to_passage.precision_at_1.item():.3f}", end=""
+        )
+        if evaluation.prefixes:
+            prefix_losses.append(evaluation.prefixes.losses.tolist())
+            found = zip(evaluation.prefixes.dims, evaluation.prefixes.query_to_passage.precision_at_1)
+            print("".join(f"  {dim}: {precision:.3f}" for dim, precision in found), end="")
+        print()
+    return Training(losses, prefix_losses, -math.log(criterion.temperature))
 
 
 def main() -> None:
@@ -61,12 +80,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", nargs="?", type=Path, default=FOLDER)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--prefixes", action="store_true", help="train the first 8 and 16 entries, too (Matryoshka)")
     arguments = parser.parse_args()
-    curve, log_beta = train(arguments.folder, arguments.device)
-    expected = json.loads((arguments.folder / "curve.json").read_text())
-    largest = max(abs(a / b - 1) for a, b in zip(curve, expected["loss"]))
+    name = "curve_prefixes.json" if arguments.prefixes else "curve.json"
+    expected = json.loads((arguments.folder / name).read_text())
+    options = {k: expected[k] for k in ("prefixes", "prefix_weights") if k in expected}
+    got = train(arguments.folder, arguments.device, **options)
+    largest = max(abs(a / b - 1) for a, b in zip(got.loss, expected["loss"]))
     print(
-        f"log beta {log_beta:.6f}, expected {expected['log_beta']:.6f}; losses within {largest:.1e} of the float64 curve"
+        f"log beta {got.log_beta:.6f}, expected {expected['log_beta']:.6f}; "
+        f"losses within {largest:.1e} of the float64 curve"
     )
     if not largest < 1e-4:
         raise SystemExit("that is too far")

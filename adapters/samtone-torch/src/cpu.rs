@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use samtone::cpu::Workspace;
-use samtone::{Batch, Evaluation, GradientBuffers};
+use samtone::{Batch, Evaluation, GradientBuffers, Metrics};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -60,7 +60,8 @@ pub fn addresses(query: &Bound<'_, PyCapsule>, passage: &Bound<'_, PyCapsule>) -
 /// One call. `gradients` are matrices that receive ∂L/∂q and ∂L/∂p, or None for a frozen tower; without `differentiate` there are
 /// none, nor a derivative of the temperature. `row_losses` is a vector of float64.
 ///
-/// Gives loss, P@1 and MRR of query → passage, those of passage → query, and the derivative of what the temperature was given as.
+/// Gives loss, P@1 and MRR of query → passage and those of passage → query, then the same five numbers for each prefix of weight above 0,
+/// if there are prefixes; and the derivative of what the temperature was given as.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)] // it is a call across a language border; its one caller passes them by name
 pub fn cpu_step(
@@ -73,7 +74,7 @@ pub fn cpu_step(
     annotations: Capsules<'_>,
     row_losses: &Bound<'_, PyCapsule>,
     threads: usize,
-) -> PyResult<(f64, [f64; 4], f64)> {
+) -> PyResult<(Vec<f64>, f64)> {
     let settings = settings.get();
     let (query, passage) = (Tensor::import("query", query)?, Tensor::import("passage", passage)?);
     let call = annotations.call(settings)?;
@@ -106,8 +107,16 @@ pub fn cpu_step(
     });
     let (evaluation, derivative) = computed.map_err(|panic| defect(&*panic))??;
     losses.copy_from_slice(&evaluation.row_losses);
-    let (there, back) = (evaluation.query_to_passage, evaluation.passage_to_query);
-    Ok((evaluation.loss, [there.precision_at_1, there.mrr, back.precision_at_1, back.mrr], derivative))
+    Ok((results(&evaluation), derivative))
+}
+
+/// Five numbers of the whole loss, and of each prefix.
+fn results(evaluation: &Evaluation) -> Vec<f64> {
+    let five =
+        |loss, there: Metrics, back: Metrics| [loss, there.precision_at_1, there.mrr, back.precision_at_1, back.mrr];
+    let whole = five(evaluation.loss, evaluation.query_to_passage, evaluation.passage_to_query);
+    let prefixes = evaluation.prefixes.iter().map(|x| five(x.loss, x.query_to_passage, x.passage_to_query));
+    std::iter::once(whole).chain(prefixes).flatten().collect()
 }
 
 fn compute(

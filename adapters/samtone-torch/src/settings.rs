@@ -1,6 +1,6 @@
 //! What a call computes, from one text and one number: loss, options and temperature.
 //!
-//! The text is a line `NAME=VALUE` for each option, values as Python's `repr` spells them, and then the loss as `loss=TEXT`. A new
+//! The text is a line `NAME=VALUE` for each option, values and lists as Python's `repr` spells them, and then the loss as `loss=TEXT`. A new
 //! option of the crate is an arm of [`Settings::option`], and a line of `Options` in python/samtone/options.py.
 
 use crate::errors::{Refusal, invalid};
@@ -48,6 +48,18 @@ fn optional<T: std::str::FromStr>(name: &'static str, value: &str, allowed: &str
         return Ok(None);
     }
     value.parse().map(Some).map_err(|_| invalid(name, value, allowed))
+}
+
+/// The values of an option that is a list of numbers; `None` leaves the option as it is.
+fn list<T: std::str::FromStr>(name: &'static str, value: &str, allowed: &str) -> Result<Option<Vec<T>>, Refusal> {
+    if value == "None" {
+        return Ok(None);
+    }
+    let items = value.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    let items = items.ok_or_else(|| invalid(name, value, allowed))?.split(", ").filter(|item| !item.is_empty());
+    let number =
+        |(k, item): (usize, &str)| item.parse().map_err(|_| invalid(name, format!("{item} at position {k}"), allowed));
+    items.enumerate().map(number).collect::<Result<_, _>>().map(Some)
 }
 
 /// The value of an option that is one of two words.
@@ -138,6 +150,14 @@ impl Settings {
             },
             "tile_skipping" => match optional("tile_skipping", value, "a number above 0 and below 1")? {
                 Some(share) => call.with_tile_skipping(share),
+                None => call,
+            },
+            "prefixes" => match list("prefixes", value, "ascending numbers of entries")? {
+                Some(prefixes) => call.with_prefixes(prefixes),
+                None => call,
+            },
+            "prefix_weights" => match list("prefix_weights", value, "a number for each prefix")? {
+                Some(weights) => call.with_prefix_weights(weights),
                 None => call,
             },
             _ => return Err(invalid("text", format!("with an option {name:?}"), "options that this version has")),

@@ -63,6 +63,7 @@ def settings(case: Case, log_beta: bool = False, share: float | None = None) -> 
         "no_negative": case.no_negative,
         "tile_skipping": share,
         "hard_negative_scope": "own" if case.own else "all",
+        "prefixes": case.prefixes,
     }
     return Settings(text_of(spec, options, log_beta=log_beta, shared_ids=case.shared_ids), value)
 
@@ -397,6 +398,20 @@ def test_memory_that_does_not_fit_is_refused(memory: emulated.EmulatedMemory, at
         names = dict.fromkeys(annotations(case))
         settings_ = _native.Settings("loss=info_nce", 0.1)
         _native.cpu_step(settings_, cuda.capsule(q), cuda.capsule(p), (None, None), True, names, vector.__dlpack__(), 1)
+
+
+def test_prefixes_are_refused(memory: emulated.EmulatedMemory, at_once: bool) -> None:
+    """But for the whole embedding, which is what a call without them computes."""
+    case = judge.of_preset("clip", *embeddings(50))
+    want = Result(memory, case)
+    case.prefixes = [24]
+    got = Result(memory, case)
+    assert got.results == 2 * want.results and got.derivative == want.derivative
+    assert all(torch.equal(a, b) for a, b in zip(got.gradients, want.gradients))
+    case.prefixes = [8, 24]
+    sentence = "backend `cuda` does not support prefixes; allowed: a call without prefixes, or embeddings on the CPU$"
+    with pytest.raises(samtone.SamtoneError, match=sentence):
+        Result(memory, case)
 
 
 class _OnCpu:

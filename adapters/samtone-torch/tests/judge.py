@@ -51,6 +51,8 @@ class Case:
     margin: float | None = None
     zero_norm: str = "error"
     no_negative: str = "error"
+    prefixes: list[int] | None = None
+    prefix_weights: list[float] | None = None
     loss: Any = None
 
     def options(self) -> dict[str, Any]:
@@ -68,6 +70,8 @@ class Case:
             "margin": float("inf") if self.margin is None else self.margin,
             "zero_norm": self.zero_norm,
             "no_negative": self.no_negative,
+            "prefixes": self.prefixes,
+            "prefix_weights": self.prefix_weights,
         }
 
 
@@ -84,6 +88,8 @@ class Verdict:
     row_losses: Tensor
     metrics: list[float]
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    prefixes: list[Verdict] = field(default_factory=list)
+    """Of each prefix of weight above 0, shortest first, without its weight."""
 
 
 def _agree(a: Tensor, b: Tensor) -> Tensor:
@@ -92,6 +98,17 @@ def _agree(a: Tensor, b: Tensor) -> Tensor:
 
 def definition(case: Case, q: Tensor, p: Tensor, beta: Tensor) -> Verdict:
     """Loss, row losses and metrics, differentiable in q, p and beta; all float64."""
+    if case.prefixes is None:
+        return of_embeddings(case, q, p, beta)
+    given = zip(case.prefixes, case.prefix_weights or [1.0] * len(case.prefixes))
+    kept = [(weight, of_embeddings(case, q[:, :dim], p[:, :dim], beta)) for dim, weight in given if weight > 0]
+    loss = torch.stack([weight * part.loss for weight, part in kept]).sum()
+    row_losses = torch.stack([weight * part.row_losses for weight, part in kept]).sum(0)
+    return Verdict(loss, row_losses, kept[-1][1].metrics, prefixes=[part for _, part in kept])
+
+
+def of_embeddings(case: Case, q: Tensor, p: Tensor, beta: Tensor) -> Verdict:
+    """The same without prefixes."""
     m, n = len(q), len(p)
     pi = torch.tensor(case.positives if case.positives is not None else list(range(m)))
     query_ids = torch.tensor(case.query_ids if case.query_ids is not None else list(range(m)))
@@ -101,7 +118,7 @@ def definition(case: Case, q: Tensor, p: Tensor, beta: Tensor) -> Verdict:
 
     def direction(x: Tensor) -> Tensor:
         norm = x.norm(dim=1, keepdim=True)
-        return x / torch.where(norm == 0, torch.ones_like(norm), norm)
+        return x / torch.where(norm == 0, math.inf, norm)  # 0 where there is no direction, and so is its derivative
 
     qh, ph = direction(q), direction(p)
     anchors = ph[pi]
@@ -202,6 +219,8 @@ def golden(path: Path) -> tuple[Case, dict[str, Any]]:
         owners=file.get("hard_negative_owner"),
         own=file.get("hard_negative_scope") == "own",
         margin=file.get("margin"),
+        prefixes=[prefix["dim"] for prefix in file["prefixes"]] if "prefixes" in file else None,
+        prefix_weights=[prefix["weight"] for prefix in file["prefixes"]] if "prefixes" in file else None,
         loss=file["preset"] if file["preset"] in PRESETS else None,
     )
     return case, file

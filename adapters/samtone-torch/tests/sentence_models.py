@@ -72,15 +72,20 @@ def close(got: list[torch.Tensor], want: list[torch.Tensor], count: int) -> None
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), (a, b)
 
 
-def equal_training(their: Any, our: Any, model: nn.Module, batch: list[dict[str, Any]]) -> None:
-    """Two losses of a model have an equal value (2e-6, relative) and equal gradients of its parameters (3e-5, relative Frobenius):
-    theirs in float64, ours in float32."""
-    want = parameters_after(their, model.double(), [dict(column) for column in batch])
-    got = parameters_after(our, model.float(), [dict(column) for column in batch])
-    assert len(got) == len(want) > 1 and want[0].dtype == torch.float64 and want[0] > 0.01
+def alike(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
+    """The loss (2e-6, relative) and all gradients together (3e-5, relative Frobenius) agree."""
+    assert len(got) == len(want) > 1 and want[0] > 0.01
     assert abs(got[0] - want[0]) <= 2e-6 * want[0], (got[0], want[0])
     mine, judge = (torch.cat([x.flatten().double() for x in found[1:]]) for found in (got, want))
     assert (mine - judge).norm() <= 3e-5 * judge.norm(), (mine - judge).norm() / judge.norm()
+
+
+def equal_training(their: Any, our: Any, model: nn.Module, batch: list[dict[str, Any]]) -> None:
+    """Two losses of a model have an equal value and equal gradients of its parameters: theirs in float64, ours in float32."""
+    want = parameters_after(their, model.double(), [dict(column) for column in batch])
+    got = parameters_after(our, model.float(), [dict(column) for column in batch])
+    assert want[0].dtype == torch.float64
+    alike(got, want)
 
 
 def theirs() -> tuple[Any, Any]:

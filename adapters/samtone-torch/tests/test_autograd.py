@@ -120,6 +120,27 @@ def test_gradients_are_written_where_autograd_finds_them() -> None:
     assert sum(large) < 3 * size, "a forward call allocated more than the two gradients"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prefixes_of_rows_in_place(layout: str, dtype: torch.dtype) -> None:
+    q, p = embeddings(22, dtype)
+    _, change = LAYOUTS[layout]
+    for a, b in zip(gradients(change(q), change(p), **PREFIXES), gradients(q, p, **PREFIXES)):
+        assert torch.equal(a, b) and (a[:, 20:] == 0).all()
+
+
+@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_needed_gradients_of_prefixes(needed: tuple[bool, ...]) -> None:
+    def after(needed: tuple[bool, ...]) -> list[torch.Tensor]:
+        tensors = [x.requires_grad_(need) for x, need in zip((*embeddings(20), torch.tensor(3.0)), needed)]
+        samtone.samtone_loss(*tensors[:2], log_beta=tensors[2], **PREFIXES).backward()
+        return tensors
+
+    whole = [x.grad for x in after((True, True, True))]
+    for tensor, need, gradient in zip(after(needed), needed, whole):
+        assert (tensor.grad is not None) == need and (not need or torch.equal(tensor.grad, gradient))
+
+
 def test_one_tensor_for_both_towers() -> None:
     x, _ = embeddings(23)
     x.requires_grad_()
@@ -181,17 +202,23 @@ def test_second_derivatives_of_a_temperature_alone_are_refused() -> None:
         (first.square() + log_beta).backward()
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("options", [{}, {"prefixes": [2, 3, 5], "prefix_weights": [0.5, 1.0, 1.5]}])
+def test_gradcheck(options: dict[str, Any]) -> None:
     """PyTorch's own finite differences, with a step and tolerances for an operation that computes in float32."""
     q, p = (x[:5, :6].contiguous().requires_grad_() for x in embeddings(27))
     log_beta = torch.tensor(0.5, requires_grad=True)
     with pytest.warns(UserWarning, match="double precision"):
         assert torch.autograd.gradcheck(
-            lambda *x: samtone.samtone_loss(x[0], x[1], log_beta=x[2]), (q, p, log_beta), eps=1e-2, atol=2e-3, rtol=2e-2
+            lambda *x: samtone.samtone_loss(x[0], x[1], log_beta=x[2], **options),
+            (q, p, log_beta),
+            eps=1e-2,
+            atol=2e-3,
+            rtol=2e-2,
         )
 
 
-def test_operations_are_registered_as_pytorch_wants_them() -> None:
+@pytest.mark.parametrize("options", [{}, {"prefixes": [3, 8, 24], "prefix_weights": [1.0, 0.0, 0.5]}])
+def test_operations_are_registered_as_pytorch_wants_them(options: dict[str, Any]) -> None:
     q, p = (x.requires_grad_() for x in embeddings(28))
     ids = torch.arange(len(p))
     arguments = (
@@ -203,7 +230,7 @@ def test_operations_are_registered_as_pytorch_wants_them() -> None:
         None,
         None,
         None,
-        text_of("samtone_both", {"tile_skipping": 0.1}),
+        text_of("samtone_both", {"tile_skipping": 0.1} | options),
         0.0,
         3,
     )
@@ -234,14 +261,57 @@ def test_compile_without_graph_breaks(backend: str, dtype: torch.dtype) -> None:
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+PREFIXES: dict[str, Any] = {"prefixes": [3, 8, 20], "prefix_weights": [1.0, 0, 0.5]}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_with_prefixes(backend: str, dynamic: bool) -> None:
+    """Whole graphs, in which losses and metrics of prefixes are results, too: of a module, and of the function, whose options may be
+    arguments of what is compiled."""
+    torch._dynamo.reset()
+    q, p = (x.requires_grad_() for x in embeddings(41))
+    module = samtone.SamToNeLoss("samtone_both", temperature=0.05, prefixes=torch.tensor([3, 8, 20]))
+
+    def of_module(q: torch.Tensor, p: torch.Tensor) -> samtone.Evaluation:
+        return module.evaluate(2 * q, p)
+
+    def of_function(q: torch.Tensor, p: torch.Tensor, prefixes: Any = PREFIXES["prefixes"]) -> samtone.Evaluation:
+        weights = PREFIXES["prefix_weights"]
+        return samtone.evaluate(2 * q, p, temperature=0.05, prefixes=prefixes, prefix_weights=weights)
+
+    def of_arguments(q: torch.Tensor, p: torch.Tensor, weights: Any, margin: float) -> samtone.Evaluation:
+        more: dict[str, Any] = {"margin": margin, "workspace_bytes": 2**24, "prefixes": [3, 8]}
+        return samtone.evaluate(2 * q, p, temperature=0.05, prefix_weights=weights, **more)
+
+    compiled: dict[Any, Any] = {}
+    steps: list[Any] = [(of_module, ()), (of_function, ()), (of_function, ([2, 9, 24],)), (of_function, ([4, 5, 6],))]
+    steps += [(of_arguments, ([1.0, 0.5], 0.25)), (of_arguments, ([0.25, 2], -0.1))]
+    for step, more in steps:
+        want = step(q, p, *more)
+        if step not in compiled:
+            compiled[step] = torch.compile(step, backend=backend, fullgraph=True, dynamic=dynamic)
+        got = compiled[step](q, p, *more)
+        assert got.prefixes and want.prefixes
+        flat = [
+            [x.loss, x.row_losses, *x.prefixes[:2], *x.prefixes.query_to_passage, *x.prefixes.passage_to_query]
+            for x in (got, want)
+        ]
+        for a, b in zip(*flat):
+            assert a.shape == b.shape and torch.allclose(a, b)
+        for a, b in zip(torch.autograd.grad(got.loss, (q, p)), torch.autograd.grad(want.loss, (q, p))):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler")
-def test_inductor() -> None:
+@pytest.mark.parametrize("options", [{}, {"prefixes": [3, 16]}])
+def test_inductor(options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     tower = torch.nn.Linear(24, 16)
     q, p = embeddings(34)
 
     def step(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        return samtone.samtone_loss(tower(q), tower(p), temperature=0.1)
+        return samtone.samtone_loss(tower(q), tower(p), temperature=0.1, **options)
 
     (got,) = torch.autograd.grad(torch.compile(step, fullgraph=True)(q, p), tower.weight)
     (want,) = torch.autograd.grad(step(q, p), tower.weight)
@@ -265,10 +335,12 @@ def test_autocast_changes_nothing() -> None:
     log_beta = torch.tensor(4.0, requires_grad=True)
     for dtype in (torch.float32, torch.bfloat16):
         a, b = q.to(dtype), p.to(dtype)
-        want = samtone.samtone_loss(a, b, log_beta=log_beta)
+        want = samtone.evaluate(a, b, log_beta=log_beta, **PREFIXES)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = samtone.samtone_loss(a, b, log_beta=log_beta)
-        assert torch.equal(got, want) and got.dtype == torch.float32
+            got = samtone.evaluate(a, b, log_beta=log_beta, **PREFIXES)
+        assert torch.equal(got.loss, want.loss) and got.loss.dtype == torch.float32
+        assert got.prefixes and want.prefixes
+        assert torch.equal(got.prefixes.losses, want.prefixes.losses) and got.prefixes.losses.dtype == torch.float64
     with torch.autocast("cpu", dtype=torch.bfloat16):
         tower = torch.nn.Linear(24, 16)
         loss = samtone.samtone_loss(tower(q), tower(p))  # bfloat16 under autocast
@@ -283,7 +355,8 @@ def test_same_bits_for_any_number_of_threads() -> None:
         results = []
         for threads in (1, 2, 3, 1):
             torch.set_num_threads(threads)
-            results.append((samtone.samtone_loss(q, p), *gradients(q, p)))
+            options: dict[str, Any] = {"prefixes": [7, 25, 38]}
+            results.append((samtone.samtone_loss(q, p), *gradients(q, p), *gradients(q, p, **options)))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import emulated
 import pytest
@@ -15,7 +16,7 @@ import samtone
 import torch
 from conftest import REQUIRED
 from samtone import _native, cuda, ops
-from samtone.options import skips_tiles, text_of
+from samtone.options import prefixes_of, skips_tiles, text_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
@@ -78,6 +79,30 @@ def test_shapes_on_cuda_without_a_gpu(
         assert [len(x) for x in (*gradients, derivative)] == rows
         assert all(x.shape[1] == 16 and x.dtype == q.dtype and x.device == q.device for x in gradients)
         assert derivative.dtype == torch.float64 and derivative.device == q.device
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_shapes_of_prefixes_on_cuda(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the only prefix that plans for CUDA take, and of those that are refused once there are values."""
+    if not at_once:
+        monkeypatch.setattr(cuda, "AT_ONCE_BYTES", -1)
+    with FakeTensorMode():
+        q, p = (torch.empty(8, 16, device="cuda", requires_grad=True) for _ in range(2))
+        for prefixes, weights, count in (([16], None, 1), ([2, 4, 16], [1, 0, 1.0], 2), ([2, 4, 16], None, 3)):
+            got = samtone.evaluate(q, p, prefixes=prefixes, prefix_weights=weights)
+            assert got.prefixes and got.row_losses.shape == (8,)
+            vectors = [got.prefixes.losses, *got.prefixes.query_to_passage, *got.prefixes.passage_to_query]
+            assert all(x.shape == (count,) and x.dtype == torch.float64 and x.device == q.device for x in vectors)
+
+
+def test_a_text_says_which_prefixes_are_computed() -> None:
+    """By its own lines, whatever a loss is called."""
+    options: dict[str, Any] = {"margin": 0.1, "prefixes": (2, 4, 8), "prefix_weights": [1, 0, 1e-3]}
+    named = "x\nprefixes=[3]|1.0:qp:1"
+    for loss in ("clip", named):
+        assert prefixes_of(text_of(loss, options, log_beta=True)) == [(2, 1.0), (8, 1e-3)]
+        assert prefixes_of(text_of(loss, options | {"prefix_weights": None})) == [(2, 1.0), (4, 1.0), (8, 1.0)]
+        assert prefixes_of(text_of(loss, {"prefixes": None, "margin": 0.1})) == prefixes_of(text_of(loss, {})) == []
 
 
 @pytest.mark.parametrize("at_once", [True, False])

@@ -1,4 +1,4 @@
-"""The example follows the curve of float64 PyTorch, the README's example runs, and the wheel asks for what its users need."""
+"""The example follows the curves of float64 PyTorch, the README's example runs, and the wheel asks for what its users need."""
 
 from __future__ import annotations
 
@@ -17,22 +17,27 @@ HERE = Path(__file__).resolve().parents[1]
 DATA = HERE.parent / "dual-encoder"
 
 
-def test_curve(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["curve.json", "curve_prefixes.json"])
+def test_curve(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     spec = importlib.util.spec_from_file_location("train", HERE / "examples" / "train.py")
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    curve, log_beta = example.train(DATA)
-    expected = json.loads((DATA / "curve.json").read_text())
-    assert len(curve) == len(expected["loss"]) == 60
-    assert curve == pytest.approx(expected["loss"], rel=1e-5)
-    assert log_beta == pytest.approx(expected["log_beta"], rel=1e-5)
+    expected = json.loads((DATA / name).read_text())
+    options = {key: expected[key] for key in ("prefixes", "prefix_weights") if key in expected}
+    got = example.train(DATA, **options)
+    assert len(got.loss) == len(expected["loss"]) == 60
+    assert got.loss == pytest.approx(expected["loss"], rel=1e-5)
+    assert got.log_beta == pytest.approx(expected["log_beta"], rel=1e-5)
+    assert len(got.prefix_losses) == len(expected.get("prefix_losses", []))
+    for of_step, want in zip(got.prefix_losses, expected.get("prefix_losses", [])):
+        assert of_step == pytest.approx(want, rel=2e-5)
     # The command says so, of the same training.
-    monkeypatch.setattr("sys.argv", ["train.py", str(DATA)])
-    monkeypatch.setattr(example, "train", lambda *_: (curve, log_beta))
+    monkeypatch.setattr("sys.argv", ["train.py", str(DATA), *(["--prefixes"] if options else [])])
+    monkeypatch.setattr(example, "train", lambda *_, **given: (options == given and got) or pytest.fail(str(given)))
     example.main()
     assert "of the float64 curve" in capsys.readouterr().out
-    curve[7] *= 1.001
+    got.loss[7] *= 1.001
     with pytest.raises(SystemExit, match="too far"):
         example.main()
 
@@ -49,7 +54,7 @@ def run(block: str) -> dict[str, Any]:
 
 def test_readme() -> None:
     blocks = [block for block in BLOCKS if block not in OF_THE_TRAINER]
-    assert len(blocks) == 2, "the example at the top, and that of GradCache"
+    assert len(blocks) == 3, "the example at the top, those of Matryoshka and of GradCache"
     for block in blocks:
         run(block)
 

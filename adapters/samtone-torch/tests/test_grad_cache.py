@@ -29,11 +29,12 @@ def gradients_of(*modules: nn.Module) -> list[torch.Tensor]:
     return gradients
 
 
+@pytest.mark.parametrize("options", [{}, {"prefixes": [3, 16], "prefix_weights": [0.5, 1.0]}])
 @pytest.mark.parametrize("sizes", [(4, 9), (7, 7), (26, 31)])
-def test_chunks_equal_one_batch(sizes: tuple[int, int]) -> None:
+def test_chunks_equal_one_batch(sizes: tuple[int, int], options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     query, passage = Tower(0.0), Tower(0.0)
-    criterion = samtone.SamToNeLoss("samtone_both", temperature=0.1, learnable="log_beta")
+    criterion = samtone.SamToNeLoss("samtone_both", temperature=0.1, learnable="log_beta", **options)
     q, p = torch.randn(26, 20), torch.randn(31, 20)
     ids = torch.arange(31) // 2
     want_loss = criterion(query(q), passage(p), passage_ids=ids)

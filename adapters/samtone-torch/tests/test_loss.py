@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import judge
+import numpy
 import pytest
 import samtone
 import torch
@@ -60,6 +62,7 @@ def check(case: Case, upstream: float = 1.0, learn: str | None = None) -> None:
         close(a, b, 4 * limit, "row loss")
     metrics = [*got.query_to_passage, *got.passage_to_query]
     assert [m.item() for m in metrics] == pytest.approx(want.metrics, abs=1e-9)
+    check_prefixes(got.prefixes, case, want, limit)
     limit = judge.tolerance(dtype, case.temperature)
     for name, tensor in (("query", q), ("passage", p)):
         assert tensor.grad is not None and tensor.grad.dtype == dtype
@@ -68,6 +71,22 @@ def check(case: Case, upstream: float = 1.0, learn: str | None = None) -> None:
     if learn is not None:
         (tensor,) = options.values()
         close(tensor.grad.item(), want.gradients[learn].item(), limit, learn)
+
+
+def check_prefixes(got: samtone.Prefixes | tuple[()], case: Case, want: judge.Verdict, limit: float) -> None:
+    """Losses and metrics of each prefix."""
+    if case.prefixes is None:
+        assert got == ()
+        return
+    assert got
+    given = zip(case.prefixes, case.prefix_weights or [1.0] * len(case.prefixes))
+    assert got.dims.tolist() == [dim for dim, weight in given if weight > 0]
+    assert len(got.losses) == len(want.prefixes) == len(got.dims) and got.losses.dtype == torch.float64
+    metrics = torch.stack([*got.query_to_passage, *got.passage_to_query], 1).tolist()
+    for loss, own, part in zip(got.losses.tolist(), metrics, want.prefixes):
+        # Where there is no copy of the positive, a loss of about 0 is the difference of larger numbers.
+        assert loss == pytest.approx(part.loss.item(), rel=limit, abs=limit), "loss of a prefix"
+        assert own == pytest.approx(part.metrics, abs=1e-9)
 
 
 def test_presets_are_those_of_the_definition() -> None:
@@ -175,6 +194,125 @@ def test_rows_without_negatives(groups: list[Any], dtype: torch.dtype) -> None:
             samtone.SamToNeLoss("decoupled")(*rows[:2], query_ids=rows[2])
 
 
+LADDERS: dict[str, dict[str, Any]] = {
+    "up to the end": {"prefixes": [4, 8, 16, DIM]},
+    "weighted": {"prefixes": [3, 10, 17, DIM], "prefix_weights": [0.25, 2.0, 0.0, 1.0]},
+    "short of the end": {"prefixes": [5, 19], "prefix_weights": [1.0, 3.0]},
+    "every entry": {"prefixes": list(range(1, DIM + 1))},
+    "one": {"prefixes": [7], "prefix_weights": [0.5]},
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("ladder", LADDERS)
+@pytest.mark.parametrize("preset", judge.PRESETS)
+def test_prefixes(preset: str, ladder: str, dtype: torch.dtype) -> None:
+    check(judge.of_preset(preset, *embeddings(51, dtype), **LADDERS[ladder]), 3.0, "log_beta")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("preset", ["samtone_both", "gte"])
+def test_prefixes_with_masks(preset: str, mask: str) -> None:
+    check(judge.of_preset(preset, *embeddings(52), **MASKS[mask] | LADDERS["weighted"]), learn="tau")
+
+
+def outcome(q: torch.Tensor, p: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+    """Loss, row losses and metrics, both gradients and that of the temperature."""
+    q, p, log_beta = (x.clone().requires_grad_() for x in (q, p, torch.tensor(2.0)))
+    got = samtone.evaluate(q, p, log_beta=log_beta, loss="samtone_both", **options)
+    results = [got.loss, got.row_losses, *got.query_to_passage, *got.passage_to_query]
+    return [*results, *torch.autograd.grad(got.loss, (q, p, log_beta))]
+
+
+def test_the_whole_embedding_as_a_prefix_keeps_every_bit() -> None:
+    want = outcome(*embeddings(53))
+    for prefixes, weights in (([DIM], None), ([4, DIM], [0, 1])):
+        got = outcome(*embeddings(53), prefixes=prefixes, prefix_weights=weights)
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_entries_beyond_the_last_prefix(dtype: torch.dtype) -> None:
+    """They are not read, and their gradients are 0, whatever was in the memory that PyTorch hands out."""
+    options: dict[str, Any] = {"prefixes": [3, 11]}
+    q, p = embeddings(54, dtype)
+    want = outcome(q[:, :11].contiguous(), p[:, :11].contiguous(), **options)
+    q[:, 11:], p[:, 11:] = 1e4, -1e4
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        got = outcome(q, p, **options)
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    for a, b in zip(got, want):
+        if a.shape == b.shape:
+            assert torch.equal(a, b)
+        else:
+            assert torch.equal(a[:, :11], b) and (a[:, 11:] == 0).all()
+
+
+def test_prefixes_are_losses_of_shorter_embeddings() -> None:
+    """Independent of the judge: the sum of calls on what is cut off."""
+    q, p = (x.requires_grad_() for x in embeddings(55))
+    dims, weights = [2, 9, 20], [1.5, 0.5, 1.0]
+    options: dict[str, Any] = {"temperature": 0.1, "passage_ids": MASKS["passage_ids"]["passage_ids"]}
+    got = samtone.evaluate(q, p, prefixes=dims, prefix_weights=weights, **options)
+    parts = [samtone.evaluate(q[:, :dim], p[:, :dim], **options) for dim in dims]
+    want = torch.stack([weight * part.loss for weight, part in zip(weights, parts)]).sum()
+    assert got.prefixes
+    for k, part in enumerate(parts):
+        assert got.prefixes.losses[k].item() == pytest.approx(part.loss.item(), rel=1e-6)
+        for a, b in zip(got.prefixes[2:], (part.query_to_passage, part.passage_to_query)):
+            assert [x[k].item() for x in a] == pytest.approx([x.item() for x in b])
+    assert got.query_to_passage.mrr == got.prefixes.query_to_passage.mrr[-1] != got.prefixes.query_to_passage.mrr[0]
+    for a, b in zip(torch.autograd.grad(got.loss, (q, p)), torch.autograd.grad(want, (q, p))):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+KINDS: dict[str, tuple[Any, Any]] = {
+    "tuples": ((3, 8), (1, 0.5)),
+    "a range": (range(3, 9, 5), None),
+    "arrays": (numpy.array([3, 8], numpy.uint16), numpy.array([1.0, 0.5], numpy.float16)),
+    "numbers of NumPy": ([numpy.int64(3), 8], [numpy.float32(1), 0.5]),
+    "tensors": (torch.tensor([3, 8]), torch.tensor([1.0, 0.5], dtype=torch.bfloat16)),
+    "tensors of one": ([torch.tensor(3), torch.tensor(8)], [1, torch.tensor(0.5)]),
+    "fractions": ([3, 8], [1, Fraction(1, 2)]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefixes_of_any_kind(kind: str) -> None:
+    prefixes, weights = KINDS[kind]
+    q, p = embeddings(56)
+    want = samtone.samtone_loss(q, p, prefixes=[3, 8], prefix_weights=None if weights is None else [1.0, 0.5])
+    options: dict[str, Any] = {"prefixes": prefixes, "prefix_weights": weights}
+    assert torch.equal(samtone.samtone_loss(q, p, **options), want)
+    module = samtone.SamToNeLoss(**options)
+    if isinstance(prefixes, (torch.Tensor, numpy.ndarray)):
+        prefixes[0] = 1  # the module has its own
+    assert torch.equal(module(q, p), want) and module.options["prefixes"] == [3, 8]
+
+
+def test_a_prefix_of_zeros() -> None:
+    q, p = embeddings(57)
+    q[4, :5] = 0
+    p[14, :3] = 0
+    p[15] = 0
+    with pytest.raises(samtone.SamtoneError, match="query embedding in row 4 has norm zero in its first 3 entries, so"):
+        samtone.samtone_loss(q, p, prefixes=[3, DIM])
+    check(judge.of_preset("samtone_both", q, p, prefixes=[3, 5, DIM], zero_norm="zero_gradient"))
+
+
+def test_rows_without_negatives_in_one_prefix() -> None:
+    """The margin drops all negatives of some rows in some prefix."""
+    case = Case(*embeddings(58), [(1.0, ["qp"], 0)], prefixes=[2, DIM], margin=-1.0)
+    with pytest.raises(samtone.SamtoneError, match="has no negative left for the first (2|24) entries in group 0"):
+        samtone.samtone_loss(case.query, case.passage, **case.options())
+    case.no_negative = "zero"
+    check(case)
+
+
 def test_finite_differences() -> None:
     """Independent of the judge's code: the loss itself, along random directions."""
     q, p = embeddings(8)
@@ -216,6 +354,9 @@ def test_golden(path: Any) -> None:
         < 1e-8
     )
     close(of_file.gradients["tau"].item(), file["grad_temperature"], 1e-8, "the judge's tau")
+    if case.prefixes is not None:
+        losses = [loss for loss, weight in zip(file["prefix_losses"], case.prefix_weights or []) if weight > 0]
+        assert [part.loss.item() for part in of_file.prefixes] == pytest.approx(losses, rel=1e-9)
     largest = max(of_file.gradients[name].abs().max().item() for name in ("query", "passage"))
     upstream = 2.0 ** -round(math.log2(largest)) if largest > 0 else 1.0
     for dtype in TYPES:
@@ -230,4 +371,4 @@ def test_golden(path: Any) -> None:
 
 
 def test_there_are_golden_files() -> None:
-    assert len(judge.GOLDEN) >= 39
+    assert len(judge.GOLDEN) >= 79

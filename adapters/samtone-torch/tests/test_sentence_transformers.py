@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,71 @@ def test_cached_equals_one_batch(size: int, dropout: float) -> None:
     close(got, want, 5)
 
 
+MATRYOSHKA: dict[str, Any] = {"matryoshka_dims": [12, 3, 8], "matryoshka_weights": [1.0, 0.25, 0.5]}
+ASCENDING: dict[str, Any] = {"matryoshka_dims": [3, 8, 12], "matryoshka_weights": [0.25, 0.5, 1.0]}
+
+
+@pytest.mark.parametrize("preset", samtone.PRESETS)
+def test_dims_in_any_order(preset: str) -> None:
+    torch.manual_seed(7)
+    model = Encoder()
+    given = SamToNeLoss(model, preset, temperature=0.1, mask_duplicates=False, **MATRYOSHKA)
+    embeddings = [model(c)["sentence_embedding"] for c in columns(0)]
+    options: dict[str, Any] = {"prefixes": [3, 8, 12], "prefix_weights": [0.25, 0.5, 1.0]}
+    want = samtone.samtone_loss(*embeddings, loss=preset, temperature=0.1, **options)
+    assert torch.equal(given(columns(0), None), want)
+    for kind in (list, tuple, torch.tensor):
+        other = {name: kind(values) for name, values in MATRYOSHKA.items()}
+        loss = SamToNeLoss(model, preset, temperature=0.1, mask_duplicates=False, **other)
+        assert torch.equal(loss(columns(0), None), want)
+
+
+@pytest.mark.parametrize("size", [1, 4, 50])
+def test_cached_with_dims_equals_one_batch(size: int) -> None:
+    """Weights and the shortest dimension short of the end, too."""
+    torch.manual_seed(3)
+    model = Encoder()
+    for dims in (MATRYOSHKA, {"matryoshka_dims": [7, 2]}):
+        options: dict[str, Any] = {"temperature": 0.1, "learnable": "log_beta", **dims}
+        cached = CachedSamToNeLoss(model, "samtone_both", mini_batch_size=size, **options)
+        got = parameters_after(cached, model, columns(2), 16.0)
+        want = parameters_after(SamToNeLoss(model, "samtone_both", **options), model, columns(2), 16.0)
+        close(got, want, 5)
+        with torch.no_grad():
+            assert torch.allclose(cached(columns(2), None), want[0])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_entries_that_are_not_trained(cached: bool) -> None:
+    model = Encoder()
+    loss = (CachedSamToNeLoss if cached else SamToNeLoss)(model, matryoshka_dims=[5, 2])
+    loss(columns(1), None).backward()
+    gradient = model.dense.weight.grad
+    assert gradient is not None and (gradient[:5] != 0).any() and (gradient[5:] == 0).all()
+
+
+def test_zeros_in_the_shortest_prefix_are_said() -> None:
+    model = Encoder()
+    with torch.no_grad():
+        model.dense.weight[:3], model.dense.bias[:3] = 0, 0
+    for dims, weights, zeros in (([3, 12], None, True), ([3, 12], [0, 1], False), ([4, 12], None, False)):
+        loss = SamToNeLoss(model, matryoshka_dims=dims, matryoshka_weights=weights, mask_duplicates=False)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert loss(columns(0), None).isfinite()
+        sentences = [str(w.message) for w in said]
+        if zeros:
+            assert len(sentences) == 1 and "norm zero in `query`, in its first 3 entries, contributes" in sentences[0]
+        else:
+            assert sentences == []
+        loss = SamToNeLoss(model, matryoshka_dims=dims, matryoshka_weights=weights, zero_norm="error")
+        if zeros:
+            with pytest.raises(samtone.SamtoneError, match="row 0 has norm zero in its first 3 entries"):
+                loss(columns(0), None)
+        else:
+            loss(columns(0), None)
+
+
 def test_cached_under_autocast_encodes_both_times_in_its_type() -> None:
     model = Encoder()
     cached = CachedSamToNeLoss(model, mini_batch_size=4)
@@ -78,7 +144,10 @@ def test_model_cards_have_every_option() -> None:
         "zero_norm": "zero_gradient", "no_negative": "zero", "workspace_bytes": 1 << 24, "tile_skipping": 1e-3,
     }  # fmt: skip
     for make in (SamToNeLoss, CachedSamToNeLoss):
-        assert options.items() <= make(Encoder(), "clip", **options).get_config_dict().items()
+        config = make(Encoder(), "clip", **options, **MATRYOSHKA).get_config_dict()
+        assert (options | ASCENDING).items() <= config.items() and not config.keys() & {"prefixes", "prefix_weights"}
+        assert make(Encoder(), matryoshka_dims=(4, 2)).get_config_dict()["matryoshka_weights"] == [1.0, 1.0]
+        assert not [name for name in make(Encoder()).get_config_dict() if "matryoshka" in name or "prefix" in name]
 
 
 def test_cached_without_gradients_encodes_once() -> None:
@@ -99,6 +168,43 @@ def test_cached_without_gradients_encodes_once() -> None:
         (
             lambda: SamToNeLoss(Encoder())([*columns(0), {k: v[:5] for k, v in columns(0)[1].items() if k[0] in "ai"}]),
             "`sentence_features` is columns of 6, 6, 5 rows; allowed: as many rows in each",
+        ),
+        (
+            lambda: SamToNeLoss(Encoder(), matryoshka_dims=[13, 4])(columns(0)),
+            "`matryoshka_dims` is 13; allowed: at most 12, the dimension of the embeddings",
+        ),
+        (
+            lambda: CachedSamToNeLoss(Encoder(), matryoshka_dims=[4, 13], matryoshka_weights=[1, 0])(columns(0)),
+            "`matryoshka_dims` is 13; allowed: at most 12, the dimension of the embeddings",
+        ),
+        (
+            lambda: SamToNeLoss(Encoder(), matryoshka_dims=[8, 0]),
+            "`matryoshka_dims` is 0 at position 1; allowed: different numbers of entries, each at least 1",
+        ),
+        (lambda: SamToNeLoss(Encoder(), matryoshka_dims=[8, 4, 8]), "`matryoshka_dims` is 8 at position 2, and before"),
+        (lambda: SamToNeLoss(Encoder(), matryoshka_dims=[]), "`matryoshka_dims` is an empty list"),
+        (lambda: SamToNeLoss(Encoder(), matryoshka_dims=8), "`matryoshka_dims` is a int; allowed: a list of integers"),
+        (lambda: SamToNeLoss(Encoder(), matryoshka_dims=[8.0]), "`matryoshka_dims` is 8.0 at position 0"),
+        (
+            lambda: SamToNeLoss(Encoder(), matryoshka_weights=[1.0]),
+            "`matryoshka_weights` is given without `matryoshka_dims`; allowed: none, or `matryoshka_dims` with them",
+        ),
+        (
+            lambda: SamToNeLoss(Encoder(), matryoshka_dims=[8, 4], matryoshka_weights=[1.0]),
+            "`matryoshka_weights` is a list of 1 elements; allowed: 2, one for each prefix",
+        ),
+        (
+            lambda: SamToNeLoss(Encoder(), matryoshka_dims=[8, 4], matryoshka_weights=[-1.0, 1]),
+            "`matryoshka_weights` is -1.0 at position 0; allowed: 0, or from 1e-30 to 1e30",
+        ),
+        (
+            lambda: SamToNeLoss(Encoder(), matryoshka_dims=[8, 4], matryoshka_weights=[0, 0]),
+            "`matryoshka_weights` is 0 for every prefix",
+        ),
+        (lambda: SamToNeLoss(Encoder(), prefixes=[4]), "`prefixes` is given; allowed: `matryoshka_dims`"),
+        (
+            lambda: CachedSamToNeLoss(Encoder(), matryoshka_dims=[4], prefix_weights=[2.0]),
+            "`prefix_weights` is given; allowed: `matryoshka_weights`, as MatryoshkaLoss calls it",
         ),
     ],
 )
@@ -153,6 +259,9 @@ def test_each_preset_cites_its_own_paper(preset: str) -> None:
     plain, cached = (make(Encoder(), preset).citation for make in (SamToNeLoss, CachedSamToNeLoss))
     assert key in plain and plain.count("@") == 1
     assert key in cached and "gao2021" in cached and cached.count("@") == 2
+    for make in (SamToNeLoss, CachedSamToNeLoss):
+        nested = make(Encoder(), preset, matryoshka_dims=[4]).citation
+        assert key in nested and "kusupati2022" in nested and nested.count("@") == 2 + (make is CachedSamToNeLoss)
 
 
 def test_other_losses_cite_what_they_are() -> None:

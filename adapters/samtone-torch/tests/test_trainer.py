@@ -58,6 +58,23 @@ def test_trainer(cached: bool, tmp_path: Path) -> None:
     assert "SamToNe" in card and f'"temperature": {loss.temperature:.6g}' in card
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_trainer_with_dims(cached: bool, tmp_path: Path) -> None:
+    """The same steps as with MatryoshkaLoss around the loss, and what it is on the card."""
+    dims: dict[str, Any] = {"matryoshka_dims": [16, 4], "matryoshka_weights": [1.0, 0.5]}
+    model, loss = make(cached, **dims)
+    trainer = trainer_of(tmp_path, model, loss, max_steps=4)
+    trainer.train()
+    other, inner = make(False)
+    around = trainer_of(tmp_path, other, theirs()[0].MatryoshkaLoss(other, inner, *dims.values()), max_steps=4)
+    around.train()
+    assert curve_of(trainer) == pytest.approx(curve_of(around), rel=1e-3) and len(curve_of(trainer)) == 4
+    model.save(str(tmp_path / "model"))
+    card = (tmp_path / "model" / "README.md").read_text()
+    shown = re.sub(r"\s+", "", card)
+    assert "matryoshka_dims" in shown and "[4,16]" in shown and "[0.5,1.0]" in shown and "kusupati2022" in card
+
+
 def test_every_step_has_its_own_gradient(tmp_path: Path) -> None:
     """The trainer clears the gradients of the model after a step, not those of the loss."""
     from transformers import TrainerCallback

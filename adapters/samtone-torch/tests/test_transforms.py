@@ -137,6 +137,29 @@ def test_problems_side_by_side() -> None:
     assert leaf.grad is not None and torch.equal(leaf.grad, per_sample[0])
 
 
+def test_prefixes_side_by_side() -> None:
+    """Losses and metrics of prefixes, and gradients in both modes, under vmap and without."""
+    batches = [embeddings(seed) for seed in (65, 66)]
+    q, p = (torch.stack(x) for x in zip(*batches))
+    options: dict[str, Any] = {"temperature": 0.2, "prefixes": [3, 8, 20], "prefix_weights": [1.0, 0.0, 0.5]}
+
+    def one(q: Tensor, p: Tensor) -> tuple[Tensor, ...]:
+        got = samtone.evaluate(q, p, **options)
+        assert got.prefixes
+        return got.loss, got.prefixes.losses, *got.prefixes.query_to_passage, *got.prefixes.passage_to_query
+
+    for got, want in zip(vmap(one)(q, p), zip(*(one(*x) for x in zip(q, p)))):
+        assert torch.equal(got, torch.stack(want))
+    tangents = torch.randn_like(q)
+    per_sample = vmap(grad(lambda *x: one(*x)[0], argnums=(0, 1)))(q, p)
+    for k, x in enumerate(zip(q, p)):
+        leaves = [tensor.requires_grad_() for tensor in x]
+        want = torch.autograd.grad(one(*leaves)[0], leaves)
+        assert all(torch.equal(a[k], b) for a, b in zip(per_sample, want))
+    _, got = jvp(lambda q: vmap(one)(q, p)[0].sum(), (q,), (tangents,))
+    assert got.item() == pytest.approx((per_sample[0] * tangents).sum().item(), rel=1e-4)
+
+
 def test_a_model_as_a_function() -> None:
     q, p = embeddings(65)
     tower, criterion = torch.nn.Linear(24, 8), samtone.SamToNeLoss(temperature=0.1, learnable="log_beta")
@@ -158,20 +181,24 @@ def test_a_model_as_a_function() -> None:
         assert x.grad is not None and torch.allclose(got[name], x.grad, rtol=1e-6, atol=1e-7)
 
 
-def test_results_beside_the_loss() -> None:
+@pytest.mark.parametrize("options", [{}, {"prefixes": [24]}])
+def test_results_beside_the_loss(options: dict[str, Any]) -> None:
     """Metrics are steps: they have derivatives of 0. Losses of rows have derivatives that nobody computes."""
     q, p = embeddings(66)
 
     def all_of_it(q: Tensor) -> tuple[Tensor, samtone.Evaluation]:
-        evaluation = samtone.evaluate(q, p)
+        evaluation = samtone.evaluate(q, p, **options)
         return evaluation.loss, evaluation
 
     got, evaluation = grad(all_of_it, has_aux=True)(q)
-    assert torch.equal(got, grad(lambda x: samtone.samtone_loss(x, p))(q))
-    plain = samtone.evaluate(q, p)
+    assert torch.equal(got, grad(lambda x: samtone.samtone_loss(x, p, **options))(q))
+    plain = samtone.evaluate(q, p, **options)
     assert (
         torch.equal(evaluation.row_losses, plain.row_losses) and evaluation.query_to_passage == plain.query_to_passage
     )
+    assert len(evaluation.prefixes) == len(plain.prefixes) == (4 if options else 0)
+    assert all(torch.equal(a, b) for a, b in zip(evaluation.prefixes[:2], plain.prefixes[:2]))
+    assert evaluation.prefixes[2:] == plain.prefixes[2:]
     assert (grad(lambda q: samtone.evaluate(q, p).query_to_passage.mrr)(q) == 0).all()
     with pytest.raises(
         samtone.SamtoneError, match="`row_losses` is differentiated; allowed: derivatives of `loss` alone"

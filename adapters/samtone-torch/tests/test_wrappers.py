@@ -14,6 +14,7 @@ import torch
 from samtone.sentence_transformers import CachedSamToNeLoss, SamToNeLoss
 from sentence_models import (
     TEXTS,
+    alike,
     close,
     equal_training,
     features_of,
@@ -60,6 +61,53 @@ def test_around_the_cached_class(wrap: Callable[[Any, Any], Any], static: bool, 
     assert bool(at_once) == (wrap is not matryoshka or not _offers_gradient_cache())
     if at_once:
         assert ("AdaptiveLayerLoss" if wrap is adaptive else "MatryoshkaLoss") in at_once[0]
+
+
+DIMS: dict[str, Any] = {"matryoshka_dims": [16, 8, 4], "matryoshka_weights": [1.0, 0.5, 0.25]}
+
+
+@pytest.mark.parametrize("kind", [SamToNeLoss, CachedSamToNeLoss])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("loss", ["samtone_both", "qwen3", "decoupled"])
+def test_dims_are_matryoshka_loss_around(loss: str, static: bool, kind: Any, tmp_path: Path) -> None:
+    """Theirs around our losses, the cached one chunk by chunk where theirs allows it, and ours with dimensions of its own."""
+    torch.manual_seed(13)
+    model = static_model() if static else transformer_model(tmp_path)
+    chunks = {"mini_batch_size": 4} if kind is CachedSamToNeLoss else {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the batch is encoded at once")
+        around = matryoshka(model, kind(model, loss, **chunks, **OPTIONS))
+        want = parameters_after(around, model, batch(model), 3.0)
+    got = parameters_after(kind(model, loss, **chunks, **OPTIONS, **DIMS), model, batch(model), 3.0)
+    alike(got, want)
+    assert not torch.allclose(got[0], kind(model, loss, **chunks, **OPTIONS)(batch(model), None))
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+@pytest.mark.parametrize("cached", [False, True])
+def test_dims_are_matryoshka_loss_around_theirs(cached: bool, negatives: int, tmp_path: Path) -> None:
+    """Around MultipleNegativesRankingLoss, for whose cached class theirs has a way of its own."""
+    model = transformer_model(tmp_path)
+    options: dict[str, Any] = {"scale": 10.0} | ({"mini_batch_size": 4} if cached else {})
+    name = f"{'Cached' if cached else ''}MultipleNegativesRankingLoss"
+    their = matryoshka(model, getattr(theirs()[0], name)(model, **options))
+    kind: Any = CachedSamToNeLoss if cached else SamToNeLoss
+    our = kind(model, "info_nce", mask_duplicates=False, **options, **DIMS)
+    equal_training(their, our, model, batch(model, negatives))
+
+
+@pytest.mark.parametrize("kind", [SamToNeLoss, CachedSamToNeLoss])
+def test_dims_within_other_wrappers(kind: Any, tmp_path: Path) -> None:
+    """AdaptiveLayerLoss around dimensions of ours is Matryoshka2dLoss; MatryoshkaLoss around them is refused where it cuts too short."""
+    model = transformer_model(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the batch is encoded at once")
+        want = parameters_after(both(model, SamToNeLoss(model, **OPTIONS)), model, batch(model))
+        dims: dict[str, Any] = {"matryoshka_dims": [16, 8], "matryoshka_weights": [1.0, 0.5]}
+        got = parameters_after(adaptive(model, kind(model, **OPTIONS, **dims)), model, batch(model))
+        close(got, want, len(want))
+        with pytest.raises(ValueError, match="`matryoshka_dims` is 16; allowed: at most 8, the dimension"):
+            matryoshka(model, kind(model, **DIMS))(batch(model), None)
 
 
 @pytest.mark.parametrize("learnable", [None, "log_beta"])

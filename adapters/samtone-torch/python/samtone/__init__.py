@@ -11,7 +11,7 @@ loss. `samtone.grad_cache` computes large batches in chunks, `samtone.sentence_t
 
 from . import grad_cache
 from ._native import SamtoneError, __version__, release_memory
-from .functional import Evaluation, Metrics, evaluate, samtone_loss
+from .functional import Evaluation, Metrics, Prefixes, evaluate, samtone_loss
 from .loss import PRESETS, Group, Loss
 from .module import SamToNeLoss
 
@@ -21,6 +21,7 @@ __all__ = [
     "Group",
     "Loss",
     "Metrics",
+    "Prefixes",
     "SamToNeLoss",
     "SamtoneError",
     "__version__",

@@ -37,6 +37,25 @@ def number(argument: str, value: Any, allowed: str) -> float:
     raise refused(argument, _shown(value), allowed)
 
 
+def listed(argument: str, values: Any, kind: type[int] | type[float]) -> list[Any] | None:
+    """A list, a vector or any other sequence of numbers as a list of Python's own. What numbers are in their domain, native code
+    knows. torch.compile traces this."""
+    if values is None:
+        return None
+    allowed = "a list of integers" if kind is int else "a list of numbers"
+    items = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(items, Sequence) or isinstance(items, (str, bytes, bytearray)):
+        raise refused(argument, f"a {type(values).__name__}", allowed)
+    found: list[Any] = []
+    for position, item in enumerate(items):
+        # Numbers of NumPy and PyTorch. Those of Python may be symbols to torch.compile, which have no attributes.
+        x = item.tolist() if not isinstance(item, (int, float)) and hasattr(item, "tolist") else item
+        if isinstance(x, bool) or not isinstance(x, numbers.Integral if kind is int else numbers.Real):
+            raise refused(argument, f"{_shown(x)} at position {position}", allowed)
+        found.append(int(x) if isinstance(x, numbers.Integral) else float(x))
+    return found
+
+
 def choice(argument: str, value: Any, *allowed: str) -> str:
     """One of some words."""
     for word in allowed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -19,7 +20,8 @@ from .arguments import (
     weights_of,
 )
 from .loss import Loss, spec_of
-from .options import Options, text_of
+from .ops import RESULTS
+from .options import Options, prefixes_of, text_of
 
 
 class Metrics(NamedTuple):
@@ -32,6 +34,18 @@ class Metrics(NamedTuple):
     """sum_i w_i / rank_i"""
 
 
+class Prefixes(NamedTuple):
+    """Losses and metrics of each prefix whose weight is above 0, shortest first: vectors with a float64 number for each. They are those
+    of a call without prefixes on embeddings that end there."""
+
+    dims: Tensor
+    """How many entries each has, int64 on the CPU."""
+    losses: Tensor
+    """Not multiplied by the weights."""
+    query_to_passage: Metrics
+    passage_to_query: Metrics
+
+
 class Evaluation(NamedTuple):
     """What a call computes beside gradients. Only `loss` is differentiable: metrics are steps, with derivatives of 0, and derivatives of
     `row_losses` are refused in reverse mode and NaN in forward mode."""
@@ -41,7 +55,10 @@ class Evaluation(NamedTuple):
     row_losses: Tensor
     """sum_g c_g (l_gi - beta s+_i) of each of the M rows, without its weight, float64."""
     query_to_passage: Metrics
+    """With prefixes, that of the longest; so is the other direction."""
     passage_to_query: Metrics
+    prefixes: Prefixes | tuple[()] = ()
+    """Empty for a call without prefixes. There are tensors and tuples alone in here, as transforms of `torch.func` want it."""
 
 
 def samtone_loss(
@@ -90,6 +107,12 @@ def samtone_loss(
         tile_skipping: eta, above 0 and below 1, such as 1e-3: of every row at most this share of the softmax mass of its
             negatives is left out of the gradient, tile by tile; loss and metrics keep every bit. It pays for batches sorted
             by clusters at tau of 0.02 or less. Only CUDA skips; the CPU keeps the promise by skipping nothing. Default: none.
+        prefixes: Matryoshka: ascending numbers of entries, none above d, such as [64, 128, 256]. The loss becomes
+            sum_k v_k L(query[:, :d_k], passage[:, :d_k]), where each prefix has norms, cosines, margins and ranks of its own. It is
+            computed in one pass over all of them. Entries beyond the last prefix get a gradient of 0. Only the CPU has prefixes so far.
+            Default: the whole embedding alone.
+        prefix_weights: v_k, a number for each prefix, 0 or from 1e-30 to 1e30, not all 0. They are not normalised, and a prefix
+            of weight 0 is left out. Default: 1 each.
 
     Gradients come in the type of what they belong to, rounded after the upstream gradient has been applied, and only for
     tensors that require them; in `torch.no_grad` this is a forward pass. Transforms of `torch.func` and forward-mode derivatives
@@ -119,10 +142,19 @@ def evaluate(
     hard_negative_owners: Integers | None = None,
     **options: Unpack[Options],
 ) -> Evaluation:
-    """`samtone_loss`, and with it the loss of every row, P@1 and MRR in both directions, which cost nothing more."""
+    """`samtone_loss`, and with it the loss of every row, P@1 and MRR in both directions, of each prefix, too. They cost nothing
+    more."""
     vectors = (query_ids, passage_ids, positives, weights, hard_negative_owners)
-    value, results, row_losses = _outputs(query, passage, loss, temperature, log_beta, vectors, shared_ids, options)
-    return Evaluation(value, row_losses, Metrics(results[1], results[2]), Metrics(results[3], results[4]))
+    value, results, row_losses, text = _outputs(
+        query, passage, loss, temperature, log_beta, vectors, shared_ids, options
+    )
+    evaluation = Evaluation(value, row_losses, Metrics(results[1], results[2]), Metrics(results[3], results[4]))
+    prefixes = prefixes_of(text)
+    if not prefixes:
+        return evaluation
+    dims = torch.tensor([dim for dim, _ in prefixes], device="cpu")
+    losses, *metrics = results[RESULTS:].view(len(prefixes), RESULTS).unbind(1)
+    return evaluation._replace(prefixes=Prefixes(dims, losses, Metrics(*metrics[:2]), Metrics(*metrics[2:])))
 
 
 def _outputs(
@@ -134,8 +166,8 @@ def _outputs(
     vectors: tuple[Any, ...],
     shared_ids: bool,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, results and row losses, after arguments have been checked."""
+) -> tuple[Tensor, Tensor, Tensor, str]:
+    """Loss, results and row losses, after arguments have been checked, and the text of loss and options."""
     query_ids, passage_ids, positives, weights, hard_negative_owners = vectors
     if temperature is None and log_beta is None:
         temperature = 0.01
@@ -144,7 +176,8 @@ def _outputs(
     if query.device != passage.device:
         raise refused("passage", f"on device {passage.device}", f"the device of the queries, {query.device}")
     tensor, value, is_log_beta = temperature_of(temperature, log_beta)
-    return calls.call(
+    text = text_of(spec_of(loss), options, log_beta=is_log_beta, shared_ids=shared_ids)
+    outputs = calls.call(
         query,
         passage,
         tensor,
@@ -153,6 +186,7 @@ def _outputs(
         indices("positives", positives),
         weights_of(weights),
         indices("hard_negative_owners", hard_negative_owners),
-        text_of(spec_of(loss), options, log_beta=is_log_beta, shared_ids=shared_ids),
+        text,
         value,
     )
+    return *outputs, text

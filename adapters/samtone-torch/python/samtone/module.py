@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from .arguments import choice, number
 from .functional import Evaluation, evaluate
 from .loss import Loss, spec_of
-from .options import Options, Settings, text_of
+from .options import Options, Settings, held, text_of
 
 
 class SamToNeLoss(nn.Module):
@@ -23,7 +23,8 @@ class SamToNeLoss(nn.Module):
         temperature: tau, or where it starts if it is learned.
         learnable: None for a constant temperature, ``"log_beta"`` for a parameter `log_beta` = log(1/tau), as CLIP learns
             it, or ``"tau"`` for a parameter `tau`. Both are float32 scalars.
-        options: hard_negative_scope, margin, zero_norm, no_negative, workspace_bytes, tile_skipping, as in `samtone_loss`.
+        options: hard_negative_scope, margin, zero_norm, no_negative, workspace_bytes, tile_skipping, prefixes, prefix_weights, as in
+            `samtone_loss`.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class SamToNeLoss(nn.Module):
             self.tau = nn.Parameter(torch.tensor(temperature, dtype=torch.float32))
         elif learnable == "log_beta":
             self.log_beta = nn.Parameter(torch.tensor(-math.log(temperature), dtype=torch.float32))
-        self.options = options
+        self.options = held(options)
 
     def extra_repr(self) -> str:
         """For `print`."""

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from . import _native, cuda
-from .options import Settings, skips_tiles
+from .options import Settings, prefixes_of, skips_tiles
 
 # What `wanted` is made of.
 QUERY, PASSAGE, TEMPERATURE = 1, 2, 4
 # Gradients at once with the loss, however much memory they take until the backward call.
 AT_ONCE = 8
-# Numbers of `results`: the loss, P@1 and MRR of query -> passage, and of passage -> query.
+# Numbers of `results`: the loss, P@1 and MRR of query -> passage, and of passage -> query. So many follow for each prefix.
 RESULTS = 5
 
 Tensors = list[Tensor]
@@ -90,7 +90,7 @@ def _forward_cpu(
         torch.empty((x.shape[0] if want else 0, x.shape[1]), dtype=torch.float32, device="cpu")
         for x, want in zip((q, p), _towers(wanted))
     ]
-    value, metrics, derivative = _native.cpu_step(
+    results, derivative = _native.cpu_step(
         settings.native(),
         _capsule(q),
         _capsule(p),
@@ -101,8 +101,8 @@ def _forward_cpu(
         torch.get_num_threads(),
     )
     return [
-        torch.tensor(value, dtype=torch.float32, device="cpu"),
-        torch.tensor([value, *metrics], dtype=torch.float64, device="cpu"),
+        torch.tensor(results[0], dtype=torch.float32, device="cpu"),
+        torch.tensor(results, dtype=torch.float64, device="cpu"),
         losses,
         *gradients,
         torch.tensor([derivative] if wanted & TEMPERATURE else [], dtype=torch.float64, device="cpu"),
@@ -126,7 +126,8 @@ def _forward_cuda(
     else:
         planned.forward(memory, q, p, state)
     results, row_losses, derivative = planned.plan.offsets
-    numbers = cuda.numbers(state, results, RESULTS)
+    # The only prefix that a plan for CUDA takes is the whole embedding with weight 1.
+    numbers = cuda.numbers(state, results, RESULTS).repeat(1 + len(prefixes_of(settings.text)))
     return [
         numbers[0].to(torch.float32),
         numbers,
@@ -229,7 +230,7 @@ def fake_forward(
     state = 0 if at_once else cuda.state_bytes(query.shape[0], passage.shape[0], shared=shared, skipping=skipping)
     return (
         empty((), torch.float32),
-        empty((RESULTS,), torch.float64),
+        empty((RESULTS * (1 + len(prefixes_of(text))),), torch.float64),
         empty((query.shape[0],), torch.float64),
         empty((query.shape[0] if wanted & QUERY and at_once else 0, query.shape[1]), torch.float32),
         empty((passage.shape[0] if wanted & PASSAGE and at_once else 0, passage.shape[1]), torch.float32),

@@ -9,6 +9,7 @@ import numbers
 from typing import Any, NamedTuple, TypedDict
 
 from . import _native
+from .arguments import Integers, Numbers, listed
 
 
 class Options(TypedDict, total=False):
@@ -20,9 +21,13 @@ class Options(TypedDict, total=False):
     no_negative: str
     workspace_bytes: int | None
     tile_skipping: float | None
+    prefixes: Integers | None
+    prefix_weights: Numbers | None
 
 
 NAMES = frozenset(Options.__annotations__)
+# Options that are lists, and what they are lists of.
+LISTS: dict[str, type[int] | type[float]] = {"prefixes": int, "prefix_weights": float}
 
 
 class Settings(NamedTuple):
@@ -39,13 +44,24 @@ class Settings(NamedTuple):
 def text_of(loss: str, options: Any, *, log_beta: bool = False, shared_ids: Any = False) -> str:
     """A line for each option, and the text of the loss. Native code refuses values outside of their domain; torch.compile traces
     this, so that it stays in Python."""
-    lines = [f"{name}={_value(options[name])}" for name in options if name in NAMES]
+    lines = [f"{name}={_text(name, options[name])}" for name in options if name in NAMES]
     if len(lines) < len(options):
         unknown = ", ".join(repr(name) for name in options if name not in NAMES)
         raise TypeError(f"unexpected keyword argument {unknown}; options are {', '.join(sorted(NAMES))}")
     lines += ["log_beta=True"] if log_beta else []
     lines += [f"shared_ids={_value(shared_ids)}"] if shared_ids is not False else []
     return "\n".join([*lines, f"loss={loss}"])
+
+
+def _text(name: str, value: Any) -> str:
+    values = listed(name, value, LISTS[name]) if name in LISTS else None
+    return _value(value) if values is None else f"[{', '.join([f'{x!r}' for x in values])}]"
+
+
+def held(options: Options) -> Options:
+    """A copy that nobody else changes: tensors and arrays become lists."""
+    own: Any = {name: listed(name, x, LISTS[name]) if name in LISTS else x for name, x in options.items()}
+    return own  # type: ignore[no-any-return]
 
 
 def _value(value: Any) -> str:
@@ -55,8 +71,19 @@ def _value(value: Any) -> str:
             value = int(value) if isinstance(value, numbers.Integral) else float(value)
         except (TypeError, ValueError, OverflowError):
             pass
-    text = repr(value)
+    text = f"{value!r}"  # not `repr`, which torch.compile does not know of symbols
     return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
+
+
+def prefixes_of(text: str) -> list[tuple[int, float]]:
+    """Length and weight of each prefix that a call computes, shortest first: those whose weight is above 0."""
+    found: dict[str, list[float]] = {}
+    for line in ("" if text.startswith("loss=") else text.partition("\nloss=")[0]).split("\n"):
+        name, _, value = line.partition("=")
+        if name in LISTS and value != "None":
+            found[name] = [float(x) for x in value[1:-1].split(", ") if x]
+    dims = [int(x) for x in found.get("prefixes", [])]
+    return [(dim, weight) for dim, weight in zip(dims, found.get("prefix_weights", [1.0] * len(dims))) if weight > 0]
 
 
 def skips_tiles(text: str) -> bool:

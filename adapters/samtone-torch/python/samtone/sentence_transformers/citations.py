@@ -80,6 +80,14 @@ GRAD_CACHE = """
     year={2021},
 }
 """
+MATRYOSHKA = """
+@inproceedings{kusupati2022matryoshka,
+    title={Matryoshka Representation Learning},
+    author={Aditya Kusupati and Gantavya Bhatt and Aniket Rege and Matthew Wallingford and Aditya Sinha and Vivek Ramanujan and William Howard-Snyder and Kaifeng Chen and Sham Kakade and Prateek Jain and Ali Farhadi},
+    booktitle={Advances in Neural Information Processing Systems},
+    year={2022},
+}
+"""
 
 
 def citation(spec: str) -> str:

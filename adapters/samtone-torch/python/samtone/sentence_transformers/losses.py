@@ -13,13 +13,17 @@ from torch.func import functional_call
 from typing_extensions import Unpack
 
 from .. import _native
+from ..arguments import Integers, Numbers, listed
 from ..grad_cache import Chunks, backward
 from ..loss import Loss
 from ..module import SamToNeLoss as Criterion
-from ..options import Options
-from .citations import GRAD_CACHE, citation
+from ..options import Options, Settings, text_of
+from .citations import GRAD_CACHE, MATRYOSHKA, citation
 from .columns import Column, Features, refused, text_ids
 from .temperature import Averaged, follow_trainer, processes_of, wrappers
+
+# What users of MatryoshkaLoss call these options.
+_NAMES = {"prefixes": "matryoshka_dims", "prefix_weights": "matryoshka_weights"}
 
 
 class SamToNeLoss(nn.Module):
@@ -40,6 +44,9 @@ class SamToNeLoss(nn.Module):
         zero_norm, no_negative: As in `samtone.samtone_loss`. None: embeddings of norm zero, such as that of an empty text in
             StaticEmbedding, and rows without a negative, such as a last batch of one row with ``"decoupled"``, contribute nothing,
             with one warning where the loss is on the CPU. On a GPU there is none, because the host would wait for it in each step.
+        matryoshka_dims, matryoshka_weights: Embeddings are trained at these numbers of leading entries, in any order, with these
+            weights (default: 1 each), as in MatryoshkaLoss around this loss. One pass computes all of them: `prefixes` and
+            `prefix_weights` of `samtone.samtone_loss`.
         margin, workspace_bytes, tile_skipping: As in `samtone.samtone_loss`.
 
     In distributed training each process takes negatives from its own batch.
@@ -54,6 +61,8 @@ class SamToNeLoss(nn.Module):
         scale: float | None = None,
         learnable: str | None = None,
         mask_duplicates: bool = True,
+        matryoshka_dims: Integers | None = None,
+        matryoshka_weights: Numbers | None = None,
         **options: Unpack[Options],
     ) -> None:
         super().__init__()
@@ -64,14 +73,20 @@ class SamToNeLoss(nn.Module):
                 raise refused("scale", str(scale), "a number above 0")
             temperature = 1 / scale
         self.model = model
+        for name in _NAMES.keys() & options.keys():
+            raise refused(name, "given", f"`{_NAMES[name]}`, as MatryoshkaLoss calls it")
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        matryoshka = _matryoshka(matryoshka_dims, matryoshka_weights)
         defaults = {"hard_negative_scope": "all", "zero_norm": "zero_gradient", "no_negative": "zero"}
         self.criterion = Criterion(
             loss,
             temperature=0.01 if temperature is None else temperature,
             learnable=learnable,
-            **(defaults | given),
+            **(defaults | given | matryoshka),
         )
+        kept = zip(*matryoshka.values()) if matryoshka else ()
+        # The shortest prefix, which is 0 wherever a longer one is.
+        self._shortest = next((dim for dim, weight in kept if weight > 0), None)
         self.mask_duplicates = mask_duplicates
         # Policies that nobody asked for: what they leave out is said once.
         self._unsaid = {"zero_norm", "no_negative"} - given.keys()
@@ -135,6 +150,9 @@ class SamToNeLoss(nn.Module):
         if negatives > 0:
             owners = torch.arange(rows).repeat(negatives)
             batch = batch | {"hard_negative_owners": torch.cat([torch.full((rows,), -1), owners])}
+        longest, dim = max(self.criterion.options.get("prefixes") or [0]), embeddings[0].shape[1]
+        if longest > dim:
+            raise refused("matryoshka_dims", str(longest), f"at most {dim}, the dimension of the embeddings")
         group = processes_of(self.model)
         learned = self.criterion.named_parameters() if group is not None else ()
         averaged = {name: Averaged.apply(x, group) for name, x in learned}
@@ -147,8 +165,9 @@ class SamToNeLoss(nn.Module):
         if inputs[0].device.type != "cpu":
             return evaluate()
         for name, x in zip(("query", "passage"), inputs):
-            if "zero_norm" in self._unsaid and not x.detach().any(dim=1).all():
-                self._say("zero_norm", f"an embedding of norm zero in `{name}`")
+            if "zero_norm" in self._unsaid and not x.detach()[:, : self._shortest].any(dim=1).all():
+                where = f", in its first {self._shortest} entries," if self._shortest else ""
+                self._say("zero_norm", f"an embedding of norm zero in `{name}`{where}")
         if "no_negative" not in self._unsaid:
             return evaluate()
         self.criterion.options["no_negative"] = "error"
@@ -192,12 +211,34 @@ class SamToNeLoss(nn.Module):
             "temperature": float(f"{self.temperature:.6g}") if learned else self.temperature,
             "learnable": self.criterion.learnable,
             "mask_duplicates": self.mask_duplicates,
-        } | dict(self.criterion.options)
+        } | {_NAMES.get(name, name): value for name, value in self.criterion.options.items()}
 
     @property
     def citation(self) -> str:
         """For model cards."""
-        return citation(self.criterion.loss.spec)
+        return citation(self.criterion.loss.spec) + ("" if self._shortest is None else MATRYOSHKA)
+
+
+def _matryoshka(dims: Any, weights: Any) -> dict[str, Any]:
+    """Both, in any order, as options of the criterion; none if there are none."""
+    dims, weights = (listed(name, x, kind) for name, x, kind in zip(_NAMES.values(), (dims, weights), (int, float)))
+    try:
+        # Their number and the weights, at the positions where the caller has them.
+        numbered = {"prefixes": dims and range(1, len(dims) + 1), "prefix_weights": weights}
+        Settings(text_of("info_nce", numbered), 1.0).native()
+    except _native.SamtoneError as error:
+        sentence = str(error)
+        for name, theirs in _NAMES.items():
+            sentence = sentence.replace(f"`{name}`", f"`{theirs}`")
+        raise _native.SamtoneError(sentence) from None
+    if dims is None:
+        return {}
+    for position, dim in enumerate(dims):
+        if dim < 1 or dim in dims[:position]:
+            value = f"{dim} at position {position}" + (", and before" if dim in dims[:position] else "")
+            raise refused("matryoshka_dims", value, "different numbers of entries, each at least 1")
+    ascending = sorted(zip(dims, [1.0] * len(dims) if weights is None else weights))
+    return dict(zip(_NAMES, map(list, zip(*ascending))))
 
 
 class _Known(torch.autograd.Function):
