@@ -39,10 +39,12 @@ impl<'a, Choices: Default> Problem<'a, Choices> {
     /// both towers as contiguous f32.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for f64 and for prefixes; [`Error::InvalidArgument`] for a dimension of 0 or above 2²⁰, or more than 2²⁶ passages.
+    /// [`Error::Unsupported`] for f64 and for prefixes; [`Error::InvalidArgument`] for a dimension of 0 or above 2²⁰, more than 2²⁶ passages, or more than
+    /// 2⁴⁰ numbers in them.
     pub fn new(pairs: Pairs<'a>, dtype: DType, dim: usize) -> Result<Self> {
         const MAX_DIM: usize = 1 << 20;
         const MAX_PASSAGES: usize = 1 << 26;
+        const MAX_NUMBERS: usize = 1 << 40;
         match dtype {
             DType::F32 | DType::F16 | DType::BF16 => {}
             DType::F64 => return Err(Error::dtype("cuda, wgpu", dtype, "f32, f16 and bf16; the reference takes f64")),
@@ -54,6 +56,10 @@ impl<'a, Choices: Default> Problem<'a, Choices> {
             return Err(Error::invalid("passages", pairs.passages().to_string(), format!("at most {MAX_PASSAGES}")));
         }
         crate::prefix::expect_whole(pairs.call(), dim, "cuda, wgpu")?;
+        if pairs.passages() * dim > MAX_NUMBERS {
+            let allowed = format!("at most {} for {} passages", MAX_NUMBERS / pairs.passages(), pairs.passages());
+            return Err(Error::invalid("dim", dim.to_string(), allowed));
+        }
         let gradient = Some(GradientOutput { dtype: DType::F32, row_stride: dim });
         Ok(Self {
             pairs,

@@ -57,9 +57,11 @@ impl<T: Shared, const N: usize> Shared for [T; N] {
     }
 }
 
-/// A count as kernels have it. Problems and plans bound what they count, so that it fits. A larger number would saturate.
+/// A count as kernels have it. It fits in 32 bits: [`Problem::new`](crate::cuda::Problem::new) bounds indices and numbers of a tower, and
+/// [`Plan::new`](super::Plan::new) bounds the workspace, and with it tiles and squares of a wave, and the squares that may be skipped.
 pub(super) fn number(count: usize) -> u32 {
-    count.try_into().unwrap_or(u32::MAX)
+    debug_assert!(u32::try_from(count).is_ok(), "{count}");
+    count as u32
 }
 
 /// A struct as tests see it: its name and its members, each with name, type and size.

@@ -14,6 +14,10 @@ use crate::order::Order;
 use crate::super_blocks::least_edge;
 use std::fmt;
 
+/// A plan uses no more of the workspace, whatever the call allows. It is more than any device has, and keeps the numbers of tiles and
+/// squares of a wave below 2³².
+const MOST_WORKSPACE_BYTES: usize = 1 << 40;
+
 /// What a call launches, and on what memory. A plan can be printed.
 #[derive(Debug, Clone)]
 pub struct Plan {
@@ -40,7 +44,8 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::WorkspaceTooSmall`] if the workspace of the call does not hold one tile, or cuts the work into more than 16,384
-    /// super-blocks. [`Error::InvalidArgument`] for [`Tile::Cluster`] without [`Architecture::Sm90a`](super::Architecture::Sm90a).
+    /// super-blocks. [`Error::InvalidArgument`] for [`Tile::Cluster`] without [`Architecture::Sm90a`](super::Architecture::Sm90a), and for
+    /// tile skipping in a batch of more than 2³² squares.
     pub fn new(problem: &Problem<'_>) -> Result<Self> {
         let (m, n, d) = problem.shape();
         let order = Order::new(&problem.pairs);
@@ -52,11 +57,18 @@ impl Plan {
         let tile = problem.tile(|tile| needed(tile) <= given)?;
         let needed = needed(tile);
         // If the caller sets no bound, batches of more than a million pairs take more than the default, as much as they need.
-        let bound = problem.workspace_bytes.unwrap_or(given.max(needed));
+        let bound = problem.workspace_bytes.unwrap_or(given.max(needed)).min(MOST_WORKSPACE_BYTES);
         if needed > bound {
             return Err(Error::WorkspaceTooSmall { given, needed, rows: m, passages: n, dim: d });
         }
         let division = Division::best(problem, &order, tile, bound, needed);
+        if problem.call().tile_skipping().is_some() {
+            let squares: usize = division.backward.iter().flatten().map(|s| s.squares(tile.tiling())).sum();
+            if u32::try_from(squares).is_err() {
+                let value = format!("given for a batch of {squares} squares of cosines");
+                return Err(Error::invalid("tile_skipping", value, format!("at most {} squares", u32::MAX)));
+            }
+        }
         let parts = Parts { problem, order: &order, tile, division: &division };
         let arrays = Arrays::new(parts);
         let launches = Launches::new(&arrays);
@@ -286,6 +298,27 @@ mod tests {
             let launches = plan.forward().len() + plan.backward().len();
             assert!((1 << 14..6 << 14).contains(&launches), "{launches} launches");
         }
+    }
+
+    /// Kernels count tiles and squares in 32 bits.
+    #[test]
+    fn what_kernels_count_is_bounded() {
+        let rows = 1 << 20; // all cosines have gradients of 6.6 TB
+        let plan = |call: &Call| {
+            Plan::new(&Problem::new(call.pairs(rows, rows).unwrap(), DType::BF16, 1).unwrap().with_tile(Tile::Small))
+        };
+        let unbounded = plan(&call().with_workspace_bytes(usize::MAX)).unwrap();
+        assert!(
+            unbounded.bounded_bytes() <= MOST_WORKSPACE_BYTES && unbounded.waves > [1, 1],
+            "{}",
+            unbounded.waves[0]
+        );
+        assert!(plan(&call().with_tile_skipping(1e-3)).is_ok());
+        let call = Call::new(Loss::info_nce(), 0.01);
+        let wide = call.pairs(1, 1 << 26).unwrap();
+        assert!(Problem::new(wide, DType::F16, 1 << 14).is_ok());
+        let error = Problem::new(wide, DType::F16, (1 << 14) + 1).unwrap_err().to_string();
+        assert!(error.contains("`dim` is 16385") && error.contains("at most 16384"), "{error}");
     }
 
     #[test]

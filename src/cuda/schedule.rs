@@ -18,7 +18,9 @@ pub enum Slot {
     Side,
     /// What a forward call leaves for the backward call, and the results: O(M) numbers.
     State,
-    /// Memory that nothing outlives a call in. But a backward call may read what its forward call left there.
+    /// Memory that nothing outlives a call in. But a backward call may read what its forward call left there. `workspace_bytes` of the call
+    /// bounds it except for packed embeddings, sums of gradients and other O((M + N)·d) bytes, which WGSL has in slots of their own: its
+    /// [`Slot::Scratch`](crate::wgpu::Slot::Scratch) is the bounded part alone.
     Workspace,
     /// ∂L/∂q.
     QueryGradient,

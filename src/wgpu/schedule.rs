@@ -24,7 +24,8 @@ pub enum Slot {
     PackedQuery,
     /// Packed passages. They must stay from a forward call to its backward call.
     PackedPassage,
-    /// The bounded workspace.
+    /// What `workspace_bytes` of the call bounds: partial sums and gradients of logits. CUDA's
+    /// [`Slot::Workspace`](crate::cuda::Slot::Workspace) holds packed embeddings and sums of gradients besides.
     Scratch,
     /// Sums of the queries' gradients, if they cannot lie in the output.
     QuerySums,

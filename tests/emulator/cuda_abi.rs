@@ -21,11 +21,12 @@ type Outcome = Result<(), String>;
 type Check = fn() -> Outcome;
 
 pub fn trials() -> Vec<Listed> {
-    let checks: [(&str, Check); 6] = [
+    let checks: [(&str, Check); 7] = [
         ("texts of C++ are read", texts),
         ("structs have the members of the PTX", structs),
         ("kernels have the parameters of the PTX", parameters),
         ("constants are those of the PTX", constants),
+        ("every constant of the kernels is there", constants_of_kernels),
         ("launches have the threads and the shared memory of the PTX", launches),
         ("what differs is seen", differences),
     ];
@@ -213,6 +214,38 @@ fn parameters() -> Outcome {
     demand(!seen.is_empty() && unknown.is_none(), || format!("no kernel has {unknown:?}"))
 }
 
+/// Names of the constants in a source of the kernels that the host must know: every `constexpr` outside of functions in a header that has
+/// an `ABI_STRUCT`, and every `ABI_CONSTANT`.
+fn shared_constants(text: &str, is_header: bool) -> Vec<String> {
+    let code: String = text.lines().flat_map(|line| ["\n", line.split("//").next().unwrap_or("")]).collect();
+    let all = is_header && code.contains("\nABI_STRUCT(");
+    let words = [Some("\nABI_CONSTANT "), all.then_some("\nconstexpr ")].into_iter().flatten();
+    let declarations = words.flat_map(|word| code.split(word).skip(1)).filter_map(|rest| rest.split_once(';'));
+    let values = declarations.flat_map(|(declaration, _)| declaration.split(','));
+    let names = values.filter_map(|value| value.split_once(" = ")?.0.split_whitespace().last());
+    names.map(str::to_owned).collect()
+}
+
+fn host_has_constants_of(file: &str, text: &str) -> Outcome {
+    let names = shared_constants(text, file.ends_with(".cuh"));
+    let unknown = names.iter().find(|name| CONSTANTS.iter().all(|(constant, _)| constant != name));
+    demand(unknown.is_none(), || format!("src/cuda/abi.rs has no constant {unknown:?} of {file}"))
+}
+
+fn constants_of_kernels() -> Outcome {
+    let (mut files, mut seen) = (0, 0);
+    for folder in [kernels(), kernels().join("common")] {
+        for entry in std::fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok) {
+            let (name, text) = (entry.file_name(), std::fs::read_to_string(entry.path()).unwrap_or_default());
+            let name = name.to_string_lossy();
+            host_has_constants_of(&name, &text)?;
+            files += usize::from(name.ends_with(".cu"));
+            seen += shared_constants(&text, name.ends_with(".cuh")).len();
+        }
+    }
+    demand(files >= 10 && seen > 30, || format!("{seen} constants in {files} kernel files"))
+}
+
 fn constants() -> Outcome {
     let modules = modules();
     for (name, host) in CONSTANTS {
@@ -284,6 +317,10 @@ fn differences() -> Outcome {
         changed("skip_squares", "square_masses_parameters", ", u32 together", "")?,
     ];
     demand(parameters.iter().all(|module| parameters_of(module).is_err()), || "changed parameters pass".into())?;
+    let header = "#pragma once\nconstexpr u32 QP = 0,\n   NEW = 1; // of both\nABI_STRUCT(A, {\n});\n";
+    let file = "constexpr u32 OWN = 1;\nABI_CONSTANT u32 ANOTHER = 2;\n";
+    let new = [("a.cuh", header), ("a.cu", file)].map(|(name, text)| host_has_constants_of(name, text).unwrap_err());
+    demand(new[0].contains("NEW") && new[1].contains("ANOTHER"), || format!("a new constant passes: {new:?}"))?;
     let mut larger = module("combine")?;
     larger.numbers.insert("Combine_bytes".into(), 160.0);
     demand(structs_of(&larger).is_err(), || "another size passes".into())

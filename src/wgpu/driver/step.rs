@@ -11,6 +11,9 @@ use crate::wgpu::{Dispatch, Plan, Slot};
 /// A plan and its own buffers, which are allocated once and used by all calls. The caller brings embeddings and gradients.
 ///
 /// Recording neither allocates nor waits. Results stay on the device, in [`Step::state`], until they are asked for.
+///
+/// Embeddings may change between a forward call and its backward call: see [`Step::backward`]. CUDA's `cuda::Step` differs there. It reads
+/// the embeddings again and refuses those that have another norm.
 #[derive(Debug)]
 pub struct Step {
     engine: Engine,

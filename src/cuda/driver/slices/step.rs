@@ -81,6 +81,9 @@ type Call = unsafe fn(&Device, &Plan, &Pointers, Stream) -> Result<()>;
 /// of the slices of the captured call. So this object must outlive it, and must neither prepare another problem nor release its
 /// workspace. Results are read after a launch of the graph as after a call.
 ///
+/// Embeddings must not change between a forward call and its backward call, which reads them again and refuses those that have another norm:
+/// see [`Step::backward`]. `wgpu::Step` differs there. It keeps a packed copy, and does not read them again.
+///
 /// If its stream is the default stream of a thread, a step that moves to another thread first waits for the whole context.
 pub struct Step {
     side: Memory,
