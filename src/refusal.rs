@@ -32,11 +32,12 @@ impl Refusal {
         of_tower(0, Tower::Query).or(of_tower(1, Tower::Passage)).or(no_negative)
     }
 
-    /// The error for a call of this loss on embeddings of this type. `row_bytes` must give a row that is not finite.
+    /// The error for a call of this loss on embeddings of this type; `prefix` is the length of the only prefix, if the call names one. `row_bytes` must give a row that is not finite.
     pub(crate) fn error(
         self,
         loss: &str,
         dtype: DType,
+        prefix: Option<usize>,
         row_bytes: impl FnOnce(Tower, usize) -> Result<Vec<u8>>,
     ) -> Error {
         match self {
@@ -44,8 +45,8 @@ impl Refusal {
                 Ok(bytes) => non_finite(tower, row, &values(&bytes, dtype)),
                 Err(error) => error,
             },
-            Self::ZeroNorm(tower, row) => Error::ZeroNorm { tower, row, prefix: None },
-            Self::NoNegative(row, group) => Error::NoNegative { loss: loss.into(), group, row, prefix: None },
+            Self::ZeroNorm(tower, row) => Error::ZeroNorm { tower, row, prefix },
+            Self::NoNegative(row, group) => Error::NoNegative { loss: loss.into(), group, row, prefix },
         }
     }
 }

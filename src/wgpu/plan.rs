@@ -38,6 +38,8 @@ pub struct Plan {
 pub(super) struct Facts {
     pub weights: Vec<f64>,
     pub loss: String,
+    /// Length of the only prefix, the whole embedding, if the call names it.
+    pub prefix: Option<usize>,
     pub beta: f64,
     pub upstream: f64,
     pub zero_is_error: bool,
@@ -142,6 +144,7 @@ impl Plan {
         let facts = Facts {
             weights: problem.pairs.normalized_weights(),
             loss: problem.call().loss().name().into(),
+            prefix: problem.call().prefixes().map(|_| d),
             beta: problem.call().beta(),
             upstream: problem.upstream,
             zero_is_error: problem.call().zero_norm() == crate::call::ZeroNorm::Error,

@@ -103,7 +103,7 @@ impl Plan {
 
     /// The error for a refusal. `row_bytes` must give a row that is not finite, as the call read it.
     pub fn error_of(&self, refusal: Refusal, row_bytes: impl FnOnce(Tower, usize) -> Result<Vec<u8>>) -> Error {
-        refusal.error(&self.facts.loss, self.facts.raw[0].0, row_bytes)
+        refusal.error(&self.facts.loss, self.facts.raw[0].0, self.facts.prefix, row_bytes)
     }
 
     /// Loss, row losses and metrics from the state after [`Plan::forward`].
@@ -125,7 +125,7 @@ impl Plan {
             )
         };
         let loss = row_losses.iter().zip(weights).map(|(l, w)| l * w).sum();
-        Ok(Evaluation::plain(loss, row_losses, [Block::QP, Block::PQ].map(metrics)))
+        Ok(Evaluation::plain(loss, row_losses, [Block::QP, Block::PQ].map(metrics)).with_whole(self.facts.prefix))
     }
 
     /// ∂L/∂τ and ∂L/∂log β from the state after [`Plan::backward`].

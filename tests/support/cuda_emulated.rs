@@ -13,8 +13,8 @@ use samtone::cuda::{
     Address, Architecture, Array, ArrayId, Cosines, GradientOutput, Launch, Plan, Problem, Slot, Tile,
 };
 use samtone::{
-    Batch, DType, Embeddings, EmbeddingsMut, Error, Evaluation, GradientBuffers, Metrics, Result, TemperatureGradient,
-    Tower,
+    Batch, DType, Embeddings, EmbeddingsMut, Error, Evaluation, GradientBuffers, Metrics, PrefixEvaluation, Result,
+    TemperatureGradient, Tower,
 };
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -206,6 +206,7 @@ impl Emulated {
     /// The error that the status names, if any; rows and columns are looked up in `batch`.
     pub fn check_status(&mut self, batch: &Batch<'_>) -> Result<()> {
         let status: Vec<u32> = self.download("status")?;
+        let prefix = || batch.call().prefixes().map(|_| batch.dim());
         for (k, (tower, x)) in
             [(Tower::Query, batch.query()), (Tower::Passage, batch.passage())].into_iter().enumerate()
         {
@@ -218,12 +219,12 @@ impl Emulated {
             }
             let zero = status[[ZERO_QUERY, ZERO_PASSAGE][k]];
             if zero != NONE && batch.call().zero_norm() == samtone::ZeroNorm::Error {
-                return Err(Error::ZeroNorm { tower, row: zero as usize, prefix: None });
+                return Err(Error::ZeroNorm { tower, row: zero as usize, prefix: prefix() });
             }
         }
         if status[NO_NEGATIVE] != NONE {
             let (row, group) = (status[NO_NEGATIVE] as usize, status[NO_NEGATIVE_GROUP] as usize);
-            return Err(Error::NoNegative { loss: batch.call().loss().name().into(), group, row, prefix: None });
+            return Err(Error::NoNegative { loss: batch.call().loss().name().into(), group, row, prefix: prefix() });
         }
         Ok(())
     }
@@ -294,7 +295,14 @@ pub fn run(
     emulated.check_status(batch)?;
     emulated.fetch("query_gradient", buffers.query)?;
     emulated.fetch("passage_gradient", buffers.passage)?;
-    Ok((emulated.evaluation()?, emulated.temperature()?))
+    let mut evaluation = emulated.evaluation()?;
+    if batch.call().prefixes().is_some() {
+        // The whole embedding, which is all that a plan takes.
+        let Evaluation { loss, query_to_passage, passage_to_query, .. } = evaluation;
+        let whole = PrefixEvaluation { dim: batch.dim(), weight: 1.0, loss, query_to_passage, passage_to_query };
+        evaluation.prefixes.push(whole);
+    }
+    Ok((evaluation, emulated.temperature()?))
 }
 
 /// Kept cosines for one half of all cases and recomputed ones for the other: by type, so that every case has both, and by loss and

@@ -29,6 +29,8 @@ pub struct Readout {
     passages: usize,
     shard: Range<usize>,
     dim: usize,
+    /// Length of the only prefix, the whole embedding, if the call names it.
+    prefix: Option<usize>,
     dtype: DType,
     /// Bytes from row to row of both towers.
     row_bytes: [u64; 2],
@@ -74,6 +76,7 @@ impl Readout {
             passages,
             shard: problem.rows.clone(),
             dim,
+            prefix: call.prefixes().map(|_| dim),
             dtype,
             row_bytes: problem.row_strides.map(|stride| (stride * dtype.bytes()) as u64),
             results: place("results", RESULTS * f64::BYTES)?,
@@ -135,7 +138,8 @@ impl Readout {
         let results: Vec<f64> = numbers(&head[self.results.clone()], f64::from_le_bytes).collect();
         let metrics = |precision: usize, mrr: usize| Metrics { precision_at_1: results[precision], mrr: results[mrr] };
         let row_losses = numbers(&head[self.row_losses.clone()], f64::from_le_bytes).collect();
-        Evaluation::plain(results[LOSS], row_losses, [metrics(PRECISION_QP, MRR_QP), metrics(PRECISION_PQ, MRR_PQ)])
+        let metrics = [metrics(PRECISION_QP, MRR_QP), metrics(PRECISION_PQ, MRR_PQ)];
+        Evaluation::plain(results[LOSS], row_losses, metrics).with_whole(self.prefix)
     }
 
     fn temperature(&self, head: &[u8]) -> TemperatureGradient {
@@ -306,7 +310,9 @@ impl Device {
         };
         match fault {
             None => Ok(head),
-            Some(Fault::Refused(refusal)) => Err(refusal.error(readout.loss.name(), readout.dtype, row_bytes)),
+            Some(Fault::Refused(refusal)) => {
+                Err(refusal.error(readout.loss.name(), readout.dtype, readout.prefix, row_bytes))
+            }
             Some(Fault::Changed(tower, row)) => Err(readout.changed(tower, row, &row_bytes(tower, row)?)),
         }
     }
@@ -424,7 +430,7 @@ mod tests {
             assert!(matches!(readout.expect_row(fault), Err(Error::StateMismatch { .. })), "{fault:?}");
         }
         let error_of =
-            |bytes: &[u8]| Refusal::NonFinite(Tower::Query, 7).error("", readout.dtype, |_, _| Ok(bytes.to_vec()));
+            |bytes: &[u8]| Refusal::NonFinite(Tower::Query, 7).error("", readout.dtype, None, |_, _| Ok(bytes.to_vec()));
         let error = error_of(&row);
         assert_eq!(error, Error::NonFinite { tower: Tower::Query, row: 7, column: 1, value: f64::NEG_INFINITY });
         assert!(error_of(&[0; 8]).to_string().contains("overwritten"));
