@@ -15,6 +15,7 @@ use support::compare::{against_definition, verdict};
 use support::cuda_emulated::{Check, CudaEmulated, Emulated, Run, clusters, run_checks};
 use support::data::{Kind, Source, problem};
 use support::problem::{Buffer, Problem};
+use support::report::note;
 use support::skipped::Outcome;
 
 /// Of a call of so many queries and passages.
@@ -22,6 +23,7 @@ type With = fn(Call, usize, usize) -> Call;
 
 fn main() -> ExitCode {
     let checks: [(&str, Check); 8] = [
+        ("every barrier is needed, and none decides a bit", barriers),
         ("the same bits by every arithmetic and tile", arithmetics),
         ("the same bits for every preset", presets),
         ("the same bits with every option", calls),
@@ -29,7 +31,6 @@ fn main() -> ExitCode {
         ("the same bits of shards and with a frozen tower", shards),
         ("skipped squares are not read", skipping),
         ("what is kept is read, and by `backward` alone", poisoned),
-        ("every barrier is needed, and none decides a bit", barriers),
     ];
     run_checks(checks, Vec::new())
 }
@@ -199,7 +200,7 @@ fn partly(how: &'static CudaEmulated) -> Result<(), Failed> {
             Ok(p.with_arithmetic(Arithmetic::F16).with_cosines(Cosines::Kept))
         })?;
         let plan = call.device.plan();
-        println!("{bytes}: {}", plan.to_string().lines().next().unwrap_or_default());
+        note(format_args!("{bytes}: {}", plan.to_string().lines().next().unwrap_or_default()));
         if plan.bounded_bytes() > bytes {
             return Err(format!("{} bytes of {bytes}: {plan}", plan.bounded_bytes()).into());
         }
@@ -322,7 +323,7 @@ fn barriers(how: &'static CudaEmulated) -> Result<(), Failed> {
             |seed, ignore_races| outcome(Run { seed, ignore_races, mutant: Some((module, label)), ..Run::default() });
         let conflict = (0..4).any(|seed| run(seed, false).is_err());
         let wrong = clusters(how) || (0..6).any(|seed| run(seed, true).map_or(true, |got| got != want));
-        println!("{module} without {label}: a conflict {conflict}, other results {wrong}");
+        note(format_args!("{module} without {label}: a conflict {conflict}, other results {wrong}"));
         if !conflict || !wrong {
             survivors.push(label);
         }

@@ -18,10 +18,11 @@ use support::compare::{against_definition, verdict};
 use support::cuda_emulated::{self, Check, CudaEmulated, Emulated, Run, clusters, run_checks};
 use support::data::{Kind, duplicate_ids, problem};
 use support::problem::{Buffer, Outputs, Problem};
-use support::report::Listed;
+use support::report::{Listed, note};
 
 fn main() -> ExitCode {
     let checks: [(&str, Check); 12] = [
+        ("every barrier is needed", barriers),
         ("every arithmetic and tile", arithmetics),
         ("every arithmetic and tile at a small temperature", fallbacks::fallbacks),
         ("a tight workspace makes waves", waves),
@@ -33,7 +34,6 @@ fn main() -> ExitCode {
         ("refused inputs", refused),
         ("nothing is left of the call before", again),
         ("the last block adds up many", many_rows),
-        ("every barrier is needed", barriers),
     ];
     run_checks(checks, vec![Listed::new("others", "plans run on another device", another_device)])
 }
@@ -477,7 +477,7 @@ fn barriers(how: &'static CudaEmulated) -> Result<(), Failed> {
             clusters || [MESSAGES, WAITS].concat().iter().any(|(of, labels)| *of == module && labels.contains(&label));
         let wrong = unseen || (0..6).any(|seed| run(seed, true).map_or(true, |got| got != want));
         let results = if unseen { String::new() } else { format!(", other results {wrong}") };
-        println!("{module} without {label}: a conflict {conflict}{results}");
+        note(format_args!("{module} without {label}: a conflict {conflict}{results}"));
         if !conflict || !wrong {
             survivors.push((module, label));
         }

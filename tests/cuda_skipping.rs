@@ -16,7 +16,7 @@ use support::compare::{against_definition, verdict};
 use support::cuda_emulated::{Check, CudaEmulated, Emulated, Run, clusters, run_checks};
 use support::data::{Kind, Source, problem};
 use support::problem::{Buffer, Outputs, Problem};
-use support::report::Listed;
+use support::report::{Listed, note};
 use support::skipped::{Outcome, Shares, expect_near};
 
 /// Of a call of so many queries and passages.
@@ -119,7 +119,10 @@ fn clustered_batches(how: &'static CudaEmulated) -> Result<(), Failed> {
         let (got, full) = (run(how, &problem)?, run(how, &whole)?);
         let used = Shares::new(&problem).expect_bound(&got, step(how), share)?;
         expect_near(&problem, &got, &full, share)?;
-        println!("{}: {} of {} squares skipped, {used:.1e} of the bound", problem.name, got.count, got.squares);
+        note(format_args!(
+            "{}: {} of {} squares skipped, {used:.1e} of the bound",
+            problem.name, got.count, got.squares
+        ));
         if got.count < 0.4 * got.squares || got.count > got.squares {
             return Err(format!("{}: {} of {} squares skipped", problem.name, got.count, got.squares).into());
         }
@@ -192,7 +195,10 @@ fn presets(how: &'static CudaEmulated) -> Result<(), Failed> {
         let (got, full) = (run(how, &problem)?, run(how, &whole)?);
         let used = Shares::new(&problem).expect_bound(&got, step(how), share)?;
         expect_near(&problem, &got, &full, share)?;
-        println!("{}: {} of {} squares skipped, {used:.1e} of the bound", problem.name, got.count, got.squares);
+        note(format_args!(
+            "{}: {} of {} squares skipped, {used:.1e} of the bound",
+            problem.name, got.count, got.squares
+        ));
         count += got.count;
         spared += Shares::new(&problem).spared(step(how), share) as f64;
     }
@@ -234,7 +240,7 @@ fn calls(how: &'static CudaEmulated) -> Result<(), Failed> {
             skipped.push((name, dtype, got.count, got.squares));
         }
     }
-    println!("{skipped:?}");
+    note(format_args!("{skipped:?}"));
     let some = |name: &str| skipped.iter().any(|s| s.0 == name && s.2 > 0.0);
     match changes.iter().find(|(name, _)| !some(name)) {
         Some((name, _)) if !name.contains("all masked") => Err(format!("{name}: nothing skipped").into()),
@@ -255,7 +261,10 @@ fn threshold(how: &'static CudaEmulated) -> Result<(), Failed> {
                 return Err(format!("{}: {} skipped at {factor} times the threshold", plain.name, got.count).into());
             }
             let used = Shares::new(&problem).expect_bound(&got, side, smallest * factor)?;
-            println!("{} at {factor} times its threshold: {} skipped, {used:.2} of the bound", plain.name, got.count);
+            note(format_args!(
+                "{} at {factor} times its threshold: {} skipped, {used:.2} of the bound",
+                plain.name, got.count
+            ));
         }
     }
     Ok(())
@@ -293,7 +302,7 @@ fn shards(how: &'static CudaEmulated) -> Result<(), Failed> {
         device.launch(Plan::combine)?;
         device.launch(Plan::backward_alone)?;
         let mine = Outcome::read(device)?;
-        println!("{} of {} squares of a shard skipped", mine.count, mine.squares);
+        note(format_args!("{} of {} squares of a shard skipped", mine.count, mine.squares));
         if mine.count == 0.0 {
             return Err("a shard skips nothing".into());
         }
@@ -347,7 +356,7 @@ fn lax(how: &'static CudaEmulated) -> Result<(), Failed> {
         let got = run_with(how, &problem, DType::BF16, run, keep)?;
         let by_sums = Shares::new(&problem).expect_bound(&got, step(how), share);
         let by_gradient = expect_near(&problem, &got, &full, share);
-        println!("{name}: {} of {} skipped, {by_sums:?}, {by_gradient:?}", got.count, got.squares);
+        note(format_args!("{name}: {} of {} skipped, {by_sums:?}, {by_gradient:?}", got.count, got.squares));
         if by_sums.is_ok() || by_gradient.is_ok() && name != "1024 times" {
             return Err(format!("nobody notices a threshold that is too lax: {name}").into());
         }

@@ -1,9 +1,9 @@
 //! Plans as data for the page: shaders, buffers with their contents, dispatches.
 
-use crate::support::backends;
-use crate::support::case::{Case, Expected};
-use crate::support::data::{self, Kind};
-use crate::support::problem::{Buffer, Problem};
+use super::support::backends;
+use super::support::case::{Case, Expected};
+use super::support::data::{self, Kind};
+use super::support::problem::{Buffer, Problem};
 use anyhow::Result;
 use samtone::wgpu::{Capabilities, Dispatch, Plan, Slot};
 use samtone::{DType, GradientOutput, Loss};

@@ -1,8 +1,8 @@
 //! From a run's bytes to a verdict, as `evaluate` judges the backends of this machine.
 
-use crate::export::Run;
-use crate::support::compare::{Check, against_definition, entrywise, verdict};
-use crate::support::problem::Outputs;
+use super::export::Run;
+use super::support::compare::{Check, against_definition, entrywise, verdict};
+use super::support::problem::Outputs;
 use anyhow::{Result, bail};
 use samtone::Error;
 use samtone::wgpu::results;

@@ -10,8 +10,8 @@
 //! | `POST /runs/K/failed` | what went wrong | the verdict |
 //! | `POST /failed`, `/finished` | why nothing can be run; | |
 
-use crate::judge::{Verdict, judge};
-use crate::site::Site;
+use super::judge::{Verdict, judge};
+use super::site::Site;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use std::io::{BufRead, BufReader, Read, Write};

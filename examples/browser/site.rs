@@ -1,8 +1,8 @@
 //! Everything that the server serves and `--out` writes: the page, an index of devices and runs, and two files for each run.
 
-use crate::export::{DEVICES, Run, seeded};
-use crate::output::writable_folder;
-use crate::support::case::{Case, files};
+use super::export::{DEVICES, Run, seeded};
+use super::output::writable_folder;
+use super::support::case::{Case, files};
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use std::collections::BTreeMap;

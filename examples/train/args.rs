@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::encoder::Architecture;
+use super::encoder::Architecture;
 use anyhow::{Result, bail, ensure};
 use clap::{Parser, ValueEnum};
 use samtone::{Call, Loss};

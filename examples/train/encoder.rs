@@ -3,8 +3,8 @@
 //!     h = Σ_k w_k T[bucket_k]        T: buckets × width, one table for both towers (SDE) or one each (ADE-SPL)
 //!     x = h P                        P: width × dim, shared by both towers in either architecture
 
-use crate::features::Features;
-use crate::matrix::{Matrix, multiply};
+use super::features::Features;
+use super::matrix::{Matrix, multiply};
 use rayon::prelude::*;
 use samtone::Tower;
 use serde::Serialize;
@@ -214,8 +214,8 @@ impl Offsets for Vec<u32> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::features::{Featuriser, InverseFrequency};
     use super::*;
-    use crate::features::{Featuriser, InverseFrequency};
 
     const BUCKETS: usize = 1024;
 

@@ -1,10 +1,10 @@
 //! The training of this example as one file, for the same training in a framework.
 
-use crate::args::Args;
-use crate::encoder::Architecture;
-use crate::features::Features;
-use crate::save::{view, write};
-use crate::trainer::{Batches, Prepared, initial_towers};
+use super::args::Args;
+use super::encoder::Architecture;
+use super::features::Features;
+use super::save::{view, write};
+use super::trainer::{Batches, Prepared, initial_towers};
 use anyhow::Result;
 use safetensors::tensor::{Dtype, TensorView};
 use std::collections::HashMap;
@@ -63,8 +63,8 @@ impl Padded {
 
 #[cfg(test)]
 mod tests {
+    use super::super::data::{Pair, Split, split_by_group};
     use super::*;
-    use crate::data::{Pair, Split, split_by_group};
     use clap::Parser;
     use safetensors::SafeTensors;
 

@@ -1,6 +1,6 @@
 //! Text → weighted hash buckets: words and character n-grams, so that unseen identifiers still share pieces with seen ones.
 
-use crate::data::text_hash;
+use super::data::text_hash;
 use rayon::prelude::*;
 
 /// How texts become features.

@@ -1,6 +1,6 @@
 //! Pairs of the user: TSV, JSON lines, or a BEIR folder. Every complaint names the file and the line.
 
-use crate::data::{Dataset, MIN_TEST, Pair, Split, TestSet, sample_indices, text_hash, text_id};
+use super::data::{Dataset, MIN_TEST, Pair, Split, TestSet, sample_indices, text_hash, text_id};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;

@@ -1,7 +1,7 @@
 //! How the two towers lie in the embedding space: the numbers behind Figures 1, 5 and 6 of the paper.
 
-use crate::data::TestSet;
-use crate::matrix::dot;
+use super::data::TestSet;
+use super::matrix::dot;
 use serde::Serialize;
 
 /// Pairs of different rows that the ratio is measured on.

@@ -252,8 +252,8 @@ fn run_all(
 
 #[cfg(test)]
 mod tests {
+    use super::data::{Pair, split_by_group};
     use super::*;
-    use crate::data::{Pair, split_by_group};
 
     /// What is written after each training stays when the program ends before the last one.
     #[test]

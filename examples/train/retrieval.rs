@@ -1,7 +1,7 @@
 //! Retrieval quality of held-out queries against all candidates.
 
-use crate::data::TestSet;
-use crate::matrix::{Matrix, multiply, normalise_rows};
+use super::data::TestSet;
+use super::matrix::{Matrix, multiply, normalise_rows};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -82,8 +82,8 @@ fn score(cosines: &[f32], relevant: &[bool]) -> Scores {
 
 #[cfg(test)]
 mod tests {
+    use super::super::data::Pair;
     use super::*;
-    use crate::data::Pair;
 
     fn near(x: f64, y: f64) -> bool {
         (x - y).abs() < 1e-12

@@ -1,7 +1,7 @@
 //! The default data: documented functions of the crates whose sources cargo keeps on this machine.
 
-use crate::data::Pair;
-use crate::doc_pairs::for_each_documented_function;
+use super::data::Pair;
+use super::doc_pairs::for_each_documented_function;
 use anyhow::{Context, Result, bail};
 use rayon::prelude::*;
 use std::path::{Path, PathBuf};
@@ -26,7 +26,7 @@ pub fn collect(max_pairs: usize, max_per_crate: usize, seed: u64) -> Result<Coll
     let mut crates = crate_folders(&root)?;
     // By hash, so that a machine with more crates than needed gives a mixture and not those with an early letter. The
     // versions of one crate stay together: both must meet the same cap.
-    crates.sort_by_cached_key(|(name, folder)| (crate::data::text_hash(name, seed), folder.clone()));
+    crates.sort_by_cached_key(|(name, folder)| (super::data::text_hash(name, seed), folder.clone()));
     let mut pairs = Vec::new();
     let mut names = 0;
     let mut rest = crates.as_slice();
@@ -120,7 +120,7 @@ fn sample(pairs: Vec<Pair>, count: usize, seed: u64) -> Vec<Pair> {
     if total <= count {
         return pairs;
     }
-    let mut keep = crate::data::sample_indices(total, count, seed).into_iter().peekable();
+    let mut keep = super::data::sample_indices(total, count, seed).into_iter().peekable();
     pairs.into_iter().enumerate().filter_map(|(i, pair)| keep.next_if_eq(&i).map(|_| pair)).collect()
 }
 

@@ -1,9 +1,9 @@
 //! Towers and embeddings as safetensors, results as JSON.
 
-use crate::data::TestSet;
-use crate::encoder::{Architecture, Towers};
-use crate::output::whole_file;
-use crate::trainer::{TestEmbeddings, Variant};
+use super::data::TestSet;
+use super::encoder::{Architecture, Towers};
+use super::output::whole_file;
+use super::trainer::{TestEmbeddings, Variant};
 use anyhow::Result;
 use safetensors::tensor::{Dtype, TensorView};
 use std::collections::HashMap;
@@ -12,8 +12,8 @@ use std::path::Path;
 /// Name of a variant in file names: `ade-spl-samtone_query-masked`.
 pub fn file_stem(variant: &Variant) -> String {
     let mask = match variant.mask {
-        crate::args::Mask::Off => "",
-        crate::args::Mask::On => "-masked",
+        super::args::Mask::Off => "",
+        super::args::Mask::On => "-masked",
     };
     format!("{}-{}{mask}", variant.architecture.slug(), variant.loss)
 }
@@ -75,8 +75,8 @@ pub fn write<N: AsRef<str> + Ord + std::fmt::Display>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::args::Mask;
     use super::*;
-    use crate::args::Mask;
 
     #[test]
     fn saved_towers_read_back() {

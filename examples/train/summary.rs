@@ -1,9 +1,9 @@
 //! From runs to results: means over seeds, the tables of the paper, and what its claims come to here.
 
-use crate::args::{Args, Mask};
-use crate::encoder::Architecture;
-use crate::geometry::Histogram;
-use crate::trainer::{Outcome, Variant};
+use super::args::{Args, Mask};
+use super::encoder::Architecture;
+use super::geometry::Histogram;
+use super::trainer::{Outcome, Variant};
 use samtone::{Block, Loss};
 use serde::Serialize;
 
@@ -71,7 +71,7 @@ impl VariantSummary {
         let stat = |f: &dyn Fn(&Outcome) -> f64| Stat::new(runs.iter().map(f).collect());
         let mean = |f: &dyn Fn(&Outcome) -> f64| stat(f).mean;
         let steps = 0..runs[0].steps.len();
-        let timing = |f: fn(&crate::trainer::Timing) -> f64| runs.iter().map(|r| f(&r.timing)).sum::<f64>();
+        let timing = |f: fn(&super::trainer::Timing) -> f64| runs.iter().map(|r| f(&r.timing)).sum::<f64>();
         let (encode, loss, update) = (timing(|t| t.encode), timing(|t| t.loss), timing(|t| t.update));
         let total = encode + loss + update;
         Self {

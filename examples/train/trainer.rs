@@ -1,13 +1,13 @@
 //! One run: training with a loss of this crate, and its measurements.
 
-use crate::args::{Args, Mask};
-use crate::data::{Dataset, TestSet, Uniqueness, text_id, uniqueness};
-use crate::encoder::{Architecture, TouchedRows, Towers};
-use crate::features::{Features, Featuriser, InverseFrequency};
-use crate::geometry::{positives_of, same_tower_ratios, tower_gap};
-use crate::matrix::normalise_rows;
-use crate::optimizer::{Adam, RowAdagrad};
-use crate::retrieval::{Retrieval, Scores, retrieve};
+use super::args::{Args, Mask};
+use super::data::{Dataset, TestSet, Uniqueness, text_id, uniqueness};
+use super::encoder::{Architecture, TouchedRows, Towers};
+use super::features::{Features, Featuriser, InverseFrequency};
+use super::geometry::{positives_of, same_tower_ratios, tower_gap};
+use super::matrix::normalise_rows;
+use super::optimizer::{Adam, RowAdagrad};
+use super::retrieval::{Retrieval, Scores, retrieve};
 use anyhow::{Context, Result};
 use samtone::{Batch, Call, Embeddings, EmbeddingsMut, GradientBuffers, Loss, Tower, cpu};
 use serde::Serialize;

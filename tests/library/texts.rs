@@ -32,6 +32,16 @@ fn every_preset_is_in_the_tables() {
     }
 }
 
+/// No line of numbers is longer than a screen is wide.
+#[test]
+fn many_groups_are_on_several_lines() {
+    let group = |k: usize| Listed::new(format!("group-of-number-{k}"), format!("{k}"), || Ok(()));
+    let text = printed(Arguments { quiet: true, ..Arguments::default() }, (0..30).map(group).collect());
+    assert!(text.lines().filter(|line| line.starts_with("  passed: ")).count() > 3, "{text}");
+    assert!((0..30).all(|k| text.contains(&format!("group-of-number-{k} 1"))), "{text}");
+    assert!(text.lines().all(|line| line.chars().count() <= 120), "{text}");
+}
+
 /// What is printed beside what libtest-mimic prints.
 fn printed(arguments: Arguments, listed: Vec<Listed>) -> String {
     let out = Arc::new(Mutex::new(Vec::new()));
@@ -43,7 +53,7 @@ fn printed(arguments: Arguments, listed: Vec<Listed>) -> String {
 fn many_trials_fit_one_screen_with_every_reason_and_failure() {
     let text = printed(Arguments::default(), listed());
     assert!(text.contains("running 62 of 3062 trials"), "{text}");
-    assert!(text.contains("  cpu   60 passed, 1 FAILED\n"), "{text}");
+    assert!(text.contains("  passed: cpu 60\n  FAILED: cpu 1, wgpu 1\n"), "{text}");
     assert!(text.contains(&format!("  3000 ignored of gpu: {REASON}\n")), "{text}");
     assert!(text.contains("---- cpu f32: a wrong case ----\nloss is off by 1\n"), "{text}");
     assert!(text.contains("---- wgpu f32: a broken case ----\nit panicked: index out of bounds\n"), "{text}");
@@ -62,10 +72,14 @@ fn filters_and_flags_choose_as_ever() {
     assert!(text.contains("0 ignored; 0 measured; 3002 filtered out"), "{text}");
     let included = Arguments { filter: Some("gpu".into()), include_ignored: true, ..Arguments::default() };
     let text = printed(included, listed());
-    assert!(text.contains("  gpu   3000 passed\n") && !text.contains(REASON), "{text}");
+    assert!(text.contains("  passed: gpu 3000\n") && !text.contains(REASON), "{text}");
     // Each has a line of libtest-mimic's own; the reason is ours.
     let few = Arguments { filter: Some("gpu f32: case 12".into()), exact: true, ..Arguments::default() };
-    assert_eq!(printed(few, listed()), format!("  1 ignored of gpu: {REASON}\n"));
+    let one_by_one = Arguments { logfile: Some(report::NOWHERE.into()), ..few.clone() };
+    assert_eq!(printed(one_by_one, listed()), format!("  1 ignored of gpu: {REASON}\n"));
+    let quiet = printed(Arguments { quiet: true, ..few }, listed());
+    assert!(quiet.starts_with("running 0 of 1 trials") && quiet.ends_with("s\n"), "{quiet}");
+    assert_eq!(quiet.lines().count(), 3, "{quiet}");
     assert_eq!(printed(Arguments { list: true, ..Arguments::default() }, Vec::new()), "");
 }
 

@@ -24,9 +24,10 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 pub type Check = fn(&'static CudaEmulated) -> std::result::Result<(), Failed>;
 
 /// Runs every check for both architectures, after `trials`. Without a C++ compiler they are reported as ignored, unless `SAMTONE_REQUIRE`
-/// names the backend.
+/// names the backend. Those that take longest begin first, lest one of them runs alone at the end: the larger architecture, and whatever
+/// is first in the list.
 pub fn run_checks<const N: usize>(checks: [(&str, Check); N], mut trials: Vec<Listed>) -> ExitCode {
-    for how in [&CudaEmulated::SM80, &CudaEmulated::SM90A] {
+    for how in [&CudaEmulated::SM90A, &CudaEmulated::SM80] {
         let absent = how.available().err().filter(|_| !is_required(how.name())).map(|reason| reason.to_string());
         let listed = |(name, check): (&str, Check)| {
             let run = move || check(how);

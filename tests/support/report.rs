@@ -1,5 +1,5 @@
-//! Runs trials and says on one screen what came out: a line for each group, the reason for whatever was ignored, and every
-//! failure. If few trials are chosen, each has a line of its own.
+//! Runs trials and says in a few lines what came out: how many of each group passed, the reason for whatever was ignored, and every
+//! failure. If few trials are chosen, each has a line of its own, unless `--quiet` is given.
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::collections::BTreeMap;
@@ -11,8 +11,12 @@ use std::time::{Duration, Instant};
 
 /// Up to so many trials have a line each.
 const FEW: usize = 40;
-/// How often a long run says how far it is.
-const NEWS: Duration = Duration::from_secs(30);
+/// After this time a run says how far it is, then after twice the time, and so on.
+const NEWS: Duration = Duration::from_secs(60);
+/// A file that swallows what is written.
+pub const NOWHERE: &str = if cfg!(windows) { "NUL" } else { "/dev/null" };
+/// Characters of a line of numbers by group.
+const LINE: usize = 120;
 /// Characters of a reason in the summary.
 const REASON: usize = 180;
 
@@ -44,6 +48,13 @@ impl Listed {
 /// Whether the environment variable `SAMTONE_REQUIRE`, names separated by commas, demands this.
 pub fn is_required(name: &str) -> bool {
     std::env::var("SAMTONE_REQUIRE").unwrap_or_default().split(',').any(|required| required.trim() == name)
+}
+
+/// Prints a figure that some reader may want, if `--nocapture` is given.
+pub fn note(figure: std::fmt::Arguments<'_>) {
+    if std::env::args().any(|argument| argument == "--nocapture") {
+        println!("{figure}");
+    }
 }
 
 /// Of one group.
@@ -90,7 +101,7 @@ pub fn run_to<W: std::io::Write + Send + 'static>(
     let results = Arc::new(Mutex::new(Results::default()));
     let mut trials = Vec::new();
     let (mut chosen, mut to_run, all) = (0, 0, listed.len());
-    let news = Arc::new(Mutex::new(start));
+    let news = Arc::new(Mutex::new(NEWS));
     let counted = Arc::new(std::sync::OnceLock::new());
     let traced = std::env::var_os("SAMTONE_TRACE").is_some();
     for Listed { group, name, ignored, run } in listed {
@@ -113,9 +124,9 @@ pub fn run_to<W: std::io::Write + Send + 'static>(
                         results.failures.push((name, error.message().unwrap_or("no message").into()));
                     }
                 }
-                let mut last = lock(&news);
-                if let Some(to_run) = counted.get().filter(|_| last.elapsed() > NEWS) {
-                    *last = Instant::now();
+                let mut next = lock(&news);
+                if let Some(to_run) = counted.get().filter(|_| start.elapsed() > *next) {
+                    *next = 2 * start.elapsed();
                     let seconds = start.elapsed().as_secs();
                     let failed = results.failures.len();
                     let _ = writeln!(lock(&out), "{} of {to_run} after {seconds} s, {failed} failed", results.done);
@@ -135,13 +146,13 @@ pub fn run_to<W: std::io::Write + Send + 'static>(
         }
         trials.push(trial);
     }
-    let one_by_one =
-        chosen <= FEW || arguments.list || arguments.format.is_some() || arguments.logfile.is_some() || traced;
+    let few = chosen <= FEW && !arguments.quiet;
+    let one_by_one = few || arguments.list || arguments.format.is_some() || arguments.logfile.is_some() || traced;
     let mut arguments = arguments.clone();
     if !one_by_one {
-        let _ = writeln!(lock(&out), "\nrunning {to_run} of {chosen} trials; `-- --format pretty` shows each");
+        let _ = writeln!(lock(&out), "running {to_run} of {chosen} trials; `-- --format pretty` shows each");
         let _ = counted.set(to_run);
-        arguments.logfile = Some(if cfg!(windows) { "NUL" } else { "/dev/null" }.into());
+        arguments.logfile = Some(NOWHERE.into());
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     if !arguments.list && arguments.format.is_none_or(|format| format == libtest_mimic::FormatSetting::Pretty) {
@@ -158,16 +169,22 @@ pub fn run_to<W: std::io::Write + Send + 'static>(
     conclusion.exit_code()
 }
 
-/// A line for each group that ran.
+/// How many of each group passed and failed.
 fn summary(groups: &[(String, Count)]) -> String {
-    let ran: Vec<_> = groups.iter().filter(|(_, count)| count.passed + count.failed > 0).collect();
-    let width = ran.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
-    let mut text = String::new();
-    for (name, count) in ran {
-        let failed = if count.failed > 0 { format!(", {} FAILED", count.failed) } else { String::new() };
-        let _ = writeln!(text, "  {name:<width$}  {} passed{failed}", count.passed);
+    numbers("passed", groups, |count| count.passed) + &numbers("FAILED", groups, |count| count.failed)
+}
+
+/// Lines of at most [`LINE`] characters, if there is anything to say.
+fn numbers(word: &str, groups: &[(String, Count)], of: fn(&Count) -> usize) -> String {
+    let mut lines: Vec<String> = Vec::new();
+    for (name, count) in groups.iter().filter(|(_, count)| of(count) > 0) {
+        let part = format!("{name} {}", of(count));
+        match lines.last_mut().filter(|line| line.chars().count() + 2 + part.chars().count() <= LINE) {
+            Some(line) => *line += &format!(", {part}"),
+            None => lines.push(format!("  {word}: {part}")),
+        }
     }
-    text
+    lines.iter().map(|line| format!("{line}\n")).collect()
 }
 
 /// A line for each reason, with the groups that it ignores.
@@ -200,6 +217,7 @@ fn verdict(results: &Results, filtered_out: usize, elapsed: Duration) -> String 
         }
         text += "\nfailures:\n";
         results.failures.iter().for_each(|(name, _)| text += &format!("    {name}\n"));
+        text += "\n";
     }
     let sum = |of: fn(&Count) -> usize| results.groups.iter().map(|(_, count)| of(count)).sum::<usize>();
     let (passed, failed, ignored) = (sum(|c| c.passed), sum(|c| c.failed), sum(|c| c.ignored.values().sum()));
@@ -207,8 +225,8 @@ fn verdict(results: &Results, filtered_out: usize, elapsed: Duration) -> String 
     let seconds = elapsed.as_secs_f64();
     let _ = writeln!(
         text,
-        "\ntest result: {word}. {passed} passed; {failed} failed; {ignored} ignored; 0 measured; {filtered_out} filtered out; finished \
-         in {seconds:.2}s\n"
+        "test result: {word}. {passed} passed; {failed} failed; {ignored} ignored; 0 measured; {filtered_out} filtered out; finished \
+         in {seconds:.2}s"
     );
     text
 }

@@ -3,11 +3,11 @@
 mod chart;
 mod page;
 
-use crate::args::Args;
-use crate::data::Uniqueness;
-use crate::encoder::Architecture;
-use crate::output::whole_content;
-use crate::summary::{Comparison, Table, VariantSummary, comparisons, tables};
+use super::args::Args;
+use super::data::Uniqueness;
+use super::encoder::Architecture;
+use super::output::whole_content;
+use super::summary::{Comparison, Table, VariantSummary, comparisons, tables};
 use anyhow::Result;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -133,7 +133,7 @@ pub fn write(folder: &Path, report: &Report<'_>) -> Result<PathBuf> {
 
 /// A table for the console, the best of each column marked with `*`.
 pub fn console_table(table: &Table) -> String {
-    let text = |cell: &crate::summary::Cell| format!("{}{}", cell.text, if cell.best { "*" } else { " " });
+    let text = |cell: &super::summary::Cell| format!("{}{}", cell.text, if cell.best { "*" } else { " " });
     let numbers = table.architectures.iter().flat_map(|a| table.metrics.iter().map(move |m| format!("{a} {m} ")));
     let head: Vec<String> = table.labels.iter().cloned().chain(numbers).collect();
     let lines: Vec<Vec<String>> =

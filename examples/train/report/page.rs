@@ -1,12 +1,12 @@
 //! The HTML page. Every sentence about results is computed from them.
 
+use super::super::args::Mask;
+use super::super::data::Uniqueness;
+use super::super::encoder::Architecture;
+use super::super::geometry::Histogram;
+use super::super::summary::{Table, VariantSummary, Verdict, loss_label};
 use super::chart::{LineChart, Scale, Series, escape, outline, scatter};
 use super::{DataSummary, Report, Trainings};
-use crate::args::Mask;
-use crate::data::Uniqueness;
-use crate::encoder::Architecture;
-use crate::geometry::Histogram;
-use crate::summary::{Table, VariantSummary, Verdict, loss_label};
 use samtone::Loss;
 use std::fmt::Write;
 
