@@ -51,13 +51,17 @@ build() {
   set -e
   local compiled=${CARGO_TARGET_DIR:-$PWD/target} out=target/gpu
   rm -rf "$out" && mkdir -p "$out"
-  cargo build --release --features cudarc,wgpu --example evaluate --example bench_cuda --example bench_wgpu
-  cp "$compiled"/release/examples/{evaluate,bench_cuda,bench_wgpu} "$out"
-  for test in conformance cuda_driver; do
-    binary=$(cargo test --release --features cudarc,wgpu --test "$test" --no-run --message-format=json |
-      sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
-    cp "$binary" "$out/$test"
-  done
+  # With the features that .ci/run has built them with.
+  cargo build --release --features wgpu --example evaluate --example bench_wgpu
+  cp "$compiled"/release/examples/{evaluate,bench_wgpu} "$out"
+  cargo build --release --features cudarc,wgpu --example bench_cuda
+  cp "$compiled/release/examples/bench_cuda" "$out"
+  test_binary() { # name, features
+    cargo test --release --features "$2" --test "$1" --no-run --message-format=json |
+      sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1
+  }
+  cp "$(test_binary conformance wgpu)" "$out/conformance"
+  cp "$(test_binary cuda_driver cudarc,wgpu)" "$out/cuda_driver"
   strip "$out"/*
   python_packages
   vulkan_loader
