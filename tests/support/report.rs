@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 /// Up to so many trials have a line each.
 const FEW: usize = 40;
 /// After this time a run says how far it is, then after twice the time, and so on.
-const NEWS: Duration = Duration::from_secs(30);
+const NEWS: Duration = Duration::from_secs(60);
 /// A file that swallows what is written.
 pub const NOWHERE: &str = if cfg!(windows) { "NUL" } else { "/dev/null" };
 /// Characters of a line of numbers by group.

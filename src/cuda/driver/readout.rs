@@ -429,8 +429,9 @@ mod tests {
         for fault in [Refusal::ZeroNorm(Tower::Query, 2), Refusal::NonFinite(Tower::Passage, 3)].map(refused) {
             assert!(matches!(readout.expect_row(fault), Err(Error::StateMismatch { .. })), "{fault:?}");
         }
-        let error_of =
-            |bytes: &[u8]| Refusal::NonFinite(Tower::Query, 7).error("", readout.dtype, None, |_, _| Ok(bytes.to_vec()));
+        let error_of = |bytes: &[u8]| {
+            Refusal::NonFinite(Tower::Query, 7).error("", readout.dtype, None, |_, _| Ok(bytes.to_vec()))
+        };
         let error = error_of(&row);
         assert_eq!(error, Error::NonFinite { tower: Tower::Query, row: 7, column: 1, value: f64::NEG_INFINITY });
         assert!(error_of(&[0; 8]).to_string().contains("overwritten"));
