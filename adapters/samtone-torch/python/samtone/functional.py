@@ -103,7 +103,7 @@ def samtone_loss(
         zero_norm: ``"error"`` for embeddings of norm zero, or ``"zero_gradient"`` to let their cosines and gradients be 0.
         no_negative: ``"error"`` for a row without a negative in a group without copies of the positive, as `decoupled` is, or
             ``"zero"`` to let it contribute nothing.
-        workspace_bytes: Bound on memory beyond O((M + N) d). Default: 256 MiB.
+        workspace_bytes: Bound on memory beyond O((M + N) d). Default: 512 MiB.
         tile_skipping: eta, above 0 and below 1, such as 1e-3: of every row at most this share of the softmax mass of its
             negatives is left out of the gradient, tile by tile; loss and metrics keep every bit. It pays for batches sorted
             by clusters at tau of 0.02 or less. Only CUDA skips; the CPU keeps the promise by skipping nothing. Default: none.
