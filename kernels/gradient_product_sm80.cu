@@ -31,9 +31,9 @@ SAMTONE_DEVICE u32 next_tile(const Line& line, u32 from, bool computed SAMTONE_S
     return from < line.count ? from : line.count;
 }
 
-template <u32 TILE, Arithmetic A>
-SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, const unsigned char* gradients, u64 plane,
-                                     const Product& product, const u32* skipped) {
+template <u32 TILE, Arithmetic A> SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers,
+                                                                       const unsigned char* gradients, u64 plane, const Product& product,
+                                                                       const u32* skipped) {
     begin_launch();
     constexpr u32 BYTES = Numbers<A>::BYTES, SEGMENTS = Numbers<A>::GRADIENT_SEGMENTS;
     // [1] which sums
@@ -91,11 +91,11 @@ SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, con
     }
 }
 
-#define GRADIENT_PRODUCT(name, TILE, arithmetic)                                                                             \
-    SHARED_BYTES(name, Shape<TILE>::STAGES * Shape<TILE>::STAGE);                                                            \
+#define GRADIENT_PRODUCT(name, TILE, arithmetic)                                                                                \
+    SHARED_BYTES(name, Shape<TILE>::STAGES* Shape<TILE>::STAGE);                                                                \
     KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const unsigned char* gradients, u64 plane, \
-           BY_VALUE(Product) product, const u32* skipped) {                                                                  \
-        gradient_product<TILE, Arithmetic::arithmetic>(wave, towers, gradients, plane, product, skipped);                    \
+           BY_VALUE(Product) product, const u32* skipped) {                                                                     \
+        gradient_product<TILE, Arithmetic::arithmetic>(wave, towers, gradients, plane, product, skipped);                       \
     }
 GRADIENT_PRODUCT(gradient_product_f16_64, 64, f16)
 GRADIENT_PRODUCT(gradient_product_f16_128, 128, f16)

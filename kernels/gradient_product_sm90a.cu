@@ -49,9 +49,9 @@ constexpr u32 SLOTS_OF_SQUARE = PAIR / 64; // how many slots k takes in a square
 
 // The warp that copies calls this, and one lane of it copies. The segments of planes are lo·x and hi·x, in split f32 lo·hi, hi·lo and
 // hi·hi.
-template <Arithmetic A>
-SAMTONE_DEVICE void copy_matrix(Ring<STAGES>& ring, const SuperBlock& block, u32 side, const Square& square, const Towers& towers,
-                                const unsigned char* gradients, u64 plane, const u32* skipped) {
+template <Arithmetic A> SAMTONE_DEVICE void copy_matrix(Ring<STAGES>& ring, const SuperBlock& block, u32 side, const Square& square,
+                                                        const Towers& towers, const unsigned char* gradients, u64 plane,
+                                                        const u32* skipped) {
     constexpr u32 SEGMENTS = Numbers<A>::GRADIENT_SEGMENTS;
     const Edge &edge = side == 0 ? block.row : block.col, &other = side == 0 ? block.col : block.row;
     const Tower& tower = tower_of(towers, other.space);
@@ -66,7 +66,8 @@ SAMTONE_DEVICE void copy_matrix(Ring<STAGES>& ring, const SuperBlock& block, u32
     const Line line = line_along(skipped, block, side, square);
     for (u32 segment = 0; segment < SEGMENTS; ++segment) {
         const unsigned char* a_segment = a_start + (SEGMENTS > 1 && segment == 0 ? plane : 0);
-        const unsigned char* b_segment = tower.packed + static_cast<u64>(other.packed) * 128 + (SEGMENTS == 3 && segment == 1 ? tower.plane : 0);
+        const unsigned char* b_segment =
+            tower.packed + static_cast<u64>(other.packed) * 128 + (SEGMENTS == 3 && segment == 1 ? tower.plane : 0);
         for (u32 from = 0; from < line.count; from += WARP) {
             u32 bits = computed_from(line, from);
             if (lane_id() != 0) continue;
@@ -172,9 +173,8 @@ template <bool TRANSPOSED> SAMTONE_DEVICE void multiply_apart(HalfSums (&total)[
     }
 }
 
-template <Arithmetic A>
-SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, const unsigned char* gradients, u64 plane,
-                                     const Product& product, const u32* skipped) {
+template <Arithmetic A> SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, const unsigned char* gradients,
+                                                             u64 plane, const Product& product, const u32* skipped) {
     begin_launch();
     start_pipeline<Ring<STAGES>>([] {});
     Ring<STAGES> ring{0, 0};
@@ -231,11 +231,11 @@ SAMTONE_DEVICE void gradient_product(const Wave& wave, const Towers& towers, con
     end_pipeline();
 }
 
-#define GRADIENT_PRODUCT(name, arithmetic)                                                                                      \
-    SHARED_BYTES(name, Ring<STAGES>::END);                                                                                      \
+#define GRADIENT_PRODUCT(name, arithmetic)                                                                                        \
+    SHARED_BYTES(name, Ring<STAGES>::END);                                                                                        \
     KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const unsigned char* gradients, \
-                   u64 plane, BY_VALUE(Product) product, const u32* skipped) {                                                  \
-        gradient_product<Arithmetic::arithmetic>(wave, towers, gradients, plane, product, skipped);                             \
+                   u64 plane, BY_VALUE(Product) product, const u32* skipped) {                                                    \
+        gradient_product<Arithmetic::arithmetic>(wave, towers, gradients, plane, product, skipped);                               \
     }
 GRADIENT_PRODUCT(gradient_product_f16_sm90a, f16)
 GRADIENT_PRODUCT(gradient_product_f16x2_sm90a, f16x2)

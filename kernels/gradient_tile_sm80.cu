@@ -92,9 +92,9 @@ SAMTONE_DEVICE void copy_out(unsigned char* matrix, u64 plane, u32 columns, u32 
 }
 
 template <u32 TILE, Arithmetic A, bool KEPT>
-SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta,
-                                  const double* log_coefficients, const double* positive, const double* results, u32 row_count,
-                                  unsigned char* gradients, u64 plane, double* dots, const u32* skipped, const Cosines& cosines) {
+SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta, const double* log_coefficients,
+                                  const double* positive, const double* results, u32 row_count, unsigned char* gradients, u64 plane,
+                                  double* dots, const u32* skipped, const Cosines& cosines) {
     begin_launch();
     using E = Elements<TILE>;
     constexpr float NEVER = -1e9f; // an exponent that makes everything 0
@@ -124,8 +124,7 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
         const Tower &left = tower_of(towers, block.row.space), &right = tower_of(towers, block.col.space);
         multiply<TILE, A, Numbers<A>::COSINE_SEGMENTS, Layout::rows, Layout::rows>(
             x, by_rows<TILE>(left.packed, towers.row_bytes, left.plane, block.row.packed + at.row * TILE),
-            by_rows<TILE>(right.packed, towers.row_bytes, right.plane, block.col.packed + at.col * TILE),
-            towers.row_bytes / 128);
+            by_rows<TILE>(right.packed, towers.row_bytes, right.plane, block.col.packed + at.col * TILE), towers.row_bytes / 128);
     }
 
     // [2] scale, [3] mask
@@ -208,13 +207,13 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
     if (block.triangle != 0 && at.row != at.col) copy_out<TILE, A, true>(matrix, plane, columns, at.col * TILE, at.row * TILE);
 }
 
-#define GRADIENT_TILE(name, TILE, arithmetic)                                                                             \
-    SHARED_BYTES(name, Shape<TILE>::STAGES * Shape<TILE>::STAGE);                                                         \
-    KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta,   \
-           const double* log_coefficients, const double* positive, const double* results, u32 row_count,                  \
-           unsigned char* gradients, u64 plane, double* dots, const u32* skipped) {                                       \
-        gradient_tile<TILE, Arithmetic::arithmetic, false>(wave, towers, rows, beta, log_coefficients, positive, results, \
-                                                           row_count, gradients, plane, dots, skipped, {});               \
+#define GRADIENT_TILE(name, TILE, arithmetic)                                                                                        \
+    SHARED_BYTES(name, Shape<TILE>::STAGES* Shape<TILE>::STAGE);                                                                     \
+    KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta,              \
+           const double* log_coefficients, const double* positive, const double* results, u32 row_count, unsigned char* gradients,   \
+           u64 plane, double* dots, const u32* skipped) {                                                                            \
+        gradient_tile<TILE, Arithmetic::arithmetic, false>(wave, towers, rows, beta, log_coefficients, positive, results, row_count, \
+                                                           gradients, plane, dots, skipped, {});                                     \
     }
 GRADIENT_TILE(gradient_tile_f16_64, 64, f16)
 GRADIENT_TILE(gradient_tile_f16_128, 128, f16)
@@ -225,13 +224,13 @@ GRADIENT_TILE(gradient_tile_f16x3_128, 128, f16x3)
 GRADIENT_TILE(gradient_tile_f32_64, 64, f32)
 
 // Only the cosines distinguish f16x3 from f16x2, and here they are there already. So the kernels of f16x2 serve f16x3 as well.
-#define GRADIENT_TILE_KEPT(name, TILE, arithmetic)                                                                       \
-    SHARED_BYTES(name, Staging<TILE, Arithmetic::arithmetic>::BYTES);                                                    \
-    KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta,  \
-           const double* log_coefficients, const double* positive, const double* results, u32 row_count,                 \
-           unsigned char* gradients, u64 plane, double* dots, const u32* skipped, BY_VALUE(Cosines) cosines) {           \
-        gradient_tile<TILE, Arithmetic::arithmetic, true>(wave, towers, rows, beta, log_coefficients, positive, results, \
-                                                          row_count, gradients, plane, dots, skipped, cosines);          \
+#define GRADIENT_TILE_KEPT(name, TILE, arithmetic)                                                                                  \
+    SHARED_BYTES(name, Staging<TILE, Arithmetic::arithmetic>::BYTES);                                                               \
+    KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta,             \
+           const double* log_coefficients, const double* positive, const double* results, u32 row_count, unsigned char* gradients,  \
+           u64 plane, double* dots, const u32* skipped, BY_VALUE(Cosines) cosines) {                                                \
+        gradient_tile<TILE, Arithmetic::arithmetic, true>(wave, towers, rows, beta, log_coefficients, positive, results, row_count, \
+                                                          gradients, plane, dots, skipped, cosines);                                \
     }
 GRADIENT_TILE_KEPT(gradient_tile_kept_f16_64, 64, f16)
 GRADIENT_TILE_KEPT(gradient_tile_kept_f16_128, 128, f16)

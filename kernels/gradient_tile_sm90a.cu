@@ -37,8 +37,8 @@ template <> struct RingOf<true> {
 };
 constexpr u32 STAGING_BYTES = 128 * HALF;
 static_assert(RingOf<true>::Type::END <= Ring<STAGES>::END, "both have the same memory behind the slots");
-constexpr u32 STAGING = (Ring<STAGES>::END + 1023) / 1024 * 1024, EDGES = STAGING + 2 * STAGING_BYTES,
-              FACTORS = EDGES + EDGES_BYTES + 16, DOTS = FACTORS + 2 * 4 * HALF, GRADIENT_TILE_BYTES = DOTS + 2 * 4 * 16;
+constexpr u32 STAGING = (Ring<STAGES>::END + 1023) / 1024 * 1024, EDGES = STAGING + 2 * STAGING_BYTES, FACTORS = EDGES + EDGES_BYTES + 16,
+              DOTS = FACTORS + 2 * 4 * HALF, GRADIENT_TILE_BYTES = DOTS + 2 * 4 * 16;
 static_assert(GRADIENT_TILE_BYTES <= 227 << 10, "the memory of a multiprocessor");
 
 constexpr float NEVER = -1e9f; // an exponent that makes everything 0
@@ -71,8 +71,7 @@ SAMTONE_DEVICE void coefficient(float (&numbers)[3], const CoefficientOf& of, co
 
 // [4], [5]: makes gradients, times both scales, of the cosines of a half, in place. Gives this thread's part of the dot.
 template <bool CHECKED>
-SAMTONE_DEVICE float differentiate(HalfSums& x, const KeptSlots& kept, const Edges& edges, u32 half, bool counted,
-                                  const Beta& beta) {
+SAMTONE_DEVICE float differentiate(HalfSums& x, const KeptSlots& kept, const Edges& edges, u32 half, bool counted, const Beta& beta) {
     const u32 first = HALF + half * HALF; // the entry of the half's first column
     // [4] one exponential or two. The largest exponent is that of 64 rows and 128 columns, so that it is the same in all warps of the
     // warpgroup.
@@ -86,7 +85,8 @@ SAMTONE_DEVICE float differentiate(HalfSums& x, const KeptSlots& kept, const Edg
     const float common = -strongest;
     const shared_address factors = shared_base() + FACTORS + consumer() * (4 * HALF);
     const u32 own = threadIdx.x % WARPGROUP;
-    st_shared_f32(factors + 4 * own, ld_shared_f32(edges.of_pass(1, first + own)) * ex2_approx(ld_shared_f32(edges.of_pass(0, first + own)) + common));
+    st_shared_f32(factors + 4 * own,
+                  ld_shared_f32(edges.of_pass(1, first + own)) * ex2_approx(ld_shared_f32(edges.of_pass(0, first + own)) + common));
     SYNC(G4, sync_warpgroup());
 
     // [5] gradients
@@ -144,9 +144,8 @@ template <bool MIRRORED> SAMTONE_DEVICE void stage_half(HalfSums& x) {
     const shared_address staging = shared_base() + STAGING + consumer() * STAGING_BYTES;
     UNROLL
     for (u32 group = 0; group < 16; group += 2) { // two groups of eight columns, and both row slots
-        const u32 pairs[4] = {
-            cvt_rn_f16x2_f32(x[4 * group], x[4 * group + 1]), cvt_rn_f16x2_f32(x[4 * group + 2], x[4 * group + 3]),
-            cvt_rn_f16x2_f32(x[4 * group + 4], x[4 * group + 5]), cvt_rn_f16x2_f32(x[4 * group + 6], x[4 * group + 7])};
+        const u32 pairs[4] = {cvt_rn_f16x2_f32(x[4 * group], x[4 * group + 1]), cvt_rn_f16x2_f32(x[4 * group + 2], x[4 * group + 3]),
+                              cvt_rn_f16x2_f32(x[4 * group + 4], x[4 * group + 5]), cvt_rn_f16x2_f32(x[4 * group + 6], x[4 * group + 7])};
         const u32 columns = group + matrix / 2, rows = warp * 2 + matrix % 2; // numbers of groups of eight
         if constexpr (MIRRORED) stmatrix_x4_trans(staging + (columns * 8 + r) * 128 + (rows ^ r) * 16, pairs);
         else stmatrix_x4(staging + columns / 8 * (64 * 128) + (rows * 8 + r) * 128 + (columns % 8 ^ r) * 16, pairs);
@@ -210,9 +209,9 @@ template <class R> SAMTONE_DEVICE void load_kept(HalfSums& x, R& ring) {
     }
 }
 
-template <Arithmetic A, bool KEPT>
-SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta, const CoefficientOf& of,
-                                  unsigned char* gradients, u64 plane, double* dots, const u32* skipped, const Cosines& cosines) {
+template <Arithmetic A, bool KEPT> SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const AnchorKeys* rows,
+                                                                     Beta beta, const CoefficientOf& of, unsigned char* gradients,
+                                                                     u64 plane, double* dots, const u32* skipped, const Cosines& cosines) {
     begin_launch();
     using Slots = typename RingOf<KEPT>::Type;
     Edges edges{shared_base() + EDGES, 0};
@@ -227,9 +226,9 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
             if constexpr (KEPT) copy_kept(ring, block, at, cosines);
             else copy_square<A>(ring, block, at, towers);
         };
-        load_squares(edges, wave, towers, rows, copy, [&](float (&numbers)[3], const EdgeEntry& entry, const Edge& edge) {
-            coefficient(numbers, of, entry, edge.block);
-        }, left_out);
+        load_squares(
+            edges, wave, towers, rows, copy,
+            [&](float(&numbers)[3], const EdgeEntry& entry, const Edge& edge) { coefficient(numbers, of, entry, edge.block); }, left_out);
     } else {
         setmaxnreg_inc<MULTIPLY_REGISTERS>();
         for (u32 k = cluster_id(); k < squares; k += clusters()) {
@@ -289,26 +288,26 @@ SAMTONE_DEVICE void gradient_tile(const Wave& wave, const Towers& towers, const 
     end_pipeline();
 }
 
-#define GRADIENT_TILE(name, arithmetic)                                                                                         \
-    SHARED_BYTES(name, GRADIENT_TILE_BYTES);                                                                                    \
-    KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows,       \
-                   Beta beta, const double* log_coefficients, const double* positive, const double* results, u32 row_count,     \
-                   unsigned char* gradients, u64 plane, double* dots, const u32* skipped) {                                     \
-        gradient_tile<Arithmetic::arithmetic, false>(wave, towers, rows, beta, {log_coefficients, positive, results, row_count}, \
-                                                     gradients, plane, dots, skipped, {});                                      \
+#define GRADIENT_TILE(name, arithmetic)                                                                                                    \
+    SHARED_BYTES(name, GRADIENT_TILE_BYTES);                                                                                               \
+    KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta,       \
+                   const double* log_coefficients, const double* positive, const double* results, u32 row_count, unsigned char* gradients, \
+                   u64 plane, double* dots, const u32* skipped) {                                                                          \
+        gradient_tile<Arithmetic::arithmetic, false>(wave, towers, rows, beta, {log_coefficients, positive, results, row_count},           \
+                                                     gradients, plane, dots, skipped, {});                                                 \
     }
 GRADIENT_TILE(gradient_tile_f16_sm90a, f16)
 GRADIENT_TILE(gradient_tile_f16x2_sm90a, f16x2)
 GRADIENT_TILE(gradient_tile_f16x3_sm90a, f16x3)
 
 // Only the cosines distinguish f16x3 from f16x2, and here they are there already. So the kernels of f16x2 serve f16x3 as well.
-#define GRADIENT_TILE_KEPT(name, arithmetic)                                                                                    \
-    SHARED_BYTES(name, GRADIENT_TILE_BYTES);                                                                                    \
-    KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows,       \
-                   Beta beta, const double* log_coefficients, const double* positive, const double* results, u32 row_count,     \
-                   unsigned char* gradients, u64 plane, double* dots, const u32* skipped, BY_VALUE(Cosines) cosines) {          \
-        gradient_tile<Arithmetic::arithmetic, true>(wave, towers, rows, beta, {log_coefficients, positive, results, row_count}, \
-                                                    gradients, plane, dots, skipped, cosines);                                  \
+#define GRADIENT_TILE_KEPT(name, arithmetic)                                                                                               \
+    SHARED_BYTES(name, GRADIENT_TILE_BYTES);                                                                                               \
+    KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta,       \
+                   const double* log_coefficients, const double* positive, const double* results, u32 row_count, unsigned char* gradients, \
+                   u64 plane, double* dots, const u32* skipped, BY_VALUE(Cosines) cosines) {                                               \
+        gradient_tile<Arithmetic::arithmetic, true>(wave, towers, rows, beta, {log_coefficients, positive, results, row_count}, gradients, \
+                                                    plane, dots, skipped, cosines);                                                        \
     }
 GRADIENT_TILE_KEPT(gradient_tile_kept_f16_sm90a, f16)
 GRADIENT_TILE_KEPT(gradient_tile_kept_f16x2_sm90a, f16x2)

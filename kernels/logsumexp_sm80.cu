@@ -22,9 +22,7 @@
 template <u32 TILE> SAMTONE_DEVICE shared_address row_sums(u32 warp_col) {
     return shared_base() + 2 * TILE * EDGE_BYTES + warp_col * (12 * TILE);
 }
-template <u32 TILE> SAMTONE_DEVICE shared_address col_sums(u32 warp_row) {
-    return row_sums<TILE>(TILE / 32) + warp_row * (12 * TILE);
-}
+template <u32 TILE> SAMTONE_DEVICE shared_address col_sums(u32 warp_row) { return row_sums<TILE>(TILE / 32) + warp_row * (12 * TILE); }
 
 // Stores the sum, the exponent and the count that one index has in one warp's part.
 template <u32 TILE> SAMTONE_DEVICE void store_sum(shared_address sums, u32 index, float sum, float exponent, u32 count) {
@@ -68,9 +66,8 @@ SAMTONE_DEVICE void store_partial(shared_address sums, u32 parts, u32 index, Par
     if (ranks) st_global_u32(counts + at, count);
 }
 
-template <u32 TILE, Arithmetic A>
-SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta, Partial* partials,
-                              u32* counts, const Cosines& cosines) {
+template <u32 TILE, Arithmetic A> SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta,
+                                                                Partial* partials, u32* counts, const Cosines& cosines) {
     begin_launch();
     using E = Elements<TILE>;
     // [1] load
@@ -83,8 +80,7 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
     float x[Shape<TILE>::FRAGMENTS][4][4] = {};
     multiply<TILE, A, Numbers<A>::COSINE_SEGMENTS, Layout::rows, Layout::rows>(
         x, by_rows<TILE>(left.packed, towers.row_bytes, left.plane, block.row.packed + at.row * TILE),
-        by_rows<TILE>(right.packed, towers.row_bytes, right.plane, block.col.packed + at.col * TILE),
-        towers.row_bytes / 128);
+        by_rows<TILE>(right.packed, towers.row_bytes, right.plane, block.col.packed + at.col * TILE), towers.row_bytes / 128);
 
     // [2] scale, [3] mask
     store_edge<TILE>(shared_base(), edge, {bits_of(bar), 0, 0, 0});
@@ -180,8 +176,7 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
     UNROLL
     for (u32 i = 0; i < E::ROWS / 4; ++i)
         store_sum<TILE>(row_sums<TILE>(warp_id() % (TILE / 32)), elements.row(first + i), row_sum[i], row_exponent[i], row_count[i]);
-    store_sum<TILE>(col_sums<TILE>(warp_id() / (TILE / 32)), elements.column(column_slot()), col_sum[0], col_exponent[0],
-                    col_count[0]);
+    store_sum<TILE>(col_sums<TILE>(warp_id() / (TILE / 32)), elements.column(column_slot()), col_sum[0], col_exponent[0], col_count[0]);
     SYNC(L1, bar_sync());
     const u32 index = threadIdx.x % TILE;
     const bool ranks = block.ranks != 0;
@@ -194,11 +189,11 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
     }
 }
 
-#define LOGSUMEXP(name, TILE, arithmetic)                                                                               \
-    SHARED_BYTES(name, Shape<TILE>::STAGES * Shape<TILE>::STAGE);                                                       \
-    KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta, \
-           Partial* partials, u32* counts, BY_VALUE(Cosines) cosines) {                                                 \
-        logsumexp<TILE, Arithmetic::arithmetic>(wave, towers, rows, beta, partials, counts, cosines);                  \
+#define LOGSUMEXP(name, TILE, arithmetic)                                                                                                  \
+    SHARED_BYTES(name, Shape<TILE>::STAGES* Shape<TILE>::STAGE);                                                                           \
+    KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta, Partial* partials, \
+           u32* counts, BY_VALUE(Cosines) cosines) {                                                                                       \
+        logsumexp<TILE, Arithmetic::arithmetic>(wave, towers, rows, beta, partials, counts, cosines);                                      \
     }
 LOGSUMEXP(logsumexp_f16_64, 64, f16)
 LOGSUMEXP(logsumexp_f16_128, 128, f16)

@@ -66,9 +66,9 @@ SAMTONE_DEVICE void count_above(u32& count, u32& counts, HalfSums& x, const Kept
 }
 
 // [5] sums under one exponent. If a sum may have lost terms, this stores nothing and gives false.
-template <bool CHECKED>
-SAMTONE_DEVICE bool sum_together(RowSum& of_row, shared_address columns, u32 counts, HalfSums& x, const KeptSlots& kept, const SuperBlock& block,
-                                 const TileMask& tile, const Beta& beta, float exponent) {
+template <bool CHECKED> SAMTONE_DEVICE bool sum_together(RowSum& of_row, shared_address columns, u32 counts, HalfSums& x,
+                                                         const KeptSlots& kept, const SuperBlock& block, const TileMask& tile,
+                                                         const Beta& beta, float exponent) {
     float row[2] = {}, column[32];
     UNROLL
     for (u32 j = 0; j < 32; ++j) {
@@ -87,8 +87,7 @@ SAMTONE_DEVICE bool sum_together(RowSum& of_row, shared_address columns, u32 cou
     bool lost = block.row.sums != 0 && slot_row(lane_id() % 2) < tile.live_rows && of_row.sum < SUSPICIOUS;
     const u32 first = first_column_slot();
     UNROLL
-    for (u32 k = 0; k < 4; ++k)
-        lost = lost || (block.col.sums != 0 && slot_column(first + k) < tile.live_cols && column[k] < SUSPICIOUS);
+    for (u32 k = 0; k < 4; ++k) lost = lost || (block.col.sums != 0 && slot_column(first + k) < tile.live_cols && column[k] < SUSPICIOUS);
     if (vote_sync_ballot(ALL_LANES, lost) != 0) return false;
     UNROLL
     for (u32 k = 0; k < 4; ++k) store_column_sum(columns, slot_column(first + k), column[k], exponent, counts >> (8 * k) & 255);
@@ -127,9 +126,9 @@ SAMTONE_DEVICE void sum_apart(RowSum& of_row, shared_address columns, u32 counts
     of_row.exponent = (lane_id() & 1) != 0 ? row_exponent[1] : row_exponent[0];
 }
 
-template <bool CHECKED>
-SAMTONE_DEVICE bool sum_half(RowSum& of_row, u32& counts, shared_address columns, HalfSums& x, const KeptSlots& kept, const SuperBlock& block,
-                             const Edges& edges, u32 half, const TileMask& tile, const Beta& beta) {
+template <bool CHECKED> SAMTONE_DEVICE bool sum_half(RowSum& of_row, u32& counts, shared_address columns, HalfSums& x,
+                                                     const KeptSlots& kept, const SuperBlock& block, const Edges& edges, u32 half,
+                                                     const TileMask& tile, const Beta& beta) {
     if (block.ranks != 0) count_above<CHECKED>(of_row.count, counts, x, kept, edges, half);
     const float exponent = exponent_of(largest_of<CHECKED>(x, kept), beta);
     return sum_together<CHECKED>(of_row, columns, counts, x, kept, block, tile, beta, exponent);
@@ -167,9 +166,8 @@ SAMTONE_DEVICE void store_column(shared_address sums, Partial* partials, u32* co
     if (ranks) st_global_u32(counts + at, count);
 }
 
-template <Arithmetic A>
-SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta, Partial* partials, u32* counts,
-                              const Cosines& cosines) {
+template <Arithmetic A> SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta,
+                                                      Partial* partials, u32* counts, const Cosines& cosines) {
     begin_launch();
     Edges edges{shared_base() + EDGES, 0};
     start_pipeline<Ring<STAGES>>([&] { make_edges(edges); });
@@ -179,10 +177,13 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
         // [1] load
         setmaxnreg_dec<COPY_REGISTERS>();
         auto copy = [&](const SuperBlock& block, const TilePlace& at) { copy_square<A>(ring, block, at, towers); };
-        load_squares(edges, wave, towers, rows, copy, [&](float (&numbers)[3], const EdgeEntry& entry, const Edge&) {
-            numbers[0] = numbers[1] = numbers[2] = 0;
-            if (entry.anchor.z != NONE) numbers[0] = float_of(ld_global_u32(reinterpret_cast<const u32*>(rows + entry.row) + 3));
-        }, [](const TilePlace&) { return false; });
+        load_squares(
+            edges, wave, towers, rows, copy,
+            [&](float(&numbers)[3], const EdgeEntry& entry, const Edge&) {
+                numbers[0] = numbers[1] = numbers[2] = 0;
+                if (entry.anchor.z != NONE) numbers[0] = float_of(ld_global_u32(reinterpret_cast<const u32*>(rows + entry.row) + 3));
+            },
+            [](const TilePlace&) { return false; });
     } else {
         setmaxnreg_inc<MULTIPLY_REGISTERS>();
         for (u32 k = cluster_id(); k < squares; k += clusters()) {
@@ -234,11 +235,11 @@ SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const Anch
     end_pipeline();
 }
 
-#define LOGSUMEXP(name, arithmetic)                                                                                              \
-    SHARED_BYTES(name, LOGSUMEXP_BYTES);                                                                                         \
+#define LOGSUMEXP(name, arithmetic)                                                                                                  \
+    SHARED_BYTES(name, LOGSUMEXP_BYTES);                                                                                             \
     KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta, \
-                   Partial* partials, u32* counts, BY_VALUE(Cosines) cosines) {                                                  \
-        logsumexp<Arithmetic::arithmetic>(wave, towers, rows, beta, partials, counts, cosines);                                  \
+                   Partial* partials, u32* counts, BY_VALUE(Cosines) cosines) {                                                      \
+        logsumexp<Arithmetic::arithmetic>(wave, towers, rows, beta, partials, counts, cosines);                                      \
     }
 LOGSUMEXP(logsumexp_f16_sm90a, f16)
 LOGSUMEXP(logsumexp_f16x3_sm90a, f16x3)

@@ -40,8 +40,8 @@ ABI_STRUCT(Positives, {
     double* positive;      // s⁺
     AnchorKeys* anchors;
     u32 *ticket, *status;
-    double margin;         // +∞ if there is none
-    u32 wanted, padding;   // `wanted` is 0 if they are there already, as the norms are
+    double margin;       // +∞ if there is none
+    u32 wanted, padding; // `wanted` is 0 if they are there already, as the norms are
 });
 
 ABI_STRUCT(Prepare, {

@@ -20,15 +20,15 @@ constexpr u32 ROWS_PER_BLOCK = REDUCE_THREADS / WARP;
 
 // How the gradient of one tower is made.
 ABI_STRUCT(Projection, {
-    Raw own, other;               // the raw embeddings of this tower, and of the other one
+    Raw own, other; // the raw embeddings of this tower, and of the other one
     const float* sums;
-    u64 sums_stride;              // from row to row, in elements
-    const float* inverse;         // of this tower, by index
+    u64 sums_stride;                                 // from row to row, in elements
+    const float* inverse;                            // of this tower, by index
     const double *inverse_norm, *other_inverse_norm; // by index
     unsigned char* out;
     u64 out_row_bytes;
-    u32 out_type, rows;           // of the output. There are no rows if the gradient is not wanted
-    u32 first_row;                // of the queries: the row that the first output row belongs to
+    u32 out_type, rows; // of the output. There are no rows if the gradient is not wanted
+    u32 first_row;      // of the queries: the row that the first output row belongs to
     u32 is_passage;
 });
 
@@ -47,10 +47,10 @@ ABI_STRUCT(Backward, {
     // Pairs. For queries: the passage that is each row's positive, and its index (null for the identity). For passages: the indices behind
     // passage n are occurrences[occurrence_start[n] … occurrence_start[n + 1] − 1] (null for the identity), and the row of each index.
     const u32 *positives, *anchor_index, *occurrence_start, *occurrences, *anchor_row;
-    const float* upstream;        // null for 1
+    const float* upstream; // null for 1
     u32* status;
-    double beta, factor;          // `factor` is the host's part of the upstream gradient
-    u32 row_begin, row_end;       // the rows of the shard
+    double beta, factor;    // `factor` is the host's part of the upstream gradient
+    u32 row_begin, row_end; // the rows of the shard
     u32 zero_is_error, padding;
 });
 

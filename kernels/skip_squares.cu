@@ -22,9 +22,7 @@
 constexpr double SLACK = 0x1p-10;
 
 // The largest sums among the rows and among the columns of a square. A sum of 0 says that no anchor has a negative there.
-ABI_STRUCT(Masses, {
-    Partial row, col;
-});
+ABI_STRUCT(Masses, { Partial row, col; });
 
 // Super-block and place of square k of a wave, counting only those that may be skipped.
 struct Square {

@@ -14,7 +14,8 @@ ABI_STRUCT(Cosines, {
 });
 
 // The first element of square (row, col) of super-block `index`, which keeps its cosines. A square has `elements` elements.
-SAMTONE_DEVICE float* kept_square(const Cosines& cosines, const SuperBlock& block, u32 index, u32 row, u32 col, u32 together, u32 elements) {
+SAMTONE_DEVICE float* kept_square(const Cosines& cosines, const SuperBlock& block, u32 index, u32 row, u32 col, u32 together,
+                                  u32 elements) {
     const u64 cols = block.col.tiles / together, r = row;
     const u64 square = block.triangle != 0 ? r * cols - r * (r - 1) / 2 + (col - r) : r * cols + col;
     return cosines.kept + cosines.first[index] + square * elements;

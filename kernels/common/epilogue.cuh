@@ -94,9 +94,7 @@ template <u32 TILE> SAMTONE_DEVICE void store_edge(shared_address edges, const E
 template <u32 TILE> struct Elements {
     static constexpr u32 ROWS = 2 * Shape<TILE>::FRAGMENTS, COLS = 8;
     u32 row0, column0; // where this thread's part of the tile begins
-    SAMTONE_MEMBER static Elements of_this_thread() {
-        return {warp_row<TILE>() + lane_id() / 4, warp_column<TILE>() + lane_id() % 4 * 2};
-    }
+    SAMTONE_MEMBER static Elements of_this_thread() { return {warp_row<TILE>() + lane_id() / 4, warp_column<TILE>() + lane_id() % 4 * 2}; }
     SAMTONE_MEMBER u32 row(u32 i) const { return row0 + 8 * i; }
     SAMTONE_MEMBER u32 column(u32 j) const { return column0 + j / 2 * 8 + j % 2; }
 };
@@ -171,9 +169,7 @@ SAMTONE_DEVICE bool is_kept(u64 bits, u32 i, u32 j) { return (bits >> (8 * i + j
 
 // 2^(s·β·log2 e − k) for a whole k. The fused multiply-add rounds the product with the high part only after k was subtracted. So 1/τ,
 // which is rounded to f32, costs no digit of a logit near 100.
-SAMTONE_DEVICE float exponential(float s, const Beta& beta, float k) {
-    return ex2_approx(fma_rn(s, beta.low, fma_rn(s, beta.high, -k)));
-}
+SAMTONE_DEVICE float exponential(float s, const Beta& beta, float k) { return ex2_approx(fma_rn(s, beta.low, fma_rn(s, beta.high, -k))); }
 
 // This is below every cosine.
 constexpr float NO_COSINE = -4;

@@ -7,6 +7,7 @@
 // Proxies: bulk copies and wgmma reach shared memory by the asynchronous proxy, loads and stores by the generic one. A thread that waited
 // for the mbarrier of a bulk copy sees what the copy wrote. wgmma and bulk copies see what a thread stored only after that thread made a
 // fence_proxy_async and a barrier followed.
+// clang-format off
 #pragma once
 #include "instructions.cuh"
 

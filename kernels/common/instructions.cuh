@@ -6,6 +6,7 @@
 //
 // Lanes: t = lane % 4, g = lane / 4. A u32 of two 16-bit elements holds the element of the lower index in its lower half.
 // Addresses: every access is aligned to its size. A caller never writes the last parameter, SAMTONE_SITE.
+// clang-format off
 #pragma once
 #include "platform.cuh"
 

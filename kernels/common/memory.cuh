@@ -7,6 +7,7 @@
 //   void  st_shared_f32x4(shared_address, f32x4)
 //   void  st_global_f32x4(void*, f32x4)
 // Addresses are aligned to the size of the value, which is 16 bytes here.
+// clang-format off
 #pragma once
 
 #define SAMTONE_LOAD(function, type, instruction, address_type, address_register, emulated, ...) \

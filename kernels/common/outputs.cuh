@@ -3,11 +3,11 @@
 #include "problem.cuh"
 
 ABI_STRUCT(Outputs, {
-    u32 count, blocks;           // how many cuts; how many blocks. A space without gradients has no blocks
-    u32 cuts[MAX_CUTS];          // where the parts of the space begin. The last cut is the end of the space
-    u32 first_block[MAX_CUTS];   // the first block of each part
+    u32 count, blocks;         // how many cuts; how many blocks. A space without gradients has no blocks
+    u32 cuts[MAX_CUTS];        // where the parts of the space begin. The last cut is the end of the space
+    u32 first_block[MAX_CUTS]; // the first block of each part
     float* sums;
-    u64 stride;                  // from row to row, in elements
+    u64 stride; // from row to row, in elements
 });
 ABI_STRUCT(Product, {
     Outputs of[2];

@@ -208,9 +208,8 @@ SAMTONE_DEVICE void make_edges(const Edges& edges) {
 }
 
 // Warps 1..3 load the entries of a square. `of_pass(numbers, entry, is row)` gives the three numbers of the pass for each.
-template <class OfPass>
-SAMTONE_DEVICE void load_edges(Edges& edges, const SuperBlock& block, const TilePlace& at, const Towers& towers, const AnchorKeys* rows,
-                               OfPass of_pass) {
+template <class OfPass> SAMTONE_DEVICE void load_edges(Edges& edges, const SuperBlock& block, const TilePlace& at, const Towers& towers,
+                                                       const AnchorKeys* rows, OfPass of_pass) {
     SYNC(E1, mbarrier_wait(edges.empty(), edges.parity ^ 1));
     for (u32 e = threadIdx.x - WARP; e < EDGE_ENTRIES; e += EDGE_LOADERS) {
         const bool row = e < HALF;
@@ -239,9 +238,9 @@ SAMTONE_DEVICE void release_edges(Edges& edges SAMTONE_SITE) {
 
 // [1] load: the warpgroup that copies calls this. It visits all squares of this cluster for which `left_out` is false. The copying thread
 // calls `copy(super-block, place)`. `of_pass(numbers, entry, axis)` gives the three numbers of the pass for each entry.
-template <class Copy, class OfPass, class LeftOut>
-SAMTONE_DEVICE void load_squares(Edges& edges, const Wave& wave, const Towers& towers, const AnchorKeys* rows, Copy copy, OfPass of_pass,
-                                 LeftOut left_out) {
+template <class Copy, class OfPass, class LeftOut> SAMTONE_DEVICE void load_squares(Edges& edges, const Wave& wave, const Towers& towers,
+                                                                                    const AnchorKeys* rows, Copy copy, OfPass of_pass,
+                                                                                    LeftOut left_out) {
     const u32 squares = squares_of(wave);
     if (threadIdx.x == 0) {
         for (u32 k = cluster_id(); k < squares; k += clusters()) {
@@ -254,9 +253,8 @@ SAMTONE_DEVICE void load_squares(Edges& edges, const Wave& wave, const Towers& t
             const TilePlace at = square_of(wave, k);
             if (left_out(at)) continue;
             const SuperBlock& block = wave.blocks[at.block];
-            load_edges(edges, block, at, towers, rows, [&](float (&numbers)[3], const EdgeEntry& entry, bool row) {
-                of_pass(numbers, entry, row ? block.row : block.col);
-            });
+            load_edges(edges, block, at, towers, rows,
+                       [&](float(&numbers)[3], const EdgeEntry& entry, bool row) { of_pass(numbers, entry, row ? block.row : block.col); });
         }
     }
 }

@@ -85,11 +85,11 @@ constexpr u32 ALL_LANES = 0xffffffffu;
     extern "C" void name(__VA_ARGS__);                                                          \
     static const emulator::Registration name##_registration(#name, (threads), &name, (blocks)); \
     extern "C" void name(__VA_ARGS__)
-#define SYNC(label, ...)                    \
-    do {                                    \
-        if (!emulator::mutant(#label)) {    \
-            __VA_ARGS__;                    \
-        }                                   \
+#define SYNC(label, ...)                 \
+    do {                                 \
+        if (!emulator::mutant(#label)) { \
+            __VA_ARGS__;                 \
+        }                                \
     } while (0)
 #define MUTANT(name) emulator::mutant(#name)
 #define UNROLL

@@ -72,9 +72,7 @@ ABI_STRUCT(Towers, {
 using AnchorKeys = u32x4;
 
 // β·log2 e as the sum of two floats: see `exponential` in epilogue.cuh.
-ABI_STRUCT(Beta, {
-    float high, low;
-});
+ABI_STRUCT(Beta, { float high, low; });
 
 // Σ exp(β s) as sum·2^exponent.
 ABI_STRUCT(Partial, {

@@ -22,11 +22,11 @@ enum class Arithmetic { f16, f16x2, f16x3, f32 };
 
 template <Arithmetic A> struct Numbers {
     static constexpr bool TENSOR = A != Arithmetic::f32, SPLIT = A == Arithmetic::f16x3;
-    static constexpr u32 BYTES = TENSOR ? 2 : 4;                                         // of an element
-    static constexpr u32 GRADIENT_PLANES = SPLIT || A == Arithmetic::f16x2 ? 2 : 1;      // of gradients of logits
-    static constexpr u32 COSINE_SEGMENTS = SPLIT ? 3 : 1;                                // products of planes
+    static constexpr u32 BYTES = TENSOR ? 2 : 4;                                    // of an element
+    static constexpr u32 GRADIENT_PLANES = SPLIT || A == Arithmetic::f16x2 ? 2 : 1; // of gradients of logits
+    static constexpr u32 COSINE_SEGMENTS = SPLIT ? 3 : 1;                           // products of planes
     static constexpr u32 GRADIENT_SEGMENTS = SPLIT ? 3 : GRADIENT_PLANES;
-    static constexpr u32 DEPTH = 128 / BYTES;                                            // elements of k in a stage
+    static constexpr u32 DEPTH = 128 / BYTES;   // elements of k in a stage
     static constexpr u32 PARTS = SPLIT ? 4 : 1; // of a stage. A tensor core adds up each part by itself
 };
 
@@ -68,14 +68,19 @@ SAMTONE_DEVICE Source by_depth(const unsigned char* matrix, u64 row_bytes, u64 p
     const bool inside = column < row_bytes;
     const unsigned char* at = matrix + (depth + mine) * row_bytes + (inside ? column : 0);
     const u32 swizzled = (chunk & ~7u) | ((chunk ^ mine) & 7);
-    return {at,    at, ROWS * row_bytes, Numbers<A>::DEPTH * row_bytes, plane, inside ? 16u : 0u, mine * (16 * CHUNKS) + swizzled * 16,
+    return {at,
+            at,
+            ROWS * row_bytes,
+            Numbers<A>::DEPTH * row_bytes,
+            plane,
+            inside ? 16u : 0u,
+            mine * (16 * CHUNKS) + swizzled * 16,
             ROWS * 16 * CHUNKS};
 }
 
 SAMTONE_DEVICE void copy_stage(Source& source, shared_address operand) {
     UNROLL
-    for (u32 i = 0; i < 4; ++i)
-        cp_async_cg_16(operand + source.to + i * source.to_pass, source.next + i * source.pass, source.filled);
+    for (u32 i = 0; i < 4; ++i) cp_async_cg_16(operand + source.to + i * source.to_pass, source.next + i * source.pass, source.filled);
     source.next += source.stage;
 }
 

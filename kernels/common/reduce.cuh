@@ -38,7 +38,8 @@ template <u32 SUMS, u32 COUNT> SAMTONE_DEVICE double reduce_block_to_lanes(const
     const shared_address mine = shared_base() + 8 * COUNT * warp_id();
     UNROLL
     for (u32 k = 0; k < COUNT; ++k) {
-        const double all = k < SUMS ? reduce_warp<Sum>(x[k] SAMTONE_EMULATED_AS(, site)) : reduce_warp<Largest>(x[k] SAMTONE_EMULATED_AS(, site));
+        const double all =
+            k < SUMS ? reduce_warp<Sum>(x[k] SAMTONE_EMULATED_AS(, site)) : reduce_warp<Largest>(x[k] SAMTONE_EMULATED_AS(, site));
         if (lane_id() == k) st_shared_f64(mine + 8 * k, all);
     }
     SYNC(R1, bar_sync(SAMTONE_EMULATED_AS(site)));

@@ -24,8 +24,7 @@ void all_meet(State state, const char* operation, Site site, const std::vector<T
     Thread& self = *now.running;
     wait(self, state, operation, ALL_LANES, site, nullptr);
     for (const Thread* other : threads) {
-        if (other->state == State::exited)
-            fail(self, waits(self) + ", which " + name_of(*other, self) + " never reaches: it has ended");
+        if (other->state == State::exited) fail(self, waits(self) + ", which " + name_of(*other, self) + " never reaches: it has ended");
         bool stuck = other->state == State::collective && other->block == self.block && other->warp() == self.warp() &&
                      (other->mask >> self.lane() & 1) != 0;
         bool elsewhere = is_whole(other->state) && (other->state != state || !same_site(other->site, site));
@@ -66,8 +65,8 @@ void bar_sync_named(u32 id, u32 threads, Site site) {
         if (other.state == State::exited)
             fail(self, waits(self) + ", which thread " + std::to_string(other.index) + " never reaches: it has ended");
         const bool stuck = other.state == State::collective && (other.mask >> self.lane() & 1) != 0;
-        const bool here = other.state == State::named_barrier && other.waits_at == id && other.waits_for == threads &&
-                          same_site(other.site, site);
+        const bool here =
+            other.state == State::named_barrier && other.waits_at == id && other.waits_for == threads && same_site(other.site, site);
         if (stuck || (!here && (is_whole(other.state) || other.state == State::named_barrier)))
             fail(self, "the lanes of the warp diverge: " + waits(self) + ", " + waits(other));
         present += here ? 1 : 0;
@@ -75,8 +74,8 @@ void bar_sync_named(u32 id, u32 threads, Site site) {
     if (present < WARP) return suspend();
     NamedBarrier& barrier = self.block->named[id];
     if (!barrier.arrived.empty() && barrier.threads != threads)
-        fail(self, mine() + ", where " + name_of(*barrier.arrived[0], self) + " waits for " +
-                       std::to_string(barrier.threads) + " threads (" + place(barrier.arrived[0]->site) + ")");
+        fail(self, mine() + ", where " + name_of(*barrier.arrived[0], self) + " waits for " + std::to_string(barrier.threads) +
+                       " threads (" + place(barrier.arrived[0]->site) + ")");
     barrier.threads = threads;
     barrier.arrived.insert(barrier.arrived.end(), warp, warp + WARP);
     if (barrier.arrived.size() < threads) return suspend();
@@ -94,8 +93,8 @@ void rendezvous(const char* operation, u32 mask, Site site, void* operand, void 
     Thread* const* warp = &self.block->threads[self.warp() * WARP];
     // A lane that joins lanes which already wait here finds what they found, because later arrivals elsewhere looked at them.
     Meeting& meeting = self.block->meetings[self.warp()];
-    const bool joins = meeting.present != 0 && meeting.first->mask == mask &&
-                       same_text(meeting.first->operation, operation) && same_site(meeting.first->site, site);
+    const bool joins = meeting.present != 0 && meeting.first->mask == mask && same_text(meeting.first->operation, operation) &&
+                       same_site(meeting.first->site, site);
     u32 present = joins ? meeting.present | 1u << self.lane() : 0;
     for (u32 lane = 0; lane < WARP && !joins; ++lane) {
         const Thread& other = *warp[lane];
@@ -123,13 +122,12 @@ void rendezvous(const char* operation, u32 mask, Site site, void* operand, void 
 void nobody_waits_for(const Thread& self) {
     for (const Thread* other : now.threads) {
         const bool mine = other->block == self.block;
-        bool waits_for_me = other->state == State::cluster_barrier || (mine && other->state == State::barrier) ||
-                            (mine && other->state == State::collective && other->warp() == self.warp() &&
-                             (other->mask >> self.lane() & 1) != 0) ||
-                            (mine && other->state == State::named_barrier && other->warp() == self.warp());
+        bool waits_for_me =
+            other->state == State::cluster_barrier || (mine && other->state == State::barrier) ||
+            (mine && other->state == State::collective && other->warp() == self.warp() && (other->mask >> self.lane() & 1) != 0) ||
+            (mine && other->state == State::named_barrier && other->warp() == self.warp());
         if (waits_for_me)
-            fail(self, "ends while " + name_of(*other, self) + " waits for it at " + other->operation + " (" +
-                           place(other->site) + ")");
+            fail(self, "ends while " + name_of(*other, self) + " waits for it at " + other->operation + " (" + place(other->site) + ")");
     }
 }
 

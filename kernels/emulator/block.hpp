@@ -246,10 +246,9 @@ struct Actor {
 Actor actor_of(const Thread& thread, Site site);
 Party add_agent(Agent::Kind kind, const Block& block, u32 number);
 void start_shared(Block& block, u32 bytes);
-Place shared_place(const Thread& thread, Block& block, shared_address address, u32 bytes, u32 alignment,
-                   const char* operation, const char* what, Site site);
-Place global_place(const Thread& thread, const void* address, u32 bytes, u32 alignment, const char* operation,
+Place shared_place(const Thread& thread, Block& block, shared_address address, u32 bytes, u32 alignment, const char* operation,
                    const char* what, Site site);
+Place global_place(const Thread& thread, const void* address, u32 bytes, u32 alignment, const char* operation, const char* what, Site site);
 void note_read(const Actor& actor, Place at, u32 bytes, Way way, const char* operation, Site site);
 // `what` says how: "writes" or "copies".
 void note_write(const Actor& actor, Place at, u32 bytes, const char* operation, const char* what, Site site);
@@ -257,8 +256,7 @@ void note_write(const Actor& actor, Place at, u32 bytes, const char* operation, 
 void set_writer(Place at, u32 bytes, const Access& access);
 std::string bytes_at(u32 bytes, const char* what, Place at);
 void check_read_shared(const Thread& thread, shared_address address, void* to, u32 bytes, const char* operation, Site site);
-void check_write_shared(const Thread& thread, shared_address address, const void* from, u32 bytes, const char* operation,
-                        Site site);
+void check_write_shared(const Thread& thread, shared_address address, const void* from, u32 bytes, const char* operation, Site site);
 
 // ---- what a thread must not leave behind, and what happens behind its back
 void copies_exit(const Thread& thread);  // copies.cpp

@@ -10,8 +10,7 @@ constexpr u32 UNIT = 16;
 
 void check_size(const Thread& self, u32 bytes, const char* operation, Site site) {
     if (bytes == 0 || bytes % UNIT != 0)
-        fail(self, std::string(operation) + " (" + place(site) + ") of " + std::to_string(bytes) +
-                       " bytes: not a multiple of 16 above 0");
+        fail(self, std::string(operation) + " (" + place(site) + ") of " + std::to_string(bytes) + " bytes: not a multiple of 16 above 0");
 }
 
 Place target_of(const Load& load) { return {&load.block->shared, load.to}; }
@@ -25,8 +24,7 @@ void land(const Load& load) {
     if (now.launch.detect_races)
         each_cell(load.from, load.bytes, false, [&](Cell& cell) {
             for (Access* reader : {&cell.reader, &cell.other_reader})
-                if (reader->clock == UNDER_WAY && reader->party == mbarrier.agent && reader->serial == now.serial)
-                    *reader = done;
+                if (reader->clock == UNDER_WAY && reader->party == mbarrier.agent && reader->serial == now.serial) *reader = done;
         });
     copied(*load.thread, *load.block, mbarrier, load.bytes, load.site);
 }
@@ -57,13 +55,12 @@ void cp_async_bulk_load(shared_address to, const void* from, u32 bytes, shared_a
     check_size(self, bytes, LOAD, site);
     if (ranks == 0) ranks = 1u << self.block->rank;
     if (ranks >> now.blocks.size() != 0)
-        fail(self, std::string(LOAD) + " (" + place(site) + ") is for a block that its cluster of " +
-                       std::to_string(now.blocks.size()) + " has not");
+        fail(self, std::string(LOAD) + " (" + place(site) + ") is for a block that its cluster of " + std::to_string(now.blocks.size()) +
+                       " has not");
     const Place source = global_place(self, from, bytes, UNIT, LOAD, "reads", site);
     for (Block* block : now.blocks) {
         if ((ranks >> block->rank & 1) == 0) continue;
-        if (block->live == 0)
-            fail(self, std::string(LOAD) + " (" + place(site) + ") is for " + name_of(*block) + ", which has ended");
+        if (block->live == 0) fail(self, std::string(LOAD) + " (" + place(site) + ") is for " + name_of(*block) + ", which has ended");
         const Place target = shared_place(self, *block, to, bytes, UNIT, LOAD, "copies", site);
         Mbarrier& mbarrier = mbarrier_for_copy(self, *block, barrier, LOAD, site);
         Actor me = actor_of(self, site);
@@ -88,8 +85,8 @@ void loads_exit(const Thread& last) {
         const Load& load = now.loads[i - 1];
         if (load.block != last.block) continue;
         if (now.launch.detect_races)
-            fail(last, "is the last of its block to end, while a cp.async.bulk of " + name_of(*load.thread, last) +
-                           " is under way (" + place(load.site) + ")");
+            fail(last, "is the last of its block to end, while a cp.async.bulk of " + name_of(*load.thread, last) + " is under way (" +
+                           place(load.site) + ")");
         now.loads.erase(now.loads.begin() + static_cast<std::ptrdiff_t>(i - 1));
     }
 }
@@ -145,8 +142,7 @@ void cp_async_bulk_wait_group(u32 pending, bool reads, Site) {
 void stores_exit(Thread& thread) {
     auto forgotten = [&](const Store& store) {
         if (now.launch.detect_races)
-            fail(thread,
-                 "ends without having waited until its " + std::string(STORE) + " has read (" + place(store.site) + ")");
+            fail(thread, "ends without having waited until its " + std::string(STORE) + " has read (" + place(store.site) + ")");
     };
     for (const Store& store : thread.uncommitted_stores) forgotten(store);
     for (StoreGroup& group : thread.stores) {

@@ -23,13 +23,13 @@ inline u32 clock_of(const Clock& at, Party party) { return party < at.size() ? a
 
 // Puts together what several parties know and did.
 class Join {
-  public:
+public:
     void add(const Known& known);
     void set(Party party, u32 clock);
     // Gives the sum, and starts anew.
     Known take();
 
-  private:
+private:
     Clock at;
     std::vector<Known> added; // the last few vectors that were added. Threads that met have the same
 };
@@ -39,11 +39,11 @@ Known with(const Known& known, Party party, u32 clock);
 
 // What all of several threads know, if each of them also knows everything that it did itself.
 class Common {
-  public:
+public:
     void add(const Known& known, Party self);
     const Clock& value() const { return at; }
 
-  private:
+private:
     struct Added {
         Known known;
         Party but; // the party that was not asked about itself; NOBODY: fully added

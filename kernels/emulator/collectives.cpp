@@ -21,8 +21,8 @@ template <u32 (*source)(u32 lane, u32 parameter)> void exchange(Thread* const* w
         Exchange& mine = operand<Exchange>(warp, lane);
         u32 from = source(lane, mine.parameter);
         if (!takes_part(*warp[from], last.mask))
-            fail(*warp[lane], std::string(last.operation) + " reads lane " + std::to_string(from) +
-                                  ", which is not in its mask (" + place(last.site) + ")");
+            fail(*warp[lane], std::string(last.operation) + " reads lane " + std::to_string(from) + ", which is not in its mask (" +
+                                  place(last.site) + ")");
         mine.result = operand<Exchange>(warp, from).value;
     }
 }
@@ -98,8 +98,7 @@ void store_matrices(Thread* const* warp) {
                 (mine.transposed ? matrix[2 * t + k][g] : matrix[g][2 * t + k]) = static_cast<u16>(mine.r[i] >> 16 * k);
         }
         for (u32 row = 0; row < 8; ++row)
-            check_write_shared(*warp[8 * i + row], operand<Stored>(warp, 8 * i + row).row, matrix[row], 16, last.operation,
-                               last.site);
+            check_write_shared(*warp[8 * i + row], operand<Stored>(warp, 8 * i + row).row, matrix[row], 16, last.operation, last.site);
     }
 }
 

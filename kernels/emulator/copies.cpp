@@ -24,19 +24,18 @@ void cp_async(shared_address to, const void* from, u32 bytes, u32 source_bytes, 
     maybe_preempt();
     Thread& self = *now.running;
     if (source_bytes > bytes)
-        fail(self, std::string(operation) + " copies " + std::to_string(source_bytes) + " bytes into " +
-                       std::to_string(bytes) + " (" + place(site) + ")");
+        fail(self, std::string(operation) + " copies " + std::to_string(source_bytes) + " bytes into " + std::to_string(bytes) + " (" +
+                       place(site) + ")");
     const Place target = shared_place(self, *self.block, to, bytes, bytes, operation, "writes", site);
     Actor me = actor_of(self, site);
     if (source_bytes > 0) {
         const Place source = global_place(self, from, source_bytes, bytes, operation, "reads", site);
         if (source_bytes % CELL_BYTES != 0)
-            fail(self, std::string(operation) + " " + bytes_at(source_bytes, "reads", source) + " (" + place(site) +
-                           "): an odd number");
+            fail(self, std::string(operation) + " " + bytes_at(source_bytes, "reads", source) + " (" + place(site) + "): an odd number");
         note_read(me, source, source_bytes, Way::plain, operation, site);
     } else if (reinterpret_cast<u64>(from) % bytes != 0) {
-        fail(self, std::string(operation) + " is given a source that is not a multiple of " + std::to_string(bytes) + " (" +
-                       place(site) + ")");
+        fail(self,
+             std::string(operation) + " is given a source that is not a multiple of " + std::to_string(bytes) + " (" + place(site) + ")");
     }
     me.access.clock = UNDER_WAY;
     note_write(me, target, bytes, operation, "copies", site);

@@ -134,26 +134,22 @@ struct Kernel {
 void add_kernel(const char* name, Kernel kernel);
 
 struct Registration {
-    template <class... Parameters>
-    Registration(const char* name, u32 max_threads, void (*function)(Parameters...), u32 cluster = 1) {
+    template <class... Parameters> Registration(const char* name, u32 max_threads, void (*function)(Parameters...), u32 cluster = 1) {
         static_assert((std::is_trivially_copyable_v<Parameters> && ...), "a kernel's parameters are copied as bytes");
-        add_kernel(name, Kernel{max_threads,
-                                cluster,
-                                {static_cast<u32>(sizeof(Parameters))...},
-                                [function](const unsigned char* const* bytes) {
-                                    unpack(function, bytes, std::index_sequence_for<Parameters...>{});
-                                }});
+        add_kernel(name,
+                   Kernel{max_threads, cluster, {static_cast<u32>(sizeof(Parameters))...}, [function](const unsigned char* const* bytes) {
+                              unpack(function, bytes, std::index_sequence_for<Parameters...>{});
+                          }});
     }
 
-  private:
+private:
     template <class T> static T read(const unsigned char* bytes) {
         T value;
         std::memcpy(&value, bytes, sizeof value);
         return value;
     }
     template <class... Parameters, std::size_t... i>
-    static void unpack(void (*function)(Parameters...), [[maybe_unused]] const unsigned char* const* bytes,
-                       std::index_sequence<i...>) {
+    static void unpack(void (*function)(Parameters...), [[maybe_unused]] const unsigned char* const* bytes, std::index_sequence<i...>) {
         function(read<std::remove_const_t<Parameters>>(bytes[i])...);
     }
 };

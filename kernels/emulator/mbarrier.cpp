@@ -9,8 +9,7 @@ constexpr i64 MOST = (1 << 20) - 1; // the most arrivals, and the most bytes
 constexpr u32 MBARRIER_BYTES = 8;
 
 std::string name_of(const Mbarrier& mbarrier, const Block& block, const Thread& to) {
-    return "the mbarrier at offset " + std::to_string(mbarrier.offset) +
-           (&block == to.block ? "" : " of " + emulator::name_of(block));
+    return "the mbarrier at offset " + std::to_string(mbarrier.offset) + (&block == to.block ? "" : " of " + emulator::name_of(block));
 }
 
 Mbarrier& find_mbarrier(const Thread& self, Block& block, shared_address address, const char* operation, Site site) {
@@ -23,19 +22,17 @@ Mbarrier& find_mbarrier(const Thread& self, Block& block, shared_address address
     const bool knows = mbarrier.maker == self.party || clock_of(*self.known, mbarrier.maker) >= mbarrier.made_at;
     if (now.launch.detect_races && !knows)
         fail(self, std::string(operation) + " (" + place(site) + ") reaches " + name_of(mbarrier, block, self) + ", which " +
-                       name_of(*now.threads[mbarrier.maker], self) + " made (" + place(mbarrier.site) +
-                       ") with no barrier between them");
+                       name_of(*now.threads[mbarrier.maker], self) + " made (" + place(mbarrier.site) + ") with no barrier between them");
     return mbarrier;
 }
 
 Block& block_of(const Thread& self, u32 rank, const char* operation, Site site) {
     if (rank >= now.blocks.size())
-        fail(self, std::string(operation) + " (" + place(site) + ") is for block " + std::to_string(rank) +
-                       " of a cluster of " + std::to_string(now.blocks.size()));
+        fail(self, std::string(operation) + " (" + place(site) + ") is for block " + std::to_string(rank) + " of a cluster of " +
+                       std::to_string(now.blocks.size()));
     Block& block = *now.blocks[rank];
     if (block.live == 0)
-        fail(self,
-             std::string(operation) + " (" + place(site) + ") is for " + emulator::name_of(block) + ", which has ended");
+        fail(self, std::string(operation) + " (" + place(site) + ") is for " + emulator::name_of(block) + ", which has ended");
     return block;
 }
 
@@ -81,8 +78,8 @@ void arrive(Block& block, shared_address address, i64 bytes, const char* operati
     Thread& self = *now.running;
     Mbarrier& mbarrier = find_mbarrier(self, block, address, operation, site);
     if (mbarrier.pending == 0)
-        fail(self, std::string(operation) + " (" + place(site) + ") is one more arrival at " +
-                       name_of(mbarrier, block, self) + " than the " + std::to_string(mbarrier.count) + " of its phase");
+        fail(self, std::string(operation) + " (" + place(site) + ") is one more arrival at " + name_of(mbarrier, block, self) +
+                       " than the " + std::to_string(mbarrier.count) + " of its phase");
     add_bytes(self, block, mbarrier, bytes, operation, site);
     if (&block == self.block) {
         mbarrier.arrivals.add(self.known);
@@ -103,12 +100,10 @@ void mbarrier_init(shared_address address, u32 count, Site site) {
     Thread& self = *now.running;
     const Place at = shared_place(self, *self.block, address, MBARRIER_BYTES, MBARRIER_BYTES, OPERATION, "writes", site);
     if (count == 0 || count > MOST)
-        fail(self, std::string(OPERATION) + " (" + place(site) + ") for " + std::to_string(count) +
-                       " arrivals: it takes 1 to 1048575");
+        fail(self, std::string(OPERATION) + " (" + place(site) + ") for " + std::to_string(count) + " arrivals: it takes 1 to 1048575");
     const u32 offset = static_cast<u32>(at.offset);
     if (self.block->mbarriers.count(offset) != 0)
-        fail(self, std::string(OPERATION) + " (" + place(site) + "): there is already an mbarrier at offset " +
-                       std::to_string(offset));
+        fail(self, std::string(OPERATION) + " (" + place(site) + "): there is already an mbarrier at offset " + std::to_string(offset));
     Actor me = actor_of(self, site);
     me.access.clock = IS_MBARRIER;
     note_write(me, at, MBARRIER_BYTES, OPERATION, "writes", site);
@@ -175,8 +170,8 @@ void mbarrier_wait(shared_address address, u32 parity, Site site) {
 std::string waits_for_mbarrier(const Thread& thread) {
     const Mbarrier& mbarrier = *static_cast<const Mbarrier*>(thread.operand);
     return " " + std::to_string(thread.waits_for) + " of " + name_of(mbarrier, *thread.block, thread) + ", whose phase " +
-           std::to_string(mbarrier.phase) + " lacks " + std::to_string(mbarrier.pending) + " of " +
-           std::to_string(mbarrier.count) + " arrivals and " + std::to_string(mbarrier.bytes) + " bytes";
+           std::to_string(mbarrier.phase) + " lacks " + std::to_string(mbarrier.pending) + " of " + std::to_string(mbarrier.count) +
+           " arrivals and " + std::to_string(mbarrier.bytes) + " bytes";
 }
 
 Mbarrier& mbarrier_for_copy(const Thread& self, Block& block, shared_address address, const char* operation, Site site) {
@@ -197,8 +192,7 @@ void mbarriers_exit(const Thread& last) {
         if (mbarrier.pending != mbarrier.count || mbarrier.bytes != 0)
             fail(last, "is the last of its block to end, within a phase of " + name_of(mbarrier, *last.block, last) + " (" +
                            place(mbarrier.site) + "): " + std::to_string(mbarrier.count - mbarrier.pending) + " of " +
-                           std::to_string(mbarrier.count) + " have arrived, and " + std::to_string(mbarrier.bytes) +
-                           " bytes are missing");
+                           std::to_string(mbarrier.count) + " have arrived, and " + std::to_string(mbarrier.bytes) + " bytes are missing");
 }
 
 } // namespace emulator

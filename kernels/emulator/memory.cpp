@@ -22,22 +22,18 @@ std::string accessed(const char* operation, u32 bytes, const char* what, Place a
     return std::string(operation) + " " + bytes_at(bytes, what, at) + " (" + place(site) + ")";
 }
 
-void check_range(const Thread& thread, Place at, u32 bytes, u32 alignment, const char* operation, const char* what,
-                 Site site) {
+void check_range(const Thread& thread, Place at, u32 bytes, u32 alignment, const char* operation, const char* what, Site site) {
     if (at.offset % static_cast<i64>(alignment) != 0)
         fail(thread, accessed(operation, bytes, what, at, site) + ": not a multiple of " + std::to_string(alignment));
     if (at.offset < 0 || at.offset + static_cast<i64>(bytes) > static_cast<i64>(at.memory->bytes.size()))
-        fail(thread, accessed(operation, bytes, what, at, site) + ": out of bounds, it has " +
-                         std::to_string(at.memory->bytes.size()));
+        fail(thread, accessed(operation, bytes, what, at, site) + ": out of bounds, it has " + std::to_string(at.memory->bytes.size()));
 }
 
 bool is_thread(Party party) { return party < now.threads.size(); }
 const Agent& agent_of(Party party) { return now.agents[party - now.threads.size()]; }
 
 // Whether a history still matters. That of shared memory ends with its block, that of global memory with the launch.
-bool matters(const Access& access, bool shared) {
-    return shared ? access.serial == now.serial : access.serial >= now.first_serial;
-}
+bool matters(const Access& access, bool shared) { return shared ? access.serial == now.serial : access.serial >= now.first_serial; }
 
 // Whether `earlier` is ordered before what the actor does now.
 bool ordered(const Access& earlier, const Actor& me) {
@@ -63,21 +59,20 @@ bool fenced(const Access& store, const Actor& me) {
     if (earlier.serial != now.serial)
         fail(me.thread, mine + ", which another block " + what + at + " with no barrier between them, nor a message");
     if (is_thread(earlier.party))
-        fail(me.thread, mine + ", which " + name_of(*now.threads[earlier.party], me.thread) + " " + what + at +
-                            " with no barrier between them");
+        fail(me.thread,
+             mine + ", which " + name_of(*now.threads[earlier.party], me.thread) + " " + what + at + " with no barrier between them");
     const Agent& agent = agent_of(earlier.party);
     const std::string elsewhere = agent.block == me.thread.block ? "" : " of " + name_of(*agent.block);
     const std::string number = std::to_string(agent.number);
     switch (agent.kind) {
     case Agent::mbarrier:
-        fail(me.thread,
-             mine + ", where a bulk copy" + at + " has not been waited for at the mbarrier at offset " + number + elsewhere);
+        fail(me.thread, mine + ", where a bulk copy" + at + " has not been waited for at the mbarrier at offset " + number + elsewhere);
     case Agent::wgmma:
-        fail(me.thread, mine + ", which wgmma of warpgroup " + number + elsewhere + " " + what + at +
-                            " with no wait and no barrier between them");
+        fail(me.thread,
+             mine + ", which wgmma of warpgroup " + number + elsewhere + " " + what + at + " with no wait and no barrier between them");
     default:
-        fail(me.thread, mine + ", which a bulk copy of thread " + number + elsewhere + " " + what + at +
-                            " with no wait and no barrier between them");
+        fail(me.thread,
+             mine + ", which a bulk copy of thread " + number + elsewhere + " " + what + at + " with no wait and no barrier between them");
     }
 }
 
@@ -113,18 +108,17 @@ Actor actor_of(const Thread& thread, Site site) {
     return {thread, *thread.known, thread.party, false, {now.serial, thread.clock, thread.party, number_of(site)}};
 }
 
-Place shared_place(const Thread& thread, Block& block, shared_address address, u32 bytes, u32 alignment,
-                   const char* operation, const char* what, Site site) {
+Place shared_place(const Thread& thread, Block& block, shared_address address, u32 bytes, u32 alignment, const char* operation,
+                   const char* what, Site site) {
     Place at{&block.shared, static_cast<i64>(address) - static_cast<i64>(SHARED_BASE)};
     check_range(thread, at, bytes, alignment, operation, what, site);
     return at;
 }
 
-Place global_place(const Thread& thread, const void* address, u32 bytes, u32 alignment, const char* operation,
-                   const char* what, Site site) {
+Place global_place(const Thread& thread, const void* address, u32 bytes, u32 alignment, const char* operation, const char* what,
+                   Site site) {
     Place at = find(reinterpret_cast<u64>(address));
-    if (at.memory == nullptr)
-        fail(thread, std::string(operation) + " " + what + " an address of no buffer (" + place(site) + ")");
+    if (at.memory == nullptr) fail(thread, std::string(operation) + " " + what + " an address of no buffer (" + place(site) + ")");
     if (now.launch.overlaps && !thread.waited)
         fail(thread, accessed(operation, bytes, what, at, site) + " before griddepcontrol.wait: earlier launches may not be complete");
     check_range(thread, at, bytes, alignment, operation, what, site);
@@ -146,11 +140,9 @@ void note_read(const Actor& me, Place at, u32 bytes, Way way, const char* operat
         if (!ordered(writer, me)) race(me, mine(), writer, "wrote");
         if (me.async && is_thread(writer.party) && writer.serial >= now.first_serial) {
             auto who = [&] { return name_of(*now.threads[writer.party], me.thread) + " wrote (" + place(writer.site) + ")"; };
-            if (!shared)
-                fail(me.thread, mine() + ", which " + who() + ": fence.proxy.async.shared::cta does not make it a source");
+            if (!shared) fail(me.thread, mine() + ", which " + who() + ": fence.proxy.async.shared::cta does not make it a source");
             if (!fenced(writer, me))
-                fail(me.thread,
-                     mine() + ", which " + who() + " with no fence.proxy.async of that thread and barrier between them");
+                fail(me.thread, mine() + ", which " + who() + " with no fence.proxy.async of that thread and barrier between them");
         }
         read_by(me, cell, shared);
     });
@@ -196,8 +188,7 @@ SiteNumber number_of(Site site) {
             table.used[i] = true;
             table.sites[i] = site;
         }
-        if (table.sites[i].line() == site.line() && table.sites[i].file_name() == site.file_name())
-            return static_cast<SiteNumber>(i);
+        if (table.sites[i].line() == site.line() && table.sites[i].file_name() == site.file_name()) return static_cast<SiteNumber>(i);
     }
 }
 
@@ -220,8 +211,7 @@ void check_read_shared(const Thread& thread, shared_address address, void* to, u
     std::memcpy(to, at.bytes(), bytes);
 }
 
-void check_write_shared(const Thread& thread, shared_address address, const void* from, u32 bytes, const char* operation,
-                        Site site) {
+void check_write_shared(const Thread& thread, shared_address address, const void* from, u32 bytes, const char* operation, Site site) {
     Place at = shared_place(thread, *thread.block, address, bytes, bytes, operation, "writes", site);
     note_write(actor_of(thread, site), at, bytes, operation, "writes", site);
     std::memcpy(at.bytes(), from, bytes);
@@ -270,10 +260,18 @@ u32 atomic(void* address, u32 value, Atomic what, Site site) {
     }
     u32 after = before;
     switch (what) {
-    case Atomic::add: after = before + value; break;
-    case Atomic::min: after = std::min(before, value); break;
-    case Atomic::bit_or: after = before | value; break;
-    case Atomic::increment: after = before >= value ? 0 : before + 1; break;
+    case Atomic::add:
+        after = before + value;
+        break;
+    case Atomic::min:
+        after = std::min(before, value);
+        break;
+    case Atomic::bit_or:
+        after = before | value;
+        break;
+    case Atomic::increment:
+        after = before >= value ? 0 : before + 1;
+        break;
     }
     std::memcpy(at.bytes(), &after, sizeof after);
     return before;

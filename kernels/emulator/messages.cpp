@@ -15,9 +15,9 @@ struct Release {
     Known known;
     std::vector<u32> heard; // the releases of other clusters that its thread knew of
 };
-std::vector<Release> releases;             // of this launch
-std::map<u64, std::vector<u32>> told;      // by address: the releases that were told there, the first one first
-std::map<u32, std::vector<Party>> heard;   // by number: the parties that stand for the releases of a cluster which this one has heard of
+std::vector<Release> releases;           // of this launch
+std::map<u64, std::vector<u32>> told;    // by address: the releases that were told there, the first one first
+std::map<u32, std::vector<Party>> heard; // by number: the parties that stand for the releases of a cluster which this one has heard of
 
 u32 release_of(Party party) { return now.agents[party - now.threads.size()].number; }
 

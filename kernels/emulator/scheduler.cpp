@@ -124,8 +124,8 @@ void deadlock() {
         };
         if (thread->state == State::exited || std::any_of(told.begin(), told.end(), same)) continue;
         told.push_back(thread);
-        sentence += (sentence.empty() ? "" : "; ") + name_of(*thread, *now.threads[0]) +
-                    waits(*thread).substr(waits(*thread).find(" is at "));
+        sentence +=
+            (sentence.empty() ? "" : "; ") + name_of(*thread, *now.threads[0]) + waits(*thread).substr(waits(*thread).find(" is at "));
     }
     if (!told.empty()) now.error = "kernel `" + now.launch.kernel + "` is deadlocked: " + sentence;
 }
@@ -180,24 +180,24 @@ std::string refusal(const Launch& launch, const Kernel& kernel) {
         return about + "takes blocks of up to " + std::to_string(kernel.max_threads) + " threads, in whole warps; got " +
                std::to_string(launch.threads);
     if (blocks == 0 || launch.grid.y > 65535 || launch.grid.z > 65535 || blocks > 1u << 24)
-        return about + "cannot be launched on a grid of " + std::to_string(launch.grid.x) + " x " +
-               std::to_string(launch.grid.y) + " x " + std::to_string(launch.grid.z);
+        return about + "cannot be launched on a grid of " + std::to_string(launch.grid.x) + " x " + std::to_string(launch.grid.y) + " x " +
+               std::to_string(launch.grid.z);
     if (kernel.cluster == 0 || kernel.cluster > MAX_CLUSTER)
         return about + "is of clusters of " + std::to_string(kernel.cluster) + " blocks; no device has more than " +
                std::to_string(MAX_CLUSTER);
     if (launch.grid.x % kernel.cluster != 0)
-        return about + "is of clusters of " + std::to_string(kernel.cluster) +
-               " blocks, and cannot be launched on a grid of " + std::to_string(launch.grid.x) + " across";
+        return about + "is of clusters of " + std::to_string(kernel.cluster) + " blocks, and cannot be launched on a grid of " +
+               std::to_string(launch.grid.x) + " across";
     if (launch.shared_bytes > 227 << 10)
-        return about + "asks for " + std::to_string(launch.shared_bytes) +
-               " bytes of shared memory; no device has more than " + std::to_string(227 << 10);
+        return about + "asks for " + std::to_string(launch.shared_bytes) + " bytes of shared memory; no device has more than " +
+               std::to_string(227 << 10);
     if (launch.arguments.size() != kernel.argument_bytes.size())
         return about + "takes " + std::to_string(kernel.argument_bytes.size()) + " arguments; got " +
                std::to_string(launch.arguments.size());
     for (std::size_t i = 0; i < launch.arguments.size(); ++i)
         if (launch.arguments[i].size() != kernel.argument_bytes[i])
-            return about + "takes " + std::to_string(kernel.argument_bytes[i]) + " bytes as argument " + std::to_string(i) +
-                   "; got " + std::to_string(launch.arguments[i].size());
+            return about + "takes " + std::to_string(kernel.argument_bytes[i]) + " bytes as argument " + std::to_string(i) + "; got " +
+                   std::to_string(launch.arguments[i].size());
     return {};
 }
 
@@ -243,8 +243,7 @@ bool mutant(const char* name) {
 }
 
 void fail(const Thread& thread, const std::string& what) {
-    now.error = "kernel `" + now.launch.kernel + "`, " + name_of(*thread.block) + ", thread " + std::to_string(thread.index) +
-                ": " + what;
+    now.error = "kernel `" + now.launch.kernel + "`, " + name_of(*thread.block) + ", thread " + std::to_string(thread.index) + ": " + what;
     _longjmp(scheduler, 1);
 }
 
@@ -275,8 +274,7 @@ void wait(Thread& self, State state, const char* operation, u32 mask, Site site,
 }
 
 std::string name_of(const Block& block) {
-    return "block (" + std::to_string(block.index.x) + ", " + std::to_string(block.index.y) + ", " +
-           std::to_string(block.index.z) + ")";
+    return "block (" + std::to_string(block.index.x) + ", " + std::to_string(block.index.y) + ", " + std::to_string(block.index.z) + ")";
 }
 
 std::string name_of(const Thread& thread, const Thread& to) {

@@ -67,8 +67,8 @@ void on_signal(int signal) {
     const char* what = signal == SIGALRM ? "is still running at the end of its time"
                                          : "touched memory other than by instructions.cuh (a plain use of a pointer to "
                                            "global memory, or too many local variables)";
-    int length = std::snprintf(text, sizeof text, "kernel `%s`, block (%u, %u, %u), thread %u: %s\n",
-                               now.launch.kernel.c_str(), blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, what);
+    int length = std::snprintf(text, sizeof text, "kernel `%s`, block (%u, %u, %u), thread %u: %s\n", now.launch.kernel.c_str(), blockIdx.x,
+                               blockIdx.y, blockIdx.z, threadIdx.x, what);
     [[maybe_unused]] auto written = write(STDERR_FILENO, text, static_cast<std::size_t>(length));
     _exit(1);
 }
@@ -81,7 +81,7 @@ int main() {
     stack.ss_size = sizeof signal_stack;
     sigaltstack(&stack, nullptr);
     for (int signal : {SIGSEGV, SIGBUS, SIGALRM}) {
-        struct sigaction action {};
+        struct sigaction action{};
         action.sa_handler = on_signal;
         action.sa_flags = SA_ONSTACK;
         sigaction(signal, &action, nullptr);
@@ -94,7 +94,9 @@ int main() {
             answer({}, &address, sizeof address);
             break;
         }
-        case 2: answer(release(receive<u64>())); break;
+        case 2:
+            answer(release(receive<u64>()));
+            break;
         case 3: {
             u64 address = receive<u64>();
             Bytes bytes = receive_blob();
@@ -108,8 +110,12 @@ int main() {
             answer(refusal, bytes.data(), bytes.size());
             break;
         }
-        case 5: serve_launch(); break;
-        default: answer("an unknown request"); return 1;
+        case 5:
+            serve_launch();
+            break;
+        default:
+            answer("an unknown request");
+            return 1;
         }
     }
 }

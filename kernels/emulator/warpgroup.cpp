@@ -79,10 +79,9 @@ Warpgroup& warpgroup_of(Thread& self, const char* operation, Site site) {
     return *group;
 }
 
-[[noreturn]] void diverge(const Thread& self, const char* operation, Site site, const Thread& other, Site there,
-                          const char* what) {
-    fail(self, "the threads of the warpgroup diverge: thread " + std::to_string(self.index) + " is at " + operation + " (" +
-                   place(site) + "), " + name_of(other, self) + " was at " + operation + " (" + place(there) + ")" + what);
+[[noreturn]] void diverge(const Thread& self, const char* operation, Site site, const Thread& other, Site there, const char* what) {
+    fail(self, "the threads of the warpgroup diverge: thread " + std::to_string(self.index) + " is at " + operation + " (" + place(site) +
+                   "), " + name_of(other, self) + " was at " + operation + " (" + place(there) + ")" + what);
 }
 
 // The first thread to come asks whether all others can still come.
@@ -90,8 +89,8 @@ void check_live(const Thread& self, const char* operation, Site site) {
     for (u32 i = 0; i < THREADS; ++i) {
         const Thread& other = *self.block->threads[self.index / THREADS * THREADS + i];
         if (other.state == State::exited)
-            fail(self, std::string(operation) + " (" + place(site) + ") is of all threads of the warpgroup, and " +
-                           name_of(other, self) + " has ended");
+            fail(self, std::string(operation) + " (" + place(site) + ") is of all threads of the warpgroup, and " + name_of(other, self) +
+                           " has ended");
     }
 }
 
@@ -102,8 +101,8 @@ std::shared_ptr<Tile> find_tile(const Warpgroup& group, u32 thread, const float*
     return nullptr;
 }
 
-void give_registers(Warpgroup& group, const Thread& self, std::shared_ptr<Tile>& tile, float* registers, bool accumulate,
-                    u32 number, Site site) {
+void give_registers(Warpgroup& group, const Thread& self, std::shared_ptr<Tile>& tile, float* registers, bool accumulate, u32 number,
+                    Site site) {
     const u32 thread = self.index % THREADS;
     std::shared_ptr<Tile> mine = find_tile(group, thread, registers);
     if (tile == nullptr) {
@@ -111,8 +110,7 @@ void give_registers(Warpgroup& group, const Thread& self, std::shared_ptr<Tile>&
         tile = mine != nullptr ? mine : group.tiles.back();
     }
     if ((mine != nullptr && mine != tile) || (tile->registers[thread] != nullptr && tile->registers[thread] != registers))
-        fail(self,
-             std::string(WGMMA) + " (" + place(site) + ") gets other registers than other threads of the warpgroup give it");
+        fail(self, std::string(WGMMA) + " (" + place(site) + ") gets other registers than other threads of the warpgroup give it");
     tile->last_group = std::max(tile->last_group, number); // other threads may be ahead
     if (mine != nullptr) return;
     tile->registers[thread] = registers;
@@ -209,8 +207,8 @@ void setmaxnreg(bool increase, u32 registers, Site site) {
         check_live(self, SETMAXNREG, site);
         const u32 held = number == 0 ? launch_registers() : group.changes.back().registers;
         if (increase ? registers < held : registers > held)
-            fail(self, std::string(SETMAXNREG) + (increase ? ".inc (" : ".dec (") + place(site) + ") to " +
-                           std::to_string(registers) + " registers, of " + std::to_string(held));
+            fail(self, std::string(SETMAXNREG) + (increase ? ".inc (" : ".dec (") + place(site) + ") to " + std::to_string(registers) +
+                           " registers, of " + std::to_string(held));
         group.changes.push_back({increase, registers, site, &self});
         check_registers(self, site);
     }
@@ -224,8 +222,7 @@ void wgmma_fence(Site) {
     now.running->wgmma_fenced = true;
 }
 
-void wgmma(float* low, float* high, u32 columns, u64 a, u64 b, bool accumulate, bool a_transposed, bool b_transposed,
-           Site site) {
+void wgmma(float* low, float* high, u32 columns, u64 a, u64 b, bool accumulate, bool a_transposed, bool b_transposed, Site site) {
     maybe_preempt();
     Thread& self = *now.running;
     Warpgroup& group = warpgroup_of(self, WGMMA, site);
@@ -243,19 +240,8 @@ void wgmma(float* low, float* high, u32 columns, u64 a, u64 b, bool accumulate, 
             fail(self, std::string(WGMMA) + " (" + place(site) + ") of an operand a that " + wrong);
         if (std::string wrong = operand_of(b, b_transposed).wrong(columns); !wrong.empty())
             fail(self, std::string(WGMMA) + " (" + place(site) + ") of an operand b that " + wrong);
-        group.products.push_back({site,
-                                  columns,
-                                  self.wgmma_groups + 1,
-                                  self.wgmma_waited,
-                                  a,
-                                  b,
-                                  accumulate,
-                                  a_transposed,
-                                  b_transposed,
-                                  {},
-                                  &self,
-                                  0,
-                                  nullptr});
+        group.products.push_back(
+            {site, columns, self.wgmma_groups + 1, self.wgmma_waited, a, b, accumulate, a_transposed, b_transposed, {}, &self, 0, nullptr});
     }
     Product& product = group.products[number];
     if (!same_site(product.site, site) || product.columns != columns || product.a_transposed != a_transposed ||
@@ -326,14 +312,14 @@ void warpgroup_exit(const Thread& thread) {
     if (group == nullptr) return;
     if (thread.register_changes < group->changes.size()) {
         const Change& change = group->changes[thread.register_changes];
-        fail(thread, "ends without having reached " + std::string(SETMAXNREG) + ", where " + name_of(*change.first, thread) +
-                         " was (" + place(change.site) + ")");
+        fail(thread, "ends without having reached " + std::string(SETMAXNREG) + ", where " + name_of(*change.first, thread) + " was (" +
+                         place(change.site) + ")");
     }
     const u32 reached = thread.wgmmas - group->first_product;
     if (reached < group->products.size()) {
         const Product& product = group->products[reached];
-        fail(thread, "ends without having reached " + std::string(WGMMA) + ", where " + name_of(*product.first, thread) +
-                         " was (" + place(product.site) + ")");
+        fail(thread, "ends without having reached " + std::string(WGMMA) + ", where " + name_of(*product.first, thread) + " was (" +
+                         place(product.site) + ")");
     }
 }
 

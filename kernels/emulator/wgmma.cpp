@@ -62,8 +62,7 @@ std::string Operand::wrong(u32 indices) const {
     if (start % ATOM >= ROW) return "starts within an atom of 1024 bytes: at " + std::to_string(start % ATOM);
     if (start % ROW + (transposed ? ROW : 32) > ROW)
         return "leaves its rows of 128 bytes: it starts at byte " + std::to_string(start % ROW);
-    if (stride == 0 || stride % ATOM != 0)
-        return "has a stride of " + std::to_string(stride) + " bytes: not a multiple of 1024 above 0";
+    if (stride == 0 || stride % ATOM != 0) return "has a stride of " + std::to_string(stride) + " bytes: not a multiple of 1024 above 0";
     if (transposed && indices > 64 && (leading == 0 || leading % ATOM != 0))
         return "has a leading stride of " + std::to_string(leading) + " bytes: not a multiple of 1024 above 0";
     return {};

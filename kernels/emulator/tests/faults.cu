@@ -7,9 +7,7 @@ KERNEL(reads_unwritten_global, 32, const float* x, float* y) { st_global_f32(y +
 
 KERNEL(reads_unwritten_shared, 32, float* y) { st_global_f32(y + lane_id(), ld_shared_f32(shared_base() + 4 * lane_id())); }
 
-KERNEL(address_of_no_buffer, 32, float* y) {
-    st_global_f32(y + lane_id(), ld_global_f32(static_cast<const float*>(nullptr) + lane_id()));
-}
+KERNEL(address_of_no_buffer, 32, float* y) { st_global_f32(y + lane_id(), ld_global_f32(static_cast<const float*>(nullptr) + lane_id())); }
 
 KERNEL(blocks_write_one_place, 32, float* y) { st_global_f32(y + lane_id(), static_cast<float>(blockIdx.x)); }
 

@@ -3,8 +3,8 @@
 #include "../../common/instructions.cuh"
 
 // For each element: x as bf16 and f16, pairs in both orders, and back.
-KERNEL(conversions, 256, const float* x, u16* to_bf16, u16* to_f16, u32* pairs_bf16, u32* pairs_f16, float* from_bf16,
-       float* from_f16, u32 n) {
+KERNEL(conversions, 256, const float* x, u16* to_bf16, u16* to_f16, u32* pairs_bf16, u32* pairs_f16, float* from_bf16, float* from_f16,
+       u32 n) {
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
         const float value = ld_global_nc_f32(x + i), next = ld_global_nc_f32(x + (i + 1) % n);
         const bf16 b = cvt_rn_bf16_f32(value);
@@ -85,12 +85,12 @@ KERNEL(loads_and_stores, 32, const unsigned char* x, unsigned char* y) {
     const u32 lane = lane_id();
     const shared_address at = shared_base() + 32 * lane;
     u32 type = 0;
-#define THROUGH(name, bytes)                                                                  \
-    for (u32 i = 0; i < 32; i += bytes) {                                                     \
-        const u64 offset = (type * WARP + lane) * 32 + i;                                     \
+#define THROUGH(name, bytes)                                                                                           \
+    for (u32 i = 0; i < 32; i += bytes) {                                                                              \
+        const u64 offset = (type * WARP + lane) * 32 + i;                                                              \
         st_shared_##name(at + i, i / bytes % 2 == 0 ? ld_global_##name(x + offset) : ld_global_nc_##name(x + offset)); \
-        st_global_##name(y + offset, ld_shared_##name(at + i));                               \
-    }                                                                                         \
+        st_global_##name(y + offset, ld_shared_##name(at + i));                                                        \
+    }                                                                                                                  \
     ++type;
     THROUGH(u16, 2)
     THROUGH(u32, 4)

@@ -25,8 +25,7 @@ SAMTONE_DEVICE void copy_chunk(shared_address to, const u16* matrix, u32 row, u3
     cp_async_cg_16(to, from, inside ? 16 : 0);
 }
 
-template <bool b_by_rows>
-SAMTONE_DEVICE void fill(u32 stage, const u16* a, const u16* b, u32 m, u32 n, u32 k, u32 k0) {
+template <bool b_by_rows> SAMTONE_DEVICE void fill(u32 stage, const u16* a, const u16* b, u32 m, u32 n, u32 k, u32 k0) {
     const shared_address to = shared_base() + stage * STAGE_BYTES;
     for (u32 i = threadIdx.x; i < TILE * DEPTH / 8; i += THREADS) {
         const u32 row = i / 4, chunk = i % 4;
@@ -64,8 +63,8 @@ template <bool b_by_rows, bool is_bf16> SAMTONE_DEVICE void product(const u16* a
             for (u32 i = 0; i < 2; ++i) {
                 // The matrices are rows 0..7 and 8..15 of the fragment, then the same rows at k + 8.
                 const u32 row = warp_row + 16 * i + lane % 16, chunk = deep / 8 + lane / 16;
-                ldmatrix_x4(fragments_a[i], stage + (MUTANT(no_swizzle) ? row * 64 + chunk * 16 : narrow(row, chunk)) +
-                                                (MUTANT(misaligned) ? 4 : 0));
+                ldmatrix_x4(fragments_a[i],
+                            stage + (MUTANT(no_swizzle) ? row * 64 + chunk * 16 : narrow(row, chunk)) + (MUTANT(misaligned) ? 4 : 0));
             }
             UNROLL
             for (u32 pair = 0; pair < 2; ++pair) { // two fragments of B at a time: columns 16 pair … 16 pair + 15
@@ -116,12 +115,8 @@ template <bool b_by_rows, bool is_bf16> SAMTONE_DEVICE void product(const u16* a
     }
 }
 
-KERNEL(matrix_product_bf16, THREADS, const u16* a, const u16* b, float* c, u32 m, u32 n, u32 k) {
-    product<false, true>(a, b, c, m, n, k);
-}
-KERNEL(matrix_product_f16, THREADS, const u16* a, const u16* b, float* c, u32 m, u32 n, u32 k) {
-    product<false, false>(a, b, c, m, n, k);
-}
+KERNEL(matrix_product_bf16, THREADS, const u16* a, const u16* b, float* c, u32 m, u32 n, u32 k) { product<false, true>(a, b, c, m, n, k); }
+KERNEL(matrix_product_f16, THREADS, const u16* a, const u16* b, float* c, u32 m, u32 n, u32 k) { product<false, false>(a, b, c, m, n, k); }
 KERNEL(matrix_product_rows_bf16, THREADS, const u16* a, const u16* b, float* c, u32 m, u32 n, u32 k) {
     product<true, true>(a, b, c, m, n, k);
 }

@@ -98,8 +98,7 @@ SAMTONE_DEVICE void store(u16* c, u32 n, const float (&sums)[64]) {
     SYNC(S6, fence_proxy_async());
     SYNC(S7, bar_sync_named(STORES, MUTANT(half_a_barrier) ? WARPGROUP / 2 : WARPGROUP));
     if (thread == 0) {
-        for (u32 row = 0; row < 64; ++row)
-            cp_async_bulk_store(c + static_cast<u64>(row) * n, shared_base() + RESULT + row * 256, 256);
+        for (u32 row = 0; row < 64; ++row) cp_async_bulk_store(c + static_cast<u64>(row) * n, shared_base() + RESULT + row * 256, 256);
         if (!MUTANT(stores_not_committed)) cp_async_bulk_commit_group();
     }
 }
