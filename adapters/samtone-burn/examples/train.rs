@@ -142,7 +142,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let device = Device::wgpu_options().init()?;
     #[cfg(not(feature = "wgpu"))]
     let device = Device::flex();
-    let prefixes = std::env::args().skip(1).map(|length| length.parse()).collect::<Result<Vec<usize>, _>>()?;
+    let length = |text: String| text.parse::<usize>().map_err(|_| format!("`{text}` is no length of a prefix"));
+    let prefixes = std::env::args().skip(1).map(length).collect::<Result<Vec<_>, _>>()?;
     let call = if prefixes.is_empty() { call() } else { call().with_prefixes(prefixes) };
     let (curve, log_beta) = train(&device, call)?;
     for (step, Step { loss, prefixes }) in curve.iter().enumerate() {
