@@ -1,11 +1,18 @@
 //! The command line.
 
 use super::encoder::Architecture;
-use anyhow::{Result, bail, ensure};
+use super::summary::pictured;
+use super::trainer::Variant;
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
 use samtone::{Call, Loss};
 use serde::Serialize;
 use std::path::PathBuf;
+
+/// Longest embedding, and widest table.
+const MOST_ENTRIES: i64 = 8192;
+/// Length of an embedding without --dim and --prefixes.
+const DIM: u32 = 128;
 
 /// Trains dual encoders on real text and compares contrastive losses, with and without masking of duplicates.
 ///
@@ -48,11 +55,15 @@ pub struct Args {
     /// Pairs in a batch.
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(2..=65_536))]
     pub batch: u32,
-    /// Length of an embedding.
-    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=8192))]
-    pub dim: u32,
+    /// Length of an embedding [default: 128, or the longest prefix].
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MOST_ENTRIES))]
+    pub dim: Option<u32>,
+    /// Matryoshka: ascending lengths such as 32,64,128,256. The losses of the t-SNE pictures are trained a second time, with the sum of
+    /// the losses of these prefixes. The report then shows what each length finds, trained with and without prefixes.
+    #[arg(long, value_name = "LENGTHS", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=MOST_ENTRIES))]
+    pub prefixes: Vec<u32>,
     /// Columns of the embedding tables.
-    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=8192))]
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=MOST_ENTRIES))]
     pub width: u32,
     /// Rows of an embedding table, as a power of two.
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(8..=24))]
@@ -139,6 +150,15 @@ impl Args {
         if !(0.01..=0.9).contains(&self.test_fraction) {
             bail!("--test-fraction is {}; allowed: 0.01 to 0.9", self.test_fraction);
         }
+        let longest = self.prefixes.last().copied();
+        let dim = *self.dim.get_or_insert(longest.unwrap_or(DIM));
+        if let Some(longest) = longest {
+            self.call(Loss::info_nce(), true).check().context("--prefixes")?;
+            ensure!(
+                longest <= dim,
+                "--prefixes ends with {longest}; allowed: at most {dim}, the length of an embedding (--dim)"
+            );
+        }
         if self.architectures.is_empty() {
             self.architectures =
                 if self.quick { vec![Architecture::AdeSpl] } else { vec![Architecture::Sde, Architecture::AdeSpl] };
@@ -169,11 +189,105 @@ impl Args {
 
     /// Number of trainings.
     pub fn trainings(&self) -> usize {
-        self.architectures.len() * self.losses.len() * self.masks.len() * self.seed_list().len()
+        self.architectures.iter().map(|a| self.variants(*a).len()).sum::<usize>() * self.seed_list().len()
+    }
+
+    /// What is trained of an architecture, once for each seed.
+    pub fn variants(&self, architecture: Architecture) -> Vec<Variant> {
+        let compared = self.compared_with_prefixes();
+        let mut variants = Vec::new();
+        for loss in &self.losses {
+            for &mask in &self.masks {
+                let plain = Variant { architecture, loss: loss.clone(), mask, prefixes: false };
+                let with =
+                    compared.contains(&(loss.clone(), mask)).then(|| Variant { prefixes: true, ..plain.clone() });
+                variants.extend([Some(plain), with].into_iter().flatten());
+            }
+        }
+        variants
+    }
+
+    /// The losses that are trained with and without prefixes: those of the pictures, if there are prefixes.
+    pub fn compared_with_prefixes(&self) -> Vec<(String, Mask)> {
+        if self.prefixes.is_empty() { Vec::new() } else { pictured(self) }
+    }
+
+    /// What a training computes, apart from what its batches have of their own.
+    pub fn call(&self, loss: Loss, prefixes: bool) -> Call {
+        let call = Call::new(loss, self.temperature);
+        if prefixes { call.with_prefixes(self.prefixes.iter().map(|d| *d as usize).collect::<Vec<_>>()) } else { call }
+    }
+
+    /// Length of an embedding.
+    pub fn dim(&self) -> usize {
+        self.dim.unwrap_or(DIM) as usize
+    }
+
+    /// How many leading entries of an embedding are searched with, apart from a search with all of them, if there are prefixes. All of
+    /// them are the last.
+    pub fn lengths(&self) -> Vec<usize> {
+        let mut lengths: Vec<usize> = self.prefixes.iter().map(|d| *d as usize).collect();
+        if lengths.last().is_some_and(|d| *d < self.dim()) {
+            lengths.push(self.dim());
+        }
+        lengths
     }
 
     /// Rows of an embedding table.
     pub fn buckets(&self) -> usize {
         1 << self.table_bits
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolved(arguments: &str) -> Result<Args> {
+        Args::try_parse_from(["train"].into_iter().chain(arguments.split_whitespace()))?.resolve()
+    }
+
+    #[test]
+    fn embeddings_are_as_long_as_the_longest_prefix() {
+        for (arguments, dim, lengths) in [
+            ("", 128, vec![]),
+            ("--prefixes 32,64,256", 256, vec![32, 64, 256]),
+            ("--prefixes 8", 8, vec![8]),
+            ("--prefixes 8,16 --dim 24", 24, vec![8, 16, 24]),
+            ("--dim 24", 24, vec![]),
+        ] {
+            let args = resolved(arguments).unwrap();
+            assert_eq!((args.dim(), args.lengths()), (dim, lengths), "{arguments}");
+        }
+    }
+
+    #[test]
+    fn prefixes_add_a_training_to_each_pictured_loss() {
+        let trainings = |arguments| resolved(arguments).unwrap().trainings();
+        assert_eq!(trainings("--losses pair,samtone_query,bidirectional"), 36);
+        assert_eq!(trainings("--losses pair,samtone_query,bidirectional --prefixes 8"), 48);
+        assert_eq!(trainings("--quick --losses info_nce --masks on --prefixes 8"), 2);
+    }
+
+    #[test]
+    fn bad_prefixes_are_named() {
+        for (prefixes, want) in [
+            (
+                "64,32",
+                "--prefixes: argument `prefixes` is 32 at position 1; allowed: ascending numbers of entries, here at least 65",
+            ),
+            (
+                "64,64",
+                "--prefixes: argument `prefixes` is 64 at position 1; allowed: ascending numbers of entries, here at least 65",
+            ),
+            ("32,256 --dim 128", "--prefixes ends with 256; allowed: at most 128, the length of an embedding (--dim)"),
+            ("0", "invalid value '0' for '--prefixes <LENGTHS>': 0 is not in 1..=8192"),
+            ("8,9000", "invalid value '9000' for '--prefixes <LENGTHS>': 9000 is not in 1..=8192"),
+            ("8,all", "invalid value 'all' for '--prefixes <LENGTHS>': invalid digit found in string"),
+            ("8,", "invalid value '' for '--prefixes <LENGTHS>': cannot parse integer from empty string"),
+        ] {
+            let error = format!("{:#}", resolved(&format!("--prefixes {prefixes}")).err().unwrap());
+            assert!(error.contains(want), "{prefixes}: {error}");
+        }
     }
 }

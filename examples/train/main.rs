@@ -33,7 +33,7 @@ mod trainer;
 mod tsne;
 
 use anyhow::Result;
-use args::{Args, Mask, Save};
+use args::{Args, Save};
 use clap::Parser;
 use data::{Dataset, Split};
 use encoder::{Architecture, Towers};
@@ -43,8 +43,8 @@ use rayon::prelude::*;
 use report::{DataSummary, Map, Report, Seconds, Trainings};
 use std::process::ExitCode;
 use std::time::Instant;
-use summary::{VariantSummary, loss_label};
-use trainer::{Prepared, TestEmbeddings, Variant};
+use summary::VariantSummary;
+use trainer::{Prepared, TestEmbeddings};
 
 /// Pairs in a t-SNE picture.
 const MAP_PAIRS: usize = 250;
@@ -120,7 +120,7 @@ fn run() -> Result<()> {
     let trainings = Trainings { done: planned, planned };
     let report = Report::new(&args, &summary, trainings, &results, &maps, seconds);
     let path = report::write(&args.out, &report)?;
-    for table in &report.tables {
+    for table in report.tables.iter().chain(&report.prefix_tables) {
         say!("\n{}", report::console_table(table).trim_end());
     }
     if !report.comparisons.is_empty() {
@@ -182,7 +182,7 @@ impl PendingMap {
     }
 
     fn draw(self, args: &Args) -> Map {
-        let mut queries = tsne::embed(&self.points, args.dim as usize, PERPLEXITY, args.seed);
+        let mut queries = tsne::embed(&self.points, args.dim(), PERPLEXITY, args.seed);
         let passages = queries.split_off(queries.len() / 2);
         Map { architecture: self.architecture, title: self.title, tower_gap: self.tower_gap, queries, passages }
     }
@@ -205,45 +205,41 @@ fn run_all(
             let embeddings = trainer::embed_test(&towers, data);
             pending.push(PendingMap::new("before training".into(), &towers, &embeddings, data, args));
         }
-        for loss in &args.losses {
-            for &mask in &args.masks {
-                let variant = Variant { architecture, loss: loss.clone(), mask };
-                let masked = if mask == Mask::On { ", duplicates masked" } else { "" };
-                let title = format!("{}{masked}", loss_label(loss));
-                let (mut outcomes, before) = (Vec::new(), results.len());
-                for &seed in &seeds {
-                    let outcome = trainer::train(&variant, seed, data, args, |step, measured| {
-                        progress.step();
-                        progress.message(format!(
-                            "{} {title}, seed {seed}: step {step}, loss {:.3}, in-batch MRR {:.3}",
-                            architecture.label(),
-                            measured.loss,
-                            measured.in_batch_mrr
-                        ));
-                    })?;
-                    let (outcome, towers) = outcome;
-                    let is_pictured = pictured.contains(&(loss.clone(), mask));
-                    let is_saved = args.save == Save::All || args.save == Save::Pictured && is_pictured;
-                    if seed == args.seed && (is_pictured || is_saved) {
-                        let embeddings = trainer::embed_test(&towers, data);
-                        if is_saved {
-                            let metadata = data.metadata(&variant, seed, args);
-                            save::save_towers(&args.out, &variant, &towers, data.inverse_frequency(), metadata)?;
-                            save::save_embeddings(&args.out, &variant, &embeddings, &data.test, towers.dim)?;
-                        }
-                        if is_pictured {
-                            pending.push(PendingMap::new(format!("after {title}"), &towers, &embeddings, data, args));
-                        }
+        for variant in args.variants(architecture) {
+            let title = summary::title(&variant);
+            let (mut outcomes, before) = (Vec::new(), results.len());
+            for &seed in &seeds {
+                let outcome = trainer::train(&variant, seed, data, args, |step, measured| {
+                    progress.step();
+                    progress.message(format!(
+                        "{} {title}, seed {seed}: step {step}, loss {:.3}, in-batch MRR {:.3}",
+                        architecture.label(),
+                        measured.loss,
+                        measured.in_batch_mrr
+                    ));
+                })?;
+                let (outcome, towers) = outcome;
+                let is_pictured = !variant.prefixes && pictured.contains(&(variant.loss.clone(), variant.mask));
+                let is_saved = args.save == Save::All || args.save == Save::Pictured && is_pictured;
+                if seed == args.seed && (is_pictured || is_saved) {
+                    let embeddings = trainer::embed_test(&towers, data);
+                    if is_saved {
+                        let metadata = data.metadata(&variant, seed, args);
+                        save::save_towers(&args.out, &variant, &towers, data.inverse_frequency(), metadata)?;
+                        save::save_embeddings(&args.out, &variant, &embeddings, &data.test, towers.dim)?;
                     }
-                    outcomes.push(outcome);
-                    results.truncate(before);
-                    results.push(VariantSummary::new(&outcomes));
-                    done += 1;
-                    finished(&results, done)?;
+                    if is_pictured {
+                        pending.push(PendingMap::new(format!("after {title}"), &towers, &embeddings, data, args));
+                    }
                 }
-                let mrr = results[before].mrr.percent();
-                progress.line(&format!("{:<8} {title:<42} MRR {mrr}", architecture.label()));
+                outcomes.push(outcome);
+                results.truncate(before);
+                results.push(VariantSummary::new(&outcomes));
+                done += 1;
+                finished(&results, done)?;
             }
+            let mrr = results[before].quality.mrr.percent();
+            progress.line(&format!("{:<8} {title:<42} MRR {mrr}", architecture.label()));
         }
     }
     progress.finish();
@@ -255,9 +251,8 @@ mod tests {
     use super::data::{Pair, split_by_group};
     use super::*;
 
-    /// What is written after each training stays when the program ends before the last one.
-    #[test]
-    fn an_interrupt_keeps_the_trainings_that_are_done() {
+    /// A small training that is over in a moment, with these arguments besides.
+    fn sheep(folder: &std::path::Path, arguments: &str) -> (Args, Prepared, DataSummary) {
         let pairs = (0..240).map(|i| Pair {
             query: format!("count the {i} sheep"),
             passage: format!("fn sheep_{i}() -> u32 {{ {} }}", i % 7),
@@ -265,10 +260,9 @@ mod tests {
         });
         let split = Split { test_fraction: 0.3, max_test: 60, min_train: 16, seed: 1 };
         let dataset = split_by_group(pairs.collect(), "sheep".into(), &split).unwrap();
-        let folder = tempfile::tempdir().unwrap();
-        let small =
-            "--batch 16 --steps 5 --table-bits 8 --width 6 --dim 4 --losses info_nce,pair --seeds 2 --masks off";
-        let args = Args::parse_from(["train"].into_iter().chain(small.split(' '))).resolve().unwrap();
+        let small = "--batch 16 --steps 5 --table-bits 8 --width 6 --seeds 2 --masks off";
+        let args = ["train"].into_iter().chain(small.split(' ')).chain(arguments.split(' '));
+        let args = Args { out: folder.into(), save: Save::None, ..Args::parse_from(args).resolve().unwrap() };
         let data = Prepared::new(dataset, &args);
         let summary = DataSummary {
             source: "sheep".into(),
@@ -280,7 +274,18 @@ mod tests {
             passages: data.passages,
             mean_buckets: data.mean_buckets,
         };
-        let args = Args { out: folder.path().into(), save: Save::None, ..args };
+        (args, data, summary)
+    }
+
+    fn results_in(folder: &std::path::Path) -> serde_json::Value {
+        serde_json::from_str(&std::fs::read_to_string(folder.join("results.json")).unwrap()).unwrap()
+    }
+
+    /// What is written after each training stays when the program ends before the last one.
+    #[test]
+    fn an_interrupt_keeps_the_trainings_that_are_done() {
+        let folder = tempfile::tempdir().unwrap();
+        let (args, data, summary) = sheep(folder.path(), "--dim 4 --losses info_nce,pair");
         let planned = args.trainings();
         let ended = run_all(&args, &data, &mut Vec::new(), |results, done| {
             let trainings = Trainings { done, planned };
@@ -291,12 +296,62 @@ mod tests {
         });
         assert_eq!(ended.unwrap_err().to_string(), "interrupted");
 
-        let text = std::fs::read_to_string(folder.path().join("results.json")).unwrap();
-        let file: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let file = results_in(folder.path());
         assert_eq!(file["trainings"], serde_json::json!({"done": 3, "planned": 8}));
         let seeds = |k: usize| file["results"][k]["mrr"]["values"].as_array().map(Vec::len);
         assert_eq!([seeds(0), seeds(1), seeds(2)], [Some(2), Some(1), None]);
         let page = std::fs::read_to_string(folder.path().join("report.html")).unwrap();
         assert!(page.contains("Unfinished: 3 of 8 trainings are done."));
+        assert!(!page.contains("Matryoshka"));
+    }
+
+    /// The losses of the pictures are trained twice, and every length is searched with. The report is whole after each training.
+    #[test]
+    fn prefixes_are_trained_searched_and_reported() {
+        let folder = tempfile::tempdir().unwrap();
+        let losses = "--architectures sde --losses info_nce,bidirectional,samtone_query";
+        let (args, data, summary) = sheep(folder.path(), &format!("{losses} --prefixes 2,3 --dim 5"));
+        assert_eq!((args.trainings(), args.lengths()), (10, vec![2, 3, 5]));
+        let write = |results: &[VariantSummary], done| {
+            let trainings = Trainings { done, planned: 10 };
+            report::write(&args.out, &Report::new(&args, &summary, trainings, results, &[], Seconds::default()))
+        };
+        let results = run_all(&args, &data, &mut Vec::new(), |results, done| write(results, done).map(drop)).unwrap();
+        let trained: Vec<_> = results.iter().map(|v| (v.variant.loss.as_str(), v.variant.prefixes)).collect();
+        let [bidirectional, samtone] = ["bidirectional", "samtone_query"].map(|loss| [(loss, false), (loss, true)]);
+        assert_eq!(trained, [&[("info_nce", false)][..], &bidirectional, &samtone].concat());
+
+        assert!(results[0].by_length.is_empty());
+        for v in &results[1..] {
+            assert_eq!(v.by_length[2].mrr.values, v.quality.mrr.values, "all entries are the whole embedding");
+            assert_ne!(v.by_length[0].mrr.values, v.quality.mrr.values);
+            assert_eq!(v.prefix_loss_curves.len(), if v.variant.prefixes { 2 } else { 0 });
+        }
+        for [plain, with] in [[&results[1], &results[2]], [&results[3], &results[4]]] {
+            assert_ne!(plain.quality.mrr.values, with.quality.mrr.values);
+            for (step, loss) in with.loss_curve.iter().enumerate() {
+                let sum: f64 = with.prefix_loss_curves.iter().map(|curve| curve[step]).sum();
+                assert!((sum - loss).abs() < 1e-9, "step {step}: {sum} {loss}");
+            }
+        }
+
+        let file = results_in(folder.path());
+        assert_eq!(file["results"][4]["by_length"][1]["mrr"]["values"].as_array().map(Vec::len), Some(2));
+        let rows = file["prefix_tables"][1]["rows"].as_array().unwrap();
+        let heads = rows.iter().map(|row| [0, 1].map(|c| row[c]["text"].as_str().unwrap_or_default()).join(" "));
+        assert_eq!(heads.collect::<Vec<_>>(), ["2 no", "2 yes", "3 no", "3 yes", "5 no", "5 yes"]);
+        let page = std::fs::read_to_string(folder.path().join("report.html")).unwrap();
+        for text in [
+            "Retrieval by length of the embedding, SamToNe, query tower, in %",
+            "on whole embeddings of 5 entries, and on the sum of the losses of their first 2, 3 entries",
+            "SDE: held-out MRR by length of the embedding",
+            "Of the MRR of all 5 entries, the first 2 keep: Bidirectional ",
+            "SDE, Bidirectional: loss of each prefix",
+            "The first 2 entries find more if they were trained as a prefix",
+        ] {
+            assert!(page.contains(text), "{text}");
+        }
+        let curves = page.matches("<title>SamToNe, query tower, with prefixes</title>").count();
+        assert_eq!(curves, 1, "only the chart of lengths shows what was trained with prefixes beside what was not");
     }
 }

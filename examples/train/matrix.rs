@@ -30,6 +30,11 @@ pub fn multiply(out: &mut [f32], Matrix(a): Matrix<'_>, Matrix(b): Matrix<'_>, a
     matmul::multiply(out, b.cols, accumulate, a, b);
 }
 
+/// The first `count` columns.
+pub fn leading_columns(data: &[f32], cols: usize, count: usize) -> Vec<f32> {
+    data.chunks_exact(cols).flat_map(|row| &row[..count]).copied().collect()
+}
+
 /// Scales each row to norm 1.
 pub fn normalise_rows(data: &mut [f32], cols: usize) {
     for row in data.chunks_exact_mut(cols) {
@@ -46,6 +51,13 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn leading_columns_of_every_row() {
+        let x = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+        assert_eq!(leading_columns(&x, 3, 2), [1.0, 2.0, 4.0, 5.0]);
+        assert_eq!(leading_columns(&x, 3, 3), x);
+    }
 
     #[test]
     fn products_and_transposes() {

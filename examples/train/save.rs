@@ -9,13 +9,14 @@ use safetensors::tensor::{Dtype, TensorView};
 use std::collections::HashMap;
 use std::path::Path;
 
-/// Name of a variant in file names: `ade-spl-samtone_query-masked`.
+/// Name of a variant in file names: `ade-spl-samtone_query-masked-prefixes`.
 pub fn file_stem(variant: &Variant) -> String {
     let mask = match variant.mask {
         super::args::Mask::Off => "",
         super::args::Mask::On => "-masked",
     };
-    format!("{}-{}{mask}", variant.architecture.slug(), variant.loss)
+    let prefixes = if variant.prefixes { "-prefixes" } else { "" };
+    format!("{}-{}{mask}{prefixes}", variant.architecture.slug(), variant.loss)
 }
 
 /// Writes `towers-….safetensors`: table.shared, or table.query and table.passage (buckets × width), projection (width × dim),
@@ -82,9 +83,10 @@ mod tests {
     fn saved_towers_read_back() {
         let folder = tempfile::tempdir().unwrap();
         let towers = Towers::new(Architecture::AdeSpl, 256, 3, 2, 5);
-        let variant = Variant { architecture: Architecture::AdeSpl, loss: "pair".into(), mask: Mask::On };
+        let variant =
+            Variant { architecture: Architecture::AdeSpl, loss: "pair".into(), mask: Mask::On, prefixes: true };
         save_towers(folder.path(), &variant, &towers, &[1.0; 256], HashMap::new()).unwrap();
-        let bytes = std::fs::read(folder.path().join("towers-ade-spl-pair-masked.safetensors")).unwrap();
+        let bytes = std::fs::read(folder.path().join("towers-ade-spl-pair-masked-prefixes.safetensors")).unwrap();
         let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         let table = file.tensor("table.passage").unwrap();
         assert_eq!(table.shape(), [256, 3]);

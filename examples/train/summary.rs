@@ -3,6 +3,7 @@
 use super::args::{Args, Mask};
 use super::encoder::Architecture;
 use super::geometry::Histogram;
+use super::retrieval::Scores;
 use super::trainer::{Outcome, Variant};
 use samtone::{Block, Loss};
 use serde::Serialize;
@@ -36,23 +37,43 @@ impl Stat {
     }
 }
 
-/// All seeds of a variant.
-#[derive(Debug, Serialize)]
-pub struct VariantSummary {
-    /// Architecture, loss, mask.
-    pub variant: Variant,
+/// What held-out queries find.
+#[derive(Debug, Clone, Serialize)]
+pub struct Quality {
     /// Precision at 1.
     pub p_at_1: Stat,
     /// Mean reciprocal rank.
     pub mrr: Stat,
     /// NDCG at 10.
     pub ndcg_at_10: Stat,
+}
+
+impl Quality {
+    /// Of the scores of each seed.
+    fn new(scores: &[Scores]) -> Self {
+        let stat = |f: fn(&Scores) -> f64| Stat::new(scores.iter().map(f).collect());
+        Self { p_at_1: stat(|s| s.p_at_1), mrr: stat(|s| s.mrr), ndcg_at_10: stat(|s| s.ndcg_at_10) }
+    }
+}
+
+/// All seeds of a variant.
+#[derive(Debug, Serialize)]
+pub struct VariantSummary {
+    /// Architecture, loss, mask, prefixes.
+    pub variant: Variant,
+    /// With whole embeddings.
+    #[serde(flatten)]
+    pub quality: Quality,
+    /// With their leading entries alone, of each length in [`Args::lengths`]; empty where lengths are not compared.
+    pub by_length: Vec<Quality>,
     /// ‖mean q̂ − mean p̂‖.
     pub tower_gap: Stat,
     /// (step, mean held-out MRR).
     pub mrr_curve: Vec<(usize, f64)>,
     /// Mean training loss of each step, nats.
     pub loss_curve: Vec<f64>,
+    /// The same of each prefix; empty without.
+    pub prefix_loss_curves: Vec<Vec<f64>>,
     /// Mean in-batch MRR of each step.
     pub in_batch_mrr_curve: Vec<f64>,
     /// Query–first candidate cosines of all seeds.
@@ -76,12 +97,16 @@ impl VariantSummary {
         let total = encode + loss + update;
         Self {
             variant: runs[0].variant.clone(),
-            p_at_1: stat(&|r| r.scores().p_at_1),
-            mrr: stat(&|r| r.scores().mrr),
-            ndcg_at_10: stat(&|r| r.scores().ndcg_at_10),
+            quality: Quality::new(&runs.iter().map(Outcome::scores).collect::<Vec<_>>()),
+            by_length: (0..runs[0].by_length.len())
+                .map(|k| Quality::new(&runs.iter().map(|r| r.by_length[k]).collect::<Vec<_>>()))
+                .collect(),
             tower_gap: stat(&|r| r.tower_gap),
             mrr_curve: (0..runs[0].curve.len()).map(|k| (runs[0].curve[k].0, mean(&|r| r.curve[k].1.mrr))).collect(),
             loss_curve: steps.clone().map(|k| mean(&|r| r.steps[k].loss)).collect(),
+            prefix_loss_curves: (0..runs[0].steps[0].prefix_losses.len())
+                .map(|prefix| steps.clone().map(|k| mean(&|r| r.steps[k].prefix_losses[prefix])).collect())
+                .collect(),
             in_batch_mrr_curve: steps.map(|k| mean(&|r| r.steps[k].in_batch_mrr)).collect(),
             top_cosine: Histogram::new(
                 runs.iter().flat_map(|r| r.top_cosines.iter().map(|c| f64::from(*c))).collect(),
@@ -107,6 +132,13 @@ pub fn loss_label(name: &str) -> String {
         "samtone_both" => "SamToNe, both towers".into(),
         other => other.into(),
     }
+}
+
+/// How a variant is called within an architecture.
+pub fn title(variant: &Variant) -> String {
+    let masked = if variant.mask == Mask::On { ", duplicates masked" } else { "" };
+    let prefixes = if variant.prefixes { ", with prefixes" } else { "" };
+    format!("{}{masked}{prefixes}", loss_label(&variant.loss))
 }
 
 /// Whether the loss has same-tower negatives.
@@ -150,22 +182,25 @@ pub struct Cell {
 
 type Metric = (&'static str, fn(&VariantSummary) -> &Stat);
 type Side = (&'static str, Mask);
-type Row<'a> = (Vec<String>, Vec<Option<&'a VariantSummary>>);
+type Row<'a> = (Vec<String>, Vec<Option<&'a Quality>>);
 
-/// Columns: labels, then P@1, MRR, NDCG@10 for each architecture.
-fn table(title: &str, labels: &[&str], architectures: &[Architecture], rows: Vec<Row<'_>>) -> Table {
-    let metrics: [Metric; 3] = [("P@1", |v| &v.p_at_1), ("MRR", |v| &v.mrr), ("NDCG@10", |v| &v.ndcg_at_10)];
-    let stats = |columns: &[Option<&VariantSummary>]| -> Vec<Option<Stat>> {
+/// Columns: labels, then P@1, MRR, NDCG@10 for each architecture. The best is that of each `peers` rows.
+fn table(title: &str, labels: &[&str], architectures: &[Architecture], peers: usize, rows: Vec<Row<'_>>) -> Table {
+    type OfQuality = (&'static str, fn(&Quality) -> &Stat);
+    let metrics: [OfQuality; 3] = [("P@1", |v| &v.p_at_1), ("MRR", |v| &v.mrr), ("NDCG@10", |v| &v.ndcg_at_10)];
+    let stats = |columns: &[Option<&Quality>]| -> Vec<Option<Stat>> {
         columns.iter().flat_map(|v| metrics.iter().map(|(_, f)| v.map(|v| f(v).clone()))).collect()
     };
     let stats: Vec<Vec<Option<Stat>>> = rows.iter().map(|(_, columns)| stats(columns)).collect();
-    let best = |column: usize| {
-        stats.iter().filter_map(|row| row[column].as_ref()).map(|s| s.mean).fold(f64::NEG_INFINITY, f64::max)
+    let of = |peers: &[Vec<Option<Stat>>], column: usize| {
+        let means = peers.iter().filter_map(|row| row[column].as_ref()).map(|s| s.mean);
+        (peers.len() > 1).then(|| means.fold(f64::NEG_INFINITY, f64::max))
     };
-    let cells = rows.iter().zip(&stats).map(|((labels, _), stats)| {
+    let best = stats.chunks(peers).flat_map(|peers| peers.iter().map(move |_| peers));
+    let cells = rows.iter().zip(&stats).zip(best).map(|(((labels, _), stats), peers)| {
         let labels = labels.iter().map(|text| Cell { text: text.clone(), best: false });
         let numbers = stats.iter().enumerate().map(|(c, stat)| match stat {
-            Some(stat) => Cell { text: stat.percent(), best: rows.len() > 1 && stat.mean == best(c) },
+            Some(stat) => Cell { text: stat.percent(), best: of(peers, c) == Some(stat.mean) },
             None => Cell { text: "–".into(), best: false },
         });
         labels.chain(numbers).collect()
@@ -180,21 +215,45 @@ fn table(title: &str, labels: &[&str], architectures: &[Architecture], rows: Vec
     }
 }
 
+fn find<'a>(
+    results: &'a [VariantSummary],
+    architecture: Architecture,
+    loss: &str,
+    mask: Mask,
+    prefixes: bool,
+) -> Option<&'a VariantSummary> {
+    let wanted = Variant { architecture, loss: loss.to_string(), mask, prefixes };
+    results.iter().find(|v| v.variant == wanted)
+}
+
+/// What each length of an embedding finds, one table for each loss that was trained with and without prefixes.
+pub fn prefix_tables(args: &Args, results: &[VariantSummary]) -> Vec<Table> {
+    let of = |(loss, mask): (String, Mask)| {
+        let mut rows = Vec::new();
+        for (k, length) in args.lengths().into_iter().enumerate() {
+            for (prefixes, word) in [(false, "no"), (true, "yes")] {
+                let quality = |a: &Architecture| find(results, *a, &loss, mask, prefixes).map(|v| &v.by_length[k]);
+                let labels = vec![length.to_string(), word.to_string()];
+                rows.push((labels, args.architectures.iter().map(quality).collect()));
+            }
+        }
+        let title = format!("Retrieval by length of the embedding, {}, in %", loss_label(&loss));
+        table(&title, &["Entries", "Trained with prefixes"], &args.architectures, 2, rows)
+    };
+    args.compared_with_prefixes().into_iter().map(of).collect()
+}
+
 /// The paper's Tables 1 and 3 for these results.
 pub fn tables(args: &Args, results: &[VariantSummary]) -> Vec<Table> {
-    let find = |architecture: Architecture, loss: &str, mask: Mask| {
-        let wanted = Variant { architecture, loss: loss.to_string(), mask };
-        results.iter().find(|v| v.variant == wanted)
-    };
-    let columns = |loss: &str, mask: Mask| -> Vec<Option<&VariantSummary>> {
-        args.architectures.iter().map(|a| find(*a, loss, mask)).collect()
+    let columns = |loss: &str, mask: Mask| -> Vec<Option<&Quality>> {
+        args.architectures.iter().map(|a| find(results, *a, loss, mask, false).map(|v| &v.quality)).collect()
     };
     let mut tables = Vec::new();
     for (mask, words) in [(Mask::Off, "duplicates count as negatives"), (Mask::On, "duplicates masked")] {
         if args.masks.contains(&mask) {
             let rows = args.losses.iter().map(|loss| (vec![loss_label(loss)], columns(loss, mask))).collect();
             let title = format!("Losses by architecture (as Table 1 of the paper), {words}, in %");
-            tables.push(table(&title, &["Loss"], &args.architectures, rows));
+            tables.push(table(&title, &["Loss"], &args.architectures, usize::MAX, rows));
         }
     }
     let mut rows = Vec::new();
@@ -207,7 +266,7 @@ pub fn tables(args: &Args, results: &[VariantSummary]) -> Vec<Table> {
     }
     if rows.len() > 1 {
         let title = "Same-tower negatives and duplicates (as Table 3 of the paper), in %";
-        tables.push(table(title, &["Same-tower negatives on", "Masked"], &args.architectures, rows));
+        tables.push(table(title, &["Same-tower negatives on", "Masked"], &args.architectures, usize::MAX, rows));
     }
     tables
 }
@@ -280,6 +339,25 @@ pub struct Comparison {
 }
 
 impl Comparison {
+    /// Of two sides, if both have been measured.
+    fn new(
+        expectation: &str,
+        architecture: Architecture,
+        metric: &'static str,
+        expected: Expected,
+        left: Option<&Stat>,
+        right: Option<&Stat>,
+    ) -> Option<Self> {
+        let differences: Vec<f64> = left?.values.iter().zip(&right?.values).map(|(l, r)| l - r).collect();
+        Some(Self {
+            expectation: expectation.to_string(),
+            architecture,
+            metric,
+            verdict: Verdict::of(&differences, expected),
+            difference: Stat::new(differences),
+        })
+    }
+
     /// The difference with its sign, in percentage points for shares.
     pub fn difference_text(&self) -> String {
         let (scale, unit) = if self.metric == "tower gap" { (1.0, "") } else { (100.0, " points") };
@@ -291,7 +369,7 @@ impl Comparison {
 /// Every expectation that these runs can answer.
 pub fn comparisons(args: &Args, results: &[VariantSummary]) -> Vec<Comparison> {
     use Expected::{Higher, Lower};
-    let mrr: Metric = ("MRR", |v| &v.mrr);
+    let mrr: Metric = ("MRR", |v| &v.quality.mrr);
     let gap: Metric = ("tower gap", |v| &v.tower_gap);
     let (off, on) = (Mask::Off, Mask::On);
     let questions: [(&str, Expected, Metric, Side, Side); 7] = [
@@ -342,20 +420,20 @@ pub fn comparisons(args: &Args, results: &[VariantSummary]) -> Vec<Comparison> {
     let mut found = Vec::new();
     for (expectation, expected, (metric, value), left, right) in questions {
         for &architecture in &args.architectures {
-            let find = |(loss, mask): (&str, Mask)| {
-                let wanted = Variant { architecture, loss: loss.to_string(), mask };
-                results.iter().find(|v| v.variant == wanted).map(|v| &value(v).values)
-            };
-            if let (Some(left), Some(right)) = (find(left), find(right)) {
-                let differences: Vec<f64> = left.iter().zip(right).map(|(l, r)| l - r).collect();
-                found.push(Comparison {
-                    expectation: expectation.to_string(),
-                    architecture,
-                    metric,
-                    verdict: Verdict::of(&differences, expected),
-                    difference: Stat::new(differences),
-                });
-            }
+            let of = |(loss, mask)| find(results, architecture, loss, mask, false).map(value);
+            let compared = Comparison::new(expectation, architecture, metric, expected, of(left), of(right));
+            found.extend(compared);
+        }
+    }
+    let shortest = args.prefixes.first().map_or(0, |d| *d);
+    for (loss, mask) in args.compared_with_prefixes() {
+        let expectation = format!(
+            "The first {shortest} entries find more if they were trained as a prefix (Kusupati et al. 2022): {}",
+            loss_label(&loss)
+        );
+        for &architecture in &args.architectures {
+            let of = |prefixes| find(results, architecture, &loss, mask, prefixes).map(|v| &v.by_length[0].mrr);
+            found.extend(Comparison::new(&expectation, architecture, "MRR", Higher, of(true), of(false)));
         }
     }
     found
@@ -371,6 +449,23 @@ mod tests {
         assert!((s.mean - 0.2).abs() < 1e-12 && (s.std.unwrap() - 0.1).abs() < 1e-12);
         assert_eq!(s.percent(), "20.00 ± 10.00");
         assert_eq!(Stat::new(vec![0.5]).percent(), "50.00");
+    }
+
+    #[test]
+    fn the_best_is_that_of_its_peers() {
+        let quality: Vec<Quality> = [0.1, 0.3, 0.2, 0.2]
+            .iter()
+            .map(|&x| Quality::new(&[Scores { p_at_1: x, mrr: x, ndcg_at_10: x }]))
+            .collect();
+        let best = |peers: usize, count: usize| -> Vec<bool> {
+            let rows = quality[..count].iter().map(|q| (vec!["row".into()], vec![Some(q), None])).collect();
+            let table = table("", &["Row"], &[Architecture::Sde, Architecture::AdeSpl], peers, rows);
+            assert!(table.rows.iter().all(|row| row[4].text == "–" && !row[0].best && !row[4].best));
+            table.rows.iter().map(|row| row[1].best).collect()
+        };
+        assert_eq!(best(usize::MAX, 4), [false, true, false, false]);
+        assert_eq!(best(2, 4), [false, true, true, true]);
+        assert_eq!(best(usize::MAX, 1), [false], "a single row has no peer");
     }
 
     #[test]

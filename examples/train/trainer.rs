@@ -5,7 +5,7 @@ use super::data::{Dataset, TestSet, Uniqueness, text_id, uniqueness};
 use super::encoder::{Architecture, TouchedRows, Towers};
 use super::features::{Features, Featuriser, InverseFrequency};
 use super::geometry::{positives_of, same_tower_ratios, tower_gap};
-use super::matrix::normalise_rows;
+use super::matrix::{leading_columns, normalise_rows};
 use super::optimizer::{Adam, RowAdagrad};
 use super::retrieval::{Retrieval, Scores, retrieve};
 use anyhow::{Context, Result};
@@ -74,6 +74,7 @@ impl Prepared {
             ("architecture", variant.architecture.slug().to_string()),
             ("loss", variant.loss.clone()),
             ("duplicates_masked", (variant.mask == Mask::On).to_string()),
+            ("prefixes", if variant.prefixes { format!("{:?}", args.prefixes) } else { "none".into() }),
             ("seed", seed.to_string()),
             ("steps", args.steps.unwrap_or(0).to_string()),
             ("hash", "xxh3_64, seed 1 for words, 2 for n-grams of <word>; bucket = hash mod buckets".into()),
@@ -100,6 +101,8 @@ pub struct Variant {
     pub loss: String,
     /// Whether duplicates are masked.
     pub mask: Mask,
+    /// Whether the prefixes of the command line are trained, too.
+    pub prefixes: bool,
 }
 
 /// Seconds by part of a run.
@@ -116,10 +119,12 @@ pub struct Timing {
 }
 
 /// A step of training, measured on its batch.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct Step {
     /// Loss, nats.
     pub loss: f64,
+    /// That of each prefix, if prefixes are trained.
+    pub prefix_losses: Vec<f64>,
     /// In-batch MRR, query → passage; the loss computes it along the way.
     pub in_batch_mrr: f64,
 }
@@ -132,6 +137,8 @@ pub struct Outcome {
     pub steps: Vec<Step>,
     /// (step, scores) on held-out queries; the last is the result.
     pub curve: Vec<(usize, Scores)>,
+    /// After the last step, with the leading entries of embeddings alone: one for each of the command line's lengths, if they are compared.
+    pub by_length: Vec<Scores>,
     /// Seconds.
     pub timing: Timing,
     /// Query–first candidate cosines.
@@ -167,7 +174,7 @@ pub fn embed_test(towers: &Towers, data: &Prepared) -> TestEmbeddings {
 
 /// Towers before the first step of any run with this seed.
 pub fn initial_towers(architecture: Architecture, args: &Args, seed: u64) -> Towers {
-    Towers::new(architecture, args.buckets(), args.width as usize, args.dim as usize, seed)
+    Towers::new(architecture, args.buckets(), args.width as usize, args.dim(), seed)
 }
 
 fn evaluate(towers: &Towers, data: &Prepared) -> Retrieval {
@@ -183,7 +190,7 @@ pub fn train(
     args: &Args,
     progress: impl Fn(usize, &Step),
 ) -> Result<(Outcome, Towers)> {
-    let call = Call::new(Loss::by_name(&variant.loss)?, args.temperature);
+    let call = args.call(Loss::by_name(&variant.loss)?, variant.prefixes);
     let total_steps = args.steps.unwrap_or(0) as usize;
     let mut trainer = Trainer::new(initial_towers(variant.architecture, args, seed));
     let mut order = Batches::new(data.train_pairs(), args.batch as usize, seed);
@@ -199,8 +206,8 @@ pub fn train(
         let measured = trainer
             .step(&call, variant.mask, data, batch, rates, &mut timing)
             .with_context(|| format!("{} with {}, step {step}", variant.architecture.label(), call.loss()))?;
-        steps.push(measured);
         progress(step + 1, &measured);
+        steps.push(measured);
         let now = step + 1;
         if now * EVALUATIONS / total_steps != step * EVALUATIONS / total_steps {
             let start = Instant::now();
@@ -211,6 +218,13 @@ pub fn train(
     }
     let towers = trainer.towers;
     let TestEmbeddings { mut queries, mut candidates } = embed_test(&towers, data);
+    let is_compared = args.compared_with_prefixes().contains(&(variant.loss.clone(), variant.mask));
+    let lengths = if is_compared { args.lengths() } else { Vec::new() };
+    let search = |length: usize| {
+        let [queries, candidates] = [&queries, &candidates].map(|rows| leading_columns(rows, towers.dim, length));
+        retrieve(&data.test, queries, candidates, length).scores
+    };
+    let by_length = lengths.into_iter().map(search).collect();
     normalise_rows(&mut queries, towers.dim);
     normalise_rows(&mut candidates, towers.dim);
     let positives = positives_of(&data.test, &candidates, towers.dim);
@@ -218,6 +232,7 @@ pub fn train(
         variant: variant.clone(),
         steps,
         curve,
+        by_length,
         timing,
         top_cosines: last.top_cosines,
         ratios: same_tower_ratios(&queries, &positives, towers.dim, seed),
@@ -297,7 +312,8 @@ impl Trainer {
         timing.encode += (encoded - start).as_secs_f64();
         timing.loss += (computed - encoded).as_secs_f64();
         timing.update += computed.elapsed().as_secs_f64();
-        Ok(Step { loss: evaluation.loss, in_batch_mrr: evaluation.query_to_passage.mrr })
+        let prefix_losses = evaluation.prefixes.iter().map(|prefix| prefix.loss).collect();
+        Ok(Step { loss: evaluation.loss, prefix_losses, in_batch_mrr: evaluation.query_to_passage.mrr })
     }
 
     fn update_table(&mut self, table: usize, parts: &[(&Features, &[u32])], pooled_gradient: &[f32], rate: f32) {

@@ -98,6 +98,59 @@ fn shared_ids_want_the_ids_of_both_towers() -> Outcome {
     Ok(())
 }
 
+/// Prefixes come with a loss for each, and with lengths and weights that the crate takes.
+#[test]
+fn prefixes_and_their_losses_belong_together() -> Outcome {
+    let text = std::fs::read_to_string(golden("samtone_both_prefixes.json"))?;
+    let faults: &[(&str, Value, &str)] = &[
+        ("/prefix_losses", json!(null), "field `prefix_losses`: none; allowed: as many as in `prefixes`, 4 entries"),
+        ("/prefixes", json!(null), "field `prefix_losses`: 4 entries; allowed: as many as in `prefixes`, none"),
+        ("/prefix_losses", json!([1.0, 2.0]), "field `prefix_losses`: 2 entries; allowed: as many as in `prefixes`, 4"),
+        ("/prefix_losses/1", json!("2"), "field `prefix_losses[1]`: invalid type: string"),
+        ("/prefixes/0/dim", json!(0), "field `prefixes`: argument `prefixes` is 0 at position 0; allowed: ascending"),
+        ("/prefixes/0/dim", json!(-1), "field `prefixes[0].dim`: invalid value"),
+        ("/prefixes/0/dim", json!(1.5), "field `prefixes[0].dim`: invalid type: floating point"),
+        ("/prefixes/1/dim", json!(1), "field `prefixes`: argument `prefixes` is 1 at position 1; allowed: ascending"),
+        ("/prefixes/3/dim", json!(99), "argument `prefixes` is 99 at position 3; allowed: at most 12, the dimension"),
+        ("/prefixes/2/weight", json!(-0.5), "field `prefixes`: argument `prefix_weights` is -0.5 at position 2"),
+        ("/prefixes/2/weight", json!(null), "field `prefixes[2].weight`: invalid type: null"),
+        ("/prefixes/1", json!({"dim": 3, "weight": 1, "loss": 2}), "unknown field `loss`, expected `dim` or"),
+        ("/prefixes/1", json!({"dim": 3}), "field `prefixes[1]`: missing field `weight`"),
+        ("/prefixes/1", json!(3), "field `prefixes[1]`: invalid type: integer"),
+    ];
+    for (pointer, value, want) in faults {
+        let mut file: Value = serde_json::from_str(&text)?;
+        *file.pointer_mut(pointer).ok_or(*pointer)? = value.clone();
+        let error = error_of(&file.to_string());
+        assert!(error.contains(want), "{pointer} = {value}: {error}");
+    }
+    for (prefixes, want) in [
+        (json!([]), "field `prefixes`: argument `prefixes` is an empty list"),
+        (json!([{"dim": 2, "weight": 0}]), "field `prefixes`: argument `prefix_weights` is 0 for every prefix"),
+    ] {
+        let mut file: Value = serde_json::from_str(&text)?;
+        file["prefix_losses"] = vec![1.0; prefixes.as_array().map_or(0, Vec::len)].into();
+        file["prefixes"] = prefixes;
+        let error = error_of(&file.to_string());
+        assert!(error.contains(want), "{error}");
+    }
+    Ok(())
+}
+
+/// What a file says of a prefix of weight 0 is compared with nothing, because the crate leaves such a prefix out.
+#[test]
+fn a_prefix_of_weight_zero_has_no_result() -> Outcome {
+    let mut file: Value = serde_json::from_str(&std::fs::read_to_string(golden("samtone_both_prefixes.json"))?)?;
+    let all = Case::parse(&file.to_string())?;
+    assert_eq!(all.problem.call.prefixes(), Some(&[3, 5, 8, 12][..]));
+    file["prefixes"][1]["weight"] = json!(0);
+    let fewer = Case::parse(&file.to_string())?;
+    assert_eq!(fewer.problem.call.prefixes(), all.problem.call.prefixes());
+    let [first, _, third, last] = all.expected.prefix_losses[..] else { return Err("not four prefixes".into()) };
+    assert_eq!(fewer.expected.prefix_losses, [first, third, last]);
+    Ok(())
+}
+
 #[test]
 fn missing_unknown_and_extra_text_is_refused() -> Outcome {
     let mut file = example()?;

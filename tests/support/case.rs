@@ -146,6 +146,8 @@ impl File {
             }
         };
         call.check().map_err(|error| match &error {
+            // The one argument of these that is no field of its own.
+            Error::InvalidArgument { argument: "prefix_weights", .. } => format!("field `prefixes`: {error}"),
             Error::InvalidArgument { argument, .. } => format!("field `{argument}`: {error}"),
             _ => error.to_string(),
         })?;

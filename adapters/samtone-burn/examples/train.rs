@@ -3,6 +3,7 @@
 //!
 //!     cargo run --release --example train                      # on the CPU
 //!     cargo run --release --example train --features wgpu      # on the first wgpu device
+//!     cargo run --release --example train -- 8 16 32           # with prefixes
 
 use burn::module::{Module, Param};
 use burn::optim::{AdamWConfig, GradientsParams};
@@ -29,14 +30,26 @@ impl DualEncoder {
     }
 }
 
-/// The loss before each step, and log β after the last.
-pub fn train(device: &Device) -> Result<(Vec<f64>, f64), Box<dyn Error>> {
+/// The losses before a step.
+pub struct Step {
+    pub loss: f64,
+    /// That of each prefix of the call.
+    pub prefixes: Vec<f64>,
+}
+
+/// The loss of the specification.
+pub fn call() -> Call {
+    Call::new(Loss::samtone_query(), 0.05)
+}
+
+/// Trains with `call`, whose temperature is the first one. What each step had, and log β after the last.
+pub fn train(device: &Device, call: Call) -> Result<(Vec<Step>, f64), Box<dyn Error>> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dual-encoder/pairs.safetensors");
     let bytes = std::fs::read(&file).map_err(|error| format!("{}: {error}", file.display()))?;
     let data = Pairs(SafeTensors::deserialize(&bytes)?);
     let device = device.clone().autodiff();
 
-    let samtone = SamToNe::new(Call::new(Loss::samtone_query(), 0.05));
+    let samtone = SamToNe::new(call);
     let mut model = DualEncoder {
         table: Param::from_tensor(data.floats("table", &device)?),
         projection: Param::from_tensor(data.floats("projection", &device)?),
@@ -53,10 +66,11 @@ pub fn train(device: &Device) -> Result<(Vec<f64>, f64), Box<dyn Error>> {
         let [q, p] = [encode(&towers[0]), encode(&towers[1])];
         let [query_ids, passage_ids] = [towers[0].ids_of(&pairs), towers[1].ids_of(&pairs)];
         let samtone = samtone.with(|call| call.with_query_ids(query_ids).with_passage_ids(passage_ids));
-        let loss = samtone.forward(q, p, Temperature::LogBeta(model.log_beta.val()))?;
+        let (loss, report) = samtone.forward_with_metrics(q, p, Temperature::LogBeta(model.log_beta.val()))?;
         let gradients = GradientsParams::from_grads(loss.backward(), &model);
         model = optimizer.step(0.01, model, gradients);
-        curve.push(f64::from(loss.into_scalar::<f32>()));
+        let prefixes = report.evaluation()?.prefixes.iter().map(|prefix| prefix.loss).collect();
+        curve.push(Step { loss: f64::from(loss.into_scalar::<f32>()), prefixes });
     }
     Ok((curve, f64::from(model.log_beta.val().into_scalar::<f32>())))
 }
@@ -128,9 +142,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let device = Device::wgpu_options().init()?;
     #[cfg(not(feature = "wgpu"))]
     let device = Device::flex();
-    let (curve, log_beta) = train(&device)?;
-    for (step, loss) in curve.iter().enumerate() {
-        writeln!(io::stdout(), "step {step:2}  loss {loss:.6}")?;
+    let length = |text: String| text.parse::<usize>().map_err(|_| format!("`{text}` is no length of a prefix"));
+    let prefixes = std::env::args().skip(1).map(length).collect::<Result<Vec<_>, _>>()?;
+    let call = if prefixes.is_empty() { call() } else { call().with_prefixes(prefixes) };
+    let (curve, log_beta) = train(&device, call)?;
+    for (step, Step { loss, prefixes }) in curve.iter().enumerate() {
+        let of_prefixes: String = prefixes.iter().map(|loss| format!("  {loss:.6}")).collect();
+        writeln!(io::stdout(), "step {step:2}  loss {loss:.6}{of_prefixes}")?;
     }
     writeln!(io::stdout(), "log beta {log_beta:.6}")?;
     Ok(())

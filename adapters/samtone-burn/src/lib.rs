@@ -30,7 +30,9 @@ pub use loss::{SamToNe, Temperature};
 pub use report::Report;
 
 /// What calls take and give.
-pub use samtone::{Block, Call, Error, Evaluation, Group, Loss, Metrics, NoNegative, Result, Scope, ZeroNorm};
+pub use samtone::{
+    Block, Call, Error, Evaluation, Group, Loss, Metrics, NoNegative, PrefixEvaluation, Result, Scope, ZeroNorm,
+};
 
 /// The crates whose types appear in this one's signatures.
 pub use {burn, samtone};

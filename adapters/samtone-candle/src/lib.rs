@@ -23,7 +23,7 @@ pub use loss::SamToNe;
 pub use temperature::Temperature;
 
 /// What calls take and give.
-pub use samtone::{Block, Call, Evaluation, Group, Loss, Metrics, NoNegative, Scope, ZeroNorm};
+pub use samtone::{Block, Call, Evaluation, Group, Loss, Metrics, NoNegative, PrefixEvaluation, Scope, ZeroNorm};
 
 /// The crate behind this one.
 pub use samtone;

@@ -229,6 +229,10 @@ fn bad_input_is_nan_or_a_sentence() -> Result<()> {
             "argument `passage` is on CUDA device 0; allowed: the device of",
         ),
         (op.with(|call| call.with_passage_ids([1])).evaluate(&q, &p, Fixed), "argument `passage_ids` is a slice of 1"),
+        (
+            op.with(|call| call.with_prefixes([2, DIM])).evaluate(&q, &p, Fixed),
+            "backend `cuda, wgpu` does not support prefixes",
+        ),
     ] {
         let error = result.unwrap_err().to_string();
         assert!(error.starts_with(sentence), "{error}");

@@ -129,7 +129,7 @@ fn each_option_alone_is_that_of_the_reference() -> Result<()> {
     const POSITIVES: [u32; ROWS] = [0, 1, 2, 3, 4, 4];
     const TEXTS: [i64; PASSAGES + 1] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]; // row i asks with text i for text i + 1
     type Set = (&'static str, fn(Call) -> Call);
-    let sets: [Set; 8] = [
+    let sets: [Set; 10] = [
         ("query_ids", |call| call.with_query_ids(&IDS[..ROWS])),
         ("passage_ids", |call| call.with_passage_ids(IDS)),
         ("shared_ids", |call| call.with_query_ids(&TEXTS[..ROWS]).with_passage_ids(&TEXTS[1..]).with_shared_ids(true)),
@@ -138,6 +138,8 @@ fn each_option_alone_is_that_of_the_reference() -> Result<()> {
         ("margin", |call| call.with_margin(0.1)),
         ("owners", |call| call.with_hard_negative_owners(OWNERS, Scope::Own)),
         ("temperature", |call| call.with_temperature(0.2)),
+        ("prefixes", |call| call.with_prefixes([2, DIM])),
+        ("prefix_weights", |call| call.with_prefixes([2, DIM]).with_prefix_weights([0.5, 1.5])),
     ];
     let (q, p) = (Var::from_tensor(&wave(ROWS, DIM, 0.7))?, Var::from_tensor(&wave(PASSAGES, DIM, 0.9))?);
     let op = op(Loss::samtone_both());
@@ -155,6 +157,45 @@ fn each_option_alone_is_that_of_the_reference() -> Result<()> {
     }
     // What one batch has is not that of the next.
     assert_eq!(op.evaluate(&q, &p, Fixed)?.loss, plain);
+    Ok(())
+}
+
+/// Every type, with prefixes that end before the embedding and a weight of 0 among theirs, with all masks: results of each prefix, and
+/// gradients, which are 0 behind the last.
+#[test]
+fn prefixes_are_those_of_the_reference() -> Result<()> {
+    let call = call(Loss::samtone_both())
+        .with_passage_ids([1, 2, 1, 4, 5, 6, 2, 8, 5])
+        .with_positives([0, 1, 2, 3, 4, 4])
+        .with_weights([1.0, 0.5, 2.0, 0.0, 1.0, 1.0])
+        .with_margin(0.4)
+        .with_prefixes([1, 2, 4])
+        .with_prefix_weights([0.25, 0.0, 2.0]);
+    for (dtype, tolerance) in [(DType::F32, 3e-5), (DType::F16, 2e-3), (DType::BF16, 1e-2)] {
+        let q = Var::from_tensor(&wave(ROWS, DIM, 0.7).to_dtype(dtype)?)?;
+        let p = Var::from_tensor(&wave(PASSAGES, DIM, 0.9).to_dtype(dtype)?)?;
+        let log_beta = Var::new(-TAU.ln(), &Device::Cpu)?;
+        let want = by_reference(&call, &q, &p, 3.0).unwrap();
+        let op = SamToNe::new(call.clone());
+        let (result, evaluation) = op.forward_with_metrics(&q, &p, Temperature::LogBeta(&log_beta))?;
+        for found in [&evaluation, &op.evaluate(&q, &p, Fixed)?] {
+            assert_eq!(found.prefixes.iter().map(|x| (x.dim, x.weight)).collect::<Vec<_>>(), [(1, 0.25), (4, 2.0)]);
+            for (got, want) in found.prefixes.iter().zip(&want.evaluation.prefixes) {
+                assert_close(&[got.loss], &[want.loss], 1e-5, "loss of a prefix");
+                assert_eq!(got.query_to_passage, want.query_to_passage);
+                assert_eq!(got.passage_to_query, want.passage_to_query);
+            }
+        }
+        assert_close(&numbers(&result), &[want.evaluation.loss], 1e-5, "loss");
+        let gradients = (result * 3.0)?.backward()?;
+        for (tower, want) in [(&q, &want.grad_query), (&p, &want.grad_passage)] {
+            let got = gradients.get(tower).unwrap();
+            assert_eq!(got.dtype(), dtype);
+            assert_close(&numbers(got), want, tolerance, "gradient");
+            assert!(numbers(&got.narrow(1, 4, 1)?).iter().all(|x| *x == 0.0), "behind the last prefix");
+        }
+        assert_close(&numbers(gradients.get(&log_beta).unwrap()), &[want.temperature.log_beta], 1e-4, "temperature");
+    }
     Ok(())
 }
 
@@ -216,6 +257,8 @@ fn bad_input_gets_a_sentence() -> Result<()> {
     let infinite = Tensor::new(f64::INFINITY, &Device::Cpu)?;
     let zero = (&q * 0.0)?;
     let lonely = op.with(|call| call.with_loss(Loss::decoupled()).with_passage_ids([7; PASSAGES]));
+    let prefixes = |dims: &[usize]| op.with(|call| call.with_prefixes(dims));
+    let late = Tensor::cat(&[&zero.narrow(1, 0, 2)?, &q.narrow(1, 2, DIM - 2)?], 1)?; // whose first entries are 0
     for (result, sentence) in [
         (op.forward(&q.flatten_all()?, &p, Fixed), "argument `query` is a tensor of shape [30]; allowed: a matrix"),
         (
@@ -248,6 +291,23 @@ fn bad_input_gets_a_sentence() -> Result<()> {
         ),
         (op.with(|call| call.with_tile_skipping(f64::NAN)).forward(&q, &p, Fixed), "argument `tile_skipping` is NaN"),
         (op.forward(&zero, &p, Fixed), "the query embedding in row 0 has norm zero"),
+        (
+            prefixes(&[4, 2]).forward(&q, &p, Fixed),
+            "argument `prefixes` is 2 at position 1; allowed: ascending numbers",
+        ),
+        (prefixes(&[2, 6]).forward(&q, &p, Fixed), "argument `prefixes` is 6 at position 1; allowed: at most 5"),
+        (
+            prefixes(&[2, 4]).with(|call| call.with_prefix_weights([1.0])).forward(&q, &p, Fixed),
+            "argument `prefix_weights` is a slice of 1 elements; allowed: 2, one for each prefix",
+        ),
+        (
+            op.with(|call| call.with_prefix_weights([1.0])).forward(&q, &p, Fixed),
+            "argument `prefix_weights` is given without `prefixes`",
+        ),
+        (
+            prefixes(&[2, 4]).forward(&late, &p, Fixed),
+            "the query embedding in row 0 has norm zero in its first 2 entries",
+        ),
         (lonely.forward(&q, &p, Fixed), "row 0 has no negative left in group 0"),
     ] {
         let error = result.unwrap_err().to_string();

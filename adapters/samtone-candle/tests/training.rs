@@ -13,15 +13,50 @@ struct Curve {
     loss: Vec<f64>,
 }
 
-/// The curve of float64 PyTorch, whose loss is written out and owes nothing to this crate.
+/// What the second training has besides.
+#[derive(Deserialize)]
+struct Prefixes {
+    prefixes: Vec<usize>,
+    prefix_weights: Vec<f64>,
+    prefix_losses: Vec<Vec<f64>>,
+}
+
+const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../dual-encoder/");
+
+fn read<T: for<'de> Deserialize<'de>>(name: &str) -> T {
+    serde_json::from_str(&std::fs::read_to_string(format!("{FOLDER}{name}")).unwrap()).unwrap()
+}
+
+/// The example's training, which must follow the curve of float64 PyTorch, whose loss is written out and owes nothing to this crate.
+fn follows(call: Call, curve: &str) -> Vec<example::Step> {
+    let want: Curve = read(curve);
+    let got = example::train(&format!("{FOLDER}pairs.safetensors"), call).unwrap();
+    assert_eq!((got.len(), want.loss.len()), (60, 60));
+    for (step, (got, want)) in got.iter().zip(want.loss).enumerate() {
+        let got = f64::from(got.loss);
+        assert!((got - want).abs() <= TOLERANCE * want, "step {step}: {got} instead of {want}");
+    }
+    got
+}
+
+const TOLERANCE: f64 = 1e-3;
+
 #[test]
 fn the_example_follows_the_curve_of_every_framework() {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../dual-encoder/");
-    let want: Curve = serde_json::from_str(&std::fs::read_to_string(format!("{folder}curve.json")).unwrap()).unwrap();
-    let got = example::train(&format!("{folder}pairs.safetensors")).unwrap();
-    assert_eq!((got.len(), want.loss.len()), (60, 60));
-    for (step, (got, want)) in got.into_iter().zip(want.loss).enumerate() {
-        assert!((f64::from(got) - want).abs() <= 1e-3 * want, "step {step}: {got} instead of {want}");
+    assert!(follows(example::call(), "curve.json").iter().all(|step| step.prefixes.is_empty()));
+}
+
+#[test]
+fn the_example_follows_the_curve_with_prefixes() {
+    let with: Prefixes = read("curve_prefixes.json");
+    let call = example::call().with_prefixes(with.prefixes).with_prefix_weights(with.prefix_weights);
+    let got = follows(call, "curve_prefixes.json");
+    assert_eq!(got.len(), with.prefix_losses.len());
+    for (step, (got, want)) in got.iter().zip(with.prefix_losses).enumerate() {
+        assert_eq!(got.prefixes.len(), want.len());
+        for (k, (got, want)) in got.prefixes.iter().zip(want).enumerate() {
+            assert!((got - want).abs() <= TOLERANCE * want, "step {step}, prefix {k}: {got} instead of {want}");
+        }
     }
 }
 

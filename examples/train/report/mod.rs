@@ -2,12 +2,13 @@
 
 mod chart;
 mod page;
+mod prefixes;
 
 use super::args::Args;
 use super::data::Uniqueness;
 use super::encoder::Architecture;
 use super::output::whole_content;
-use super::summary::{Comparison, Table, VariantSummary, comparisons, tables};
+use super::summary::{Comparison, Table, VariantSummary, comparisons, prefix_tables, tables};
 use anyhow::Result;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -87,6 +88,8 @@ pub struct Report<'a> {
     pub results: &'a [VariantSummary],
     /// Tables 1 and 3.
     pub tables: Vec<Table>,
+    /// What each length of an embedding finds, if there are prefixes.
+    pub prefix_tables: Vec<Table>,
     /// Expectations next to what came out.
     pub comparisons: Vec<Comparison>,
     /// t-SNE.
@@ -113,6 +116,7 @@ impl<'a> Report<'a> {
             data,
             results,
             tables: tables(config, results),
+            prefix_tables: prefix_tables(config, results),
             comparisons: comparisons(config, results),
             maps,
             seconds,

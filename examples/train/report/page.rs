@@ -4,15 +4,15 @@ use super::super::args::Mask;
 use super::super::data::Uniqueness;
 use super::super::encoder::Architecture;
 use super::super::geometry::Histogram;
-use super::super::summary::{Table, VariantSummary, Verdict, loss_label};
+use super::super::summary::{Table, VariantSummary, Verdict, loss_label, title};
 use super::chart::{LineChart, Scale, Series, escape, outline, scatter};
-use super::{DataSummary, Report, Trainings};
+use super::{DataSummary, Report, Trainings, prefixes};
 use samtone::Loss;
 use std::fmt::Write;
 
 const STYLE: &str = include_str!("style.css");
 /// Colours in the style sheet.
-const COLOURS: usize = 8;
+pub(super) const COLOURS: usize = 8;
 /// Points of a loss curve; each is the mean of the steps it stands for.
 const CURVE_POINTS: usize = 40;
 
@@ -23,6 +23,7 @@ pub fn html(report: &Report<'_>) -> String {
     body += &results(report);
     body += &expectations(report);
     body += &curves(report);
+    body += &prefixes::section(report);
     body += &maps(report);
     body += &histograms(report);
     body += &data(report.data);
@@ -83,7 +84,7 @@ fn results(report: &Report<'_>) -> String {
     out
 }
 
-fn table(table: &Table) -> String {
+pub(super) fn table(table: &Table) -> String {
     let labels = table.labels.len();
     let mut out =
         format!("<div class=\"scroll\"><table><caption>{}</caption><thead><tr class=\"groups\">", escape(&table.title));
@@ -164,7 +165,7 @@ fn expectations(report: &Report<'_>) -> String {
     out + "</tbody></table></div>"
 }
 
-fn colour(report: &Report<'_>, loss: &str) -> usize {
+pub(super) fn colour(report: &Report<'_>, loss: &str) -> usize {
     report.config.losses.iter().position(|l| l == loss).unwrap_or(0) % COLOURS
 }
 
@@ -186,17 +187,28 @@ fn series<'a>(
     keep: impl Fn(&VariantSummary) -> bool + 'a,
     points: impl Fn(&VariantSummary) -> Vec<(f64, f64)> + 'a,
 ) -> Vec<Series> {
-    let chosen = report.results.iter().filter(|v| v.variant.architecture == architecture && keep(v));
+    let chosen = plain(report, architecture).filter(|v| keep(v));
     chosen
-        .map(|v| {
-            let masked = v.variant.mask == Mask::On;
-            Series {
-                label: format!("{}{}", loss_label(&v.variant.loss), if masked { ", duplicates masked" } else { "" }),
-                colour: colour(report, &v.variant.loss),
-                dashed: masked && report.config.masks.len() > 1,
-                points: points(v),
-            }
+        .map(|v| Series {
+            label: title(&v.variant),
+            colour: colour(report, &v.variant.loss),
+            dashed: v.variant.mask == Mask::On && report.config.masks.len() > 1,
+            points: points(v),
         })
+        .collect()
+}
+
+/// Results of an architecture, trained without prefixes.
+fn plain<'a>(report: &Report<'a>, architecture: Architecture) -> impl Iterator<Item = &'a VariantSummary> {
+    report.results.iter().filter(move |v| v.variant.architecture == architecture && !v.variant.prefixes)
+}
+
+/// A curve over steps, each point the mean of the steps that it stands for.
+pub(super) fn smoothed(curve: &[f64]) -> Vec<(f64, f64)> {
+    let window = curve.len().div_ceil(CURVE_POINTS).max(1);
+    let chunks = curve.chunks(window).enumerate();
+    chunks
+        .map(|(k, c)| ((k * window) as f64 + (c.len() + 1) as f64 / 2.0, c.iter().sum::<f64>() / c.len() as f64))
         .collect()
 }
 
@@ -208,15 +220,6 @@ fn curves(report: &Report<'_>) -> String {
         legend(report, true)
     );
     for &architecture in &report.config.architectures {
-        let loss_points = |v: &VariantSummary| {
-            let window = v.loss_curve.len().div_ceil(CURVE_POINTS).max(1);
-            let chunks = v.loss_curve.chunks(window).enumerate();
-            chunks
-                .map(|(k, c)| {
-                    ((k * window) as f64 + (c.len() + 1) as f64 / 2.0, c.iter().sum::<f64>() / c.len() as f64)
-                })
-                .collect()
-        };
         let title = format!("{}: training loss", architecture.label());
         out += &figure(
             &title,
@@ -228,7 +231,7 @@ fn curves(report: &Report<'_>) -> String {
                 from_zero: false,
                 percent: false,
                 mark: None,
-                series: series(report, architecture, |_| true, loss_points),
+                series: series(report, architecture, |_| true, |v| smoothed(&v.loss_curve)),
             },
             "",
         );
@@ -256,7 +259,7 @@ fn curves(report: &Report<'_>) -> String {
     out + "</div>"
 }
 
-fn figure(title: &str, chart: LineChart<'_>, caption: &str) -> String {
+pub(super) fn figure(title: &str, chart: LineChart<'_>, caption: &str) -> String {
     let caption =
         if caption.is_empty() { String::new() } else { format!("<figcaption>{}</figcaption>", escape(caption)) };
     format!("<figure><h3>{}</h3>{}{caption}</figure>", escape(title), chart.svg(520.0, 300.0))
@@ -304,7 +307,7 @@ fn histograms(report: &Report<'_>) -> String {
         for (what, x_label, y_label, mark, histogram) in pictures {
             let title = format!("{}: {what}", architecture.label());
             let chosen = |v: &VariantSummary| v.variant.mask == mask;
-            let captions = report.results.iter().filter(|v| v.variant.architecture == architecture && chosen(v));
+            let captions = plain(report, architecture).filter(|v| chosen(v));
             let captions: Vec<String> = captions
                 .map(|v| {
                     let h = histogram(v);
@@ -368,10 +371,11 @@ fn timings(report: &Report<'_>) -> String {
         let groups = formula.split_once(" = ").map_or("", |(_, groups)| groups);
         let _ = write!(
             out,
-            "<tr><td class=\"label\">{}</td><td class=\"label\">{}</td><td class=\"label\">{}</td><td class=\"label\">{}</td>\
+            "<tr><td class=\"label\">{}</td><td class=\"label\">{}{}</td><td class=\"label\">{}</td><td class=\"label\">{}</td>\
              <td>{:.1}</td><td>{:.1}</td><td>{:.0}%</td></tr>",
             v.variant.architecture.label(),
             escape(&loss_label(&v.variant.loss)),
+            if v.variant.prefixes { ", with prefixes" } else { "" },
             escape(groups),
             if v.variant.mask == Mask::On { "yes" } else { "no" },
             v.step_ms,

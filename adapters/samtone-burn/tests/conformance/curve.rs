@@ -5,7 +5,10 @@
 mod example;
 
 use crate::Outcome;
+use crate::support::takes_prefixes;
 use burn::tensor::Device;
+use libtest_mimic::Failed;
+use samtone_burn::Call;
 use serde::Deserialize;
 use std::path::Path;
 
@@ -18,15 +21,52 @@ struct Curve {
     log_beta: f64,
 }
 
-pub fn follows(device: &Device) -> Outcome {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dual-encoder/curve.json");
+/// What the second training has besides.
+#[derive(Deserialize)]
+struct Prefixes {
+    prefixes: Vec<usize>,
+    prefix_weights: Vec<f64>,
+    prefix_losses: Vec<Vec<f64>>,
+}
+
+fn read<T: for<'de> Deserialize<'de>>(name: &str) -> Result<T, Failed> {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dual-encoder").join(name);
     let text = std::fs::read_to_string(&file).map_err(|error| format!("{}: {error}", file.display()))?;
-    let want: Curve = serde_json::from_str(&text)?;
-    let (loss, log_beta) = example::train(device).map_err(|error| error.to_string())?;
-    assert_eq!(loss.len(), want.loss.len());
-    for (step, (got, want)) in loss.iter().zip(&want.loss).enumerate() {
-        assert!((got - want).abs() <= TOLERANCE * want, "step {step}: {got} instead of {want}");
+    Ok(serde_json::from_str(&text)?)
+}
+
+fn compare(device: &Device, call: Call, curve: &str) -> Result<Vec<example::Step>, Failed> {
+    let want: Curve = read(curve)?;
+    let (steps, log_beta) = example::train(device, call).map_err(|error| error.to_string())?;
+    assert_eq!((steps.len(), want.loss.len()), (60, 60));
+    for (step, (got, want)) in steps.iter().zip(&want.loss).enumerate() {
+        assert!((got.loss - want).abs() <= TOLERANCE * want, "step {step}: {} instead of {want}", got.loss);
     }
     assert!((log_beta - want.log_beta).abs() <= TOLERANCE, "log beta {log_beta} instead of {}", want.log_beta);
+    Ok(steps)
+}
+
+pub fn follows(device: &Device) -> Outcome {
+    let steps = compare(device, example::call(), "curve.json")?;
+    assert!(steps.iter().all(|step| step.prefixes.is_empty()));
+    Ok(())
+}
+
+pub fn with_prefixes(device: &Device) -> Outcome {
+    let with: Prefixes = read("curve_prefixes.json")?;
+    let call = example::call().with_prefixes(with.prefixes).with_prefix_weights(with.prefix_weights);
+    if !takes_prefixes(device) {
+        let error = example::train(device, call).err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(error.contains("does not support prefixes"), "{error}");
+        return Ok(());
+    }
+    let steps = compare(device, call, "curve_prefixes.json")?;
+    assert_eq!(steps.len(), with.prefix_losses.len());
+    for (step, (got, want)) in steps.iter().zip(&with.prefix_losses).enumerate() {
+        assert_eq!(got.prefixes.len(), want.len());
+        for (k, (got, want)) in got.prefixes.iter().zip(want).enumerate() {
+            assert!((got - want).abs() <= TOLERANCE * want, "step {step}, prefix {k}: {got} instead of {want}");
+        }
+    }
     Ok(())
 }

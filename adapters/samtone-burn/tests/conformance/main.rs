@@ -19,6 +19,7 @@ type Check = (&'static str, fn(&Device) -> Outcome);
 
 const CHECKS: &[Check] = &[
     ("gradients_are_those_of_the_reference", gradients::presets),
+    ("prefixes_are_those_of_the_reference", gradients::prefixes),
     ("several_tiles_and_parts", gradients::tiles),
     ("golden_files", gradients::golden),
     ("frozen_towers_get_no_gradient_and_change_no_other", tensors::frozen),
@@ -31,6 +32,7 @@ const CHECKS: &[Check] = &[
     ("rows_that_are_wrong_are_named", errors::rows),
     ("finite_differences_through_modules", encoder::finite_differences),
     ("training_follows_the_common_curve", curve::follows),
+    ("training_with_prefixes_follows_its_curve", curve::with_prefixes),
     ("chunks_encoded_apart_give_the_gradients_of_the_batch", encoder::chunks),
 ];
 
