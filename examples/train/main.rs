@@ -4,6 +4,7 @@
 //! cargo run --release --example train               about two minutes on two cores, no download
 //! cargo run --release --example train -- --quick    15 seconds
 //! cargo run --release --example train -- --help     your own pairs, other losses, sizes
+//! cargo run --release --example train -- --prefixes 32,64,128,256    besides: what shorter embeddings find, trained for it or not
 //! ```
 //!
 //! ```text
