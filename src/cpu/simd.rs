@@ -71,21 +71,25 @@ impl Beta {
     }
 }
 
-/// 2^(s·β·log₂e − k), with a relative error below 4e-7; 0 below 2⁻¹²⁷. If k is an integer, fused multiply-add subtracts it without error.
-/// Then the only errors are that of the polynomial and the rounding of s.
+/// 2^(s·β·log₂e − k) for whole numbers k, with a relative error below 3e-7; 0 below 2⁻¹²⁶, and 2^127 above that. Whatever k is, the exponent
+/// is split into a whole number n and a rest f in [−½, ½] before k is subtracted from n. So no offset costs a digit. Fused multiply-add gives
+/// the rest without error. Then the only errors are those of the polynomial and the rounding of s.
 #[inline(always)]
 pub(super) fn exp2_scaled<const FMA: bool>(s: &F, beta: Beta, k: &F) -> F {
-    lanes!(l => exp2::<FMA>(mul_add::<FMA>(s[l], beta.low, mul_add::<FMA>(s[l], beta.high, -k[l]))))
+    lanes!(l => {
+        let n = mul_add::<FMA>(s[l], beta.high, ROUND) - ROUND;
+        let f = mul_add::<FMA>(s[l], beta.low, mul_add::<FMA>(s[l], beta.high, -n));
+        scaled_exp2::<FMA>(f, n - k[l])
+    })
 }
 
-/// 2^x. Adding a constant gives the integer nearest to x. A minimax polynomial of degree 6 on [−½, ½] gives the rest, with a relative
-/// error of 1.9e-9 before rounding. Integer arithmetic adds the integer to the exponent.
+/// 1.5·2²³: adding it leaves the nearest integer in the low mantissa bits.
+const ROUND: f32 = 12_582_912.0;
+
+/// 2^f·2^n. A minimax polynomial of degree 6 on [−½, ½] gives the first factor, with a relative error of 1.9e-9 before rounding. Integer
+/// arithmetic makes the second of the whole number n.
 #[inline(always)]
-fn exp2<const FMA: bool>(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5·2²³: adding it leaves the nearest integer in the low mantissa bits
-    let x = x.clamp(-127.0, 127.0);
-    let shifted = x + ROUND;
-    let f = x - (shifted - ROUND);
+fn scaled_exp2<const FMA: bool>(f: f32, n: f32) -> f32 {
     let mut p = 1.534_581_2e-4;
     p = mul_add::<FMA>(p, f, 1.339_993_1e-3);
     p = mul_add::<FMA>(p, f, 9.618_489e-3);
@@ -93,6 +97,7 @@ fn exp2<const FMA: bool>(x: f32) -> f32 {
     p = mul_add::<FMA>(p, f, 2.402_264_7e-1);
     p = mul_add::<FMA>(p, f, 6.931_472e-1);
     p = mul_add::<FMA>(p, f, 1.0);
+    let shifted = n.clamp(-127.0, 127.0) + ROUND;
     p * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23)
 }
 
@@ -168,18 +173,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exp2_is_accurate_and_flushes() {
+    fn exponentials_are_accurate_and_flush() {
+        // β·log₂e is 1, so that cosines are exponents.
+        let beta = Beta::new(std::f64::consts::LN_2);
+        let exp2 = |x: f32, k: f32| {
+            let (s, k) = ([x; LANES], [k; LANES]);
+            [exp2_scaled::<true>(&s, beta, &k)[0], exp2_scaled::<false>(&s, beta, &k)[0]]
+        };
         let mut worst = 0.0_f64;
         for i in -126_000..=126_000 {
             let x = i as f32 / 1000.0;
-            for got in [exp2::<true>(x), exp2::<false>(x)] {
+            for got in exp2(x, 0.0) {
                 let want = f64::from(x).exp2();
                 worst = worst.max((f64::from(got) - want).abs() / want);
             }
         }
         assert!(worst < 2e-7, "{worst:e}");
-        assert_eq!([exp2::<true>(-128.0), exp2::<true>(f32::NEG_INFINITY), exp2::<true>(-1e30)], [0.0; 3]);
-        assert_eq!(exp2::<true>(0.0), 1.0);
+        assert_eq!([exp2(-128.0, 0.0), exp2(-1e6, 0.0), exp2(0.0, 1e9)], [[0.0; 2]; 3]);
+        assert_eq!(exp2(0.0, 0.0), [1.0; 2]);
+        // An offset is a power of two, to the bit.
+        for k in [-60.0_f32, -16.0, 3.0, 60.0] {
+            for i in -500..500 {
+                let x = i as f32 / 37.0;
+                assert_eq!(exp2(x, k), exp2(x, 0.0).map(|e| e * (-k).exp2()), "{x}, {k}");
+            }
+        }
     }
 
     #[test]

@@ -4,8 +4,9 @@
 //! seen down the column a candidate r of anchor c. The two have their own masks, sums and coefficients, and share the cosine.
 //!
 //! They also share the exponential, if one offset serves the whole tile: exp2(β s·log₂e − k) for one integer k. In f32 that is so if the
-//! numbers that matter in the tile's rows and columns lie within some sixty powers of two. Otherwise every row and every column gets an
-//! offset of its own, and an exponential of its own. Which of the two happens depends on the tile's numbers alone.
+//! numbers that matter in the tile's rows and columns lie within some hundred powers of two. Otherwise every row and every column gets an
+//! offset of its own, and an exponential of its own. Which of the two happens depends on the tile's numbers alone. Neither loses a digit,
+//! because offsets are whole numbers.
 
 mod gradient;
 mod sums;

@@ -19,13 +19,13 @@ pub(super) const FLUSH: usize = 64;
 /// One row in so many is looked at to choose the offset of a tile.
 const SAMPLE: usize = 8;
 
-/// The offset of a tile is this much below the largest logit of the sample, in powers of two. So the exponents of most numbers are near 0,
-/// where f32 resolves them best.
-const BELOW: f32 = 16.0;
+/// The offset of a tile is this much below the largest logit of the sample, in powers of two. So a row or a column may have its largest
+/// logit 130 below that of the sample, or 60 above it.
+const BELOW: f32 = 40.0;
 
-/// What the sum of a row or a column that keeps anything must be for the offset to serve it. Every term above 2⁻¹²⁷ counts, so a sum of
-/// 2⁻⁴⁰ lacks less than 2⁻⁷⁰ of itself.
-const SERVES: std::ops::RangeInclusive<f64> = 1.0 / (1_u64 << 40) as f64..=(1_u64 << 60) as f64;
+/// What the sum of a row or a column that keeps anything must be for the offset to serve it. Every term above 2⁻¹²⁶ counts, so a sum of
+/// 2⁻⁹⁰ over a tile lacks less than 2⁻²⁶ of itself. A sum of 2¹⁰⁰ is far from what f32 can hold.
+const SERVES: std::ops::RangeInclusive<f64> = 1.0 / (1_u128 << 90) as f64..=(1_u128 << 100) as f64;
 
 /// Sums over a tile of products. `masked`: pairs may be masked. `cols`: the sums of the column anchors are taken, too. `ranks`: negatives
 /// above the positives are counted.
