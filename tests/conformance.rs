@@ -44,7 +44,17 @@ struct Case {
 const IN_TURN: [&str; 2] = ["cuda-emulated", "cuda-emulated-sm90a"];
 
 /// The backends that take prefixes. Every other must refuse them.
-const WITH_PREFIXES: [&str; 2] = ["reference", "cpu"];
+const WITH_PREFIXES: [&str; 9] = [
+    "reference",
+    "cpu",
+    "wgpu",
+    "wgpu-baseline",
+    "wgpu-large-tiles",
+    "wgpu-f16",
+    "wgpu-subgroups",
+    "wgpu-cooperative-emulated",
+    "wgpu-small-bindings",
+];
 
 impl Case {
     /// Whether the `number`-th case is left out of the backend's usual run in this type.

@@ -43,6 +43,7 @@ impl Plan {
     /// super-blocks. [`Error::InvalidArgument`] for [`Tile::Cluster`] without [`Architecture::Sm90a`](super::Architecture::Sm90a).
     pub fn new(problem: &Problem<'_>) -> Result<Self> {
         let (m, n, d) = problem.shape();
+        crate::prefix::expect_whole(problem.call(), d, "cuda")?;
         let order = Order::new(&problem.pairs);
         let needed = |tile: Tile| {
             let edge = least_edge(problem, &order, tile.step());

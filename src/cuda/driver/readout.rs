@@ -91,7 +91,7 @@ impl Readout {
         let word =
             |at: usize| numbers(status, u32::from_le_bytes).nth(at).filter(|&row| row != NONE).map(|row| row as usize);
         let zero_norm = [ZERO_QUERY, ZERO_PASSAGE].map(|at| word(at).filter(|_| self.zero_norm == ZeroNorm::Error));
-        let no_negative = word(NO_NEGATIVE).map(|row| (row, word(NO_NEGATIVE_GROUP).unwrap_or(0)));
+        let no_negative = word(NO_NEGATIVE).map(|row| (row, word(NO_NEGATIVE_GROUP).unwrap_or(0), 0));
         let refusal = Refusal::first([NON_FINITE_QUERY, NON_FINITE_PASSAGE].map(word), zero_norm, no_negative);
         let words = [[REPACKED_QUERY, CHANGED_QUERY], [REPACKED_PASSAGE, CHANGED_PASSAGE]];
         let changed = |k: usize, tower| Some(Fault::Changed(tower, words[k].into_iter().filter_map(word).min()?));
@@ -106,7 +106,7 @@ impl Readout {
             | Fault::Changed(tower, row) => {
                 (tower.to_string(), row, if tower == Tower::Query { self.rows } else { self.passages })
             }
-            Fault::Refused(Refusal::NoNegative(row, _)) => (Tower::Query.to_string(), row, self.rows),
+            Fault::Refused(Refusal::NoNegative(row, ..)) => (Tower::Query.to_string(), row, self.rows),
         };
         if row < count {
             return Ok(());
@@ -306,7 +306,7 @@ impl Device {
         };
         match fault {
             None => Ok(head),
-            Some(Fault::Refused(refusal)) => Err(refusal.error(readout.loss.name(), readout.dtype, row_bytes)),
+            Some(Fault::Refused(refusal)) => Err(refusal.error(readout.loss.name(), readout.dtype, None, row_bytes)),
             Some(Fault::Changed(tower, row)) => Err(readout.changed(tower, row, &row_bytes(tower, row)?)),
         }
     }
@@ -401,7 +401,7 @@ mod tests {
         assert_eq!(strict.fault(&both), Some(refused(Refusal::ZeroNorm(Tower::Query, 1))));
         assert_eq!(readout(ZeroNorm::ZeroGradient).fault(&both), Some(refused(Refusal::NonFinite(Tower::Passage, 0))));
         let last = status(&[(NO_NEGATIVE, 1), (NO_NEGATIVE_GROUP, 2)]);
-        assert_eq!(strict.fault(&last), Some(refused(Refusal::NoNegative(1, 2))));
+        assert_eq!(strict.fault(&last), Some(refused(Refusal::NoNegative(1, 2, 0))));
         let changed = [(REPACKED_PASSAGE, 0), (CHANGED_QUERY, 1), (REPACKED_QUERY, 0)];
         assert_eq!(strict.fault(&status(&changed)), Some(Fault::Changed(Tower::Query, 0)));
         assert_eq!(strict.fault(&status(&changed[..2])), Some(Fault::Changed(Tower::Query, 1)));
@@ -423,8 +423,9 @@ mod tests {
         for fault in [Refusal::ZeroNorm(Tower::Query, 2), Refusal::NonFinite(Tower::Passage, 3)].map(refused) {
             assert!(matches!(readout.expect_row(fault), Err(Error::StateMismatch { .. })), "{fault:?}");
         }
-        let error_of =
-            |bytes: &[u8]| Refusal::NonFinite(Tower::Query, 7).error("", readout.dtype, |_, _| Ok(bytes.to_vec()));
+        let error_of = |bytes: &[u8]| {
+            Refusal::NonFinite(Tower::Query, 7).error("", readout.dtype, None, |_, _| Ok(bytes.to_vec()))
+        };
         let error = error_of(&row);
         assert_eq!(error, Error::NonFinite { tower: Tower::Query, row: 7, column: 1, value: f64::NEG_INFINITY });
         assert!(error_of(&[0; 8]).to_string().contains("overwritten"));
