@@ -1,16 +1,17 @@
-// one_prefix.wgsl: what a tile of a call without prefixes does for its only one: the whole embedding. The alternative is several_prefixes.wgsl.
+// one_prefix.wgsl: a tile of a call without prefixes, whose only one is the whole embedding. There is no loop over prefixes, because not every
+// compiler sees that a loop ends after its first turn. The alternative is several_prefixes.wgsl.
 
-fn prefix_count() -> u32 {
-    return 1u;
+fn visit_prefixes(totals: ptr<function, Totals>, place: Place, thread: Thread, invocation: Invocation) {
+    visit_prefix(totals, place, thread, invocation, 0u);
+}
+
+fn multiply_to(totals: ptr<function, Totals>, place: Place, thread: Thread, invocation: Invocation, k: u32) {
+    multiply(totals, place, thread, invocation, 0u, params.row_vectors);
 }
 
 fn has_radials(k: u32) -> bool {
     return false;
 }
 
-fn end_vector(k: u32) -> u32 {
-    return params.row_vectors;
-}
-
-fn rescale(totals: ptr<function, Totals>, place: Place, thread: Thread, k: u32) {
+fn join_gradients(totals: ptr<function, Totals>, place: Place, thread: Thread, mirrored: bool) {
 }
