@@ -68,7 +68,7 @@ fn parameters_lie_where_the_host_writes_them() {
     for variant in variants() {
         for module in Module::ALL {
             let host = match module {
-                Module::Prepare => Prepare::MEMBERS,
+                Module::Prepare | Module::PreparePrefixes => Prepare::MEMBERS,
                 Module::LogSumExp | Module::GradientTile | Module::LogSumExpPrefixes | Module::GradientTilePrefixes => {
                     Tiles::MEMBERS
                 }
@@ -129,7 +129,7 @@ fn constants_are_the_same() {
         for module in [Module::LogSumExp, Module::LogSumExpPrefixes] {
             same(module, "PARTIAL_WORDS", PARTIAL_WORDS as f64);
         }
-        for module in [prepare, Module::ProjectPrefixes, Module::ProjectPrefixesInPlace] {
+        for module in [Module::PreparePrefixes, Module::ProjectPrefixes, Module::ProjectPrefixesInPlace] {
             same(module, "SEGMENT_WORDS", SEGMENT_WORDS as f64);
         }
         let tiles = [Module::LogSumExp, Module::GradientTile, Module::LogSumExpPrefixes, Module::GradientTilePrefixes];

@@ -15,6 +15,7 @@ impl Dispatches<'_> {
         let problem = self.parts.problem;
         let (m, layout) = (problem.pairs.rows(), self.layout);
         let sums = 16 * m * self.parts.segments.len();
+        let module = if self.parts.has_several() { Module::PreparePrefixes } else { Module::Prepare };
         let reset = Prepare { count: sums as u32, first: layout.sums as u32, ..Prepare::default() };
         let prefixes = Prepare {
             prefixes: self.parts.segments.len() as u32,
@@ -24,7 +25,7 @@ impl Dispatches<'_> {
         };
         let bindings = [self.state(3)?, self.recorder.status(4)?];
         let grid = self.recorder.grid(sums.div_ceil(LANES));
-        self.partials.push(self.recorder.dispatch(Module::Prepare, "reset", reset, bindings, grid));
+        self.partials.push(self.recorder.dispatch(module, "reset", reset, bindings, grid));
 
         for (k, tower) in self.towers.into_iter().enumerate() {
             let row_bytes = (tower.row_stride * tower.element_bytes) as u64;
@@ -46,6 +47,7 @@ impl Dispatches<'_> {
                 let params = Prepare {
                     count: range.len() as u32,
                     first: range.start as u32,
+                    dim: self.parts.dim() as u32,
                     dtype: problem.dtype.code(),
                     row_stride: tower.row_stride as u32,
                     raw_base: raw.base,
@@ -60,7 +62,7 @@ impl Dispatches<'_> {
                 };
                 let bindings = [raw.binding, self.side(2)?, self.state(3)?, self.recorder.status(4)?, packed];
                 let grid = self.recorder.grid(range.len());
-                self.partials.push(self.recorder.dispatch(Module::Prepare, "pack", params, bindings, grid));
+                self.partials.push(self.recorder.dispatch(module, "pack", params, bindings, grid));
             }
         }
 
@@ -89,7 +91,7 @@ impl Dispatches<'_> {
             };
             let bindings = [self.side(2)?, self.state(3)?, left, right];
             let grid = self.recorder.grid(range.len());
-            self.partials.push(self.recorder.dispatch(Module::Prepare, "positives", params, bindings, grid));
+            self.partials.push(self.recorder.dispatch(module, "positives", params, bindings, grid));
         }
         Ok(())
     }

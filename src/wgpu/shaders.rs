@@ -67,6 +67,8 @@ pub enum Module {
     Project,
     /// project.wgsl, from sums that lie where the gradients will be.
     ProjectInPlace,
+    /// prepare.wgsl for several prefixes.
+    PreparePrefixes,
     /// logsumexp.wgsl for several prefixes.
     LogSumExpPrefixes,
     /// gradient_tile.wgsl for several prefixes.
@@ -81,7 +83,7 @@ pub enum Module {
 
 impl Module {
     /// All modules.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Prepare,
         Self::LogSumExp,
         Self::Combine,
@@ -89,6 +91,7 @@ impl Module {
         Self::GradientProduct,
         Self::Project,
         Self::ProjectInPlace,
+        Self::PreparePrefixes,
         Self::LogSumExpPrefixes,
         Self::GradientTilePrefixes,
         Self::Prefixes,
@@ -106,6 +109,7 @@ impl Module {
             Self::GradientProduct => "gradient_product",
             Self::Project => "project",
             Self::ProjectInPlace => "project_in_place",
+            Self::PreparePrefixes => "prepare_prefixes",
             Self::LogSumExpPrefixes => "logsumexp_prefixes",
             Self::GradientTilePrefixes => "gradient_tile_prefixes",
             Self::Prefixes => "prefixes",
@@ -117,7 +121,7 @@ impl Module {
     /// Its entry points.
     pub const fn entries(self) -> &'static [&'static str] {
         match self {
-            Self::Prepare => &["reset", "pack", "positives"],
+            Self::Prepare | Self::PreparePrefixes => &["reset", "pack", "positives"],
             Self::LogSumExp | Self::LogSumExpPrefixes => &["logsumexp"],
             Self::Combine => &["merge", "combine", "finish_forward", "load_upstream", "sum_dots", "finish_backward"],
             Self::GradientTile | Self::GradientTilePrefixes => &["gradient_tile"],
@@ -187,9 +191,12 @@ impl Module {
         const PROJECT_PREFIXES: &str = include_str!("../../shaders/project_prefixes.wgsl");
         const APART: &str = include_str!("../../shaders/common/sums_apart.wgsl");
         const IN_PLACE: &str = include_str!("../../shaders/common/sums_in_place.wgsl");
+        let prepare =
+            |prefixes| vec![NUMBERS, STATE, storage, reduce, prefixes, include_str!("../../shaders/prepare.wgsl")];
         let project = |sums, pass| vec![NUMBERS, STATE, storage, reduce, PROJECTION, sums, pass];
         let pieces = match self {
-            Self::Prepare => vec![NUMBERS, STATE, storage, reduce, include_str!("../../shaders/prepare.wgsl")],
+            Self::Prepare => prepare(include_str!("../../shaders/common/prepare_one.wgsl")),
+            Self::PreparePrefixes => prepare(include_str!("../../shaders/common/prepare_several.wgsl")),
             Self::LogSumExp => tiles(ONE, LOGSUMEXP),
             Self::LogSumExpPrefixes => tiles(SEVERAL, LOGSUMEXP),
             Self::Combine => vec![NUMBERS, LOGIT, STATE, reduce, include_str!("../../shaders/combine.wgsl")],

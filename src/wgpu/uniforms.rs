@@ -25,6 +25,7 @@ uniforms! {
         zero: u32,
         count: u32,
         first: u32,
+        dim: u32,
         dtype: u32,
         row_stride: u32,
         raw_base: u32,
