@@ -73,7 +73,7 @@ fn gather(row: u32, own_index: u32, segment: Segment, column: u32, shift: i32) -
             sum += factor * other_element(other_index, element);
         }
     }
-    if params.radials != NONE {
+    if segment.words < (params.prefixes - 1u) * params.prefix_words { // of no other there are radial parts
         let at = segment.words + params.radials + RADIAL_WORDS * own_index;
         return minus_along(sum, own_element(own_index, element), Pair(float_at(at), float_at(at + 1u)));
     }

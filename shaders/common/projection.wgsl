@@ -32,7 +32,7 @@ struct Params {
     prefixes: u32,        // the rest is for project_prefixes.wgsl
     segments: u32,        // SEGMENT_WORDS of each prefix: the ends of its packed vectors and of its entries
     prefix_words: u32,
-    radials: u32,         // the sums of prefixes.wgsl; NONE if there is one prefix
+    radials: u32,         // R of prefixes.wgsl
 }
 
 @group(0) @binding(0) var<uniform> params: Params;

@@ -170,7 +170,7 @@ impl Dispatches<'_> {
                     prefixes: self.parts.segments.len() as u32,
                     segments: layout.segments,
                     prefix_words: layout.prefix_words as u32,
-                    radials: if self.parts.has_several() { layout.radials[k] as u32 } else { NONE },
+                    radials: layout.radials[k] as u32,
                 };
                 let bindings = [self.side(1)?, self.state(2)?, own_binding, other_binding, out.binding];
                 let bindings = bindings.into_iter().chain(sums_binding);
