@@ -209,7 +209,8 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
             if weight.part == 0.0 {
                 continue;
             }
-            let share = scaled_quotient(scaled_product(scaled_product(coefficient, prefix_weight()), weight), scaled_sum(scaled(copies, 0), negatives));
+            let of_prefix = scaled_product(coefficient, prefix_weight());
+            let share = scaled_quotient(scaled_product(of_prefix, weight), scaled_sum(scaled(copies, 0), negatives));
             diagonal = scaled_sum(diagonal, scaled_product(share, Scaled(-negatives.part, negatives.exponent)));
             let of_blocks = scaled_quotient(share, positive);
             for (var b = 0u; b < BLOCKS; b += 1u) {

@@ -5,7 +5,7 @@
 //          With prefixes g^k is that of prefix k, and plane s has Σ ĝ^k over the prefixes k ≥ s, because all of these have the columns of
 //          segment s. ĝ^k is in units of the packed rows of segment k, so it is multiplied by steps (several_prefixes.wgsl) on its way to
 //          shorter prefixes. A thread makes these sums of what it stored itself, from the longest prefix down: 3 K − 2 numbers are moved
-//          for each cosine, K of them also without these sums. To add each ĝ^k to all planes of shorter prefixes at once would move about K²
+//          for each cosine, K of them without these sums, too. To add each ĝ^k to all shorter planes at once would move about K²
 //          radials: by row Σ_j g_r (s − s⁺_r) + g_c s, by column Σ_i g_c (s − s⁺_c) + g_r s, where g_r is the part of g of the row's
 //          anchor, and g_c that of the column's, for each prefix but the longest
 // In/out   as logsumexp.wgsl; state: coefficients, positives, SHIFT · scratch: ĝ, row-major [row_tiles·TILE][col_tiles·TILE];

@@ -2,8 +2,8 @@
 // Math     t^k, n^k: power and inverse norm of prefix k of a packed row (state.wgsl)
 //          join           F_i^s = Σ_{k≥s} D_i^k n_i^k n_π(i)^k 2^-24·2^(t_i^k − t_i^s + t_π(i)^k − t_π(i)^s), in place of D
 //          clear_radials, merge_radials   Σ of the radial sums of gradient_tile.wgsl over tiles and super-blocks
-//          radials        R_x^s = Σ_{s≤k<K−1} ρ_x^k (n_x^k)² 2^-24·2^(2 (t_x^k − t_x^s)), where ρ_x^k = x̂·∂L/∂x̂ of prefix k over β: the radial
-//                         sums of every index of x, and what combine.wgsl says of every positive pair of x in the shard
+//          radials        R_x^s = Σ_{s≤k<K−1} ρ_x^k (n_x^k)² 2^-24·2^(2 (t_x^k − t_x^s)), where ρ_x^k = x̂·∂L/∂x̂ of prefix k over β: the
+//                         radial sums of every index of x, and what combine.wgsl says of every positive pair of x in the shard
 //          docs/loss.md, "Prefixes", has Σ ρ/‖x‖². Here both sums are in units of the packed rows of segment s
 // In/out   scratch: radial sums of tiles; side: pairs · state
 // Groups   join, clear_radials, merge_radials, radials: 64 rows, words, indices of an axis, embeddings each

@@ -2,10 +2,9 @@
 // Math     reset      status ← NONE, sums ← 0
 //          pack       n = ‖x‖; packed = x·2^t with norm in [2^12, 2^13); norms: 2^12/‖packed‖ and t
 //          positives  s⁺ᵢ = q̂ᵢ·p̂_{π(i)}; thresholds of margin and rank
-//          With prefixes all of it for each. Segments, which a prefix has beyond the shorter one, lie behind each other in a packed row, each
-//          padded with zeros to whole stages of a tile. The power t of a segment is that of its prefix, t^k, so every prefix keeps as many
-//          digits as an embedding alone, however small it is beside the rest. Running products are multiplied by 2^(t^k − t^(k−1)) ≤ 1 of
-//          both rows where segment k begins
+//          With prefixes all of it for each. Segments lie behind each other in a packed row, each padded with zeros to whole stages of a
+//          tile. The power t of a segment is that of its prefix, t^k, so every prefix keeps as many digits as an embedding alone, however
+//          small it is beside the rest. Running products are multiplied by 2^(t^k − t^(k−1)) ≤ 1 of both rows where segment k begins
 // In/out   raw: embeddings of f32, f16 or bf16 with any row stride, as words; side: order, positives, keys · packed, state, status
 // Groups   reset: 64 words each; pack: an index each; positives: a row each
 // Numerics Embeddings are decoded by whole numbers, so that subnormal ones count on every device, and NaN is seen under any
@@ -244,7 +243,7 @@ struct Product {
     vector: u32,
 }
 
-// The cosine of a row with its positive for prefix k, whose packed vectors begin at `left` and `right`. `before` is that of the shorter one.
+// The cosine of a row with its positive for prefix k. Packed rows begin at `left` and `right`. `before` is that of the shorter prefix.
 fn positive_of_prefix(before: Product, k: u32, row: u32, index: u32, left: u32, right: u32, lane: Lane) -> Product {
     let end = vectors_of(k);
     let norm = params.norms + k * params.prefix_words + NORM_WORDS * row;

@@ -3,8 +3,8 @@
 //          u = 2^-24·sums + Σ F^s·packed of the other side of each positive pair − packed·R^s, where F and R are those of prefixes.wgsl.
 //          A = Σ packed·u over all columns is what is left along the embedding: the radial part of the longest prefix, K
 //          Columns behind the longest prefix get 0
-// In/out   As project.wgsl. The columns of a segment begin anywhere in the output, but at whole vectors in packed rows. So this goes element
-//          by element, four of the output by an invocation, because two of 16 bits share a word
+// In/out   As project.wgsl. The columns of a segment begin anywhere in the output, but at whole vectors in packed rows. So this goes
+//          element by element, four of the output by an invocation, because two of 16 bits share a word
 // Groups   an output row each
 // Numerics As project.wgsl
 

@@ -42,8 +42,8 @@ impl<'a, Choices: Default> Problem<'a, Choices> {
     /// both towers as contiguous f32.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for f64; [`Error::InvalidArgument`] for a dimension of 0 or above 2²⁰, more than 2²⁶ passages, or a prefix that
-    /// is longer than the embeddings.
+    /// [`Error::Unsupported`] for f64; [`Error::InvalidArgument`] for a dimension of 0 or above 2²⁰, more than 2²⁶ passages, or a prefix
+    /// longer than the embeddings.
     pub fn new(pairs: Pairs<'a>, dtype: DType, dim: usize) -> Result<Self> {
         const MAX_DIM: usize = 1 << 20;
         const MAX_PASSAGES: usize = 1 << 26;

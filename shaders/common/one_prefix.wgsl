@@ -1,4 +1,4 @@
-// one_prefix.wgsl: a tile of a call without prefixes, whose only one is the whole embedding. There is no loop over prefixes, because not every
+// one_prefix.wgsl: a tile of a call that has one prefix, usually the whole embedding. There is no loop over prefixes, because not every
 // compiler sees that a loop ends after its first turn. The alternative is several_prefixes.wgsl.
 
 fn visit_prefixes(totals: ptr<function, Totals>, place: Place, thread: Thread, invocation: Invocation) {

@@ -1,5 +1,5 @@
-// several_prefixes.wgsl: what a tile does for each of several prefixes, shortest first. Its products go on from segment to segment, so that those
-// of the longest prefix are those of all. The alternative is one_prefix.wgsl.
+// several_prefixes.wgsl: what a tile does for each of several prefixes, shortest first. Its products go on from segment to segment, so all
+// prefixes together have those of the longest. The alternative is one_prefix.wgsl.
 
 // Every prefix leaves its products in `totals`. What a pass does for it is `visit_prefix` of that pass.
 fn visit_prefixes(totals: ptr<function, Totals>, place: Place, thread: Thread, invocation: Invocation) {
@@ -47,8 +47,8 @@ fn rescale(totals: ptr<function, Totals>, place: Place, thread: Thread, k: u32) 
     }
 }
 
-// Makes the gradients of each prefix the sum of those of all prefixes that have its columns. `totals` has those of the longest. A thread reads
-// what it wrote itself.
+// Makes the gradients of each prefix the sum of those of all prefixes that have its columns. `totals` has those of the longest. A thread
+// reads what it wrote itself.
 fn join_gradients(totals: ptr<function, Totals>, place: Place, thread: Thread, mirrored: bool) {
     let columns = params.col_tiles * TILE;
     for (var k = params.prefixes - 1u; k > 0u; k -= 1u) {

@@ -1,8 +1,8 @@
 // state.wgsl: where things lie in the buffer `state`, in words. src/wgpu/layout.rs lays it out. Numbers are those of a prefix. Those of the
-// next prefix lie `prefix_words` further on, but for sums, of which those of the next prefix follow at once.
+// next prefix lie `prefix_words` further on. Sums are apart: those of all prefixes follow each other.
 
-// Of an index of a tower: n = 2^12/‖packed‖ as a Pair, the power t of two in packed = x·2^t, and 2^(t − t of the shorter prefix), which is 1
-// for the shortest. The norm is that of the entries that the prefix has, under its t. n is 0 for a row without direction.
+// Of an index of a tower: n = 2^12/‖packed‖ as a Pair, the power t of two in packed = x·2^t, and 2^(t − t of the shorter prefix), which is
+// 1 for the shortest. The norm is that of the entries that the prefix has, under its t. n is 0 for a row without direction.
 const NORM_WORDS = 4u;
 const NORM_POWER = 2u;
 const NORM_STEP = 3u;
@@ -17,12 +17,11 @@ const SUM_WORDS = 4u;
 // Of a row: s⁺ as a Pair.
 const POSITIVE_WORDS = 2u;
 
-// Of an index of a tower: x̂ times the derivative with respect to x̂ over β, but for positives, in units of 2^SHIFT, as a Pair. prefixes.wgsl
-// makes the sum of it over prefixes.
+// Of an index of a tower: its radial sum, in units of 2^SHIFT, as a Pair. prefixes.wgsl makes R of it.
 const RADIAL_WORDS = 2u;
 
-// Scaled numbers: of each row in each block the coefficient, of each row the diagonal and the loss, and two of what positives add to the radial
-// sums: for the query, for the positive.
+// Scaled numbers: of each row in each block the coefficient, of each row the diagonal and the loss, and two that positives add to the
+// radial sums: for the query, for the positive.
 const SCALED_WORDS = 2u;
 
 // Results. First come those in f32, for whoever reads them on the device, and then what the host reads.

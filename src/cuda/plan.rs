@@ -40,7 +40,8 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::WorkspaceTooSmall`] if the workspace of the call does not hold one tile, or cuts the work into more than 16,384
-    /// super-blocks. [`Error::Unsupported`] for prefixes. [`Error::InvalidArgument`] for [`Tile::Cluster`] without [`Architecture::Sm90a`](super::Architecture::Sm90a).
+    /// super-blocks. [`Error::Unsupported`] for prefixes. [`Error::InvalidArgument`] for [`Tile::Cluster`] without
+    /// [`Architecture::Sm90a`](super::Architecture::Sm90a).
     pub fn new(problem: &Problem<'_>) -> Result<Self> {
         let (m, n, d) = problem.shape();
         crate::prefix::expect_none(problem.call(), "cuda")?;

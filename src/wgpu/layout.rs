@@ -21,8 +21,8 @@ pub(super) const STAGE: usize = 16;
 /// Words of the ends of a segment in the side data.
 pub(super) const SEGMENT_WORDS: usize = 4;
 
-/// Where arrays begin, in words of `state` and of `side`. In the state, all but the sums of a prefix is a block of `prefix_words`, and these
-/// are the places in the first.
+/// Where arrays begin, in words of `state` and of `side`. In the state, what a prefix has beside its sums is a block of `prefix_words`, and
+/// these are the places in the first block.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Layout {
     // state

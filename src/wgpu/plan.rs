@@ -272,7 +272,8 @@ fn needed(problem: &Problem<'_>, order: &Order, tile: usize) -> u64 {
 }
 
 /// Scratch of a super-block in the gradient pass: gradients of logits of each prefix, a number for each tile, and for each prefix but the
-/// longest one along each axis for every 64 cosines. The first pass takes a tenth of that: three words along each axis for every 64 cosines.
+/// longest one along each axis for every 64 cosines. The first pass takes a tenth of that: three words along each axis for every 64
+/// cosines.
 pub(super) fn bounded_bytes(rows: u64, cols: u64, prefixes: u64) -> u64 {
     4 * prefixes * rows * cols + 4 * (rows / 64 + 1) * (cols / 64 + 1) + (prefixes - 1) * rows * cols / 8 + ALIGNMENT
 }

@@ -66,8 +66,8 @@ pub fn devices() -> [(&'static str, Capabilities); 4] {
     [("baseline", baseline), ("large", large), ("cooperative", cooperative), ("small bindings", small)]
 }
 
-/// Every change on every shape, with positives in order, permuted and shared, without prefixes and with some, for every device; those that a
-/// device cannot bind are left out.
+/// Every change on every shape, with positives in order, permuted and shared, without prefixes and with some, for every device; those that
+/// a device cannot bind are left out.
 pub fn all() -> Result<Vec<Planned>, String> {
     let mut plans = Vec::new();
     for (m, n, d) in SHAPES {
