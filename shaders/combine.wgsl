@@ -1,6 +1,8 @@
 // combine.wgsl: the O(M) steps between the heavy passes. Partial sums become loss, metrics and coefficients. Also the dot of ∂L/∂β.
 // Math     src/combine.rs, without logarithms except for the loss: E = exp(β s⁺), D_g = Σ_b S_b / E, ℓ_g − β s⁺ = log(e + D_g),
 //          D_i = −Σ_g c w̃ D_g / (e + D_g), a^b = Σ_{g∋b} c w̃ / (E (e + D_g))
+//          With prefixes all but merge runs for one after the other, shortest first. Coefficients and D are those of the prefix times its
+//          weight. So is what the loss on the device adds up
 // In/out   scratch: partials of logsumexp.wgsl, dots of gradient_tile.wgsl; side: weights, groups, candidates · state, status
 // Groups   merge: 64 indices of an axis each; combine: 64 rows each; the others: one
 // Numerics Scaled numbers: f32 whose exponent is a whole number of its own. Sums of many are Pairs. Tiles, super-blocks and rows are
@@ -40,6 +42,14 @@ struct Params {
     beta_head: f32,
     beta_middle: f32,
     beta_tail: f32,
+    prefix: u32,          // number of the prefix, shortest first
+    prefixes: u32,
+    prefix_partials: u32, // merge: words from the partial sums of a prefix to those of the next
+    prefix_sums: u32,     // the same in `state`
+    room: i32,            // the binary logarithm of the number of prefixes: sums over prefixes are that much larger
+    radial: u32,          // NONE if nobody needs the radial parts of positives
+    prefix_weight: f32,   // the weight of the prefix is prefix_weight·2^prefix_exponent
+    prefix_exponent: i32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
@@ -55,6 +65,8 @@ const CANDIDATE_WORDS = 4u;
 const BLOCKS = 4u;
 const QP = 0u;
 const PQ = 1u;
+const QQ = 2u;
+const PP = 3u;
 const RESULT_WORDS = 12u; // of a workgroup: five Pairs, and the exponent of the largest share of the gradient
 const RESULTS = 5u;
 const NOWHERE = -1000000000;
@@ -103,30 +115,36 @@ fn merge(@builtin(global_invocation_id) id: vec3<u32>, @builtin(num_workgroups) 
     if row == NONE {
         return;
     }
-    let to = params.block_sums + SUM_WORDS * row;
-    var sum = pair_at(to);
-    var exponent = bitcast<i32>(state[to + 2u]);
-    var above = state[to + 3u];
-    // In a triangle, the tiles right of the diagonal have sums of rows, and the tiles above it sums of columns.
-    var tile = select(0u, local / params.tile, params.triangle == 1u);
-    let end = select(params.across, local / params.tile, params.triangle == 2u);
-    for (; tile < end; tile += 1u) {
-        let at = params.partials + PARTIAL_WORDS * (tile * params.along + local);
-        let part = bitcast<f32>(scratch[at]);
-        if part > 0.0 {
-            let of_part = bitcast<i32>(scratch[at + 1u]);
-            let top = select(max(exponent, of_part), of_part, sum.high == 0.0);
-            let added = Pair(part * power_of_two(of_part - top), 0.0);
-            sum = pair_sum(pair_times_power(sum, exponent - top), added);
-            exponent = top;
+    for (var k = 0u; k < params.prefixes; k += 1u) {
+        let to = params.block_sums + k * params.prefix_sums + SUM_WORDS * row;
+        var sum = pair_at(to);
+        var exponent = bitcast<i32>(state[to + 2u]);
+        var above = state[to + 3u];
+        // In a triangle, the tiles right of the diagonal have sums of rows, and the tiles above it sums of columns.
+        var tile = select(0u, local / params.tile, params.triangle == 1u);
+        let end = select(params.across, local / params.tile, params.triangle == 2u);
+        for (; tile < end; tile += 1u) {
+            let at = params.partials + k * params.prefix_partials + PARTIAL_WORDS * (tile * params.along + local);
+            let part = bitcast<f32>(scratch[at]);
+            if part > 0.0 {
+                let of_part = bitcast<i32>(scratch[at + 1u]);
+                let top = select(max(exponent, of_part), of_part, sum.high == 0.0);
+                let added = Pair(part * power_of_two(of_part - top), 0.0);
+                sum = pair_sum(pair_times_power(sum, exponent - top), added);
+                exponent = top;
+            }
+            if params.ranks != 0u {
+                above += scratch[at + 2u];
+            }
         }
-        if params.ranks != 0u {
-            above += scratch[at + 2u];
-        }
+        store_pair(to, sum);
+        state[to + 2u] = bitcast<u32>(exponent);
+        state[to + 3u] = above;
     }
-    store_pair(to, sum);
-    state[to + 2u] = bitcast<u32>(exponent);
-    state[to + 3u] = above;
+}
+
+fn prefix_weight() -> Scaled {
+    return Scaled(params.prefix_weight, params.prefix_exponent);
 }
 
 fn sums_at(row: u32) -> array<Scaled, BLOCKS> {
@@ -175,7 +193,8 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
             }
             let negatives = scaled_quotient(sum_of_blocks(sums, blocks), positive);
             if copies == 0.0 && negatives.part == 0.0 {
-                if params.empty_is_error != 0u && weight.part != 0.0 {
+                // The prefix is written behind this dispatch. So rows of one prefix are counted.
+                if params.empty_is_error != 0u && weight.part != 0.0 && atomicLoad(&status[NO_NEGATIVE_PREFIX]) == NONE {
                     atomicMin(&status[NO_NEGATIVE], row);
                 }
                 continue;
@@ -190,7 +209,8 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
             if weight.part == 0.0 {
                 continue;
             }
-            let share = scaled_quotient(scaled_product(coefficient, weight), scaled_sum(scaled(copies, 0), negatives));
+            let of_prefix = scaled_product(coefficient, prefix_weight());
+            let share = scaled_quotient(scaled_product(of_prefix, weight), scaled_sum(scaled(copies, 0), negatives));
             diagonal = scaled_sum(diagonal, scaled_product(share, Scaled(-negatives.part, negatives.exponent)));
             let of_blocks = scaled_quotient(share, positive);
             for (var b = 0u; b < BLOCKS; b += 1u) {
@@ -202,10 +222,19 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
         store_scaled(params.row_losses + SCALED_WORDS * row, loss);
         store_scaled(params.diagonal + SCALED_WORDS * row, diagonal);
         var of_row = sums;
+        var shares: array<Scaled, BLOCKS>;
         for (var b = 0u; b < BLOCKS; b += 1u) {
             store_scaled(params.coefficients + SCALED_WORDS * (b * params.count + row), coefficients[b]);
             let share = scaled_product(coefficients[b], of_row[b]);
+            shares[b] = share;
             magnitude = max(magnitude, select(NOWHERE, share.exponent, share.part != 0.0));
+        }
+        if params.radial != NONE {
+            // (D + Σ of the blocks of an anchor) s⁺. D is minus the sum of all shares, so what is left is minus those of the other two.
+            let s = pair_at(params.positive + POSITIVE_WORDS * row).high;
+            let at = params.radial + 2u * SCALED_WORDS * row;
+            store_scaled(at, scaled_product(scaled(-s, 0), scaled_sum(shares[PQ], shares[PP])));
+            store_scaled(at + SCALED_WORDS, scaled_product(scaled(-s, 0), scaled_sum(shares[QP], shares[QQ])));
         }
         let w = value_of(weight);
         results[0] = two_product(w, value_of(loss));
@@ -229,7 +258,7 @@ fn combine(@builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) gro
     }
 }
 
-// Makes results of what the workgroups found.
+// Makes results of what the workgroups found. The loss is added up over prefixes, metrics are those of the longest.
 @compute @workgroup_size(64)
 fn finish_forward(lane: Lane) {
     var magnitude = NOWHERE;
@@ -253,14 +282,25 @@ fn finish_forward(lane: Lane) {
             sums[k + 1u] = sums[k];
         }
     }
-    for (var k = 0u; k < RESULTS; k += 1u) {
+    let begins = params.prefix == 0u;
+    let ends = params.prefix + 1u == params.prefixes;
+    var loss = pair_times(sums[0], value_of(prefix_weight()));
+    if !begins {
+        loss = pair_sum(pair_at(params.results + LOSS_SUM), loss);
+        magnitude = max(magnitude, bitcast<i32>(state[params.results + SHIFT]));
+    }
+    store_pair(params.results + LOSS_SUM, loss);
+    store_float(params.results + LOSS, loss.high);
+    for (var k = 1u; k < RESULTS; k += 1u) {
         store_float(params.results + LOSS + k, sums[k].high);
     }
-    state[params.results + SHIFT] = bitcast<u32>(select(magnitude - TARGET, 0, magnitude == NOWHERE));
+    let shift = select(magnitude - TARGET + params.room, 0, magnitude == NOWHERE);
+    state[params.results + SHIFT] = bitcast<u32>(select(magnitude, shift, ends));
     store_scaled(params.results + UPSTREAM, Scaled(1.0, 0));
 
     let row = atomicLoad(&status[NO_NEGATIVE]);
-    if row != NONE {
+    if row != NONE && atomicLoad(&status[NO_NEGATIVE_PREFIX]) == NONE {
+        atomicStore(&status[NO_NEGATIVE_PREFIX], params.prefix);
         let sums = sums_at(row);
         for (var g = 0u; g < params.group_count; g += 1u) {
             let at = params.groups + GROUP_WORDS * g;
@@ -274,7 +314,7 @@ fn finish_forward(lane: Lane) {
     for (var word = 0u; word < select(ZERO_NORM, NO_NEGATIVE, params.zero_is_error != 0u); word += 1u) {
         refused = refused || atomicLoad(&status[word]) != NONE;
     }
-    state[params.results + ACCEPTED] = select(1u, 0u, refused);
+    state[params.results + ACCEPTED] = select(0u, 1u, ends && !refused);
     if refused {
         state[params.results + LOSS] = NOT_A_NUMBER;
     }

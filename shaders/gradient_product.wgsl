@@ -2,6 +2,7 @@
 // Math     rows     sum_m += Σ_k ĝ_mk·packed_k, where m is an index of the rows and k one of the columns
 //          columns  sum_m += Σ_k ĝ_km·packed_k, where m is an index of the columns and k one of the rows
 // In/out   gradients: row-major ĝ as vectors; packed: embeddings of the other axis · sums: f32, row-major with a stride
+//          With prefixes each segment has a dispatch of its own, whose ĝ is the plane of its prefix
 // Groups   EDGE indices x EDGE numbers of an embedding each: grid (⌈d / EDGE⌉, ⌈indices / EDGE⌉); product_64.wgsl, product_128.wgsl
 // Shared   a: EDGE x 16 or 16 x EDGE of ĝ, as it lies; b: 16 rows of EDGE numbers
 // Numerics f32. A sum ends after 64 terms, and is then added to the total. Each sum has one writer, and the super-blocks are added in the
@@ -24,7 +25,7 @@ fn load_packed(first: u32, column: u32, index: u32) {
         let k = first + at / VECTORS;
         let vector = column / 4u + at % VECTORS;
         var x = vec4<f32>();
-        if k < params.depth && vector < params.row_vectors {
+        if k < params.depth && vector < params.vectors {
             x = widen(packed[params.packed_base + k * params.row_vectors + vector]);
         }
         b[at] = x;

@@ -54,7 +54,7 @@ fn product(of_columns: bool, group: vec3<u32>, invocation: Invocation) {
     for (var f = invocation.subgroup; f < ACROSS * ACROSS; f += invocation.subgroups) {
         let row = FRAGMENT * (f / ACROSS);
         let column = FRAGMENT * (f % ACROSS);
-        if group.x * EDGE + column < 4u * params.row_vectors {
+        if group.x * EDGE + column < 4u * params.vectors {
             store_sums(sum_fragment(of_columns, group.y * EDGE + row, group.x * EDGE + column), row * EDGE + column, EDGE);
         }
     }

@@ -2,8 +2,14 @@
 // Math     g_ij = exp(β s_ij)·([row i keeps j] a_i + [column j keeps i] b_j), with a, b from combine.wgsl, in units of 2^SHIFT.
 //          ĝ_ij = g_ij·n_i·n_j with n = 2^12/‖packed row‖, so that products with packed rows need no other scale.
 //          dots: Σ g (s − s⁺), where each part of g has the positive of its own anchor
+//          With prefixes g^k is that of prefix k, and plane s has Σ ĝ^k over the prefixes k ≥ s, because all of these have the columns of
+//          segment s. ĝ^k is in units of the packed rows of segment k, so it is multiplied by steps (several_prefixes.wgsl) on its way to
+//          shorter prefixes. A thread makes these sums of what it stored itself, from the longest prefix down: 3 K − 2 numbers are moved
+//          for each cosine, K of them without these sums, too. To add each ĝ^k to all shorter planes at once would move about K²
+//          radials: by row Σ_j g_r (s − s⁺_r) + g_c s, by column Σ_i g_c (s − s⁺_c) + g_r s, where g_r is the part of g of the row's
+//          anchor, and g_c that of the column's, for each prefix but the longest
 // In/out   as logsumexp.wgsl; state: coefficients, positives, SHIFT · scratch: ĝ, row-major [row_tiles·TILE][col_tiles·TILE];
-//          dots: an f32 for each tile
+//          dots: an f32 for each tile; radials: an f32 for each index and tile, as the sums of logsumexp.wgsl
 // Groups   one tile each. Off the diagonal of a triangle, also the mirror image of the tile
 // Numerics As logsumexp.wgsl. A coefficient is factor·2^exponent. If no coefficient of a tile exceeds 2^60 times the inverse of its largest
 //          exponential, one exponential serves both rows and columns. Else each is taken with its own
@@ -14,34 +20,35 @@ var<workgroup> coefficients: array<vec2<f32>, 2u * TILE>; // exponent and factor
 var<workgroup> positives: array<f32, 2u * TILE>;
 var<workgroup> strongest: atomic<i32>;
 
-@compute @workgroup_size(256)
-fn gradient_tile(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    invocation: Invocation,
-) {
-    let index = invocation.index;
-    let tile = group.y * groups.x + group.x;
-    if tile >= params.tiles {
-        return;
-    }
+var<private> dot_sum: f32; // of a thread's elements, over all prefixes
+
+fn is_diagonal(place: Place) -> bool {
+    return params.triangle != 0u && place.row == place.col;
+}
+
+// The gradients of prefix k, whose shorter ones have left their products in `totals`. The longest leaves its gradients there.
+fn visit_prefix(totals: ptr<function, Totals>, place: Place, thread: Thread, invocation: Invocation, k: u32) {
+    let index = thread.index;
+    let diagonal = is_diagonal(place);
+    let counted = select(0.0, 1.0, params.counted != 0u && !diagonal);
+    let mirrored = params.triangle != 0u && !diagonal;
+    let columns = params.col_tiles * TILE;
     // [1] load
-    let thread = Thread(index, index % 16u, index / 16u);
-    let place = place_of(tile);
+    let words = k * params.prefix_words;
     if index == 0u {
         atomicStore(&largest, ordered(NO_COSINE));
         atomicStore(&strongest, ordered(NEVER));
     }
     workgroupBarrier();
     if index < 2u * TILE {
-        let edge = load_edge(place, index);
+        let edge = load_edge(place, index, words);
         candidates[index] = edge.candidate;
         anchors[index] = edge.anchor;
         coefficients[index] = vec2<f32>(NEVER, 0.0);
         positives[index] = 0.0;
         if edge.row != NONE {
-            positives[index] = bitcast<f32>(state[params.positive + POSITIVE_WORDS * edge.row]);
-            let at = select(params.col_coefficients, params.row_coefficients, is_row(index)) + SCALED_WORDS * edge.row;
+            positives[index] = bitcast<f32>(state[words + params.positive + POSITIVE_WORDS * edge.row]);
+            let at = words + select(params.col_coefficients, params.row_coefficients, is_row(index)) + SCALED_WORDS * edge.row;
             let factor = bitcast<f32>(state[at]);
             if factor != 0.0 {
                 let whole = f32(bitcast<i32>(state[at + 1u]) - bitcast<i32>(state[params.results + SHIFT]));
@@ -50,14 +57,14 @@ fn gradient_tile(
             }
         }
     }
-    let products = multiply(place, thread, invocation);
+    multiply_to(totals, place, thread, invocation, k);
 
     // [2] scale, [3] mask
     var s: array<Cosines, BLOCKS>;
     let checked = is_checked(place);
     var top = NO_COSINE;
     for (var b = 0u; b < BLOCKS; b += 1u) {
-        let block = scale_and_mask(products.block[b], thread, b, checked);
+        let block = scale_and_mask((*totals).block[b], thread, b, checked);
         for (var i = 0u; i < 4u; i += 1u) {
             for (var j = 0u; j < 4u; j += 1u) {
                 top = select(top, max(top, block.s[i][j]), is_kept(block.kept.row | block.kept.col, i, j));
@@ -74,11 +81,9 @@ fn gradient_tile(
     let together = exponent + from_ordered(atomicLoad(&strongest)) < 60.0;
 
     // [5] gradients
-    let diagonal = params.triangle != 0u && place.row == place.col;
-    let counted = select(0.0, 1.0, params.counted != 0u && !diagonal);
-    let mirrored = params.triangle != 0u && !diagonal;
-    let columns = params.col_tiles * TILE;
-    var sum = 0.0;
+    // With values, as in logsumexp.wgsl.
+    var row_radial = array<vec4<f32>, PARTS>();
+    var col_radial = array<vec4<f32>, PARTS>();
     for (var b = 0u; b < BLOCKS; b += 1u) {
         for (var i = 0u; i < 4u; i += 1u) {
             let row = row_of(thread, b, i);
@@ -98,18 +103,55 @@ fn gradient_tile(
                 }
                 by_row = select(0.0, by_row * row_factor, is_kept(s[b].kept.row, i, j));
                 by_col = select(0.0, by_col, is_kept(s[b].kept.col, i, j));
-                sum += by_row * (x - positives[row]) + counted * by_col * (x - positives[TILE + col]);
+                dot_sum += by_row * (x - positives[row]) + counted * by_col * (x - positives[TILE + col]);
+                if has_radials(k) {
+                    row_radial[b / PARTS][i] += by_row * (x - positives[row]) + by_col * x;
+                    col_radial[b % PARTS][j] += by_col * (x - positives[TILE + col]) + by_row * x;
+                }
                 let g = (by_row + by_col) * row_scale * bitcast<f32>(candidates[TILE + col].w);
-                store_gradient((place.row * TILE + row) * columns + place.col * TILE + col, g);
+                store_gradient(k, (place.row * TILE + row) * columns + place.col * TILE + col, g);
                 if mirrored {
-                    store_gradient((place.col * TILE + col) * columns + place.row * TILE + row, g);
+                    store_gradient(k, (place.col * TILE + col) * columns + place.row * TILE + row, g);
+                }
+                if k > 0u && !has_radials(k) {
+                    (*totals).block[b][i][j] = g; // of the longest prefix, whose products are not needed any more
                 }
             }
         }
     }
+    if has_radials(k) {
+        for (var p = 0u; p < PARTS; p += 1u) {
+            pool[256u * p + 16u * thread.y + thread.x] = row_radial[p];
+            pool[256u * (PARTS + p) + 16u * thread.x + thread.y] = col_radial[p];
+        }
+        workgroupBarrier();
+        if index < 2u * TILE && (is_row(index) || !diagonal) {
+            let radials = k * params.prefix_radials + select(params.col_radials, params.row_radials, is_row(index));
+            scratch[radials + place_among(place, index)] = bitcast<u32>(sum_of_threads(index));
+        }
+    }
+}
+
+@compute @workgroup_size(256)
+fn gradient_tile(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    invocation: Invocation,
+) {
+    let index = invocation.index;
+    let tile = group.y * groups.x + group.x;
+    if tile >= params.tiles {
+        return;
+    }
+    let thread = Thread(index, index % 16u, index / 16u);
+    let place = place_of(tile);
+    dot_sum = 0.0;
+    var totals = Totals();
+    visit_prefixes(&totals, place, thread, invocation);
+    join_gradients(&totals, place, thread, params.triangle != 0u && !is_diagonal(place));
 
     // [6] store
-    pool[index] = vec4<f32>(sum, 0.0, 0.0, 0.0);
+    pool[index] = vec4<f32>(dot_sum, 0.0, 0.0, 0.0);
     workgroupBarrier();
     for (var step = THREADS / 2u; step > 0u; step >>= 1u) {
         if index < step {

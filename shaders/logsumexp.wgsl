@@ -3,6 +3,7 @@
 //          keeps, and the number of those whose s_ij is above s⁺. The same for the indices of its columns. reference.rs: `Negatives::kept`
 // In/out   left, right: packed embeddings; side, state: keys, norms, anchors · scratch: for each index and tile the sum, its
 //          exponent and the count, PARTIAL_WORDS words at (tile of the other axis · indices of the axis, padded + index)
+//          With prefixes, for each of them: steps 2 to 7 take the products as they stand where the prefix ends
 // Groups   one tile each
 // Numerics Cosines and exponentials are f32, exponents are whole numbers. If the cosines of a tile that any anchor keeps span less than
 //          2^110, one exponential under one exponent serves rows and columns. Else each row and column has the exponent of its own largest
@@ -23,25 +24,16 @@ fn exponent_at(entry: u32) -> f32 {
     return select(0.0, whole_logit(top), top > NO_COSINE);
 }
 
-@compute @workgroup_size(256)
-fn logsumexp(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    invocation: Invocation,
-) {
-    let index = invocation.index;
-    let tile = group.y * groups.x + group.x;
-    if tile >= params.tiles {
-        return;
-    }
+// The sums of prefix k, whose shorter ones have left their products in `totals`.
+fn visit_prefix(totals: ptr<function, Totals>, place: Place, thread: Thread, invocation: Invocation, k: u32) {
+    let index = thread.index;
     // [1] load
-    let thread = Thread(index, index % 16u, index / 16u);
-    let place = place_of(tile);
+    let words = k * params.prefix_words;
     if index < 2u * TILE {
-        let edge = load_edge(place, index);
+        let edge = load_edge(place, index, words);
         candidates[index] = edge.candidate;
         anchors[index] = edge.anchor;
-        bars[index] = rank_bar(edge);
+        bars[index] = rank_bar(edge, words);
         atomicStore(&tops[index], ordered(NO_COSINE));
     }
     if index < 32u * PARTS {
@@ -51,17 +43,17 @@ fn logsumexp(
         atomicStore(&largest, ordered(NO_COSINE));
         atomicStore(&smallest, ordered(-NO_COSINE));
     }
-    let products = multiply(place, thread, invocation);
+    multiply_to(totals, place, thread, invocation, k);
 
     // [2] scale, [3] mask, [4] ranks and range
     var s: array<Cosines, BLOCKS>;
     let checked = is_checked(place);
     var top = vec4<f32>(NO_COSINE);
     var bottom = vec4<f32>(-NO_COSINE);
-    var row_count: array<u32, PARTS>;
-    var col_count: array<u32, PARTS>;
+    var row_count = array<u32, PARTS>(); // not without a value: Chromium would keep that of the last pass of the loop
+    var col_count = array<u32, PARTS>();
     for (var b = 0u; b < BLOCKS; b += 1u) {
-        let block = scale_and_mask(products.block[b], thread, b, checked);
+        let block = scale_and_mask((*totals).block[b], thread, b, checked);
         var col_bars = vec4<f32>();
         for (var j = 0u; j < 4u; j += 1u) {
             col_bars[j] = bars[TILE + col_of(thread, b, j)];
@@ -114,16 +106,16 @@ fn logsumexp(
 
     // [6] sums of rows and columns at once, or of rows and then of columns. It is one loop, because what is written twice is compiled
     // twice.
-    var row_sum: array<vec4<f32>, PARTS>;
-    var col_sum: array<vec4<f32>, PARTS>;
+    var row_sum = array<vec4<f32>, PARTS>();
+    var col_sum = array<vec4<f32>, PARTS>();
     for (var edge = 0u; edge < select(2u, 1u, together); edge += 1u) {
         for (var b = 0u; b < BLOCKS; b += 1u) {
             let block = s[b];
             let row_bits = select(0u, block.kept.row, edge == 0u);
             let col_bits = select(0u, block.kept.col, edge == 1u || together);
             var of_entries = vec4<f32>();
-            for (var k = 0u; k < 4u; k += 1u) {
-                of_entries[k] = exponent_at(select(TILE + col_of(thread, b, k), row_of(thread, b, k), edge == 0u));
+            for (var n = 0u; n < 4u; n += 1u) {
+                of_entries[n] = exponent_at(select(TILE + col_of(thread, b, n), row_of(thread, b, n), edge == 0u));
             }
             var of_rows = vec4<f32>();
             var of_cols = vec4<f32>(); // not without a value: Chromium would keep that of the last pass of the loop
@@ -145,21 +137,28 @@ fn logsumexp(
     // [7] store: each thread stores an entry. On the diagonal of a triangle the sums of the rows stand for both.
     let by_row = is_row(index);
     let diagonal = params.triangle != 0u && place.row == place.col;
-    if index >= 2u * TILE || select(params.col_sums, params.row_sums, by_row) == 0u || (diagonal && !by_row) {
+    if index < 2u * TILE && select(params.col_sums, params.row_sums, by_row) != 0u && (by_row || !diagonal) {
+        let partials = k * params.prefix_partials + select(params.col_partials, params.row_partials, by_row);
+        let to = partials + PARTIAL_WORDS * place_among(place, index);
+        scratch[to] = bitcast<u32>(sum_of_threads(index));
+        scratch[to + 1u] = bitcast<u32>(i32(exponent_at(index)));
+        scratch[to + 2u] = (atomicLoad(&counts[lane_of(index)]) >> (8u * component_of(index))) & 255u;
+    }
+}
+
+@compute @workgroup_size(256)
+fn logsumexp(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    invocation: Invocation,
+) {
+    let index = invocation.index;
+    let tile = group.y * groups.x + group.x;
+    if tile >= params.tiles {
         return;
     }
-    // Entry 64 p + 16 i + y is component i of what the 16 threads of row (or column) y have of part p.
-    let lane = 16u * (index / 64u) + index % 16u;
-    let component = index / 16u % 4u;
-    var sum = 0.0;
-    for (var k = 0u; k < 16u; k += 1u) {
-        sum += pool[16u * lane + k][component];
-    }
-    let across = select(place.row, place.col, by_row);
-    let along = select(params.col_tiles, params.row_tiles, by_row) * TILE;
-    let start = select(place.col, place.row, by_row) * TILE;
-    let to = select(params.col_partials, params.row_partials, by_row) + PARTIAL_WORDS * (across * along + start + index % TILE);
-    scratch[to] = bitcast<u32>(sum);
-    scratch[to + 1u] = bitcast<u32>(i32(exponent_at(index)));
-    scratch[to + 2u] = (atomicLoad(&counts[lane]) >> (8u * component)) & 255u;
+    let thread = Thread(index, index % 16u, index / 16u);
+    let place = place_of(tile);
+    var totals = Totals();
+    visit_prefixes(&totals, place, thread, invocation);
 }

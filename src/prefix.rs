@@ -71,7 +71,7 @@ pub(crate) fn expect_whole(call: &Call, dim: usize, backend: &'static str) -> Re
         _ => Err(Error::Unsupported {
             backend,
             what: "prefixes".into(),
-            allowed: "a call without prefixes; the backends `cpu` and `reference` take them".into(),
+            allowed: "a call without prefixes; the backends `cpu`, `wgpu` and `reference` take them".into(),
         }),
     }
 }

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::identity::Identity;
 use crate::mask::Keys;
 use crate::pairs::Pairs;
+use crate::prefix::{self, Prefix};
 use std::ops::Range;
 
 /// Where a tower's gradient goes.
@@ -24,6 +25,8 @@ pub struct Problem<'a, Choices> {
     pub(crate) pairs: Pairs<'a>,
     pub(crate) dtype: DType,
     pub(crate) dim: usize,
+    /// Those of weight above 0, shortest first.
+    pub(crate) prefixes: Vec<Prefix>,
     pub(crate) row_strides: [usize; 2],
     pub(crate) rows: Range<usize>,
     pub(crate) gradients: [Option<GradientOutput>; 2],
@@ -39,8 +42,8 @@ impl<'a, Choices: Default> Problem<'a, Choices> {
     /// both towers as contiguous f32.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for f64 and for prefixes; [`Error::InvalidArgument`] for a dimension of 0 or above 2²⁰, more than 2²⁶ passages, or more than
-    /// 2⁴⁰ numbers in them.
+    /// [`Error::Unsupported`] for f64; [`Error::InvalidArgument`] for a dimension of 0 or above 2²⁰, more than 2²⁶ passages, more than 2⁴⁰
+    /// numbers in them, or a prefix longer than the embeddings.
     pub fn new(pairs: Pairs<'a>, dtype: DType, dim: usize) -> Result<Self> {
         const MAX_DIM: usize = 1 << 20;
         const MAX_PASSAGES: usize = 1 << 26;
@@ -55,16 +58,17 @@ impl<'a, Choices: Default> Problem<'a, Choices> {
         if pairs.passages() > MAX_PASSAGES {
             return Err(Error::invalid("passages", pairs.passages().to_string(), format!("at most {MAX_PASSAGES}")));
         }
-        crate::prefix::expect_whole(pairs.call(), dim, "cuda, wgpu")?;
         if pairs.passages() * dim > MAX_NUMBERS {
             let allowed = format!("at most {} for {} passages", MAX_NUMBERS / pairs.passages(), pairs.passages());
             return Err(Error::invalid("dim", dim.to_string(), allowed));
         }
+        let prefixes = prefix::of(pairs.call(), dim)?;
         let gradient = Some(GradientOutput { dtype: DType::F32, row_stride: dim });
         Ok(Self {
             pairs,
             dtype,
             dim,
+            prefixes,
             row_strides: [dim; 2],
             rows: 0..pairs.rows(),
             gradients: [gradient; 2],

@@ -2,6 +2,7 @@
 
 use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
+use crate::prefix::Prefix;
 use crate::tower::Tower;
 use half::{bf16, f16};
 
@@ -12,8 +13,8 @@ pub enum Refusal {
     NonFinite(Tower, usize),
     /// An embedding of norm zero, if the call says that this is an error.
     ZeroNorm(Tower, usize),
-    /// A row of weight above 0 whose softmax is empty: row and group.
-    NoNegative(usize, usize),
+    /// A row of weight above 0 whose softmax is empty: row, group, and number of the prefix among those of weight above 0.
+    NoNegative(usize, usize, usize),
 }
 
 impl Refusal {
@@ -22,31 +23,33 @@ impl Refusal {
     pub(crate) fn first(
         non_finite: [Option<usize>; 2],
         zero_norm: [Option<usize>; 2],
-        no_negative: Option<(usize, usize)>,
+        no_negative: Option<(usize, usize, usize)>,
     ) -> Option<Self> {
         let of_tower = |k: usize, tower| {
             let non_finite = non_finite[k].map(|row| Self::NonFinite(tower, row));
             non_finite.or(zero_norm[k].map(|row| Self::ZeroNorm(tower, row)))
         };
-        let no_negative = no_negative.map(|(row, group)| Self::NoNegative(row, group));
+        let no_negative = no_negative.map(|(row, group, prefix)| Self::NoNegative(row, group, prefix));
         of_tower(0, Tower::Query).or(of_tower(1, Tower::Passage)).or(no_negative)
     }
 
-    /// The error for a call of this loss on embeddings of this type; `prefix` is the length of the only prefix, if the call names one. `row_bytes` must give a row that is not finite.
+    /// The error for a call of this loss on embeddings of this type. `prefixes` are those of weight above 0, if the call names any. Where a
+    /// prefix has norm zero, the shortest has. `row_bytes` must give a row that is not finite.
     pub(crate) fn error(
         self,
         loss: &str,
         dtype: DType,
-        prefix: Option<usize>,
+        prefixes: Option<&[Prefix]>,
         row_bytes: impl FnOnce(Tower, usize) -> Result<Vec<u8>>,
     ) -> Error {
+        let dim = |k: usize| prefixes.and_then(|all| Some(all.get(k)?.dim));
         match self {
             Self::NonFinite(tower, row) => match row_bytes(tower, row) {
                 Ok(bytes) => non_finite(tower, row, &values(&bytes, dtype)),
                 Err(error) => error,
             },
-            Self::ZeroNorm(tower, row) => Error::ZeroNorm { tower, row, prefix },
-            Self::NoNegative(row, group) => Error::NoNegative { loss: loss.into(), group, row, prefix },
+            Self::ZeroNorm(tower, row) => Error::ZeroNorm { tower, row, prefix: dim(0) },
+            Self::NoNegative(row, group, k) => Error::NoNegative { loss: loss.into(), group, row, prefix: dim(k) },
         }
     }
 }

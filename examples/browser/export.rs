@@ -204,6 +204,8 @@ pub fn seeded() -> Result<Vec<Case>> {
         data::problem(Loss::samtone_both(), Kind::Random, (150, 170, 40), 0.05, 1, 0.0)?,
         data::problem(Loss::samtone_query(), Kind::Trained, (131, 131, 33), 0.01, 2, 0.0)?,
         data::problem(Loss::gte(), Kind::Anisotropic, (100, 257, 24), 0.05, 3, 0.0)?,
+        data::problem(Loss::samtone_both(), Kind::Random, (140, 170, 70), 0.05, 4, 0.0)?
+            .with(|call| call.with_prefixes([5, 24, 70])),
     ];
     let case = |problem: Problem| {
         // As f32 holds them, so that the expected outputs belong to what most devices are given.

@@ -24,7 +24,8 @@ struct Invocation {
     @builtin(subgroup_size) lanes: u32,
 }
 
-fn multiply(place: Place, thread: Thread, invocation: Invocation) -> Totals {
+// Adds the products of rows with columns over these vectors, where nothing is added for vector 0.
+fn multiply(total: ptr<function, Totals>, place: Place, thread: Thread, invocation: Invocation, begin: u32, end: u32) {
     enter(invocation);
     let stride = 4u * params.row_vectors;
     const ACROSS = TILE / FRAGMENT;
@@ -33,29 +34,34 @@ fn multiply(place: Place, thread: Thread, invocation: Invocation) -> Totals {
         let col = FRAGMENT * (f % ACROSS);
         let a_start = 4u * params.row_base + (place.row * TILE + row) * stride;
         let b_start = 4u * params.col_base + (place.col * TILE + col) * stride;
-        var total = Sums();
-        for (var start = 0u; start < stride; start += FLUSH) {
+        var sums = Sums();
+        for (var start = 4u * begin; start < 4u * end; start += FLUSH) {
             var part = Sums();
-            for (var k = start; k < min(start + FLUSH, stride); k += FRAGMENT) {
+            for (var k = start; k < min(start + FLUSH, 4u * end); k += FRAGMENT) {
                 part = multiply_add(rows_of_left(a_start + k, stride), columns_of_right(b_start + k, stride), part);
             }
-            total = add_sums(total, part);
+            sums = add_sums(sums, part);
         }
-        store_sums(total, row * TILE + col, TILE);
+        store_sums(sums, row * TILE + col, TILE);
     }
     workgroupBarrier();
-    var out = Totals();
     for (var i = 0u; i < 4u; i += 1u) {
         for (var j = 0u; j < 4u; j += 1u) {
-            out.block[0][i][j] = products[(thread.y + 16u * i) * TILE + thread.x + 16u * j];
+            let product = products[(thread.y + 16u * i) * TILE + thread.x + 16u * j];
+            (*total).block[0][i][j] = select((*total).block[0][i][j] + product, product, begin == 0u);
         }
     }
-    return out;
 }
 
-// Stores an element of the matrix of gradients of a super-block: an f16, and in the second plane what the first leaves.
-fn store_gradient(at: u32, g: f32) {
+// Stores an element of the matrix of gradients of a super-block, for prefix k: an f16, and in the second plane what the first leaves.
+fn store_gradient(k: u32, at: u32, g: f32) {
     let high = f16(g);
-    gradients[at] = high;
-    gradients[params.plane + at] = f16(g - f32(high));
+    let to = k * params.prefix_plane + at;
+    gradients[to] = high;
+    gradients[params.plane + to] = f16(g - f32(high));
+}
+
+fn load_gradient(k: u32, at: u32) -> f32 {
+    let from_here = k * params.prefix_plane + at;
+    return f32(gradients[from_here]) + f32(gradients[params.plane + from_here]);
 }

@@ -49,12 +49,11 @@ fn products_of(a0: vec4<f32>, a1: vec4<f32>, a2: vec4<f32>, a3: vec4<f32>, b0: v
     );
 }
 
-// The products of rows with columns. At the end, workgroup memory is free.
-fn multiply(place: Place, thread: Thread, invocation: Invocation) -> Totals {
-    var total = Totals();
+// Adds the products of rows with columns over these vectors. At the end, workgroup memory is free.
+fn multiply(total: ptr<function, Totals>, place: Place, thread: Thread, invocation: Invocation, begin: u32, end: u32) {
     var part = Totals();
-    let stages = params.row_vectors / STEP;
-    for (var stage = 0u; stage < stages; stage += 1u) {
+    let stages = end / STEP;
+    for (var stage = begin / STEP; stage < stages; stage += 1u) {
         load_stage(place, stage, thread.index);
         workgroupBarrier();
         for (var k = 0u; k < STEP; k += 1u) {
@@ -62,13 +61,16 @@ fn multiply(place: Place, thread: Thread, invocation: Invocation) -> Totals {
         }
         workgroupBarrier();
         if stage % FLUSH == FLUSH - 1u || stage + 1u == stages {
-            add_totals(&total, &part);
+            add_totals(total, &part);
         }
     }
-    return total;
 }
 
-// Stores an element of the matrix of gradients of a super-block.
-fn store_gradient(at: u32, g: f32) {
-    scratch[params.gradient + at] = bitcast<u32>(g);
+// Stores an element of the matrix of gradients of a super-block, for prefix k.
+fn store_gradient(k: u32, at: u32, g: f32) {
+    scratch[params.gradient + k * params.prefix_plane + at] = bitcast<u32>(g);
+}
+
+fn load_gradient(k: u32, at: u32) -> f32 {
+    return bitcast<f32>(scratch[params.gradient + k * params.prefix_plane + at]);
 }

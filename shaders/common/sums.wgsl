@@ -7,7 +7,8 @@ struct Params {
     gradient_base: u32,   // vectors of four numbers from the start of the gradients
     gradient_vectors: u32, // of a row of ĝ
     packed_base: u32,     // vectors from the start of the packed embeddings to the first index of the other axis
-    row_vectors: u32,
+    row_vectors: u32,     // of a packed row
+    vectors: u32,         // that are multiplied here: those of a segment
     sums_base: u32,       // numbers from the start of `sums` to the first index of the axis
     sums_stride: u32,
     dim: u32,

@@ -39,6 +39,14 @@ struct Params {
     gradient: u32,        // numbers of f32 from the start of `scratch`
     dots: u32,
     plane: u32,           // cooperative: numbers from the first to the second plane of the gradients
+    prefixes: u32,        // the rest as shaders for prefixes read it
+    segments: u32,        // vectors of `side`, one for each prefix: first the end of its packed vectors
+    prefix_words: u32,
+    prefix_partials: u32, // words from the partial sums of a prefix to those of the next
+    prefix_plane: u32,    // numbers from the gradients of a prefix to those of the next
+    row_radials: u32,     // words from the start of `scratch`
+    col_radials: u32,
+    prefix_radials: u32,
     beta_head: f32,
     beta_middle: f32,
     beta_tail: f32,
@@ -106,31 +114,37 @@ fn is_row(k: u32) -> bool {
     return k < TILE;
 }
 
-// Entry k < TILE is row k of the tile, and entry TILE + k is its column k. One that does not exist is nobody's candidate and no anchor.
-fn load_edge(place: Place, k: u32) -> Edge {
+// Entry k < TILE is row k of the tile, and entry TILE + k is its column k. This is its index, or NONE if there is none.
+fn index_of(place: Place, k: u32) -> u32 {
     let local = select(place.col, place.row, is_row(k)) * TILE + k % TILE;
     let index = select(params.col_begin, params.row_begin, is_row(k)) + local;
+    return select(index, NONE, index >= select(params.col_end, params.row_end, is_row(k)));
+}
+
+// An entry that does not exist is nobody's candidate and no anchor. `words` leads to the numbers of the prefix.
+fn load_edge(place: Place, k: u32, words: u32) -> Edge {
+    let index = index_of(place, k);
     let nothing = vec4<u32>(NONE, NONE, NONE, bitcast<u32>(NO_COSINE));
-    if index >= select(params.col_end, params.row_end, is_row(k)) {
+    if index == NONE {
         return Edge(vec4<u32>(NONE, NONE, NONE - 1u, 0u), nothing, NONE);
     }
     var candidate = side[select(params.col_candidates, params.row_candidates, is_row(k)) + index];
     let row = candidate.w;
-    candidate.w = state[select(params.col_norms, params.row_norms, is_row(k)) + NORM_WORDS * index];
+    candidate.w = state[words + select(params.col_norms, params.row_norms, is_row(k)) + NORM_WORDS * index];
     let meets = select(params.col_anchors, params.row_anchors, is_row(k));
     if row == NONE || meets == 0u {
         return Edge(candidate, nothing, NONE);
     }
-    let at = params.anchors + ANCHOR_WORDS * row;
+    let at = words + params.anchors + ANCHOR_WORDS * row;
     let exchanged = u32(meets == 2u);
     return Edge(candidate, vec4<u32>(state[at + exchanged], state[at + 1u - exchanged], row, state[at + 2u]), row);
 }
 
-fn rank_bar(edge: Edge) -> f32 {
+fn rank_bar(edge: Edge, words: u32) -> f32 {
     if edge.row == NONE {
         return -NO_COSINE;
     }
-    return bitcast<f32>(state[params.anchors + ANCHOR_WORDS * edge.row + 3u]);
+    return bitcast<f32>(state[words + params.anchors + ANCHOR_WORDS * edge.row + 3u]);
 }
 
 // Bit 4 i + j of `row` says that the anchor of its row keeps element (i, j). In `col` it says that of the anchor of its column.
@@ -206,6 +220,35 @@ fn scale_and_mask(products: mat4x4<f32>, thread: Thread, block: u32, checked: bo
     out.kept.row &= kept.row;
     out.kept.col &= kept.col;
     return out;
+}
+
+// Entry 64 p + 16 i + y of an axis is component i of what the 16 threads of row (or column) y have of part p. These are its 16 threads in
+// `pool`, and its component.
+fn lane_of(entry: u32) -> u32 {
+    return 16u * (entry / 64u) + entry % 16u;
+}
+
+fn component_of(entry: u32) -> u32 {
+    return entry / 16u % 4u;
+}
+
+// What the threads of an entry have, together.
+fn sum_of_threads(entry: u32) -> f32 {
+    let lane = lane_of(entry);
+    var sum = 0.0;
+    for (var k = 0u; k < 16u; k += 1u) {
+        sum += pool[16u * lane + k][component_of(entry)];
+    }
+    return sum;
+}
+
+// Where a number of an entry lies among those of its axis: those of one tile of the other axis after those of another.
+fn place_among(place: Place, entry: u32) -> u32 {
+    let by_row = is_row(entry);
+    let across = select(place.row, place.col, by_row);
+    let along = select(params.col_tiles, params.row_tiles, by_row) * TILE;
+    let start = select(place.col, place.row, by_row) * TILE;
+    return across * along + start + entry % TILE;
 }
 
 // Cosines as whole numbers in the same order, for an atomic maximum.

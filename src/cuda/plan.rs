@@ -44,10 +44,11 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::WorkspaceTooSmall`] if the workspace of the call does not hold one tile, or cuts the work into more than 16,384
-    /// super-blocks. [`Error::InvalidArgument`] for [`Tile::Cluster`] without [`Architecture::Sm90a`](super::Architecture::Sm90a), and for
-    /// tile skipping in a batch of more than 2³² squares.
+    /// super-blocks. [`Error::Unsupported`] for prefixes. [`Error::InvalidArgument`] for [`Tile::Cluster`] without
+    /// [`Architecture::Sm90a`](super::Architecture::Sm90a), and for tile skipping in a batch of more than 2³² squares.
     pub fn new(problem: &Problem<'_>) -> Result<Self> {
         let (m, n, d) = problem.shape();
+        crate::prefix::expect_whole(problem.call(), d, "cuda")?;
         let order = Order::new(&problem.pairs);
         let needed = |tile: Tile| {
             let edge = least_edge(problem, &order, tile.step());

@@ -261,6 +261,7 @@ impl<'a> From<crate::Problem<'a>> for Problem<'a> {
             pairs,
             dtype,
             dim,
+            prefixes,
             row_strides,
             rows,
             gradients,
@@ -269,7 +270,19 @@ impl<'a> From<crate::Problem<'a>> for Problem<'a> {
             workspace_bytes,
             ..
         } = problem;
-        Self { pairs, dtype, dim, row_strides, rows, gradients, upstream, device_upstream, workspace_bytes, choices }
+        Self {
+            pairs,
+            dtype,
+            dim,
+            prefixes,
+            row_strides,
+            rows,
+            gradients,
+            upstream,
+            device_upstream,
+            workspace_bytes,
+            choices,
+        }
     }
 }
 

@@ -3,9 +3,9 @@
 #![allow(clippy::panic)] // a check that cannot be made counts as a failure
 
 use super::dispatches::PARTIAL_WORDS;
-use super::layout::{LANES, RESULT_WORDS, STAGE, STATUS_BYTES};
+use super::layout::{LANES, RESULT_WORDS, SEGMENT_WORDS, STAGE, STATUS_BYTES};
 use super::plan::Plan;
-use super::uniforms::{Combine, Prepare, Product, Project, Tiles};
+use super::uniforms::{Combine, Prefixes, Prepare, Product, Project, Tiles};
 use super::{Capabilities, Module, Variant, readout, results};
 use crate::Problem;
 use crate::call::Call;
@@ -68,11 +68,16 @@ fn parameters_lie_where_the_host_writes_them() {
     for variant in variants() {
         for module in Module::ALL {
             let host = match module {
-                Module::Prepare => Prepare::MEMBERS,
-                Module::LogSumExp | Module::GradientTile => Tiles::MEMBERS,
+                Module::Prepare | Module::PreparePrefixes => Prepare::MEMBERS,
+                Module::LogSumExp | Module::GradientTile | Module::LogSumExpPrefixes | Module::GradientTilePrefixes => {
+                    Tiles::MEMBERS
+                }
+                Module::Prefixes => Prefixes::MEMBERS,
                 Module::Combine => Combine::MEMBERS,
                 Module::GradientProduct => Product::MEMBERS,
-                Module::Project | Module::ProjectInPlace => Project::MEMBERS,
+                Module::Project | Module::ProjectInPlace | Module::ProjectPrefixes | Module::ProjectPrefixesInPlace => {
+                    Project::MEMBERS
+                }
             };
             let want: Vec<_> = host.iter().zip(0..).map(|((name, ty), k)| (name.to_string(), *ty, 4 * k)).collect();
             assert_eq!(members(&parse(module, variant, ""), "Params"), want, "{} for {variant}", module.name());
@@ -88,11 +93,13 @@ fn constants_are_the_same() {
         let same = |module: Module, name: &str, want: f64| {
             assert_eq!(constant(module, variant, name), want, "{name} of {} for {variant}", module.name());
         };
-        for module in [prepare, combine, Module::Project, Module::ProjectInPlace] {
+        let projections =
+            [Module::Project, Module::ProjectInPlace, Module::ProjectPrefixes, Module::ProjectPrefixesInPlace];
+        for module in [prepare, combine].into_iter().chain(projections) {
             same(module, "LANES", LANES as f64);
             same(module, "NONE", f64::from(NONE as f32));
         }
-        for module in [prepare, Module::Project, Module::ProjectInPlace] {
+        for module in [prepare].into_iter().chain(projections) {
             same(module, "TYPE_F32", code(DType::F32));
             same(module, "TYPE_F16", code(DType::F16));
         }
@@ -108,16 +115,25 @@ fn constants_are_the_same() {
             ("ZERO_NORM", readout::ZERO_NORM),
             ("NO_NEGATIVE", readout::NO_NEGATIVE),
             ("NO_NEGATIVE_GROUP", readout::NO_NEGATIVE_GROUP),
+            ("NO_NEGATIVE_PREFIX", readout::NO_NEGATIVE_PREFIX),
             ("RAN", readout::RAN),
             ("PARTIAL_WORDS", PARTIAL_WORDS),
             ("BLOCKS", Block::ALL.len()),
             ("QP", Block::QP.index()),
             ("PQ", Block::PQ.index()),
+            ("QQ", Block::QQ.index()),
+            ("PP", Block::PP.index()),
         ] {
             same(combine, name, want as f64);
         }
-        same(Module::LogSumExp, "PARTIAL_WORDS", PARTIAL_WORDS as f64);
-        for module in [Module::LogSumExp, Module::GradientTile] {
+        for module in [Module::LogSumExp, Module::LogSumExpPrefixes] {
+            same(module, "PARTIAL_WORDS", PARTIAL_WORDS as f64);
+        }
+        for module in [Module::PreparePrefixes, Module::ProjectPrefixes, Module::ProjectPrefixesInPlace] {
+            same(module, "SEGMENT_WORDS", SEGMENT_WORDS as f64);
+        }
+        let tiles = [Module::LogSumExp, Module::GradientTile, Module::LogSumExpPrefixes, Module::GradientTilePrefixes];
+        for module in tiles {
             same(module, "TILE", variant.tile() as f64);
             same(module, "4 * STEP", STAGE as f64);
         }
@@ -137,8 +153,9 @@ fn constants_are_the_same() {
             assert_eq!(k, word, "{name}");
             same(combine, name, word as f64);
         }
-        assert!(constant(combine, variant, "BETA_SUM + 2") <= RESULT_WORDS as f64);
+        assert!(constant(combine, variant, "LOSS_SUM + 2") <= RESULT_WORDS as f64);
         assert!(constant(combine, variant, "UPSTREAM + SCALED_WORDS") <= constant(combine, variant, "BETA_SUM"));
+        assert!(constant(combine, variant, "BETA_SUM + 2") <= constant(combine, variant, "LOSS_SUM"));
     }
 }
 
@@ -148,26 +165,33 @@ fn constants_are_the_same() {
 fn arrays_have_the_sizes_that_shaders_count_in() {
     let (m, n) = (70, 90);
     let call = Call::new(Loss::samtone_both(), 0.05);
-    let problem = Problem::new(call.pairs(m, n).unwrap(), DType::F32, 8).unwrap();
-    let plan = Plan::new(&problem, &Capabilities::default()).unwrap();
-    let layout = &plan.layout;
-    let words = |name: &str| constant(Module::Combine, plan.variant(), name) as usize;
-    for (name, count, start, end) in [
-        ("NORM_WORDS", m, layout.norms[0], layout.norms[1]),
-        ("NORM_WORDS", n, layout.norms[1], layout.anchors),
-        ("ANCHOR_WORDS", m, layout.anchors, layout.positive),
-        ("POSITIVE_WORDS", m, layout.positive, layout.sums),
-        ("SUM_WORDS", 4 * m, layout.sums, layout.coefficients),
-        ("SCALED_WORDS", 4 * m, layout.coefficients, layout.diagonal),
-        ("SCALED_WORDS", m, layout.diagonal, layout.row_losses),
-        ("SCALED_WORDS", m, layout.row_losses, layout.group_results),
-        ("RESULT_WORDS", m.div_ceil(LANES), layout.group_results, layout.state_words),
-        ("CANDIDATE_WORDS", m, layout.candidates[0] as usize, layout.candidates[1] as usize),
-        ("CANDIDATE_WORDS", n, layout.candidates[1] as usize, layout.row_keys as usize),
-        ("GROUP_WORDS", call.loss().groups().len(), layout.groups as usize, plan.side.len() / 4),
-    ] {
-        assert_eq!(words(name) * count, end - start, "{name}");
+    for (prefixes, several, call) in [(1, 0, call.clone()), (2, 1, call.with_prefixes([3, 8]))] {
+        let problem = Problem::new(call.pairs(m, n).unwrap(), DType::F32, 8).unwrap();
+        let plan = Plan::new(&problem, &Capabilities::default()).unwrap();
+        let layout = &plan.layout;
+        let words = |name: &str| constant(Module::Combine, plan.variant(), name) as usize;
+        let block_end = layout.norms[0] + layout.prefix_words;
+        for (name, count, start, end) in [
+            ("SUM_WORDS", 4 * m * prefixes, layout.sums, layout.norms[0]),
+            ("NORM_WORDS", m, layout.norms[0], layout.norms[1]),
+            ("NORM_WORDS", n, layout.norms[1], layout.anchors),
+            ("ANCHOR_WORDS", m, layout.anchors, layout.positive),
+            ("POSITIVE_WORDS", m, layout.positive, layout.coefficients),
+            ("SCALED_WORDS", 4 * m, layout.coefficients, layout.diagonal),
+            ("SCALED_WORDS", m, layout.diagonal, layout.row_losses),
+            ("SCALED_WORDS", m, layout.row_losses, layout.group_results),
+            ("RESULT_WORDS", m.div_ceil(LANES), layout.group_results, layout.radials[0]),
+            ("RADIAL_WORDS", several * m, layout.radials[0], layout.radials[1]),
+            ("RADIAL_WORDS", several * n, layout.radials[1], layout.radial),
+            ("SCALED_WORDS", several * 2 * m, layout.radial, block_end),
+            ("CANDIDATE_WORDS", m, layout.candidates[0] as usize, layout.candidates[1] as usize),
+            ("CANDIDATE_WORDS", n, layout.candidates[1] as usize, layout.row_keys as usize),
+            ("GROUP_WORDS", call.loss().groups().len(), layout.groups as usize, plan.side.len() / 4),
+        ] {
+            assert_eq!(words(name) * count, end - start, "{name}");
+        }
+        assert_eq!(layout.sums, RESULT_WORDS);
+        assert_eq!(layout.state_words, layout.norms[0] + prefixes * layout.prefix_words);
+        assert_eq!(plan.state_bytes(), STATUS_BYTES + 4 * layout.state_words as u64);
     }
-    assert_eq!(layout.norms[0], RESULT_WORDS);
-    assert_eq!(plan.state_bytes(), STATUS_BYTES + 4 * layout.state_words as u64);
 }

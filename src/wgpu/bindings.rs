@@ -112,7 +112,7 @@ pub(super) fn beyond(slot: Slot, bytes: u64, what: &str, limit: u64) -> Error {
         backend: "wgpu",
         what: format!("a part of {bytes} bytes of the buffer `{}`", slot.name()),
         allowed: format!(
-            "{what} of {limit} bytes, the limit of this device; smaller batches, or a device with higher limits"
+            "{what} of {limit} bytes, the limit of this device; smaller batches, fewer prefixes, or a device with higher limits"
         ),
     }
 }

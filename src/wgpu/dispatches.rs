@@ -7,6 +7,7 @@ use super::schedule::{Binding, Dispatch, Slot};
 use super::shaders::{Module, Products};
 use super::uniforms::{Combine, Product, Tiles, scaled, split};
 use crate::call::{NoNegative, ZeroNorm};
+use crate::candidates::NONE;
 use crate::error::Result;
 use crate::order::Space;
 use crate::super_blocks::SuperBlock;
@@ -108,7 +109,8 @@ impl<'a> Dispatches<'a> {
         let (right, col_base) = self.packed_tiles(2, &col_tower, &s.ranges[1])?;
         let [triangle, ranks, counted] = s.flags().map(u32::from);
         let masked = crate::mask::may_mask(&problem.pairs, &self.parts.order);
-        let [row_partials, _] = s.partials(tile);
+        let [row_partials, col_partials] = s.partials(tile);
+        let prefixes = self.parts.segments.len();
         let candidates = s.spaces.map(|space| layout.candidates[space as usize] / 4);
         let norms = s.spaces.map(|space| layout.norms[space as usize] as u32);
         let meets = |axis: usize| match (s.anchors[axis], s.blocks[axis].candidates_are_passages()) {
@@ -149,9 +151,17 @@ impl<'a> Dispatches<'a> {
             col_coefficients: coefficients[1],
             positive: layout.positive as u32,
             results: 0,
-            gradient: Self::first_gradient(s, tile) as u32,
+            gradient: self.first_gradient(s) as u32,
             dots: 0,
             plane: if self.cooperative() { s.elements(tile) as u32 } else { 0 },
+            prefixes: prefixes as u32,
+            segments: layout.segments / 4,
+            prefix_words: layout.prefix_words as u32,
+            prefix_partials: (PARTIAL_WORDS * (row_partials + col_partials)) as u32,
+            prefix_plane: (s.elements(tile) * if self.cooperative() { 2 } else { 1 }) as u32,
+            row_radials: s.tiles(tile) as u32,
+            col_radials: (s.tiles(tile) + row_partials) as u32,
+            prefix_radials: (row_partials + col_partials) as u32,
             beta_head,
             beta_middle,
             beta_tail,
@@ -159,10 +169,11 @@ impl<'a> Dispatches<'a> {
         Ok((params, [left, right, self.side(3)?, self.state(4)?]))
     }
 
-    /// Number of f32 in front of the gradients of a super-block: the dots of its tiles, padded so that a binding may begin behind them. A
-    /// dot is a tile's part of ∂L/∂β.
-    fn first_gradient(s: &SuperBlock, tile: usize) -> usize {
-        s.tiles(tile).next_multiple_of(64)
+    /// Number of f32 in front of the gradients of a super-block: the dots of its tiles and the radial sums of each prefix but the longest,
+    /// padded so that a binding may begin behind them. A dot is a tile's part of ∂L/∂β.
+    fn first_gradient(&self, s: &SuperBlock) -> usize {
+        let (tile, shorter) = (self.parts.variant.tile(), self.parts.segments.len() - 1);
+        (s.tiles(tile) + shorter * s.partials(tile).iter().sum::<usize>()).next_multiple_of(64)
     }
 
     /// β·log₂e as the sum of three f32.
@@ -170,22 +181,26 @@ impl<'a> Dispatches<'a> {
         split(self.parts.problem.call().beta() * std::f64::consts::LOG2_E)
     }
 
-    pub(super) fn combine_params(&self) -> Combine {
+    /// Parameters of the steps for prefix `k`.
+    pub(super) fn combine_params(&self, k: usize) -> Combine {
         let problem = self.parts.problem;
         let (layout, m) = (self.layout, problem.pairs.rows());
+        let place = |first: usize| (first + k * layout.prefix_words) as u32;
+        let prefixes = self.parts.segments.len();
+        let (prefix_weight, prefix_exponent) = scaled(problem.prefixes[k].weight);
         let [beta_head, beta_middle, beta_tail] = self.beta();
         let (factor, factor_exponent) = scaled(problem.upstream);
         Combine {
             count: m as u32,
-            sums: layout.sums as u32,
-            positive: layout.positive as u32,
+            sums: (layout.sums + k * self.prefix_sums()) as u32,
+            positive: place(layout.positive),
             weights: layout.weights,
             groups: layout.groups,
             group_count: problem.call().loss().groups().len() as u32,
-            coefficients: layout.coefficients as u32,
-            diagonal: layout.diagonal as u32,
-            row_losses: layout.row_losses as u32,
-            group_results: layout.group_results as u32,
+            coefficients: place(layout.coefficients),
+            diagonal: place(layout.diagonal),
+            row_losses: place(layout.row_losses),
+            group_results: place(layout.group_results),
             workgroups: m.div_ceil(LANES) as u32,
             zero_is_error: (problem.call().zero_norm() == ZeroNorm::Error).into(),
             empty_is_error: (problem.call().no_negative() == NoNegative::Error).into(),
@@ -195,8 +210,19 @@ impl<'a> Dispatches<'a> {
             beta_head,
             beta_middle,
             beta_tail,
+            prefix: k as u32,
+            prefixes: prefixes as u32,
+            room: prefixes.next_power_of_two().trailing_zeros() as i32,
+            radial: if self.parts.has_several() { place(layout.radial) } else { NONE },
+            prefix_weight,
+            prefix_exponent,
             ..Combine::default()
         }
+    }
+
+    /// Words of the sums of a prefix.
+    fn prefix_sums(&self) -> usize {
+        16 * self.parts.problem.pairs.rows()
     }
 
     fn sum_pass(&mut self) -> Result<()> {
@@ -205,11 +231,12 @@ impl<'a> Dispatches<'a> {
         for s in blocks {
             let (params, bindings) = self.tiles(s)?;
             let partials: usize = s.partials(tile).iter().sum();
-            let bytes = (4 * PARTIAL_WORDS * partials) as u64;
+            let bytes = (4 * PARTIAL_WORDS * partials * self.parts.segments.len()) as u64;
             let scratch = self.recorder.whole(5, Slot::Scratch, bytes)?;
             let grid = self.recorder.grid(s.tiles(tile));
             let bindings = bindings.into_iter().chain([scratch]);
-            self.partials.push(self.recorder.dispatch(Module::LogSumExp, "logsumexp", params, bindings, grid));
+            let module = if self.parts.has_several() { Module::LogSumExpPrefixes } else { Module::LogSumExp };
+            self.partials.push(self.recorder.dispatch(module, "logsumexp", params, bindings, grid));
             for axis in (0..2).filter(|&axis| s.sums[axis]) {
                 let merge = Combine {
                     count: s.ranges[axis].len() as u32,
@@ -217,8 +244,11 @@ impl<'a> Dispatches<'a> {
                     across: s.tiles_along(1 - axis, tile) as u32,
                     along: (s.tiles_along(axis, tile) * tile) as u32,
                     tile: tile as u32,
-                    triangle: if s.triangle { 1 + axis as u32 } else { 0 },
+                    triangle: Self::triangle(s, axis),
                     partials: if axis == 0 { params.row_partials } else { params.col_partials },
+                    prefixes: params.prefixes,
+                    prefix_partials: params.prefix_partials,
+                    prefix_sums: self.prefix_sums() as u32,
                     candidates: self.layout.candidates[s.spaces[axis] as usize],
                     block_sums: (self.layout.sums + 4 * s.blocks[axis].index() * m) as u32,
                     ranks: params.ranks,
@@ -233,12 +263,24 @@ impl<'a> Dispatches<'a> {
     }
 
     fn combine_step(&mut self) -> Result<()> {
-        let params = self.combine_params();
-        for (entry, grid) in [("combine", self.recorder.grid(params.workgroups as usize)), ("finish_forward", [1, 1])] {
-            let bindings = [self.side(1)?, self.state(2)?, self.recorder.status(3)?];
-            self.combine.push(self.recorder.dispatch(Module::Combine, entry, params, bindings, grid));
+        for k in 0..self.parts.segments.len() {
+            let params = self.combine_params(k);
+            for (entry, grid) in
+                [("combine", self.recorder.grid(params.workgroups as usize)), ("finish_forward", [1, 1])]
+            {
+                let bindings = [self.side(1)?, self.state(2)?, self.recorder.status(3)?];
+                self.combine.push(self.recorder.dispatch(Module::Combine, entry, params, bindings, grid));
+            }
+        }
+        if !self.parts.is_whole() {
+            self.join()?;
         }
         Ok(())
+    }
+
+    /// Which part of a triangle sums along an axis are of, as the shaders number them.
+    pub(super) fn triangle(s: &SuperBlock, axis: usize) -> u32 {
+        if s.triangle { 1 + axis as u32 } else { 0 }
     }
 
     fn gradient_pass(&mut self) -> Result<()> {
@@ -246,8 +288,11 @@ impl<'a> Dispatches<'a> {
         let tile = self.parts.variant.tile();
         if problem.device_upstream {
             let bindings = [self.state(2)?, self.recorder.whole(5, Slot::Upstream, 4)?];
-            let params = self.combine_params();
+            let params = self.combine_params(0);
             self.backward.push(self.recorder.dispatch(Module::Combine, "load_upstream", params, bindings, [1, 1]));
+        }
+        if self.parts.has_several() {
+            self.clear_radials()?;
         }
         let mut written: [Vec<Range<usize>>; 2] = [Vec::new(), Vec::new()];
         let mut first = true;
@@ -255,7 +300,8 @@ impl<'a> Dispatches<'a> {
         for s in blocks.iter().zip(graded).filter(|(_, graded)| **graded).map(|(s, _)| s) {
             let (params, bindings) = self.tiles(s)?;
             let start = 4 * u64::from(params.gradient);
-            let bytes = start + 4 * s.elements(tile) as u64; // f32, or two planes of f16
+            let plane = 4 * s.elements(tile) as u64; // f32, or two planes of f16
+            let bytes = start + plane * self.parts.segments.len() as u64;
             // Dots and gradients are one array, or with cooperative matrices two arrays of different types.
             let scratch = match self.cooperative() {
                 false => vec![self.recorder.whole(5, Slot::Scratch, bytes)?],
@@ -266,21 +312,25 @@ impl<'a> Dispatches<'a> {
             };
             let grid = self.recorder.grid(s.tiles(tile));
             let bindings = bindings.into_iter().chain(scratch);
-            self.backward.push(self.recorder.dispatch(Module::GradientTile, "gradient_tile", params, bindings, grid));
+            let module = if self.parts.has_several() { Module::GradientTilePrefixes } else { Module::GradientTile };
+            self.backward.push(self.recorder.dispatch(module, "gradient_tile", params, bindings, grid));
 
-            let sum = Combine { tiles: params.tiles, first: first.into(), ..self.combine_params() };
+            let sum = Combine { tiles: params.tiles, first: first.into(), ..self.combine_params(0) };
             let bindings = [self.state(2)?, self.recorder.whole(4, Slot::Scratch, bytes)?];
             self.backward.push(self.recorder.dispatch(Module::Combine, "sum_dots", sum, bindings, [1, 1]));
             first = false;
+            if self.parts.has_several() {
+                self.merge_radials(s, &params, bytes)?;
+            }
 
             for axis in (0..2).filter(|&axis| s.gradients[axis]) {
-                self.product(s, axis, start..bytes, &mut written)?;
+                self.product(s, axis, start..start + plane, &mut written)?;
             }
         }
         self.clear(&written)?;
         if first {
             // No super-block has coefficients, so none has started the sum of dots. This makes it 0.
-            let sum = Combine { first: 1, ..self.combine_params() };
+            let sum = Combine { first: 1, ..self.combine_params(0) };
             let bindings = [self.state(2)?, self.recorder.whole(4, Slot::Scratch, 16)?];
             self.backward.push(self.recorder.dispatch(Module::Combine, "sum_dots", sum, bindings, [1, 1]));
         }
@@ -296,8 +346,8 @@ impl<'a> Dispatches<'a> {
         Ok((window.binding, window.base))
     }
 
-    /// Adds the products of a super-block's gradients with embeddings, for the indices along one axis. The first super-block that has a
-    /// range of indices writes their sums, and later ones add to them.
+    /// Adds the products of a super-block's gradients with embeddings, for the indices along one axis, segment by segment. `gradient` is
+    /// the plane of the first prefix. The first super-block that has a range of indices writes their sums, and later ones add to them.
     fn product(
         &mut self,
         s: &SuperBlock,
@@ -307,10 +357,9 @@ impl<'a> Dispatches<'a> {
     ) -> Result<()> {
         let (space, other) = (s.spaces[axis] as usize, s.spaces[1 - axis] as usize);
         let Some(sums) = self.sums[space] else { return Ok(()) };
-        let (dim, tile) = (self.parts.problem.dim, self.parts.variant.tile());
+        let (segments, tile) = (&self.parts.segments, self.parts.variant.tile());
         let range = &s.ranges[axis];
         let (vector_bytes, plane) = if self.cooperative() { (8, s.elements(tile) as u32) } else { (16, 0) };
-        let gradients = self.recorder.window(1, Slot::Scratch, gradient, vector_bytes)?;
         let other = self.towers[other];
         let (packed, packed_base) = self.packed_tiles(2, &other, &s.ranges[1 - axis])?;
         let (output, sums_base) = self.sums_window(3, &sums, range)?;
@@ -318,23 +367,35 @@ impl<'a> Dispatches<'a> {
             zero: 0,
             indices: range.len() as u32,
             depth: s.ranges[1 - axis].len() as u32,
-            gradient_base: gradients.base,
             gradient_vectors: (s.tiles_along(1, tile) * tile / 4) as u32,
-            packed_base,
             row_vectors: other.row_vectors as u32,
-            sums_base,
             sums_stride: sums.stride as u32,
-            dim: dim as u32,
             accumulate: written[space].contains(range).into(),
             plane,
+            ..Product::default()
         };
         if params.accumulate == 0 {
             written[space].push(range.clone());
         }
-        let grid = [dim.div_ceil(tile) as u32, range.len().div_ceil(tile) as u32]; // a tile of sums is as large as one of cosines
         let entry = ["product_rows", "product_columns"][axis];
-        let bindings = [gradients.binding, packed, output];
-        self.backward.push(self.recorder.dispatch(Module::GradientProduct, entry, params, bindings, grid));
+        let bytes = gradient.end - gradient.start;
+        for (k, segment) in segments.iter().enumerate() {
+            let plane = gradient.start + k as u64 * bytes..gradient.end + k as u64 * bytes;
+            let gradients = self.recorder.window(1, Slot::Scratch, plane, vector_bytes)?;
+            let dim = segment.columns.len();
+            let params = Product {
+                gradient_base: gradients.base,
+                packed_base: packed_base + segment.vectors.start as u32,
+                vectors: segment.vectors.len() as u32,
+                sums_base: sums_base + segment.columns.start as u32,
+                dim: dim as u32,
+                ..params
+            };
+            // A tile of sums is as large as one of cosines.
+            let grid = [dim.div_ceil(tile) as u32, range.len().div_ceil(tile) as u32];
+            let bindings = [gradients.binding, packed, output];
+            self.backward.push(self.recorder.dispatch(Module::GradientProduct, entry, params, bindings, grid));
+        }
         Ok(())
     }
 
@@ -355,7 +416,7 @@ impl<'a> Dispatches<'a> {
                     indices: range.len() as u32,
                     sums_base,
                     sums_stride: sums.stride as u32,
-                    dim: self.parts.problem.dim as u32,
+                    dim: self.parts.dim() as u32,
                     ..Product::default()
                 };
                 let grid = self.recorder.grid(range.len());

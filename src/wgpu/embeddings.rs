@@ -14,10 +14,18 @@ impl Dispatches<'_> {
     pub(super) fn prepare(&mut self) -> Result<()> {
         let problem = self.parts.problem;
         let (m, layout) = (problem.pairs.rows(), self.layout);
-        let reset = Prepare { count: (16 * m) as u32, first: layout.sums as u32, ..Prepare::default() };
+        let sums = 16 * m * self.parts.segments.len();
+        let module = if self.parts.has_several() { Module::PreparePrefixes } else { Module::Prepare };
+        let reset = Prepare { count: sums as u32, first: layout.sums as u32, ..Prepare::default() };
+        let prefixes = Prepare {
+            prefixes: self.parts.segments.len() as u32,
+            segments: layout.segments,
+            prefix_words: layout.prefix_words as u32,
+            ..Prepare::default()
+        };
         let bindings = [self.state(3)?, self.recorder.status(4)?];
-        let grid = self.recorder.grid((16 * m).div_ceil(LANES));
-        self.partials.push(self.recorder.dispatch(Module::Prepare, "reset", reset, bindings, grid));
+        let grid = self.recorder.grid(sums.div_ceil(LANES));
+        self.partials.push(self.recorder.dispatch(module, "reset", reset, bindings, grid));
 
         for (k, tower) in self.towers.into_iter().enumerate() {
             let row_bytes = (tower.row_stride * tower.element_bytes) as u64;
@@ -39,7 +47,7 @@ impl Dispatches<'_> {
                 let params = Prepare {
                     count: range.len() as u32,
                     first: range.start as u32,
-                    dim: problem.dim as u32,
+                    dim: self.parts.dim() as u32,
                     dtype: problem.dtype.code(),
                     row_stride: tower.row_stride as u32,
                     raw_base: raw.base,
@@ -50,11 +58,11 @@ impl Dispatches<'_> {
                     row_vectors: tower.row_vectors as u32,
                     norms: layout.norms[k] as u32,
                     passage: k as u32,
-                    ..Prepare::default()
+                    ..prefixes
                 };
                 let bindings = [raw.binding, self.side(2)?, self.state(3)?, self.recorder.status(4)?, packed];
                 let grid = self.recorder.grid(range.len());
-                self.partials.push(self.recorder.dispatch(Module::Prepare, "pack", params, bindings, grid));
+                self.partials.push(self.recorder.dispatch(module, "pack", params, bindings, grid));
             }
         }
 
@@ -79,11 +87,11 @@ impl Dispatches<'_> {
                 anchors: layout.anchors as u32,
                 // Without a margin it is 4, because no cosine exceeds s⁺ by that much.
                 margin: problem.call().margin().map_or(4.0, |m| (m + COSINE_TIE).clamp(-8.0, 8.0) as f32),
-                ..Prepare::default()
+                ..prefixes
             };
             let bindings = [self.side(2)?, self.state(3)?, left, right];
             let grid = self.recorder.grid(range.len());
-            self.partials.push(self.recorder.dispatch(Module::Prepare, "positives", params, bindings, grid));
+            self.partials.push(self.recorder.dispatch(module, "positives", params, bindings, grid));
         }
         Ok(())
     }
@@ -93,6 +101,7 @@ impl Dispatches<'_> {
         let problem = self.parts.problem;
         let (layout, rows) = (self.layout, problem.rows.clone());
         let (factor, factor_exponent) = scaled(problem.upstream * problem.call().beta());
+        self.radials()?;
         for k in 0..2 {
             let Some(sums) = self.sums[k] else { continue };
             let (own, other) = (self.towers[k], self.towers[1 - k]);
@@ -117,11 +126,17 @@ impl Dispatches<'_> {
                 let start = (part.start - first) as u64 * out_row;
                 let end = (part.end - 1 - first) as u64 * out_row + (problem.dim * sums.dtype.bytes()) as u64;
                 let out = self.recorder.window(5, sums.output, start..end, sums.dtype.bytes() as u64)?;
-                let (sums_binding, sums_base, module) = if sums.in_place() {
-                    (None, out.base, Module::ProjectInPlace)
+                let (sums_binding, sums_base) = if sums.in_place() {
+                    (None, out.base)
                 } else {
                     let (binding, base) = self.sums_window(6, &sums, &sums_range)?;
-                    (Some(binding), base, Module::Project)
+                    (Some(binding), base)
+                };
+                let module = match (self.parts.is_whole(), sums.in_place()) {
+                    (true, true) => Module::ProjectInPlace,
+                    (true, false) => Module::Project,
+                    (false, true) => Module::ProjectPrefixesInPlace,
+                    (false, false) => Module::ProjectPrefixes,
                 };
                 let params = Project {
                     zero: 0,
@@ -152,6 +167,10 @@ impl Dispatches<'_> {
                     row_end: rows.end as u32,
                     factor,
                     factor_exponent,
+                    prefixes: self.parts.segments.len() as u32,
+                    segments: layout.segments,
+                    prefix_words: layout.prefix_words as u32,
+                    radials: layout.radials[k] as u32,
                 };
                 let bindings = [self.side(1)?, self.state(2)?, own_binding, other_binding, out.binding];
                 let bindings = bindings.into_iter().chain(sums_binding);
@@ -159,7 +178,7 @@ impl Dispatches<'_> {
                 self.backward.push(self.recorder.dispatch(module, "project", params, bindings, grid));
             }
         }
-        let params = self.combine_params();
+        let params = self.combine_params(0);
         let bindings = [self.state(2)?];
         self.backward.push(self.recorder.dispatch(Module::Combine, "finish_backward", params, bindings, [1, 1]));
         Ok(())

@@ -1,6 +1,6 @@
 //! Where things lie in the slots of a plan, and what the side data have in them.
 
-use super::parts::Parts;
+use super::parts::{Parts, Segment};
 use super::schedule::{ALIGNMENT, Slot};
 use super::shaders::Products;
 use super::uniforms::scaled;
@@ -18,21 +18,29 @@ pub(super) const STATUS_BYTES: u64 = ALIGNMENT;
 pub(super) const LANES: usize = 64;
 /// Elements of each row that a stage of a tile multiplies. The length of packed rows is a multiple of it.
 pub(super) const STAGE: usize = 16;
+/// Words of the ends of a segment in the side data.
+pub(super) const SEGMENT_WORDS: usize = 4;
 
-/// Where arrays begin, in words of `state` and of `side`.
+/// Where arrays begin, in words of `state` and of `side`. In the state, what a prefix has beside its sums is a block of `prefix_words`, and
+/// these are the places in the first block.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Layout {
     // state
+    pub sums: usize,
     pub norms: [usize; 2],
     pub anchors: usize,
     pub positive: usize,
-    pub sums: usize,
     pub coefficients: usize,
     pub diagonal: usize,
     pub row_losses: usize,
     pub group_results: usize,
+    /// None of the last two without several prefixes.
+    pub radials: [usize; 2],
+    pub radial: usize,
+    pub prefix_words: usize,
     pub state_words: usize,
     // side; the last four are NONE if the order of the passages is the identity
+    pub segments: u32,
     pub row_keys: u32,
     pub weights: u32,
     pub groups: u32,
@@ -53,20 +61,26 @@ impl Layout {
             words += count;
             at
         };
+        let (prefixes, several) = (parts.segments.len(), usize::from(parts.has_several()));
         let mut layout = Self {
+            sums: state(4 * 4 * m * prefixes),
             norms: [state(4 * m), state(4 * order.len())],
             anchors: state(4 * m),
             positive: state(2 * m),
-            sums: state(4 * 4 * m),
             coefficients: state(4 * 2 * m),
             diagonal: state(2 * m),
             row_losses: state(2 * m),
             group_results: state(12 * m.div_ceil(LANES)),
+            radials: [state(several * 2 * m), state(several * 2 * order.len())],
+            radial: state(several * 4 * m),
             ..Self::default()
         };
-        layout.state_words = words;
+        layout.prefix_words = words - layout.norms[0];
+        layout.state_words = layout.norms[0] + prefixes * layout.prefix_words;
 
         let mut side = Vec::new();
+        let ends = |s: &Segment| -> [u32; SEGMENT_WORDS] { [s.vectors.end as u32, s.columns.end as u32, 0, 0] };
+        layout.segments = append(&mut side, &parts.segments.iter().map(ends).collect::<Vec<_>>());
         let keys = Keys::new(pairs);
         for space in [Space::Query, Space::Passage] {
             layout.candidates[space as usize] = append(&mut side, &candidates(problem, order, &keys, space));
@@ -120,7 +134,7 @@ pub(super) struct Tower {
 impl Tower {
     pub(super) fn new(parts: &Parts<'_>, space: Space) -> Self {
         let Parts { problem, order, variant, .. } = parts;
-        let (m, n, d) = problem.shape();
+        let (m, n, _) = problem.shape();
         let (raw, packed, indices, rows) = match space {
             Space::Query => (Slot::Query, Slot::PackedQuery, m, m),
             Space::Passage => (Slot::Passage, Slot::PackedPassage, order.len(), n),
@@ -134,7 +148,7 @@ impl Tower {
             element_bytes: problem.dtype.bytes(),
             // Cooperative matrices read whole tiles. A tile may begin at any index, also at the last one.
             padded: if variant.products == Products::Fma { indices } else { indices + variant.tile() - 1 },
-            row_vectors: d.next_multiple_of(STAGE) / 4,
+            row_vectors: parts.row_vectors(),
             vector_bytes: if variant.f16 { 8 } else { 16 },
             in_order: space == Space::Query || order.passage.is_none(),
         }

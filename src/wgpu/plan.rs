@@ -4,7 +4,7 @@ use super::bindings::beyond;
 use super::capabilities::Capabilities;
 use super::dispatches::Dispatches;
 use super::layout::Layout;
-use super::parts::Parts;
+use super::parts::{Parts, Segment};
 use super::schedule::{ALIGNMENT, Dispatch, Slot};
 use super::shaders::{Products, Variant};
 use crate::Problem;
@@ -12,6 +12,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::identity::Identity;
 use crate::order::{Occurrences, Order};
+use crate::prefix::Prefix;
 use crate::regions;
 use crate::super_blocks::{SuperBlock, least_edge, super_blocks};
 use std::fmt;
@@ -38,15 +39,16 @@ pub struct Plan {
 pub(super) struct Facts {
     pub weights: Vec<f64>,
     pub loss: String,
-    /// Length of the only prefix, the whole embedding, if the call names it.
-    pub prefix: Option<usize>,
     pub beta: f64,
     pub upstream: f64,
     pub zero_is_error: bool,
     pub identity: Identity,
     pub rows: std::ops::Range<usize>,
     pub uses: [bool; 4],
-    /// Type, row stride and dimension of the embeddings of each tower.
+    /// Those of weight above 0, and whether the call names any.
+    pub prefixes: Vec<Prefix>,
+    pub named: bool,
+    /// Type and row stride of the embeddings of each tower, and how many entries of a row are read.
     pub raw: [(DType, usize, usize); 2],
 }
 
@@ -109,16 +111,19 @@ impl Plan {
             });
         }
         // Beside its matrix of gradients, the packed rows and columns of a super-block are each bound at once, and so are their sums.
-        let row_bytes = (d.next_multiple_of(16) * if variant.f16 { 2 } else { 4 }) as u64;
+        let segments = Segment::of(&problem.prefixes);
+        let packed = segments.last().map_or(0, |s| 4 * s.vectors.end);
+        let row_bytes = (packed * if variant.f16 { 2 } else { 4 }) as u64;
         let bindable = capabilities.max_binding_bytes.saturating_sub(ALIGNMENT) / row_bytes;
         let sums_row_bytes =
             problem.gradients.iter().flatten().map(|g| g.row_stride.max(d) as u64 * 4).max().unwrap_or(4);
         let bindable = bindable.min(capabilities.max_binding_bytes.saturating_sub(ALIGNMENT) / sums_row_bytes);
         let mut longest = tile as u64;
-        while bounded_bytes(2 * longest, 2 * longest) <= bound {
+        let bytes = |edge: u64| bounded_bytes(edge, edge, segments.len() as u64);
+        while bytes(2 * longest) <= bound {
             longest *= 2;
         }
-        while bounded_bytes(longest + tile as u64, longest + tile as u64) <= bound {
+        while bytes(longest + tile as u64) <= bound {
             longest += tile as u64;
         }
         let longest = (longest.min(bindable) as usize / tile).max(1) * tile;
@@ -134,24 +139,27 @@ impl Plan {
             variant,
             blocks,
             graded,
+            segments,
         };
         let dispatches = Dispatches::new(&parts)?;
         let title = format!(
-            "wgpu {}, {m} queries x {n} passages of dimension {d}, {}",
+            "wgpu {}, {m} queries x {n} passages of dimension {d}{}, {}",
             problem.call().loss().name(),
+            named_prefixes(problem),
             problem.dtype
         );
         let facts = Facts {
             weights: problem.pairs.normalized_weights(),
             loss: problem.call().loss().name().into(),
-            prefix: problem.call().prefixes().map(|_| d),
             beta: problem.call().beta(),
             upstream: problem.upstream,
             zero_is_error: problem.call().zero_norm() == crate::call::ZeroNorm::Error,
             identity: problem.identity(),
             rows: problem.rows.clone(),
             uses: crate::loss::Block::ALL.map(|b| problem.call().loss().uses(b)),
-            raw: problem.row_strides.map(|stride| (problem.dtype, stride, d)),
+            raw: problem.row_strides.map(|stride| (problem.dtype, stride, parts.dim())),
+            prefixes: problem.prefixes.clone(),
+            named: problem.call().prefixes().is_some(),
         };
         let Dispatches { recorder, layout, side, partials, combine, backward, .. } = dispatches;
         let mut slot_bytes = recorder.slot_bytes;
@@ -213,7 +221,7 @@ impl Plan {
         self.bounded_bytes
     }
 
-    /// Type, row stride and dimension of a tower's embeddings.
+    /// Type and row stride of a tower's embeddings, and how many entries of a row are read.
     #[cfg(feature = "wgpu")]
     pub(super) fn raw(&self, tower: crate::tower::Tower) -> (DType, usize, usize) {
         self.facts.raw[usize::from(tower == crate::tower::Tower::Passage)]
@@ -260,17 +268,24 @@ fn bound(problem: &Problem<'_>, capabilities: &Capabilities, needed: u64) -> u64
 /// The least that the slot `Scratch` may take: room for a tile, or for super-blocks so large that there are not too many of them.
 fn needed(problem: &Problem<'_>, order: &Order, tile: usize) -> u64 {
     let edge = least_edge(problem, order, tile) as u64;
-    bounded_bytes(edge, edge)
+    bounded_bytes(edge, edge, problem.prefixes.len() as u64)
 }
 
-/// Scratch of a super-block in the gradient pass: gradients of logits, and a number for each tile. The first pass takes a tenth of that:
-/// three words along each axis for every 64 cosines.
-pub(super) fn bounded_bytes(rows: u64, cols: u64) -> u64 {
-    4 * rows * cols + 4 * (rows / 64 + 1) * (cols / 64 + 1) + ALIGNMENT
+/// Scratch of a super-block in the gradient pass: gradients of logits of each prefix, a number for each tile, and for each prefix but the
+/// longest one along each axis for every 64 cosines. The first pass takes a tenth of that: three words along each axis for every 64
+/// cosines.
+pub(super) fn bounded_bytes(rows: u64, cols: u64, prefixes: u64) -> u64 {
+    4 * prefixes * rows * cols + 4 * (rows / 64 + 1) * (cols / 64 + 1) + (prefixes - 1) * rows * cols / 8 + ALIGNMENT
+}
+
+/// The prefixes in a title; nothing for a call that names none.
+fn named_prefixes(problem: &Problem<'_>) -> String {
+    let dims: Vec<_> = problem.prefixes.iter().map(|p| p.dim.to_string()).collect();
+    if problem.call().prefixes().is_some() { format!(", prefixes {}", dims.join(", ")) } else { String::new() }
 }
 
 fn flops(parts: &Parts<'_>) -> f64 {
-    let dim = parts.problem.dim;
+    let dim = parts.dim();
     let of =
         |(s, graded): (&SuperBlock, &bool)| s.forward_flops(dim) + if *graded { s.backward_flops(dim) } else { 0.0 };
     parts.blocks.iter().zip(&parts.graded).map(of).sum()

@@ -21,6 +21,7 @@ pub(super) const NON_FINITE: usize = 0; // + 1 for passages
 pub(super) const ZERO_NORM: usize = 2; // + 1 for passages
 pub(super) const NO_NEGATIVE: usize = 4;
 pub(super) const NO_NEGATIVE_GROUP: usize = 5;
+pub(super) const NO_NEGATIVE_PREFIX: usize = 6;
 
 /// A word of the status. Every forward call sets it to [`NONE`]. In a new buffer it is 0.
 pub(super) const RAN: usize = 7;
@@ -96,14 +97,15 @@ impl Plan {
         let state = self.state(state)?;
         let row = |word: usize| Some(state.status(word)).filter(|row| *row != NONE).map(|row| row as usize);
         let zero_norm = [0, 1].map(|k| row(ZERO_NORM + k).filter(|_| self.facts.zero_is_error));
-        let group = state.status(NO_NEGATIVE_GROUP) as usize;
-        let no_negative = row(NO_NEGATIVE).map(|row| (row, group));
+        let [group, prefix] = [NO_NEGATIVE_GROUP, NO_NEGATIVE_PREFIX].map(|word| state.status(word) as usize);
+        let no_negative = row(NO_NEGATIVE).map(|row| (row, group, prefix));
         Ok(Refusal::first([0, 1].map(|k| row(NON_FINITE + k)), zero_norm, no_negative))
     }
 
     /// The error for a refusal. `row_bytes` must give a row that is not finite, as the call read it.
     pub fn error_of(&self, refusal: Refusal, row_bytes: impl FnOnce(Tower, usize) -> Result<Vec<u8>>) -> Error {
-        refusal.error(&self.facts.loss, self.facts.raw[0].0, self.facts.prefix, row_bytes)
+        let prefixes = self.facts.named.then_some(&*self.facts.prefixes);
+        refusal.error(&self.facts.loss, self.facts.raw[0].0, prefixes, row_bytes)
     }
 
     /// Loss, row losses and metrics from the state after [`Plan::forward`].
@@ -113,11 +115,18 @@ impl Plan {
     /// forward call has run to its end, or one was refused.
     pub fn evaluation(&self, state: &[u8]) -> Result<Evaluation> {
         let state = self.accepted(state)?;
+        let of_prefixes = (0..self.facts.prefixes.len()).map(|k| self.evaluation_of(&state, k)).collect();
+        Ok(Evaluation::of_prefixes(of_prefixes, &self.facts.prefixes, self.facts.named))
+    }
+
+    /// Loss, row losses and metrics of prefix `k`, not multiplied by its weight.
+    fn evaluation_of(&self, state: &State<'_>, k: usize) -> Evaluation {
         let weights = &self.facts.weights;
         let m = weights.len();
-        let row_losses: Vec<f64> = (0..m).map(|i| state.scaled(self.layout.row_losses + 2 * i)).collect();
+        let first = self.layout.row_losses + k * self.layout.prefix_words;
+        let row_losses: Vec<f64> = (0..m).map(|i| state.scaled(first + 2 * i)).collect();
         let metrics = |block: Block| {
-            let above = |i: usize| state.word(self.sum(block, i) + 3);
+            let above = |i: usize| state.word(self.sum(k, block, i) + 3);
             let sum = |f: fn(u32) -> f64| (0..m).map(|i| weights[i] * f(above(i))).sum();
             Metrics::from_sums(
                 sum(|above| f64::from(u8::from(above == 0))),
@@ -125,7 +134,7 @@ impl Plan {
             )
         };
         let loss = row_losses.iter().zip(weights).map(|(l, w)| l * w).sum();
-        Ok(Evaluation::plain(loss, row_losses, [Block::QP, Block::PQ].map(metrics)).with_whole(self.facts.prefix))
+        Evaluation::plain(loss, row_losses, [Block::QP, Block::PQ].map(metrics))
     }
 
     /// ∂L/∂τ and ∂L/∂log β from the state after [`Plan::backward`].
@@ -141,9 +150,9 @@ impl Plan {
         Ok(TemperatureGradient::from_beta(grad_beta, self.facts.beta))
     }
 
-    /// Where the sum of a row in a block is.
-    fn sum(&self, block: Block, row: usize) -> usize {
-        self.layout.sums + SUM_WORDS * (block.index() * self.facts.weights.len() + row)
+    /// Where the sum of a row in a block is, for prefix `k`.
+    fn sum(&self, k: usize, block: Block, row: usize) -> usize {
+        self.layout.sums + SUM_WORDS * ((Block::ALL.len() * k + block.index()) * self.facts.weights.len() + row)
     }
 
     /// The partial sums of this shard, from the state after [`Plan::partials`]. The caller merges them with those of the other shards.
@@ -155,27 +164,31 @@ impl Plan {
         let state = self.state(state)?;
         let (facts, m) = (&self.facts, self.facts.weights.len());
         let uses = |b: Block| facts.uses[b.index()];
-        let mut partials =
-            Partials::new(m, uses, facts.rows.clone(), facts.identity.clone(), vec![self.positives(&state)]);
-        let of_prefix = &mut partials.prefixes[0]; // a plan has one
-        for (block, sums) in Block::ALL.into_iter().zip(&mut of_prefix.sums) {
-            for (row, sum) in sums.iter_mut().enumerate() {
-                let at = self.sum(block, row);
-                *sum = ExpSum::new(state.float(at) + state.float(at + 1), state.int(at + 2));
+        let mut partials = Partials::new(m, uses, facts.rows.clone(), facts.identity.clone(), self.positives(&state));
+        for (k, of_prefix) in partials.prefixes.iter_mut().enumerate() {
+            for (block, sums) in Block::ALL.into_iter().zip(&mut of_prefix.sums) {
+                for (row, sum) in sums.iter_mut().enumerate() {
+                    let at = self.sum(k, block, row);
+                    *sum = ExpSum::new(state.float(at) + state.float(at + 1), state.int(at + 2));
+                }
             }
-        }
-        for (block, above) in [Block::QP, Block::PQ].into_iter().zip(&mut of_prefix.above) {
-            for (row, above) in above.iter_mut().enumerate() {
-                *above = state.word(self.sum(block, row) + 3);
+            for (block, above) in [Block::QP, Block::PQ].into_iter().zip(&mut of_prefix.above) {
+                for (row, above) in above.iter_mut().enumerate() {
+                    *above = state.word(self.sum(k, block, row) + 3);
+                }
             }
         }
         Ok(partials)
     }
 
-    /// s⁺ of all rows.
-    fn positives(&self, state: &State<'_>) -> Vec<f64> {
-        let places = (0..self.facts.weights.len()).map(|i| self.layout.positive + 2 * i);
-        places.map(|at| state.float(at) + state.float(at + 1)).collect()
+    /// s⁺ of all rows, by prefix.
+    fn positives(&self, state: &State<'_>) -> Vec<Vec<f64>> {
+        let of_prefix = |k: usize| {
+            let first = self.layout.positive + k * self.layout.prefix_words;
+            let places = (0..self.facts.weights.len()).map(|i| first + 2 * i);
+            places.map(|at| state.float(at) + state.float(at + 1)).collect()
+        };
+        (0..self.facts.prefixes.len()).map(of_prefix).collect()
     }
 
     /// An error unless `partials` are of the problem and the embeddings that left this state with [`Plan::partials`]. It compares the
@@ -186,7 +199,9 @@ impl Plan {
     /// fewer bytes than [`Plan::state_bytes`].
     pub fn check_embeddings(&self, partials: &Partials, state: &[u8]) -> Result<()> {
         partials.expect_problem(&self.facts.identity)?;
-        expect_positives(&partials.prefixes[0].positive, &self.positives(&self.state(state)?), SAME_COSINE)
+        let given = self.positives(&self.state(state)?);
+        let mut both = partials.prefixes.iter().zip(&given);
+        both.try_for_each(|(saved, given)| expect_positives(&saved.positive, given, SAME_COSINE))
     }
 
     /// The range of the slot `State` that must be overwritten with merged sums before [`Plan::combine`], and its new bytes. Coefficients
@@ -198,16 +213,15 @@ impl Plan {
     pub fn write_partials(&self, partials: &Partials) -> Result<(Range<u64>, Vec<u8>)> {
         partials.expect_problem(&self.facts.identity)?;
         partials.expect_complete()?;
-        let partials = &partials.prefixes[0];
         let m = self.facts.weights.len();
-        let mut words = Vec::with_capacity(SUM_WORDS * 4 * m);
-        for block in Block::ALL {
+        let mut words = Vec::with_capacity(SUM_WORDS * 4 * m * partials.prefixes.len());
+        for (of_prefix, block) in partials.prefixes.iter().flat_map(|p| Block::ALL.map(|block| (p, block))) {
             for row in 0..m {
                 let (sum, exponent) =
-                    partials.sums[block.index()].get(row).map_or((0.0, 0), |sum| normalized(sum.parts()));
+                    of_prefix.sums[block.index()].get(row).map_or((0.0, 0), |sum| normalized(sum.parts()));
                 let high = sum as f32;
                 let low = (sum - f64::from(high)) as f32;
-                let above = partials.above.get(block.index()).map_or(0, |above| above[row]);
+                let above = of_prefix.above.get(block.index()).map_or(0, |above| above[row]);
                 words.extend([high.to_bits(), low.to_bits(), exponent as u32, above]);
             }
         }

@@ -67,11 +67,23 @@ pub enum Module {
     Project,
     /// project.wgsl, from sums that lie where the gradients will be.
     ProjectInPlace,
+    /// prepare.wgsl for several prefixes.
+    PreparePrefixes,
+    /// logsumexp.wgsl for several prefixes.
+    LogSumExpPrefixes,
+    /// gradient_tile.wgsl for several prefixes.
+    GradientTilePrefixes,
+    /// prefixes.wgsl: sums over prefixes, of what belongs to rows and embeddings.
+    Prefixes,
+    /// project_prefixes.wgsl: as [`Module::Project`], for calls with prefixes.
+    ProjectPrefixes,
+    /// project_prefixes.wgsl, from sums that lie where the gradients will be.
+    ProjectPrefixesInPlace,
 }
 
 impl Module {
     /// All modules.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 13] = [
         Self::Prepare,
         Self::LogSumExp,
         Self::Combine,
@@ -79,6 +91,12 @@ impl Module {
         Self::GradientProduct,
         Self::Project,
         Self::ProjectInPlace,
+        Self::PreparePrefixes,
+        Self::LogSumExpPrefixes,
+        Self::GradientTilePrefixes,
+        Self::Prefixes,
+        Self::ProjectPrefixes,
+        Self::ProjectPrefixesInPlace,
     ];
 
     /// Its name in messages. It is that of its file, if the file makes only one module.
@@ -91,18 +109,25 @@ impl Module {
             Self::GradientProduct => "gradient_product",
             Self::Project => "project",
             Self::ProjectInPlace => "project_in_place",
+            Self::PreparePrefixes => "prepare_prefixes",
+            Self::LogSumExpPrefixes => "logsumexp_prefixes",
+            Self::GradientTilePrefixes => "gradient_tile_prefixes",
+            Self::Prefixes => "prefixes",
+            Self::ProjectPrefixes => "project_prefixes",
+            Self::ProjectPrefixesInPlace => "project_prefixes_in_place",
         }
     }
 
     /// Its entry points.
     pub const fn entries(self) -> &'static [&'static str] {
         match self {
-            Self::Prepare => &["reset", "pack", "positives"],
-            Self::LogSumExp => &["logsumexp"],
+            Self::Prepare | Self::PreparePrefixes => &["reset", "pack", "positives"],
+            Self::LogSumExp | Self::LogSumExpPrefixes => &["logsumexp"],
             Self::Combine => &["merge", "combine", "finish_forward", "load_upstream", "sum_dots", "finish_backward"],
-            Self::GradientTile => &["gradient_tile"],
+            Self::GradientTile | Self::GradientTilePrefixes => &["gradient_tile"],
+            Self::Prefixes => &["join", "clear_radials", "merge_radials", "radials"],
             Self::GradientProduct => &["product_rows", "product_columns", "clear"],
-            Self::Project | Self::ProjectInPlace => &["project"],
+            Self::Project | Self::ProjectInPlace | Self::ProjectPrefixes | Self::ProjectPrefixesInPlace => &["project"],
         }
     }
 
@@ -155,19 +180,37 @@ impl Module {
             (Products::Cooperative, _) => ([MATRICES; 2], cooperative),
             (Products::Emulated, _) => ([EMULATED; 2], cooperative),
         };
-        let tiles = |pass| vec![NUMBERS, LOGIT, STATE, storage, blocks, TILE, tile_parts, multiply, pass];
-        let project = |sums| vec![NUMBERS, STATE, storage, reduce, sums, include_str!("../../shaders/project.wgsl")];
+        const ONE: &str = include_str!("../../shaders/common/one_prefix.wgsl");
+        const SEVERAL: &str = include_str!("../../shaders/common/several_prefixes.wgsl");
+        const LOGSUMEXP: &str = include_str!("../../shaders/logsumexp.wgsl");
+        const GRADIENT_TILE: &str = include_str!("../../shaders/gradient_tile.wgsl");
+        let tiles =
+            |prefixes, pass| vec![NUMBERS, LOGIT, STATE, storage, blocks, TILE, prefixes, tile_parts, multiply, pass];
+        const PROJECTION: &str = include_str!("../../shaders/common/projection.wgsl");
+        const PROJECT: &str = include_str!("../../shaders/project.wgsl");
+        const PROJECT_PREFIXES: &str = include_str!("../../shaders/project_prefixes.wgsl");
+        const APART: &str = include_str!("../../shaders/common/sums_apart.wgsl");
+        const IN_PLACE: &str = include_str!("../../shaders/common/sums_in_place.wgsl");
+        let prepare =
+            |prefixes| vec![NUMBERS, STATE, storage, reduce, prefixes, include_str!("../../shaders/prepare.wgsl")];
+        let project = |sums, pass| vec![NUMBERS, STATE, storage, reduce, PROJECTION, sums, pass];
         let pieces = match self {
-            Self::Prepare => vec![NUMBERS, STATE, storage, reduce, include_str!("../../shaders/prepare.wgsl")],
-            Self::LogSumExp => tiles(include_str!("../../shaders/logsumexp.wgsl")),
+            Self::Prepare => prepare(include_str!("../../shaders/common/prepare_one.wgsl")),
+            Self::PreparePrefixes => prepare(include_str!("../../shaders/common/prepare_several.wgsl")),
+            Self::LogSumExp => tiles(ONE, LOGSUMEXP),
+            Self::LogSumExpPrefixes => tiles(SEVERAL, LOGSUMEXP),
             Self::Combine => vec![NUMBERS, LOGIT, STATE, reduce, include_str!("../../shaders/combine.wgsl")],
-            Self::GradientTile => tiles(include_str!("../../shaders/gradient_tile.wgsl")),
+            Self::GradientTile => tiles(ONE, GRADIENT_TILE),
+            Self::GradientTilePrefixes => tiles(SEVERAL, GRADIENT_TILE),
+            Self::Prefixes => vec![NUMBERS, STATE, include_str!("../../shaders/prefixes.wgsl")],
             Self::GradientProduct => vec![storage, SUMS, blocks, product_parts, product],
-            Self::Project => project(include_str!("../../shaders/common/sums_apart.wgsl")),
-            Self::ProjectInPlace => project(include_str!("../../shaders/common/sums_in_place.wgsl")),
+            Self::Project => project(APART, PROJECT),
+            Self::ProjectInPlace => project(IN_PLACE, PROJECT),
+            Self::ProjectPrefixes => project(APART, PROJECT_PREFIXES),
+            Self::ProjectPrefixesInPlace => project(IN_PLACE, PROJECT_PREFIXES),
         };
         let mut source = String::new();
-        if variant.f16 && self != Self::Combine {
+        if variant.f16 && !matches!(self, Self::Combine | Self::Prefixes) {
             source.push_str("enable f16;\n");
         }
         // Cooperative matrices need the directive, too, because each subgroup multiplies fragments of its own.

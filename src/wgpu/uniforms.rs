@@ -44,6 +44,9 @@ uniforms! {
         positive: u32,
         anchors: u32,
         margin: f32,
+        prefixes: u32,
+        segments: u32,
+        prefix_words: u32,
     }
 
     /// `Params` of tile.wgsl.
@@ -81,6 +84,14 @@ uniforms! {
         gradient: u32,
         dots: u32,
         plane: u32,
+        prefixes: u32,
+        segments: u32,
+        prefix_words: u32,
+        prefix_partials: u32,
+        prefix_plane: u32,
+        row_radials: u32,
+        col_radials: u32,
+        prefix_radials: u32,
         beta_head: f32,
         beta_middle: f32,
         beta_tail: f32,
@@ -121,6 +132,14 @@ uniforms! {
         beta_head: f32,
         beta_middle: f32,
         beta_tail: f32,
+        prefix: u32,
+        prefixes: u32,
+        prefix_partials: u32,
+        prefix_sums: u32,
+        room: i32,
+        radial: u32,
+        prefix_weight: f32,
+        prefix_exponent: i32,
     }
 
     /// `Params` of gradient_product.wgsl.
@@ -132,6 +151,7 @@ uniforms! {
         gradient_vectors: u32,
         packed_base: u32,
         row_vectors: u32,
+        vectors: u32,
         sums_base: u32,
         sums_stride: u32,
         dim: u32,
@@ -169,6 +189,38 @@ uniforms! {
         row_end: u32,
         factor: f32,
         factor_exponent: i32,
+        prefixes: u32,
+        segments: u32,
+        prefix_words: u32,
+        radials: u32,
+    }
+
+    /// `Params` of prefixes.wgsl.
+    struct Prefixes {
+        zero: u32,
+        count: u32,
+        begin: u32,
+        prefixes: u32,
+        prefix_words: u32,
+        norms: u32,
+        other_norms: u32,
+        diagonal: u32,
+        positives: u32,
+        radials: u32,
+        across: u32,
+        along: u32,
+        tile: u32,
+        triangle: u32,
+        partials: u32,
+        prefix_partials: u32,
+        radial: u32,
+        results: u32,
+        passage: u32,
+        candidates: u32,
+        occurrence_start: u32,
+        occurrences: u32,
+        row_begin: u32,
+        row_end: u32,
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod call;
 mod memory;
+mod prefixes;
 mod refused;
 mod steps;
 
@@ -19,7 +20,7 @@ pub type Check = (&'static str, fn() -> Result<(), String>);
 
 pub fn trials() -> Vec<Listed> {
     let absent = call::engine().err().filter(|_| !is_required("wgpu"));
-    let checks = [steps::CHECKS, memory::CHECKS, refused::CHECKS].concat();
+    let checks = [steps::CHECKS, prefixes::CHECKS, memory::CHECKS, refused::CHECKS].concat();
     let listed = |(name, check): Check| Listed::new("wgpu", name, move || Ok(check()?)).ignored(absent.clone());
     checks.into_iter().map(listed).collect()
 }
@@ -40,6 +41,12 @@ pub fn sample(loss: samtone::Loss, seed: u64) -> Result<Problem, String> {
 
 pub fn sized(loss: samtone::Loss, shape: (usize, usize, usize), seed: u64) -> Result<Problem, String> {
     data::problem(loss, Kind::Random, shape, 0.05, seed, 0.0).map_err(text)
+}
+
+/// The problem with prefixes that end anywhere, and of which the last is shorter than the embeddings.
+pub fn nested(problem: Problem) -> Problem {
+    let last = problem.dim - 3;
+    problem.with(|call| call.with_prefixes([5, 6, 18, last]).with_prefix_weights([0.5, 1.0, 3.0, 0.25]))
 }
 
 /// What the definition gives.

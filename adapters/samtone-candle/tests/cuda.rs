@@ -231,7 +231,7 @@ fn bad_input_is_nan_or_a_sentence() -> Result<()> {
         (op.with(|call| call.with_passage_ids([1])).evaluate(&q, &p, Fixed), "argument `passage_ids` is a slice of 1"),
         (
             op.with(|call| call.with_prefixes([2, DIM])).evaluate(&q, &p, Fixed),
-            "backend `cuda, wgpu` does not support prefixes",
+            "backend `cuda` does not support prefixes",
         ),
     ] {
         let error = result.unwrap_err().to_string();

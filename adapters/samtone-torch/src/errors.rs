@@ -47,9 +47,10 @@ fn in_python(error: &Error) -> String {
         Error::InvalidArgument { argument: "query_ids" | "passage_ids" | "weights" | "positives", .. } => {
             sentence.replacen("a slice of", "a tensor of", 1)
         }
-        Error::Unsupported { backend: "cuda, wgpu", .. } => sentence
-            .replacen("`cuda, wgpu`", "`cuda`", 1)
-            .replace("; the backends `cpu` and `reference` take them", ", or embeddings on the CPU"),
+        Error::Unsupported { backend: "cuda, wgpu", .. } => sentence.replacen("`cuda, wgpu`", "`cuda`", 1),
+        Error::Unsupported { backend: "cuda", .. } => {
+            sentence.replace("; the backends `cpu`, `wgpu` and `reference` take them", ", or embeddings on the CPU")
+        }
         Error::InvalidArgument { argument: "prefix_weights", .. } => sentence.replacen("a slice of", "a list of", 1),
         _ => sentence,
     }

@@ -15,6 +15,7 @@ use crate::identity::Identity;
 use crate::loss::{Block, Loss};
 use crate::output::{Evaluation, Metrics, TemperatureGradient};
 use crate::partials::{ExpSum, Partials, SAME_COSINE, expect_positives};
+use crate::prefix::Prefix;
 use crate::refusal::{Refusal, non_finite, values};
 use crate::tower::Tower;
 use std::ffi::c_int;
@@ -94,7 +95,7 @@ impl Readout {
         let word =
             |at: usize| numbers(status, u32::from_le_bytes).nth(at).filter(|&row| row != NONE).map(|row| row as usize);
         let zero_norm = [ZERO_QUERY, ZERO_PASSAGE].map(|at| word(at).filter(|_| self.zero_norm == ZeroNorm::Error));
-        let no_negative = word(NO_NEGATIVE).map(|row| (row, word(NO_NEGATIVE_GROUP).unwrap_or(0)));
+        let no_negative = word(NO_NEGATIVE).map(|row| (row, word(NO_NEGATIVE_GROUP).unwrap_or(0), 0));
         let refusal = Refusal::first([NON_FINITE_QUERY, NON_FINITE_PASSAGE].map(word), zero_norm, no_negative);
         let words = [[REPACKED_QUERY, CHANGED_QUERY], [REPACKED_PASSAGE, CHANGED_PASSAGE]];
         let changed = |k: usize, tower| Some(Fault::Changed(tower, words[k].into_iter().filter_map(word).min()?));
@@ -109,7 +110,7 @@ impl Readout {
             | Fault::Changed(tower, row) => {
                 (tower.to_string(), row, if tower == Tower::Query { self.rows } else { self.passages })
             }
-            Fault::Refused(Refusal::NoNegative(row, _)) => (Tower::Query.to_string(), row, self.rows),
+            Fault::Refused(Refusal::NoNegative(row, ..)) => (Tower::Query.to_string(), row, self.rows),
         };
         if row < count {
             return Ok(());
@@ -311,7 +312,9 @@ impl Device {
         match fault {
             None => Ok(head),
             Some(Fault::Refused(refusal)) => {
-                Err(refusal.error(readout.loss.name(), readout.dtype, readout.prefix, row_bytes))
+                let whole = readout.prefix.map(|dim| [Prefix { dim, weight: 1.0 }]);
+                let prefixes = whole.as_ref().map(|prefixes| prefixes.as_slice());
+                Err(refusal.error(readout.loss.name(), readout.dtype, prefixes, row_bytes))
             }
             Some(Fault::Changed(tower, row)) => Err(readout.changed(tower, row, &row_bytes(tower, row)?)),
         }
@@ -407,7 +410,7 @@ mod tests {
         assert_eq!(strict.fault(&both), Some(refused(Refusal::ZeroNorm(Tower::Query, 1))));
         assert_eq!(readout(ZeroNorm::ZeroGradient).fault(&both), Some(refused(Refusal::NonFinite(Tower::Passage, 0))));
         let last = status(&[(NO_NEGATIVE, 1), (NO_NEGATIVE_GROUP, 2)]);
-        assert_eq!(strict.fault(&last), Some(refused(Refusal::NoNegative(1, 2))));
+        assert_eq!(strict.fault(&last), Some(refused(Refusal::NoNegative(1, 2, 0))));
         let changed = [(REPACKED_PASSAGE, 0), (CHANGED_QUERY, 1), (REPACKED_QUERY, 0)];
         assert_eq!(strict.fault(&status(&changed)), Some(Fault::Changed(Tower::Query, 0)));
         assert_eq!(strict.fault(&status(&changed[..2])), Some(Fault::Changed(Tower::Query, 1)));

@@ -1,7 +1,7 @@
 //! Buffers: shared ones, buffers of exactly the size that a plan asks for, and devices that bind little at once.
 
 use super::call::{CALLERS, Call, Memory, Spec, f32_output, rows_of_bytes, rows_to_bytes};
-use super::{Check, compare, demand, sample, sized, text};
+use super::{Check, compare, demand, nested, sample, sized, text};
 use crate::support::problem::{Outputs, Problem};
 use samtone::wgpu::wgpu::{BufferUsages, CommandEncoderDescriptor};
 use samtone::wgpu::{BufferRange, Buffers, Capabilities, Dispatch, Engine, Plan, Slot};
@@ -117,11 +117,9 @@ fn on_exact_buffers(engine: &Engine, problem: &Problem, spec: &Spec) -> Result<(
 
 fn exact() -> Result<(), String> {
     let engine = super::call::engine()?;
-    for shared in [false, true] {
-        let mut problem = sized(Loss::samtone_both(), (90, 101, 35), 22)?.rounded(DType::F16);
-        if shared {
-            problem = problem.with(|call| call.with_positives((0..90).map(|i| i * 3 % 70).collect::<Vec<_>>()));
-        }
+    let plain = sized(Loss::samtone_both(), (90, 101, 35), 22)?.rounded(DType::F16);
+    let shared = plain.clone().with(|call| call.with_positives((0..90).map(|i| i * 3 % 70).collect::<Vec<_>>()));
+    for problem in [plain.clone(), shared.clone(), nested(plain), nested(shared)] {
         for dtype in [DType::F32, DType::F16] {
             let spec =
                 Spec { strides: [39, 36], outputs: [f32_output(37), f32_output(35)], ..Spec::new(&problem, dtype) };
@@ -139,19 +137,24 @@ fn with_workspace(problem: &Problem, bytes: usize) -> Problem {
 
 fn bound() -> Result<(), String> {
     let engine = super::call::engine()?;
-    let problem = sized(Loss::samtone_both(), (200, 260, 16), 23)?;
-    let spec = Spec::new(&problem, DType::F32);
-    let needed = match spec.plan(&with_workspace(&problem, 1000), &engine) {
+    let plain = sized(Loss::samtone_both(), (200, 260, 16), 23)?;
+    let prefixes = plain.clone().with(|call| call.with_prefixes([3, 11, 16]));
+    [plain, prefixes].iter().try_for_each(|problem| keeps_its_bound(&engine, problem))
+}
+
+fn keeps_its_bound(engine: &Engine, problem: &Problem) -> Result<(), String> {
+    let spec = Spec::new(problem, DType::F32);
+    let needed = match spec.plan(&with_workspace(problem, 1000), engine) {
         Err(samtone::Error::WorkspaceTooSmall { needed, given: 1000, .. }) => needed,
         other => return Err(format!("{other:?}")),
     };
-    let whole = Call::outputs_of(&problem, spec.clone())?;
-    compare(&whole, &problem, DType::F32, 1.0)?;
+    let whole = Call::outputs_of(problem, spec.clone())?;
+    compare(&whole, problem, DType::F32, 1.0)?;
     for bytes in [needed, needed + 1, 3 * needed, 5 * needed + 77] {
-        let tight = with_workspace(&problem, bytes);
-        let (plan, outputs) = on_exact_buffers(&engine, &tight, &spec)?;
+        let tight = with_workspace(problem, bytes);
+        let (plan, outputs) = on_exact_buffers(engine, &tight, &spec)?;
         demand(plan.bounded_bytes() <= bytes as u64, || format!("{} bytes of {bytes}", plan.bounded_bytes()))?;
-        compare(&outputs, &problem, DType::F32, 1.0).map_err(|error| format!("{bytes} bytes: {error}"))?;
+        compare(&outputs, problem, DType::F32, 1.0).map_err(|error| format!("{bytes} bytes: {error}"))?;
     }
     Ok(())
 }
@@ -160,10 +163,18 @@ fn small_bindings() -> Result<(), String> {
     let engine = super::call::engine()?;
     let small = Capabilities { max_binding_bytes: 40 << 10, workgroup_bytes: 16 << 10, ..*engine.capabilities() };
     // Rows of 256 bytes: in order, a window holds 158 of them; in another order all passages are bound at once.
-    for (shape, permuted) in [((190, 200, 64), false), ((200, 220, 30), true)] {
+    for (shape, permuted, prefixes) in [
+        ((190, 200, 64), false, None),
+        ((200, 220, 30), true, None),
+        ((80, 100, 46), false, Some([30, 46])),
+        ((90, 100, 30), true, Some([1, 30])),
+    ] {
         let mut problem = sized(Loss::samtone_both(), shape, 24)?;
         if permuted {
             problem = problem.with(|call| call.with_positives((0..shape.0 as u32).rev().collect::<Vec<_>>()));
+        }
+        if let Some(prefixes) = prefixes {
+            problem = problem.with(|call| call.with_prefixes(prefixes)); // more than two tiles are not bound at once
         }
         let spec = Spec { capabilities: Some(small), ..Spec::new(&problem, DType::F32) };
         let (plan, outputs) = on_exact_buffers(&engine, &problem, &spec)?;
@@ -191,7 +202,11 @@ fn shapes() -> Result<(), String> {
         if one {
             problem = problem.with(|call| call.with_positives(vec![1; shape.0]));
         }
-        for dtype in [DType::F32, DType::BF16] {
+        let mut prefixes = vec![shape.2.div_ceil(3), shape.2 / 2 + 1, shape.2 - shape.2 / 5];
+        prefixes.dedup();
+        let nested = problem.clone().with(|call| call.with_prefixes(prefixes));
+        let both = [DType::F32, DType::BF16].into_iter().flat_map(|dtype| [(dtype, &problem), (dtype, &nested)]);
+        for (dtype, problem) in both {
             let problem = problem.rounded(dtype);
             let (_, outputs) = on_exact_buffers(&engine, &problem, &Spec::new(&problem, dtype))?;
             compare(&outputs, &problem, dtype, 1.0).map_err(|error| format!("{} {dtype}: {error}", problem.name))?;

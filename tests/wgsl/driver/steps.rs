@@ -1,7 +1,7 @@
 //! Calls: in every type and stride, in parts, with frozen towers, in shards, from threads.
 
 use super::call::{Call, Spec, f32_output};
-use super::{Check, compare, demand, sample, sized, text};
+use super::{Check, compare, demand, nested, sample, sized, text};
 use crate::support::foreign;
 use crate::support::problem::{Buffer, Problem};
 use samtone::half::{bf16, f16};
@@ -34,8 +34,10 @@ pub const CHECKS: &[Check] = &[
 const TYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 fn types() -> Result<(), String> {
-    for dtype in TYPES {
-        let problem = sample(Loss::samtone_both(), 1)?.rounded(dtype);
+    let plain = sample(Loss::samtone_both(), 1)?;
+    for (dtype, problem) in TYPES.into_iter().flat_map(|dtype| [(dtype, plain.clone()), (dtype, nested(plain.clone()))])
+    {
+        let problem = problem.rounded(dtype);
         let d = problem.dim;
         let outputs = [f32_output(d + 3), f32_output(d + 8)];
         let spec = Spec { strides: [d + 5, d + 2], outputs, upstream: -0.5, ..Spec::new(&problem, dtype) };
@@ -47,7 +49,8 @@ fn types() -> Result<(), String> {
 fn narrow() -> Result<(), String> {
     let shared = sample(Loss::samtone_both(), 2)?;
     let shared = shared.with(|call| call.with_positives((0..70).map(|i| i * 7 % 50).collect::<Vec<_>>()));
-    for problem in [sample(Loss::samtone_both(), 2)?, shared] {
+    let plain = sample(Loss::samtone_both(), 2)?;
+    for problem in [plain.clone(), shared.clone(), nested(plain), nested(shared)] {
         let problem = problem.rounded(DType::BF16);
         let wide = Call::outputs_of(&problem, Spec::new(&problem, DType::BF16))?;
         for dtype in [DType::F16, DType::BF16] {
@@ -146,12 +149,15 @@ fn apart() -> Result<(), String> {
 }
 
 fn repeated() -> Result<(), String> {
-    let problem = sample(Loss::gte(), 5)?;
-    let call = Call::new(&problem, Spec::new(&problem, DType::F32))?;
-    call.run()?;
-    let first = call.outputs()?;
-    call.backward()?;
-    demand(call.outputs()? == first, || "other bits".into())
+    let plain = sample(Loss::gte(), 5)?;
+    for problem in [plain.clone(), nested(plain)] {
+        let call = Call::new(&problem, Spec::new(&problem, DType::F32))?;
+        call.run()?;
+        let first = call.outputs()?;
+        call.backward()?;
+        demand(call.outputs()? == first, || "other bits".into())?;
+    }
+    Ok(())
 }
 
 /// The packed embeddings of the forward call are kept, and the caller's need not be there any more.
@@ -189,11 +195,12 @@ fn batches() -> Result<(), String> {
 
 /// The shaders of plans with an upstream gradient on the device, a frozen tower, gradients of 16 bits and fragments, too.
 fn warm() -> Result<(), String> {
-    let problem = sample(Loss::samtone_both(), 19)?;
+    let plain = sample(Loss::samtone_both(), 19)?;
     let engine = Engine::first().map_err(text)?;
     let emulated = Capabilities { products: Products::Emulated, ..*engine.capabilities() };
-    let narrow = Some(GradientOutput { dtype: DType::F16, row_stride: problem.dim.next_multiple_of(2) });
-    for dtype in TYPES {
+    let narrow = Some(GradientOutput { dtype: DType::F16, row_stride: plain.dim.next_multiple_of(2) });
+    for (dtype, problem) in TYPES.into_iter().flat_map(|dtype| [(dtype, plain.clone()), (dtype, nested(plain.clone()))])
+    {
         let problem = problem.rounded(dtype);
         let whole = Spec { device_upstream: true, ..Spec::new(&problem, dtype) };
         let frozen = Spec { outputs: [None, narrow], capabilities: Some(emulated), ..whole.clone() };
@@ -212,12 +219,13 @@ fn warm() -> Result<(), String> {
 }
 
 fn frozen() -> Result<(), String> {
-    let problem = sample(Loss::samtone_both(), 8)?;
-    let whole = Call::outputs_of(&problem, Spec::new(&problem, DType::F32))?;
-    let output = f32_output(problem.dim);
-    for outputs in [[None, output], [output, None], [None, None]] {
-        let spec = Spec { outputs, ..Spec::new(&problem, DType::F32) };
-        let got = Call::outputs_of(&problem, spec)?;
+    let plain = sample(Loss::samtone_both(), 8)?;
+    let output = f32_output(plain.dim);
+    let frozen = [[None, output], [output, None], [None, None]];
+    for (problem, outputs) in [plain.clone(), nested(plain)].iter().flat_map(|p| frozen.map(|outputs| (p, outputs))) {
+        let whole = Call::outputs_of(problem, Spec::new(problem, DType::F32))?;
+        let spec = Spec { outputs, ..Spec::new(problem, DType::F32) };
+        let got = Call::outputs_of(problem, spec)?;
         demand(got.evaluation == whole.evaluation, || "another evaluation".into())?;
         demand(got.temperature == whole.temperature, || "another gradient of the temperature".into())?;
         let kept =
@@ -239,7 +247,8 @@ fn shards() -> Result<(), String> {
         let (query, passage): (Vec<_>, Vec<_>) = ((0..70).collect(), (0..93).map(|j| j * 7 % 80).collect());
         call.with_query_ids(query).with_passage_ids(passage).with_shared_ids(true)
     });
-    for mut problem in [sample(Loss::samtone_both(), 9)?, shared, chain, sample(Loss::clip(), 9)?] {
+    let plain = [sample(Loss::samtone_both(), 9)?, shared, chain, sample(Loss::clip(), 9)?];
+    for mut problem in plain.clone().into_iter().chain(plain.map(nested)) {
         problem.name.push_str(" in shards");
         let ends = [0, 1, 23, 70];
         let calls = ends
@@ -310,11 +319,15 @@ fn foreign_partials() -> Result<(), String> {
 fn with_cpu() -> Result<(), String> {
     let problem = sample(Loss::samtone_both(), 9)?;
     let problem = problem.with(|call| call.with_passage_ids((0..93).map(|j| j % 90).collect::<Vec<_>>()));
+    [problem.clone(), nested(problem)].iter().try_for_each(merged_with_cpu)
+}
+
+fn merged_with_cpu(problem: &Problem) -> Result<(), String> {
     let [query, passage] = [&problem.query, &problem.passage].map(|x| Buffer::new(DType::F32, x));
     let batch = problem.batch(&query, &passage).map_err(text)?;
     let cpu = samtone::cpu::Shard::new(&batch, 0..31).map_err(text)?;
     let mut merged = cpu.partials().map_err(text)?;
-    let call = Call::new(&problem, Spec { rows: 31..70, ..Spec::new(&problem, DType::F32) })?;
+    let call = Call::new(problem, Spec { rows: 31..70, ..Spec::new(problem, DType::F32) })?;
     call.submit(|encoder| call.step.partials(encoder, &call.buffers()))?;
     merged.merge(&call.step.read_partials(&call.buffers()).map_err(text)?).map_err(text)?;
     call.step.write_partials(&merged).map_err(text)?;
@@ -328,7 +341,7 @@ fn with_cpu() -> Result<(), String> {
     sum.grad_passage.iter_mut().zip(of_cpu(&own.passage)).for_each(|(a, b)| *a += b);
     sum.temperature.tau += own.temperature.tau;
     sum.temperature.log_beta += own.temperature.log_beta;
-    compare(&sum, &problem, DType::F32, 1.0)
+    compare(&sum, problem, DType::F32, 1.0)
 }
 
 fn threads() -> Result<(), String> {

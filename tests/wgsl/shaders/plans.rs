@@ -66,8 +66,8 @@ pub fn devices() -> [(&'static str, Capabilities); 4] {
     [("baseline", baseline), ("large", large), ("cooperative", cooperative), ("small bindings", small)]
 }
 
-/// Every change on every shape, with positives in order, permuted and shared, for every device; those that a device cannot bind
-/// are left out.
+/// Every change on every shape, with positives in order, permuted and shared, without prefixes and with some, for every device; those that
+/// a device cannot bind are left out.
 pub fn all() -> Result<Vec<Planned>, String> {
     let mut plans = Vec::new();
     for (m, n, d) in SHAPES {
@@ -75,8 +75,14 @@ pub fn all() -> Result<Vec<Planned>, String> {
         let shared: Vec<u32> = (0..m).map(|i| (i % n.div_ceil(3)) as u32).collect();
         let one = vec![n as u32 - 1; m];
         let owners: Vec<i32> = (0..n).map(|j| if j < m { -1 } else { (j % m) as i32 }).collect();
-        for (k, positives) in [None, Some(&permuted), Some(&shared), Some(&one)].into_iter().enumerate() {
+        let mut prefixes = vec![d.div_ceil(3), d.div_ceil(2), d - d / 10];
+        prefixes.dedup();
+        let orders = [None, Some(&permuted), Some(&shared), Some(&one)].into_iter().enumerate();
+        for ((k, positives), nested) in orders.flat_map(|order| [(order, false), (order, true)]) {
             let mut call = Call::new(Loss::samtone_both(), 0.05);
+            if nested {
+                call = call.with_prefixes(&*prefixes);
+            }
             if let Some(positives) = positives {
                 call = call.with_positives(&**positives);
             }
@@ -86,7 +92,10 @@ pub fn all() -> Result<Vec<Planned>, String> {
             for (change_name, change) in CHANGES {
                 for (device, capabilities) in devices() {
                     for (loss, dtype) in [(Loss::samtone_both(), DType::F32), (Loss::info_nce(), DType::BF16)] {
-                        let name = format!("{} {m}x{n}x{d} {dtype}, order {k}, {change_name}, {device}", loss.name());
+                        let name = format!(
+                            "{} {m}x{n}x{d} {dtype}, order {k}, {change_name}, prefixes {nested}, {device}",
+                            loss.name()
+                        );
                         let call = call.clone().with_loss(loss);
                         let problem = call.pairs(m, n).and_then(|pairs| Problem::new(pairs, dtype, d)).and_then(change);
                         let problem = problem.map_err(|e| format!("{name}: {e}"))?;

@@ -38,10 +38,15 @@ pub fn variants() -> Vec<Variant> {
 
 /// What a module of a variant may ask of a device.
 pub fn needed(module: Module, variant: Variant) -> Capabilities {
-    let multiplies = matches!(module, Module::LogSumExp | Module::GradientTile | Module::GradientProduct);
+    let tiles = [Module::LogSumExp, Module::GradientTile, Module::LogSumExpPrefixes, Module::GradientTilePrefixes];
+    let multiplies = module == Module::GradientProduct || tiles.contains(&module);
     let mut needed = Capabilities::empty();
-    needed.set(Capabilities::SHADER_FLOAT16, variant.f16 && module != Module::Combine);
-    let exchanges = if multiplies { variant.products != Products::Fma } else { variant.subgroups };
+    needed.set(Capabilities::SHADER_FLOAT16, variant.f16 && !matches!(module, Module::Combine | Module::Prefixes));
+    let exchanges = match module {
+        Module::Prefixes => false,
+        _ if multiplies => variant.products != Products::Fma,
+        _ => variant.subgroups,
+    };
     needed.set(Capabilities::SUBGROUP, exchanges);
     needed.set(Capabilities::COOPERATIVE_MATRIX, multiplies && variant.products == Products::Cooperative);
     needed
