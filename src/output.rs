@@ -85,7 +85,7 @@ impl Evaluation {
     }
 
     /// These results as those of a call whose only prefix is the whole embedding, if `prefix` has its length.
-    #[cfg_attr(not(any(feature = "cuda", feature = "wgpu")), allow(dead_code))]
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(crate) fn with_whole(self, prefix: Option<usize>) -> Self {
         match prefix {
             Some(dim) => Self::of_prefixes(vec![self], &[Prefix { dim, weight: 1.0 }], true),

@@ -64,7 +64,7 @@ pub(crate) fn of(call: &Call, dim: usize) -> Result<Vec<Prefix>> {
 }
 
 /// An error of a backend that computes no other prefix than the whole embedding with weight 1.
-#[cfg_attr(not(any(feature = "cuda", feature = "wgpu")), allow(dead_code))]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) fn expect_whole(call: &Call, dim: usize, backend: &'static str) -> Result<()> {
     match of(call, dim)?.as_slice() {
         [Prefix { dim: only, weight }] if *only == dim && *weight == 1.0 => Ok(()),
