@@ -33,7 +33,7 @@ pub mod output;
 mod pairs;
 pub mod partials;
 mod prefix;
-mod problem;
+pub mod problem;
 pub mod reference;
 mod refusal;
 mod regions;

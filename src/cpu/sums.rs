@@ -12,7 +12,7 @@ use crate::partials::{Partials, PrefixSums};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// x ← x·[k > 0] + X·Yᵀ over the columns of segment `k`, for the rows and columns of a tile. From the first segment on, this leaves the
+/// x ← X·Yᵀ for the first segment, x ← x + X·Yᵀ for any other, over the columns of segment `k`, for the rows and columns of a tile. From the first segment on, this leaves the
 /// products of raw embeddings up to each prefix, one after the other.
 pub(super) fn add_products(task: Task<'_>, id: TileId, k: usize, x: &mut [f32], panels: &mut [Vec<f32>; 2]) {
     let Task { state, batch, plan } = task;
