@@ -51,16 +51,9 @@ fn gather(row: u32, vector: u32, shift: i32) -> vec4<f32> {
             index = side[params.occurrences + k];
         }
         sum += direction_sum(index, vector);
-        var anchor = row;
-        var other_index = row;
-        if !of_query {
-            anchor = side[params.candidates + CANDIDATE_WORDS * index + 3u];
-            other_index = anchor;
-        } else if params.positives != NONE {
-            other_index = side[params.positives + row];
-        }
-        if of_query || (anchor >= params.row_begin && anchor < params.row_end) { // not if it is NONE
-            sum += positive_part(anchor, other_index, vector, shift);
+        let pair = pair_of(row, index);
+        if is_of_shard(pair.anchor) {
+            sum += positive_part(pair.anchor, pair.other, vector, shift);
         }
     }
     return sum;

@@ -59,18 +59,11 @@ fn gather(row: u32, own_index: u32, segment: Segment, column: u32, shift: i32) -
             index = side[params.occurrences + k];
         }
         sum += UNIT * sum_at(params.sums_base + (index - params.sums_first) * params.sums_stride + column);
-        var anchor = row;
-        var other_index = row;
-        if !of_query {
-            anchor = side[params.candidates + CANDIDATE_WORDS * index + 3u];
-            other_index = anchor;
-        } else if params.positives != NONE {
-            other_index = side[params.positives + row];
-        }
-        if of_query || (anchor >= params.row_begin && anchor < params.row_end) { // not if it is NONE
-            let at = segment.words + params.diagonal + SCALED_WORDS * anchor;
+        let pair = pair_of(row, index);
+        if is_of_shard(pair.anchor) {
+            let at = segment.words + params.diagonal + SCALED_WORDS * pair.anchor;
             let factor = times_power_of_two(float_at(at), bitcast<i32>(state[at + 1u]) - shift);
-            sum += factor * other_element(other_index, element);
+            sum += factor * other_element(pair.other, element);
         }
     }
     if segment.words < (params.prefixes - 1u) * params.prefix_words { // of no other there are radial parts

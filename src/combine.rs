@@ -49,8 +49,8 @@ pub(crate) struct Derivatives {
     /// v D_i, the derivative of the loss with respect to β s⁺ᵢ.
     pub diagonal: Vec<f64>,
     /// v (D_i + Σ_b Σ_j exp(β s^b_ij) a^b_i) s⁺ᵢ, where b are the blocks whose anchor is the query (first), or the positive (second): what
-    /// the row adds to x̂·∂L/∂x̂ of that embedding beside Σ G (s − s⁺) over its negatives. Empty
-    /// for a single prefix, of which nobody needs it.
+    /// the row adds to x̂·∂L/∂x̂ of that embedding beside Σ G (s − s⁺) over its negatives. Empty for a
+    /// single prefix, of which nobody needs it.
     pub radial: [Vec<f64>; 2],
 }
 
@@ -120,7 +120,8 @@ fn one_prefix(rows: &Rows<'_>, prefix: &Prefix, partials: &PrefixSums) -> Result
         Some(log) => (log + partials.sums[b.index()][i].ln()).exp(),
         None => 0.0,
     };
-    // D_i is minus the sum of all shares, so what is left are the shares of the other two blocks. This difference does not cancel.
+    // D_i is minus the sum of all shares. So D_i with the shares of two blocks is minus the shares of the other two. As a sum of these it
+    // keeps its digits, which a difference would lose.
     let radial = [[Block::PQ, Block::PP], [Block::QP, Block::QQ]].map(|others| {
         let left = |i: usize| -(share(others[0], i) + share(others[1], i)) * partials.positive[i];
         if rows.prefixes.len() > 1 { (0..m).map(left).collect() } else { Vec::new() }

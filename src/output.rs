@@ -33,7 +33,7 @@ pub struct PrefixEvaluation {
     pub dim: usize,
     /// v_k.
     pub weight: f64,
-    /// Its loss, not multiplied by its weight.
+    /// Its loss in nats, not multiplied by its weight.
     pub loss: f64,
     /// Ranks over block QP.
     pub query_to_passage: Metrics,

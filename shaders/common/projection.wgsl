@@ -55,6 +55,29 @@ fn lists_occurrences() -> bool {
     return (params.passage != 0u) & (params.occurrence_start != NONE);
 }
 
+// An embedding in its pair: the row of the pair, NONE if the index anchors none, and the index of the other embedding.
+struct Paired {
+    anchor: u32,
+    other: u32,
+}
+
+// `index` is one of those behind `row`, which is a query or a passage.
+fn pair_of(row: u32, index: u32) -> Paired {
+    if params.passage != 0u {
+        let anchor = side[params.candidates + CANDIDATE_WORDS * index + 3u];
+        return Paired(anchor, anchor);
+    }
+    if params.positives != NONE {
+        return Paired(row, side[params.positives + row]);
+    }
+    return Paired(row, row);
+}
+
+// Whether the shard adds the positive of a pair. That of a query it always adds, because queries are those of the shard.
+fn is_of_shard(anchor: u32) -> bool {
+    return params.passage == 0u || (anchor >= params.row_begin && anchor < params.row_end); // not if it is NONE
+}
+
 // Rounds to the nearest, ties to even, because conversions of WGSL may round either way. It takes bits, because NaN has to arrive.
 fn narrow_f16(bits: u32) -> u32 {
     let sign = (bits >> 16u) & 0x8000u;

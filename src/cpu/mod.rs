@@ -11,8 +11,8 @@
 //! [4] project    diagonal, tangent, β, output type                   O((M+N)·d)                         project.rs
 //! ```
 //!
-//! With K prefixes the passes 1 and 3 visit each tile once. A tile has its products up to each prefix, one after the other, and what pass 3 makes of
-//! them (docs/loss.md). A plan stores the products of as many tiles as the workspace holds, and computes the others twice.
+//! With K prefixes the passes 1 and 3 visit each tile once. A tile has its products up to each prefix, one after the other, and what
+//! pass 3 makes of them (docs/loss.md). A plan stores the products of as many tiles as the workspace holds, and computes the others twice.
 //!
 //! Results have the same bits on every run, for any number of threads. Threads are those of the current rayon pool.
 

@@ -4,8 +4,8 @@
 //! Let u be the sum over negatives from the gradient pass, which is divided by ‖x‖ already. Then ∂L/∂x = β (I − x̂x̂ᵀ)(u + Σ D_i ŷ/‖x‖).
 //! The sum is over the rows i whose query or positive is x, and ŷ is the direction of the row's other embedding.
 //!
-//! With prefixes u is already the sum over them: in each column, over the prefixes that have it. The projection of each prefix takes its own
-//! ρ = x̂·∂L/∂x̂ along its own part of x. From u alone these could not be told apart, so the gradient pass leaves them.
+//! With prefixes u is already the sum over them: in each column, over the prefixes that have it. The projection of each prefix takes its
+//! own ρ = x̂·∂L/∂x̂ along its own part of x. From u alone these could not be told apart, so the gradient pass leaves them.
 
 use super::Task;
 use super::gradient::{Accumulator, GradientSums};
@@ -111,8 +111,8 @@ fn columns(prefixes: &[Prefix]) -> impl DoubleEndedIterator<Item = (usize, Range
     (0..prefixes.len()).map(move |k| (k, start(k)..prefixes[k].dim))
 }
 
-/// Subtracts x·ρ/‖x‖² of every prefix but the longest, where ρ = `radial(k)` is x̂ times the derivative with respect to x̂. [`tangent`] does
-/// that for the longest, whose ρ is what is left along the embedding.
+/// Subtracts x·ρ/‖x‖² of every prefix but the longest, where ρ = `radial(k)` is x̂ times the derivative with respect to x̂. For the longest
+/// [`tangent`] does that. Its ρ is what is left along the embedding.
 fn subtract_radial(
     gradient: &mut [f64],
     x: Embeddings<'_>,

@@ -71,9 +71,10 @@ impl Beta {
     }
 }
 
-/// 2^(s·β·log₂e − k) for whole numbers k, with a relative error below 3e-7; 0 below 2⁻¹²⁶, and 2^127 above that. Whatever k is, the exponent
-/// is split into a whole number n and a rest f in [−½, ½] before k is subtracted from n. So no offset costs a digit. Fused multiply-add gives
-/// the rest without error. Then the only errors are those of the polynomial and the rounding of s.
+/// 2^(s·β·log₂e − k) for whole numbers k, with a relative error below 4e-7. An exponent below −126.5 gives 0. One above 127 gives some
+/// number from 2^126 to 2^128, which is finite. The exponent is split into a whole number n and a rest f in [−½, ½] before k is subtracted
+/// from n, so no offset costs a digit. Fused multiply-add gives f without error. Then the only errors are those of the polynomial and the
+/// rounding of s.
 #[inline(always)]
 pub(super) fn exp2_scaled<const FMA: bool>(s: &F, beta: Beta, k: &F) -> F {
     lanes!(l => {

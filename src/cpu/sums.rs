@@ -12,8 +12,8 @@ use crate::partials::{Partials, PrefixSums};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// x ← X·Yᵀ for the first segment, x ← x + X·Yᵀ for any other, over the columns of segment `k`, for the rows and columns of a tile. From the first segment on, this leaves the
-/// products of raw embeddings up to each prefix, one after the other.
+/// x ← X·Yᵀ over the columns of segment `k`, for the rows and columns of a tile; x ← x + X·Yᵀ unless it is the first segment. One segment
+/// after the other, this leaves the products of raw embeddings up to each prefix.
 pub(super) fn add_products(task: Task<'_>, id: TileId, k: usize, x: &mut [f32], panels: &mut [Vec<f32>; 2]) {
     let Task { state, batch, plan } = task;
     let [row_space, col_space] = plan.region(id).spaces;

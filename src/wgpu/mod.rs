@@ -11,8 +11,9 @@
 //! [4] project    diagonal, tangent, β, output type                        O((M+N)·d)                      project.wgsl
 //! ```
 //!
-//! With K prefixes the passes 1 and 3 visit each tile once. A tile has its products up to each prefix, one after the other, and pass 2 runs for each.
-//! prefixes.wgsl adds up over prefixes what belongs to rows and embeddings, and project_prefixes.wgsl is pass 4 (docs/wgpu.md).
+//! With K prefixes the passes 1 and 3 visit each tile once. A tile has its products up to each prefix, one after the other. Pass 2 runs
+//! for each prefix. prefixes.wgsl adds up over prefixes what belongs to rows and embeddings. Their pass 4 is project_prefixes.wgsl
+//! (docs/wgpu.md).
 //!
 //! WGSL has no f64. Where CUDA uses f64, shaders use sums of two f32, or f32 with an exponent beside it. The host adds up loss and
 //! metrics of the rows in f64 when it reads them.

@@ -70,8 +70,8 @@ pub(in crate::cpu) struct TileGradient {
     pub radial: [Vec<f64>; 2],
 }
 
-/// One offset serves a tile if the exponents of its coefficients span no more. Then a coefficient is within 2^±60, and with it no exponential
-/// of a negative exceeds 2^60. What the exponentials lose below 2⁻¹²⁶ is less than 2⁻⁶⁵ of the largest share of a row.
+/// One offset serves a tile if the exponents of its coefficients span no more. Then a coefficient is within 2^±60, and no exponential of a
+/// negative exceeds 2^60. What exponentials below 2⁻¹²⁶ would add is less than 2⁻⁶⁵ of the largest share of a row.
 const SPAN: f32 = 120.0;
 
 /// Replaces a tile of products by Ĝ = G/(‖x_r‖‖y_c‖) + `add`, where G = exp(β s)·([kept for r] a_r + [kept for c] b_c). `add` is a tile of

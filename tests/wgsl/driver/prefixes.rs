@@ -1,7 +1,7 @@
 //! What only calls with prefixes have: prefixes far smaller than the rest, errors that name a prefix, entries that nobody reads.
 
 use super::call::{Call, Spec, engine};
-use super::steps::on_device;
+use super::steps::expect_on_device;
 use super::{Check, compare, demand, nested, sample, sized, text};
 use crate::support::problem::Problem;
 use samtone::wgpu::{Capabilities, Products};
@@ -97,16 +97,5 @@ fn behind() -> Result<(), String> {
 }
 
 fn results_on_device() -> Result<(), String> {
-    let problem = nested(sized(Loss::samtone_both(), (150, 190, 22), 14)?);
-    let call = Call::new(&problem, Spec { upstream: 3.0, ..Spec::new(&problem, DType::F32) })?;
-    call.run()?;
-    let outputs = call.outputs()?;
-    let [there_p, there_m, back_p, back_m] = outputs.metrics();
-    let (tau, log_beta) = (outputs.temperature.tau, outputs.temperature.log_beta);
-    let host = [outputs.evaluation.loss, there_p, there_m, back_p, back_m, tau, log_beta];
-    for (k, (got, want)) in on_device(&call)?.into_iter().zip(host).enumerate() {
-        let off = (f64::from(got) - want).abs() / want.abs().max(f64::MIN_POSITIVE);
-        demand(off <= 1e-6, || format!("word {k} is {got:e} instead of {want:e}"))?;
-    }
-    Ok(())
+    expect_on_device(&nested(sized(Loss::samtone_both(), (150, 190, 22), 14)?))
 }
