@@ -212,6 +212,20 @@ pub(super) fn smoothed(curve: &[f64]) -> Vec<(f64, f64)> {
         .collect()
 }
 
+/// Losses by step.
+pub(super) fn loss_chart(title: &str, series: Vec<Series>) -> LineChart<'_> {
+    LineChart {
+        title,
+        x_label: "step",
+        y_label: "loss (nats, logarithmic)",
+        scale: Scale::Log,
+        from_zero: false,
+        percent: false,
+        mark: None,
+        series,
+    }
+}
+
 fn curves(report: &Report<'_>) -> String {
     let mut out = format!(
         "<h2>Training</h2><p class=\"note\">Means over seeds. Losses differ in their number of negatives and directions, so only \
@@ -223,16 +237,7 @@ fn curves(report: &Report<'_>) -> String {
         let title = format!("{}: training loss", architecture.label());
         out += &figure(
             &title,
-            LineChart {
-                title: &title,
-                x_label: "step",
-                y_label: "loss (nats, logarithmic)",
-                scale: Scale::Log,
-                from_zero: false,
-                percent: false,
-                mark: None,
-                series: series(report, architecture, |_| true, |v| smoothed(&v.loss_curve)),
-            },
+            loss_chart(&title, series(report, architecture, |_| true, |v| smoothed(&v.loss_curve))),
             "",
         );
         let title = format!("{}: held-out MRR", architecture.label());

@@ -5,7 +5,7 @@ use super::super::encoder::Architecture;
 use super::super::summary::{VariantSummary, loss_label};
 use super::Report;
 use super::chart::{LineChart, Scale, Series, escape};
-use super::page::{COLOURS, colour, figure, smoothed, table};
+use super::page::{COLOURS, colour, figure, loss_chart, smoothed, table};
 use std::fmt::Write;
 
 /// Nothing without prefixes.
@@ -92,15 +92,5 @@ fn losses(v: &VariantSummary, lengths: &[String]) -> String {
         points: smoothed(curve),
     });
     let title = format!("{}, {}: loss of each prefix", v.variant.architecture.label(), loss_label(&v.variant.loss));
-    let chart = LineChart {
-        title: &title,
-        x_label: "step",
-        y_label: "loss (nats, logarithmic)",
-        scale: Scale::Log,
-        from_zero: false,
-        percent: false,
-        mark: None,
-        series: series.collect(),
-    };
-    figure(&title, chart, "")
+    figure(&title, loss_chart(&title, series.collect()), "")
 }
