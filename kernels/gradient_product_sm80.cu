@@ -37,10 +37,11 @@ template <u32 TILE, Arithmetic A> SAMTONE_DEVICE void gradient_product(const Wav
     begin_launch();
     constexpr u32 BYTES = Numbers<A>::BYTES, SEGMENTS = Numbers<A>::GRADIENT_SEGMENTS;
     // [1] which sums
-    const u32 column = blockIdx.x % product.tiles_along_dim * TILE;
+    const Columns columns = columns_of<TILE>(product, blockIdx.x % product.tiles_along_dim);
     const OutputRows rows = rows_of<TILE>(product, blockIdx.x / product.tiles_along_dim);
     const Outputs& outputs = product.of[rows.space];
-    const u32 space = rows.space, begin = rows.begin, end = rows.end;
+    const u32 space = rows.space, begin = rows.begin, end = rows.end, column = columns.begin;
+    gradients += columns.prefix * product.prefix_gradients;
 
     // [2] multiply
     float total[Shape<TILE>::FRAGMENTS][4][4] = {};
@@ -86,7 +87,7 @@ template <u32 TILE, Arithmetic A> SAMTONE_DEVICE void gradient_product(const Wav
         float* to = outputs.sums + row * outputs.stride;
         UNROLL
         for (u32 j = 0; j < 4; ++j) {
-            store_sums(product, to, column0 + 8 * j, total[i / 2][j][i % 2 * 2], total[i / 2][j][i % 2 * 2 + 1]);
+            store_sums(product, to, column0 + 8 * j, columns.end, total[i / 2][j][i % 2 * 2], total[i / 2][j][i % 2 * 2 + 1]);
         }
     }
 }

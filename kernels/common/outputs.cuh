@@ -14,7 +14,19 @@ ABI_STRUCT(Product, {
     u32 dim, tiles_along_dim;
     u32 accumulate; // whether to add to what is there
     u32 padding;
+    const u32x4* columns;  // with prefixes, of each tile along the dimension: see `Columns`; else null
+    u64 prefix_gradients;  // bytes from the gradients of logits of one prefix to those of the next
 });
+
+// The columns of one tile: from `begin` on. It ends at `end` or before. Their segment is that of a prefix.
+struct Columns {
+    u32 begin, end, prefix;
+};
+template <u32 COLUMNS> SAMTONE_DEVICE Columns columns_of(const Product& product, u32 tile SAMTONE_SITE) {
+    if (product.columns == nullptr) return {tile * COLUMNS, product.dim, 0};
+    const u32x4 columns = ld_global_nc_u32x4(product.columns + tile SAMTONE_EMULATED_AS(, site));
+    return {columns.x, columns.y, columns.z};
+}
 
 // One block: rows of one space, from `begin` on. It ends at `end` or before.
 struct OutputRows {
@@ -30,16 +42,16 @@ template <u32 ROWS> SAMTONE_DEVICE OutputRows rows_of(const Product& product, u3
     return {space, outputs.cuts[part] + (row_block - outputs.first_block[part]) * ROWS, outputs.cuts[part + 1]};
 }
 
-// Stores or adds the sums of the columns c and c + 1 of a row. c is even.
-SAMTONE_DEVICE void store_sums(const Product& product, float* row, u32 c, float first, float second SAMTONE_SITE) {
-    if (c + 1 < product.dim) {
+// Stores or adds the sums of the columns c and c + 1 of a row, if they are before `end`. c is even.
+SAMTONE_DEVICE void store_sums(const Product& product, float* row, u32 c, u32 end, float first, float second SAMTONE_SITE) {
+    if (c + 1 < end) {
         f32x2 sum{first, second};
         if (product.accumulate != 0) {
             const f32x2 before = ld_global_f32x2(row + c SAMTONE_EMULATED_AS(, site));
             sum = {before.x + sum.x, before.y + sum.y};
         }
         st_global_f32x2(row + c, sum SAMTONE_EMULATED_AS(, site));
-    } else if (c < product.dim) {
+    } else if (c < end) {
         const float before = product.accumulate != 0 ? ld_global_f32(row + c SAMTONE_EMULATED_AS(, site)) : 0.0f;
         st_global_f32(row + c, before + first SAMTONE_EMULATED_AS(, site));
     }

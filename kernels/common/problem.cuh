@@ -57,7 +57,8 @@ ABI_STRUCT(Tower, {
     const unsigned char* packed;
     u64 plane;               // bytes from the first to the second plane
     u64 panel;               // bytes from one panel to the next
-    const float* inverse;    // 2^12 / norm of the packed row: above 1/2, at most 1. It is 0 for a row without direction
+    const float* inverse;    // 2^12 / norm of the packed row: above 1/2, at most 1. It is 0 for a row without direction. With prefixes
+                             // there is one for each prefix: see `Prefixes`
     const u32x4* candidates; // of each index as a candidate: query key, passage key, owner (NONE if every row keeps it), the row that it
                              // anchors (or NONE). The two keys of a query are exchanged: see `keys_of_anchor` in epilogue.cuh
 });
@@ -66,6 +67,31 @@ ABI_STRUCT(Towers, {
     u32 row_bytes; // of a packed row in one plane
     u32 masked;    // whether any pair of different indices can be masked
 });
+
+// The prefixes of a call (docs/loss.md). A call that has only the whole embedding, with weight 1, has kernels of its own, which get none
+// of this. Prefix k ends with segment k of an embedding. Segments begin at multiples of 128 bytes of a packed row. Segment k of a row is
+// its raw part times 2^t, where t is that of prefix k: the row's norm up to the end of the segment is then 2^12 … 2^13. Arrays that have
+// a part for each prefix have one part after the other: inverse norms [prefix][index], anchor keys [prefix][row], and so on.
+ABI_STRUCT(Prefixes, {
+    const u32* segments;    // where each segment ends in a packed row, in bytes
+    const u32x4* scales[2]; // of each space, [prefix][index]: see `Scales`
+    u32 count, rows;        // of prefixes; of the batch, M
+    u32 indices[2];         // of each space
+    u64 partials;           // elements from the partial sums of one prefix to those of the next, and from its counts and radial sums
+    u64 cosines;            // elements from the stored cosines of one prefix to those of the next
+    u64 gradients;          // bytes from the gradients of logits of one prefix to those of the next
+});
+
+// What is known of an index in a prefix besides its inverse norm.
+struct Scales {
+    float next; // its norm in units of the next segment. The product of two indices times both is a cosine
+    float step; // 2^(t of the next prefix − t of this one), at most 1
+    i32 power;  // t. Of a prefix without direction it is that of the next one
+};
+SAMTONE_DEVICE Scales ld_global_scales(const u32x4* at SAMTONE_SITE) {
+    const u32x4 words = ld_global_u32x4(at SAMTONE_EMULATED_AS(, site));
+    return {float_of(words.x), float_of(words.y), static_cast<i32>(words.z)};
+}
 
 // What is known of a row as an anchor: query key, passage key, and two numbers as bits of f32. They are the highest cosine that the row
 // keeps, and s⁺ with a slack. A negative above the latter outranks the positive.
@@ -116,9 +142,10 @@ SAMTONE_DEVICE double not_a_number() { return double_of(0x7ff8000000000000ull); 
 SAMTONE_DEVICE double infinity() { return double_of(0x7ff0000000000000ull); }
 SAMTONE_DEVICE double minus_infinity() { return double_of(0xfff0000000000000ull); }
 
-// Where the results of a call are. Each is an f64.
+// Where the results of a call are. Each is an f64. With prefixes those of each prefix follow, which have no temperature gradient. LARGEST is
+// the logarithm of the largest share that a row has in the gradient, −∞ if there is none.
 constexpr u32 LOSS = 0, PRECISION_QP = 1, MRR_QP = 2, PRECISION_PQ = 3, MRR_PQ = 4, SHIFT = 5, BETA_SUM = 6, GRAD_TAU = 7,
-              GRAD_LOG_BETA = 8, SQUARES = 9, SKIPPED = 10, RESULTS = 16;
+              GRAD_LOG_BETA = 8, SQUARES = 9, SKIPPED = 10, LARGEST = 11, RESULTS = 16;
 
 // 2^n for a whole n from −1022 to 1023. It is 0 for a smaller n, and 2^1023 for a larger one.
 SAMTONE_DEVICE double power_of_two(i32 n) {

@@ -115,7 +115,7 @@ constants! {
     usize: REPACKED_QUERY = 6, REPACKED_PASSAGE = 7, CHANGED_QUERY = 8, CHANGED_PASSAGE = 9, STATUS_WORDS = 10;
     // Numbers of the array `results`.
     usize: LOSS = 0, PRECISION_QP = 1, MRR_QP = 2, PRECISION_PQ = 3, MRR_PQ = 4, SHIFT = 5, BETA_SUM = 6, GRAD_TAU = 7;
-    usize: GRAD_LOG_BETA = 8, SQUARES = 9, SKIPPED = 10, RESULTS = 16;
+    usize: GRAD_LOG_BETA = 8, SQUARES = 9, SKIPPED = 10, LARGEST = 11, RESULTS = 16;
 }
 
 structs! {
@@ -132,6 +132,10 @@ structs! {
     struct Wave { count: u32, tiles: u32, blocks: [SuperBlock; MAX_SUPER_BLOCKS], }
     struct Tower { packed: Address, plane: u64, panel: u64, inverse: Address, candidates: Address, }
     struct Towers { of: [Tower; 2], row_bytes: u32, masked: bool, }
+    struct Prefixes {
+        segments: Address, scales: [Address; 2], count: u32, rows: u32, indices: [u32; 2], partials: u64, cosines: u64,
+        gradients: u64,
+    }
     struct Beta { high: f32, low: f32, }
     struct Partial { sum: f32, exponent: i32, }
     #[repr(C)]
@@ -146,7 +150,10 @@ structs! {
     struct Outputs {
         count: u32, blocks: u32, cuts: [u32; MAX_CUTS], first_block: [u32; MAX_CUTS], sums: Address, stride: u64,
     }
-    struct Product { of: [Outputs; 2], dim: u32, tiles_along_dim: u32, accumulate: bool, padding: u32, }
+    struct Product {
+        of: [Outputs; 2], dim: u32, tiles_along_dim: u32, accumulate: bool, padding: u32, columns: Address,
+        prefix_gradients: u64,
+    }
     struct Raw { data: Address, row_bytes: u64, dim: u32, dtype: u32, }
 
     // prepare.cu
@@ -200,6 +207,7 @@ pub mod kernels {
         struct logsumexp {
             wave: Wave, towers: Towers, rows: Address, beta: Beta, partials: Address, counts: Address, cosines: Cosines,
         }
+        struct logsumexp_prefixes { prefixes: Prefixes, }
         struct combine { wave: Wave, m: Merge, c: Combine, }
         struct square_masses { wave: Wave, partials: Address, masses: Address, tile: u32, together: u32, }
         struct choose_skipped { wave: Wave, towers: Towers, c: Choice, }
@@ -209,6 +217,7 @@ pub mod kernels {
             results: Address, row_count: u32, gradients: Address, plane: u64, dots: Address, skipped: Address,
         }
         struct gradient_tile_kept { cosines: Cosines, }
+        struct gradient_tile_prefixes { cosines: Cosines, prefixes: Prefixes, radials: Address, }
         struct gradient_product {
             wave: Wave, towers: Towers, gradients: Address, plane: u64, product: Product, skipped: Address,
         }
