@@ -3,7 +3,7 @@
 //          D_i = −Σ_g c_g w̃ᵢ D_gi / (e_g + D_gi), log a^b_i = log Σ_{g∋b} c_g w̃ᵢ exp(−ℓ_gi)
 // In/out   partials and counts of the logsumexp pass, faults of prepare.cu · sums [4][rows], above [2][rows], row_losses, diagonal
 //          [rows], log_coefficients [4][rows], results, status (problem.cuh)
-// Tiles    grid (⌈rows / 64⌉). The last thread block to come adds up what all have left
+// Tiles    grid (⌈rows / 64⌉, prefixes). Of each prefix, the last thread block to come adds up what all have left
 // Threads  256. In [1] a thread is one row in one block of loss.md, in [2] the first 64 threads are one row each, in [3] a lane is one
 //          value of the results
 // Shared   0: 704 bytes, values of the warps (reduce.cuh); 704: 4 bytes, the number that the thread block drew; 768: 2048 bytes,
@@ -18,6 +18,7 @@
 // Numerics f64, logarithms. Tiles, super-blocks and rows are added in one fixed order, so that every run gives the same bits, whichever
 //          thread block is the last. Afterwards the ticket is 0 again
 // Limits   fewer than 2^20 groups
+#include "common/logarithms.cuh"
 #include "common/reduce.cuh"
 
 constexpr u32 COMBINED_ROWS = REDUCE_THREADS / BLOCKS;
@@ -38,13 +39,16 @@ ABI_STRUCT(Merge, {
     const u32* anchor_index; // the index in the space of the passages of each row's positive; null for the identity
     u32 tile;
     u32 first; // starts from nothing, instead of adding to what is there
+    u64 prefix_partials; // elements from the partials of one prefix to those of the next, and from its counts
 });
 
+// Of every prefix there are all arrays but `weight`, `groups` and `faults`, one prefix after the other: sums [prefixes][4][rows] and so on.
 ABI_STRUCT(Combine, {
     ExpSum* sums;
     u32* above;
     const double *positive, *weight; // s⁺, w̃
     const Group* groups;
+    const double* prefix_weights; // v; null for one prefix of weight 1
     double *row_losses, *diagonal, *log_coefficients, *results;
     const Fault* faults[2];
     double* found; // [grid][FOUND]
@@ -74,8 +78,9 @@ SAMTONE_DEVICE ExpSum merge(const Wave& wave, const Merge& m, const Combine& c, 
     const bool ranked = block == QP || block == PQ;
     u32 index = row;
     if ((block == PQ || block == PP) && m.anchor_index != nullptr) index = ld_global_nc_u32(m.anchor_index + row);
-    ExpSum* to = c.sums + static_cast<u64>(block) * c.rows + row;
-    u32* count_to = c.above + static_cast<u64>(block) * c.rows + row;
+    const u64 prefix = blockIdx.y;
+    ExpSum* to = c.sums + (prefix * BLOCKS + block) * c.rows + row;
+    u32* count_to = c.above + (prefix * 2 + block) * c.rows + row;
     ExpSum all{0, 0, 0};
     u32 count = 0;
     if (m.first == 0) {
@@ -91,7 +96,7 @@ SAMTONE_DEVICE ExpSum merge(const Wave& wave, const Merge& m, const Combine& c, 
             // In a triangle, the tiles right of the diagonal have sums of rows, and the tiles above it sums of columns.
             const u32 begin = s.triangle != 0 && side == 0 ? local / m.tile : 0;
             const u32 end = s.triangle != 0 && side == 1 ? local / m.tile : other.tiles;
-            const u64 first = (side == 0 ? s.row_partials : s.col_partials) + local;
+            const u64 first = prefix * m.prefix_partials + (side == 0 ? s.row_partials : s.col_partials) + local;
             for (u32 t = begin; t < end; t += AT_ONCE) {
                 u32x2 partials[AT_ONCE];
                 u32 counts[AT_ONCE];
@@ -117,9 +122,6 @@ SAMTONE_DEVICE ExpSum merge(const Wave& wave, const Merge& m, const Combine& c, 
     return all;
 }
 
-constexpr double LN_2 = 0.693147180559945309417232121458;
-
-SAMTONE_DEVICE double ln_of(const ExpSum& x) { return x.sum == 0 ? minus_infinity() : log_f64(x.sum) + x.exponent * LN_2; }
 
 // log(exp(a) + exp(b)).
 SAMTONE_DEVICE double log_add_exp(double a, double b) {
@@ -145,7 +147,9 @@ SAMTONE_DEVICE double log_negatives(u32 blocks, const double (&ln)[BLOCKS], doub
 
 // Loss, coefficients and metrics of a row, from the logarithms of its sums.
 SAMTONE_DEVICE void combine_row(const Combine& c, u32 row, const double (&ln)[BLOCKS], double (&found)[FOUND]) {
-    const double positive = c.beta * ld_global_f64(c.positive + row), weight = ld_global_nc_f64(c.weight + row);
+    const u64 prefix = blockIdx.y, of_prefix = prefix * c.rows;
+    const double positive = c.beta * ld_global_f64(c.positive + of_prefix + row), weight = ld_global_nc_f64(c.weight + row);
+    const double prefix_weight = c.prefix_weights != nullptr ? ld_global_nc_f64(c.prefix_weights + prefix) : 1;
     double coefficients[BLOCKS], row_loss = 0, diagonal = 0;
     UNROLL
     for (u32 b = 0; b < BLOCKS; ++b) coefficients[b] = minus_infinity();
@@ -163,23 +167,24 @@ SAMTONE_DEVICE void combine_row(const Combine& c, u32 row, const double (&ln)[BL
         const double relative = log_add(e, log_d);
         row_loss += coefficient * relative;
         if (weight == 0) continue;
-        diagonal -= coefficient * weight * exp_f64(log_d - relative);
-        const double log_coefficient = log_f64(coefficient * weight) - relative - positive;
+        const double factor = prefix_weight * (coefficient * weight);
+        diagonal -= factor * exp_f64(log_d - relative);
+        const double log_coefficient = log_f64(factor) - relative - positive;
         UNROLL
         for (u32 b = 0; b < BLOCKS; ++b)
             if ((rest.x >> b & 1) != 0) coefficients[b] = log_add_exp(coefficients[b], log_coefficient);
     }
-    st_global_f64(c.row_losses + row, row_loss);
-    st_global_f64(c.diagonal + row, diagonal);
+    st_global_f64(c.row_losses + of_prefix + row, row_loss);
+    st_global_f64(c.diagonal + of_prefix + row, diagonal);
     UNROLL
     for (u32 b = 0; b < BLOCKS; ++b) {
-        st_global_f64(c.log_coefficients + static_cast<u64>(b) * c.rows + row, coefficients[b]);
+        st_global_f64(c.log_coefficients + (prefix * BLOCKS + b) * c.rows + row, coefficients[b]);
         found[LARGEST_SHARE] = Largest::of(coefficients[b] + ln[b], found[LARGEST_SHARE]); // a NaN does not count
     }
     found[LOSS] = row_loss * weight;
     UNROLL
     for (u32 k = 0; k < 2; ++k) {
-        const u32 above = ld_global_u32(c.above + static_cast<u64>(k) * c.rows + row);
+        const u32 above = ld_global_u32(c.above + (prefix * 2 + k) * c.rows + row);
         found[PRECISION_QP + 2 * k] = above == 0 ? weight : 0;
         found[MRR_QP + 2 * k] = weight / (1.0 + above);
     }
@@ -199,11 +204,9 @@ SAMTONE_DEVICE void find_faults(const Combine& c, double (&found)[FOUND]) {
         }
 }
 
-// Makes results and status of what the call found: lane k of the warp has value k. SHIFT is chosen so that the largest share of the
-// gradient becomes about 2^13 in units of 2^SHIFT. So gradients of logits use the range of f16, and none leaves it. Where the sums of P@1
+// Makes results and status of what the call found: lane k of the warp has value k. Where the sums of P@1
 // and MRR are equal, both are 1: `Metrics::from_sums` in src/output.rs says why. Both are added up in the same order, as it wants.
 SAMTONE_DEVICE void finish(const Combine& c, double value) {
-    constexpr u32 TARGET = 13;
     const u32 k = lane_id();
     const bool faulty = k >= FAULTS && k < FOUND && value != minus_infinity();
     const u32 faults = vote_sync_ballot(ALL_LANES, faulty) >> FAULTS;
@@ -212,10 +215,14 @@ SAMTONE_DEVICE void finish(const Combine& c, double value) {
     const double of_qp = shfl_sync_bfly(ALL_LANES, value, PRECISION_QP ^ MRR_QP);
     const double of_pq = shfl_sync_bfly(ALL_LANES, value, PRECISION_PQ ^ MRR_PQ);
     if (k >= PRECISION_QP && k <= MRR_PQ && value == (k <= MRR_QP ? of_qp : of_pq)) value = 1;
-    if (k < SUMS) st_global_f64(c.results + k, value);
-    if (k == LARGEST_SHARE) st_global_f64(c.results + SHIFT, value == minus_infinity() ? 0 : round_f64(value / LN_2) - TARGET);
+    double* results = c.results + blockIdx.y * RESULTS;
+    if (k < SUMS) st_global_f64(results + k, value);
+    if (k == LARGEST_SHARE) {
+        st_global_f64(results + SHIFT, shift_of(value));
+        st_global_f64(results + LARGEST, value);
+    }
     if (k < FAULTS || k >= FAULTS + STATUS_WORDS) return;
-    u32* word = c.status + (k - FAULTS);
+    u32* word = c.status + blockIdx.y * STATUS_WORDS + (k - FAULTS);
     if (k - FAULTS < NO_NEGATIVE) st_global_u32(word, faulty ? static_cast<u32>(-value) : NONE);
     else if (k - FAULTS == NO_NEGATIVE) {
         const u64 both = faulty ? static_cast<u64>(-value) : 0;
@@ -248,12 +255,13 @@ KERNEL(combine, REDUCE_THREADS, BY_VALUE(Wave) wave, BY_VALUE(Merge) m, BY_VALUE
     }
     find_faults(c, found);
     double value = reduce_block_to_lanes<SUMS>(found);
+    double* left = c.found + static_cast<u64>(blockIdx.y) * gridDim.x * FOUND; // by the thread blocks of this prefix
     if (warp_id() == 0) {
-        if (lane_id() < FOUND) st_global_f64(c.found + blockIdx.x * FOUND + lane_id(), value);
+        if (lane_id() < FOUND) st_global_f64(left + blockIdx.x * FOUND + lane_id(), value);
         SYNC(C2, bar_warp_sync(ALL_LANES));
         if (lane_id() == 0) {
             SYNC(C3, fence_acq_rel_gpu());
-            const u32 drawn = atom_global_inc_u32(c.ticket, gridDim.x - 1);
+            const u32 drawn = atom_global_inc_u32(c.ticket + blockIdx.y, gridDim.x - 1);
             SYNC(C4, fence_acq_rel_gpu());
             st_shared_u32(shared_base() + DRAWN, drawn);
         }
@@ -266,7 +274,7 @@ KERNEL(combine, REDUCE_THREADS, BY_VALUE(Wave) wave, BY_VALUE(Merge) m, BY_VALUE
     for (u32 b = threadIdx.x; b < gridDim.x; b += REDUCE_THREADS) {
         UNROLL
         for (u32 k = 0; k < FOUND; ++k) {
-            const double x = ld_global_f64(c.found + b * FOUND + k);
+            const double x = ld_global_f64(left + b * FOUND + k);
             found[k] = k < SUMS ? found[k] + x : Largest::of(found[k], x);
         }
     }

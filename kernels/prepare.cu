@@ -13,63 +13,16 @@
 //          as well, so that they need no kernels of their own. A row that is not finite or has norm zero packs as zeros and leaves its
 //          number among the faults. combine.cu makes the status of the faults, so that nothing has to be cleared before this launch
 // Limits   raw rows are aligned to their elements
-#include "common/raw.cuh"
-#include "common/reduce.cuh"
-
-constexpr u32 ROWS_PER_BLOCK = REDUCE_THREADS / WARP;
-ABI_CONSTANT u32 PACK_F16 = 0, PACK_F16X3 = 1, PACK_F32 = 2;
-constexpr double COSINE_TIE = 1.0 / (1 << 20); // src/mask.rs
-
-ABI_STRUCT(Packing, {
-    Raw raw;
-    const u32* order;
-    unsigned char* packed;
-    u64 plane;
-    float* inverse;
-    double* inverse_norm;
-    Fault* faults;        // by index
-    u64 row_pitch, panel; // bytes from row to row of a panel, and from panel to panel (problem.cuh)
-    u32 indices, padded, row_bytes, format;
-    u32 swizzled, parts;
-    u32 index[MAX_CUTS], row[MAX_CUTS]; // of each part of the space: its first index, and the packed row of that index
-});
-
-ABI_STRUCT(Positives, {
-    const u32* positives;  // the passage that is each row's positive; null for the identity
-    const u32x2* row_keys; // query key, passage key
-    double* positive;      // s⁺
-    AnchorKeys* anchors;
-    u32 *ticket, *status;
-    double margin;       // +∞ if there is none
-    u32 wanted, padding; // `wanted` is 0 if they are there already, as the norms are
-});
-
-ABI_STRUCT(Prepare, {
-    Packing of[2];
-    Positives positives;
-});
-
-SAMTONE_DEVICE void store_anchor(const Positives& p, u32 row, double cosine) {
-    const u32x2 keys = ld_global_nc_u32x2(p.row_keys + row);
-    const float threshold = static_cast<float>(cosine + p.margin + COSINE_TIE), above = static_cast<float>(cosine + COSINE_TIE);
-    st_global_f64(p.positive + row, cosine);
-    st_global_u32x4(p.anchors + row, {keys.x, keys.y, bits_of(threshold), bits_of(above)});
-}
+#include "common/packing.cuh"
 
 KERNEL(prepare, REDUCE_THREADS, BY_VALUE(Prepare) all) {
     begin_launch();
     const Positives& positives = all.positives;
     if (blockIdx.x == 0 && threadIdx.x == 0) st_global_u32(positives.ticket, 0);
-    u32 packed_row = blockIdx.x * ROWS_PER_BLOCK + warp_id();
-    const u32 space = packed_row < all.of[0].padded ? 0 : 1; // a thread block has rows of one space
-    if (space == 1) packed_row -= all.of[0].padded;
-    const Packing& p = all.of[space];
-    u32 part = 0;
-    while (part + 1 < p.parts && packed_row >= p.row[part + 1]) ++part;
-    const u32 index = p.index[part] + packed_row - p.row[part], end = part + 1 < p.parts ? p.index[part + 1] : p.indices;
-    const bool exists = index < end, aligned = is_aligned(p.raw);
-    u32 row = index;
-    if (exists && p.order != nullptr) row = ld_global_nc_u32(p.order + index);
+    const PackedRow at = packed_row_of(all);
+    const Packing& p = all.of[at.space];
+    const u32 space = at.space, index = at.index, row = at.row;
+    const bool exists = at.exists, aligned = is_aligned(p.raw);
     const unsigned char* x = p.raw.data + row * p.raw.row_bytes;
     double scale = 0;
     if (exists) { // [1] norm, and of a query the cosine with its positive
@@ -94,8 +47,7 @@ KERNEL(prepare, REDUCE_THREADS, BY_VALUE(Prepare) all) {
         const Norm norm = norm_of(squares);
         double inverse = 0;
         if (norm.norm > 0) {
-            const i32 exponent = static_cast<i32>(bits_of(norm.norm) >> 52) - 1023;
-            scale = power_of_two(12 - exponent);
+            scale = power_of_two(power_for(norm.norm));
             inverse = 4096 / (norm.norm * scale);
         }
         if (lane_id() == 0) {
@@ -111,13 +63,11 @@ KERNEL(prepare, REDUCE_THREADS, BY_VALUE(Prepare) all) {
         if (pairs) {
             other_squares = reduce_warp<Sum>(other_squares);
             dot = reduce_warp<Sum>(dot);
-            if (lane_id() == 0) store_anchor(positives, row, dot * norm.inverse * norm_of(other_squares).inverse);
+            if (lane_id() == 0) store_anchor(positives, row, row, dot * norm.inverse * norm_of(other_squares).inverse);
         }
     }
     // [2] pack
-    unsigned char* out = p.packed + packed_row * p.row_pitch;
-    const u32 swizzle = p.swizzled != 0 ? packed_row % 8 : 0;
-    auto chunk = [&](u32 byte) { return out + byte / 128 * p.panel + (byte / 16 % 8 ^ swizzle) * 16; };
+    const PackedAt out = packed_at(p, at.packed);
     const u32 columns = p.row_bytes / (p.format == PACK_F32 ? 4 : 2);
     for (u32 column = 8 * lane_id(); column < columns; column += 8 * WARP) {
         float v[8];
@@ -126,18 +76,6 @@ KERNEL(prepare, REDUCE_THREADS, BY_VALUE(Prepare) all) {
         if (scale > 0) load_eight(v, p.raw, x, column, aligned);
         UNROLL
         for (u32 i = 0; i < 8; ++i) v[i] = static_cast<float>(v[i] * scale); // in f64, because the power alone may exceed f32
-        if (p.format == PACK_F32) {
-            st_global_f32x4(chunk(4 * column), {v[0], v[1], v[2], v[3]});
-            st_global_f32x4(chunk(4 * column + 16), {v[4], v[5], v[6], v[7]});
-            continue;
-        }
-        u32 high[4], low[4];
-        UNROLL
-        for (u32 i = 0; i < 4; ++i) {
-            high[i] = cvt_rn_f16x2_f32(v[2 * i], v[2 * i + 1]);
-            low[i] = cvt_rn_f16x2_f32(v[2 * i] - low_half(high[i], TYPE_F16), v[2 * i + 1] - high_half(high[i], TYPE_F16));
-        }
-        st_global_u32x4(chunk(2 * column), {high[0], high[1], high[2], high[3]});
-        if (p.format == PACK_F16X3) st_global_u32x4(chunk(2 * column) + p.plane, {low[0], low[1], low[2], low[3]});
+        pack_eight(p, out, column, v);
     }
 }

@@ -13,93 +13,13 @@
 //          writes it. A row without direction gets zeros. A refused call gets NaN. A row whose norm is not that of the forward call gets
 //          NaN as well, and the status then names it. Dots are added in one fixed order
 // Limits   gradients are aligned to their elements
-#include "common/raw.cuh"
-#include "common/reduce.cuh"
-
-constexpr u32 ROWS_PER_BLOCK = REDUCE_THREADS / WARP;
-
-// How the gradient of one tower is made.
-ABI_STRUCT(Projection, {
-    Raw own, other; // the raw embeddings of this tower, and of the other one
-    const float* sums;
-    u64 sums_stride;                                 // from row to row, in elements
-    const float* inverse;                            // of this tower, by index
-    const double *inverse_norm, *other_inverse_norm; // by index
-    unsigned char* out;
-    u64 out_row_bytes;
-    u32 out_type, rows; // of the output. There are no rows if the gradient is not wanted
-    u32 first_row;      // of the queries: the row that the first output row belongs to
-    u32 is_passage;
-});
-
-// The dots of a wave. Their sum is added to that of earlier waves.
-ABI_STRUCT(Dots, {
-    const double* dots;
-    double* results;
-    u32 count;
-    u32 first; // starts from nothing, instead of adding
-});
-
-ABI_STRUCT(Backward, {
-    Projection of[2];
-    Dots dots;
-    const double* diagonal;
-    // Pairs. For queries: the passage that is each row's positive, and its index (null for the identity). For passages: the indices behind
-    // passage n are occurrences[occurrence_start[n] … occurrence_start[n + 1] − 1] (null for the identity), and the row of each index.
-    const u32 *positives, *anchor_index, *occurrence_start, *occurrences, *anchor_row;
-    const float* upstream; // null for 1
-    u32* status;
-    double beta, factor;    // `factor` is the host's part of the upstream gradient
-    u32 row_begin, row_end; // the rows of the shard
-    u32 zero_is_error, padding;
-});
-
-// BETA_SUM ← (first ? 0 : BETA_SUM) + Σ dots. Only thread 0 gets the sum with what was there before.
-SAMTONE_DEVICE double sum_of(const Dots& d SAMTONE_SITE) {
-    double x = 0;
-    for (u32 t = threadIdx.x; t < d.count; t += REDUCE_THREADS) x += ld_global_f64(d.dots + t SAMTONE_EMULATED_AS(, site));
-    x = reduce_block<Sum>(x SAMTONE_EMULATED_AS(, site));
-    if (threadIdx.x != 0) return x;
-    if (d.first == 0) x += ld_global_f64(d.results + BETA_SUM SAMTONE_EMULATED_AS(, site));
-    st_global_f64(d.results + BETA_SUM, x SAMTONE_EMULATED_AS(, site));
-    return x;
-}
+#include "common/projection.cuh"
 
 // Runs after each wave but the last. The dots of the last wave are added by `project`.
 SHARED_BYTES(sum_dots, REDUCE_BYTES);
 KERNEL(sum_dots, REDUCE_THREADS, BY_VALUE(Dots) dots) {
     begin_launch();
     sum_of(dots);
-}
-
-// The upstream gradient, or NaN if the call is refused.
-SAMTONE_DEVICE double upstream_of(const Backward& b SAMTONE_SITE) {
-    if (is_refused(b.status, b.zero_is_error SAMTONE_EMULATED_AS(, site))) return not_a_number();
-    return b.upstream != nullptr ? b.factor * ld_global_f32(b.upstream SAMTONE_EMULATED_AS(, site)) : b.factor;
-}
-
-// ∂L/∂τ and ∂L/∂log β from Σ G (s − s⁺). That is ∂L/∂β without the cancellation of the negatives and the positive.
-SAMTONE_DEVICE void finish(const Backward& b) {
-    const double sum = sum_of(b.dots);
-    if (threadIdx.x != 0) return;
-    const double grad_beta = upstream_of(b) * exp2_f64(ld_global_f64(b.dots.results + SHIFT)) * sum;
-    st_global_f64(b.dots.results + GRAD_TAU, -b.beta * b.beta * grad_beta);
-    st_global_f64(b.dots.results + GRAD_LOG_BETA, b.beta * grad_beta);
-}
-
-SAMTONE_DEVICE void store_element(const Projection& p, u32 row, u32 column, double value) {
-    unsigned char* to = p.out + row * p.out_row_bytes;
-    const float x = static_cast<float>(value);
-    if (p.out_type == TYPE_F32) st_global_f32(to + 4 * column, x);
-    else st_global_u16(to + 2 * column, p.out_type == TYPE_F16 ? cvt_rn_f16_f32(x).bits : cvt_rn_bf16_f32(x).bits);
-}
-
-// Adds one embedding times a number.
-SAMTONE_DEVICE void add_scaled(double (&g)[8], const Raw& raw, u32 row, u32 column, bool aligned, double scale) {
-    float y[8];
-    load_eight(y, raw, raw.data + row * raw.row_bytes, column, aligned);
-    UNROLL
-    for (u32 i = 0; i < 8; ++i) g[i] = fma_rn(scale, static_cast<double>(y[i]), g[i]);
 }
 
 // u + Σ D_i ŷ at the columns column … column + 7.

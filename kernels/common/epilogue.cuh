@@ -77,10 +77,43 @@ SAMTONE_DEVICE EdgeEntry load_entry(const Edge& edge, u32 index, const Towers& t
 template <u32 TILE> SAMTONE_DEVICE bool holds_row() { return threadIdx.x < TILE; }
 
 // This thread's index. Thread k < TILE holds row k of the tile, and thread TILE + k holds column k.
+template <u32 TILE> SAMTONE_DEVICE u32 edge_index(const Edge& edge, const TilePlace& at) {
+    return edge.begin + (holds_row<TILE>() ? at.row : at.col) * TILE + threadIdx.x % TILE;
+}
 template <u32 TILE>
 SAMTONE_DEVICE EdgeEntry load_edge(const SuperBlock& block, const TilePlace& at, const Towers& towers, const AnchorKeys* rows) {
     const Edge& edge = holds_row<TILE>() ? block.row : block.col;
-    return load_entry(edge, edge.begin + (holds_row<TILE>() ? at.row : at.col) * TILE + threadIdx.x % TILE, towers, rows);
+    return load_entry(edge, edge_index<TILE>(edge, at), towers, rows);
+}
+
+// One index of an axis in one prefix. An index that does not exist has no scales. What does not exist is loaded from where something is,
+// and then forgotten: the PTX compiler would keep the target of a load that may not happen from one prefix to the next.
+SAMTONE_DEVICE EdgeEntry load_entry_of_prefix(Scales& scales, const Edge& edge, u32 index, const Towers& towers, const AnchorKeys* rows,
+                                              const Prefixes& prefixes, u32 prefix) {
+    const bool live = index < edge.end;
+    const u32 at = live ? index : edge.begin;
+    const u64 of_prefix = static_cast<u64>(prefix) * prefixes.indices[edge.space] + at;
+    const Tower& tower = tower_of(towers, edge.space);
+    const Scales found = ld_global_scales(prefixes.scales[edge.space] + of_prefix);
+    scales = {live ? found.next : 0, live ? found.step : 0, found.power};
+    const u32x4 candidate = ld_global_nc_u32x4(tower.candidates + at);
+    const u32 inverse = bits_of(ld_global_f32(tower.inverse + of_prefix));
+    const bool anchors = live && edge.anchors != 0 && candidate.w != NONE;
+    const u32x4 anchor = ld_global_u32x4(rows + static_cast<u64>(prefix) * prefixes.rows + (anchors ? candidate.w : 0));
+    const u32x2 keys = keys_of_anchor(edge, anchor);
+    EdgeEntry entry{{NONE, NONE, NONE, 0}, {NONE, NONE, NONE, 0}, NONE, live};
+    if (live) {
+        entry.candidate = {candidate.x, candidate.y, candidate.z, inverse};
+        entry.row = candidate.w;
+    }
+    if (anchors) entry.anchor = {keys.x, keys.y, candidate.w, anchor.z};
+    return entry;
+}
+template <u32 TILE> SAMTONE_DEVICE EdgeEntry load_edge_of_prefix(Scales& scales, const SuperBlock& block, const TilePlace& at,
+                                                                 const Towers& towers, const AnchorKeys* rows, const Prefixes& prefixes,
+                                                                 u32 prefix) {
+    const Edge& edge = holds_row<TILE>() ? block.row : block.col;
+    return load_entry_of_prefix(scales, edge, edge_index<TILE>(edge, at), towers, rows, prefixes, prefix);
 }
 
 template <u32 TILE> SAMTONE_DEVICE void store_edge(shared_address edges, const EdgeEntry& entry, const u32x4& of_pass) {
@@ -90,15 +123,36 @@ template <u32 TILE> SAMTONE_DEVICE void store_edge(shared_address edges, const E
     st_shared_u32x4(at + 32, of_pass);
 }
 
-// The elements of a thread, seen as rows and columns. It has 2·FRAGMENTS row slots, counted by i, and 8 column slots, counted by j.
-template <u32 TILE> struct Elements {
-    static constexpr u32 ROWS = 2 * Shape<TILE>::FRAGMENTS, COLS = 8;
+// The elements of a thread, seen as rows and columns. It has 2·FRAGMENTS row slots, counted by i, and 8 column slots, counted by j. If
+// registers do not suffice, a thread takes its row slots in PARTS, one after the other: then these are those of one part.
+template <u32 TILE, u32 PARTS = 1> struct Elements {
+    static constexpr u32 ROWS = 2 * Shape<TILE>::FRAGMENTS / PARTS, COLS = 8;
+    using Array = float[ROWS / 2][4][4];
     u32 row0, column0; // where this thread's part of the tile begins
-    SAMTONE_MEMBER static Elements of_this_thread() { return {warp_row<TILE>() + lane_id() / 4, warp_column<TILE>() + lane_id() % 4 * 2}; }
+    SAMTONE_MEMBER static Elements of_this_thread(u32 part = 0) {
+        return {warp_row<TILE>() + part * (TILE / 2 / PARTS) + lane_id() / 4, warp_column<TILE>() + lane_id() % 4 * 2};
+    }
     SAMTONE_MEMBER u32 row(u32 i) const { return row0 + 8 * i; }
     SAMTONE_MEMBER u32 column(u32 j) const { return column0 + j / 2 * 8 + j % 2; }
 };
-template <u32 TILE> SAMTONE_DEVICE float& element(Totals<TILE>& x, u32 i, u32 j) { return x[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+template <u32 N> SAMTONE_DEVICE float& element(float (&x)[N][4][4], u32 i, u32 j) { return x[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+
+// Multiplies each element by a number of its row's entry and by that of its column's. The number is `at` bytes from where an entry begins,
+// and entries lie at the start of shared memory.
+template <u32 TILE, u32 PARTS>
+SAMTONE_DEVICE void multiply_by_entries(typename Elements<TILE, PARTS>::Array& x, const Elements<TILE, PARTS>& elements, u32 at) {
+    using E = Elements<TILE, PARTS>;
+    const shared_address rows = shared_base() + at, cols = rows + TILE * EDGE_BYTES;
+    float of_col[E::COLS];
+    UNROLL
+    for (u32 j = 0; j < E::COLS; ++j) of_col[j] = ld_shared_f32(cols + elements.column(j) * EDGE_BYTES);
+    UNROLL
+    for (u32 i = 0; i < E::ROWS; ++i) {
+        const float of_row = ld_shared_f32(rows + elements.row(i) * EDGE_BYTES);
+        UNROLL
+        for (u32 j = 0; j < E::COLS; ++j) element(x, i, j) = mul_rn(mul_rn(element(x, i, j), of_row), of_col[j]);
+    }
+}
 
 // The rule of src/mask.rs: whether the candidate at cosine s is a negative of the anchor. It has no branches, because all of it is in
 // registers.
@@ -132,9 +186,10 @@ template <u32 TILE> SAMTONE_DEVICE TileMask mask_of(const SuperBlock& block, con
 }
 
 // [2] scale: makes cosines of products, in place, unless they are cosines already. [3] mask.
-template <u32 TILE, bool SCALED = false> SAMTONE_DEVICE Kept scale_and_mask(Totals<TILE>& x, shared_address edges, const TileMask& tile) {
-    using E = Elements<TILE>;
-    const E elements = E::of_this_thread();
+template <u32 TILE, bool SCALED, u32 PARTS> SAMTONE_DEVICE Kept scale_and_mask(typename Elements<TILE, PARTS>::Array& x,
+                                                                               const Elements<TILE, PARTS>& elements, shared_address edges,
+                                                                               const TileMask& tile) {
+    using E = Elements<TILE, PARTS>;
     const shared_address cols = edges + TILE * EDGE_BYTES;
     const bool checked = tile.masked || tile.live_rows < TILE || tile.live_cols < TILE;
     Kept kept{tile.row_anchors ? ~0ull : 0, tile.col_anchors ? ~0ull : 0};
@@ -152,7 +207,7 @@ template <u32 TILE, bool SCALED = false> SAMTONE_DEVICE Kept scale_and_mask(Tota
         UNROLL
         for (u32 j = 0; j < E::COLS; ++j) {
             const u32 column = elements.column(j);
-            float& s = element<TILE>(x, i, j);
+            float& s = element(x, i, j);
             if (!SCALED) s = mul_rn(mul_rn(s, scale), col_scale[j]);
             if (checked) {
                 const u32x4 c = ld_shared_u32x4(cols + column * EDGE_BYTES);
@@ -210,8 +265,7 @@ template <u32 N, u32 BIT, u32 LAST> SAMTONE_DEVICE void choose_halving(float (&v
 }
 
 // The row slots whose sums a lane holds after sum_halving<ROWS, 1, 2>: this one and the ROWS / 4 − 1 that follow.
-template <u32 TILE> SAMTONE_DEVICE u32 first_row_slot() {
-    constexpr u32 ROWS = Elements<TILE>::ROWS;
+template <u32 ROWS> SAMTONE_DEVICE u32 first_row_slot() {
     return (lane_id() & 1) * (ROWS / 2) + (lane_id() >> 1 & 1) * (ROWS / 4);
 }
 // The column slot whose sum a lane holds after sum_halving<8, 4, 16>.

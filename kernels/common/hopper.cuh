@@ -193,13 +193,6 @@ template <u32 N> SAMTONE_DEVICE void hold(float (&d)[N]) {
     }
 }
 
-// Gives the same number, but the compiler knows nothing of it. So it computes here what depends on the number, and not in advance, where
-// that would occupy registers for long.
-SAMTONE_DEVICE u32 only_here(u32 x) {
-    SAMTONE_PTX("" : "+r"(x));
-    return x;
-}
-
 template <bool A_TRANSPOSED, bool B_TRANSPOSED>
 SAMTONE_DEVICE void wgmma_m64n128k16_f16(float (&d)[64], u64 a, u64 b, bool accumulate SAMTONE_SITE) {
     SAMTONE_PTX("{.reg .pred p; setp.ne.b32 p, %66, 0;\n\twgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "

@@ -270,6 +270,13 @@ SAMTONE_DEVICE double fma_rn(double a, double b, double c) {
     return r;
 }
 
+// Gives the same number, but the compiler knows nothing of it. So it computes here what depends on the number, and not in advance, where
+// that would occupy registers for long.
+SAMTONE_DEVICE u32 only_here(u32 x) {
+    SAMTONE_PTX("" : "+r"(x));
+    return x;
+}
+
 // exp, log, log1p, exp2 in f64, within 1 ulp. These are the compiler's own functions, inlined. Kernels call them O(M) times only.
 SAMTONE_DEVICE double exp_f64(double x) { return exp(x); }
 SAMTONE_DEVICE double log_f64(double x) { return log(x); }

@@ -74,6 +74,7 @@ ABI_STRUCT(Towers, {
 // a part for each prefix have one part after the other: inverse norms [prefix][index], anchor keys [prefix][row], and so on.
 ABI_STRUCT(Prefixes, {
     const u32* segments;    // where each segment ends in a packed row, in bytes
+    const u32* dims;        // where it ends in a raw row, in elements
     const u32x4* scales[2]; // of each space, [prefix][index]: see `Scales`
     u32 count, rows;        // of prefixes; of the batch, M
     u32 indices[2];         // of each space

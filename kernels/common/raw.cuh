@@ -62,6 +62,16 @@ SAMTONE_DEVICE bool is_aligned(const Raw& raw) {
     return ((reinterpret_cast<u64>(raw.data) | raw.row_bytes | raw.dim * bytes) & 15) == 0;
 }
 
+// The part of a raw row that is a segment: elements begin … end − 1.
+struct Segment {
+    Raw raw; // ends with the segment
+    u32 begin;
+    bool aligned;
+};
+SAMTONE_DEVICE Segment segment_of(const Raw& raw, bool aligned, u32 begin, u32 end) {
+    return {{raw.data, raw.row_bytes, end, raw.dtype}, begin, aligned && begin % 8 == 0 && end % 8 == 0};
+}
+
 // What a sum of squares says of a row.
 struct Norm {
     double norm, inverse; // both are 0 for a row that has no direction
@@ -75,4 +85,12 @@ SAMTONE_DEVICE Norm norm_of(double squares) {
 SAMTONE_DEVICE void add_squares(double& squares, const float (&v)[8]) {
     UNROLL
     for (u32 i = 0; i < 8; ++i) squares = fma_rn(static_cast<double>(v[i]), static_cast<double>(v[i]), squares);
+}
+// Adds the squares of a segment of a row: this lane's share.
+SAMTONE_DEVICE void add_segment(double& squares, const Segment& s, const unsigned char* row) {
+    for (u32 column = s.begin + 8 * lane_id(); column < s.raw.dim; column += 8 * WARP) {
+        float v[8];
+        load_eight(v, s.raw, row, column, s.aligned);
+        add_squares(squares, v);
+    }
 }

@@ -133,7 +133,7 @@ structs! {
     struct Tower { packed: Address, plane: u64, panel: u64, inverse: Address, candidates: Address, }
     struct Towers { of: [Tower; 2], row_bytes: u32, masked: bool, }
     struct Prefixes {
-        segments: Address, scales: [Address; 2], count: u32, rows: u32, indices: [u32; 2], partials: u64, cosines: u64,
+        segments: Address, dims: Address, scales: [Address; 2], count: u32, rows: u32, indices: [u32; 2], partials: u64, cosines: u64,
         gradients: u64,
     }
     struct Beta { high: f32, low: f32, }
@@ -169,9 +169,9 @@ structs! {
     struct Prepare { of: [Packing; 2], positives: Positives, }
 
     // combine.cu
-    struct Merge { partials: Address, counts: Address, anchor_index: Address, tile: u32, first: bool, }
+    struct Merge { partials: Address, counts: Address, anchor_index: Address, tile: u32, first: bool, prefix_partials: u64, }
     struct Combine {
-        sums: Address, above: Address, positive: Address, weight: Address, groups: Address, row_losses: Address, diagonal: Address,
+        sums: Address, above: Address, positive: Address, weight: Address, groups: Address, prefix_weights: Address, row_losses: Address, diagonal: Address,
         log_coefficients: Address, results: Address, faults: [Address; 2], found: Address, status: Address, ticket: Address,
         beta: f64, rows: u32, group_count: u32, indices: [u32; 2], zero_is_error: bool, empty_is_error: bool, merges_only: bool,
         padding: u32,
@@ -204,6 +204,7 @@ pub mod kernels {
 
     structs! {
         struct prepare { all: Prepare, }
+        struct prepare_prefixes { prefixes: Prefixes, }
         struct logsumexp {
             wave: Wave, towers: Towers, rows: Address, beta: Beta, partials: Address, counts: Address, cosines: Cosines,
         }
