@@ -3,7 +3,7 @@
 // In/out   gradients of gradient_tile_sm90a.cu, towers in panels, skipped (skipping.cuh) · sums as gradient_product_sm80.cu
 // Tiles    a cluster visits squares of 256 rows x 256 columns of the sums in turn, and each of its thread blocks 128 of the rows: grid
 //          (2·clusters) for any number of clusters. The blocks of rows of a part (common/outputs.cuh) have 256 rows. Along k the product
-//          visits the squares that are not skipped
+//          visits the squares that are not skipped. A square of sums that has at most 128 columns is computed as one half
 // Threads  384; see pipeline.cuh
 // Shared   the slots and mbarriers of pipeline.cuh. Where k runs along a row of the gradients, A is 128 rows of one panel. Where k runs
 //          down their columns, A is 64 rows of two panels. B is 64 rows of four panels of the embeddings
@@ -23,11 +23,13 @@ static_assert(Ring<STAGES>::END <= 227 << 10, "the memory of a multiprocessor");
 // A square of sums.
 struct Square {
     OutputRows rows; // those of the cluster
-    u32 column;
+    Columns columns;
 };
 SAMTONE_DEVICE Square square_of(const Product& product, u32 k) {
-    return {rows_of<PAIR>(product, k / product.tiles_along_dim), k % product.tiles_along_dim * PAIR};
+    return {rows_of<PAIR>(product, k / product.tiles_along_dim), columns_of<PAIR>(product, k % product.tiles_along_dim)};
 }
+// Whether there are columns of the first half only.
+SAMTONE_DEVICE bool is_narrow(const Columns& columns) { return columns.end <= columns.begin + HALF; }
 
 // Calls `visit(super-block, side)` for every matrix of the wave that adds to these rows, in order. For side 0 they are rows of the matrix.
 template <class Visit> SAMTONE_DEVICE void for_each_matrix(const Wave& wave, const OutputRows& rows, Visit visit) {
@@ -59,8 +61,8 @@ template <Arithmetic A> SAMTONE_DEVICE void copy_matrix(Ring<STAGES>& ring, cons
     const u32 row = square.rows.begin - edge.begin + cluster_rank() * HALF; // the first row of this block, along the axis
     const unsigned char* a_start = gradients + block.gradient * 2 + (side == 0 ? row * 128ull : row / 64 * panel);
     const u64 a_step = side == 0 ? panel : 64 * 128;
-    // Beyond the last panel of the embeddings, the last one is copied again. It makes columns of sums that are not stored.
-    const u32 last = towers.row_bytes / 128 - 1, first = square.column / 64 + 2 * cluster_rank();
+    // Beyond the last panel of the segment, the last one is copied again. It makes columns of sums that are not stored.
+    const u32 last = (square.columns.end - 1) / 64, first = square.columns.begin / 64 + 2 * cluster_rank();
     const u32 panels[2] = {first < last ? first : last, first + 1 < last ? first + 1 : last};
     const u32 half = cluster_rank() * (B_BYTES / 2);
     const Line line = line_along(skipped, block, side, square);
@@ -122,8 +124,10 @@ SAMTONE_DEVICE u64 embeddings_at(const Operands& of, u32 k, u32 half) {
     return advanced(of.embeddings, half * (B_BYTES / 2) + 16 * 128 * k);
 }
 
-// Makes both halves at once, added up in tensor cores. The products of a slot are under way while the next slot is waited for.
-template <bool TRANSPOSED> SAMTONE_DEVICE void multiply_together(HalfSums (&total)[2], Ring<STAGES>& ring, u32 steps, bool& started) {
+// Makes both halves at once, or the first one alone, added up in tensor cores. The products of a slot are under way while the next slot is
+// waited for.
+template <bool TRANSPOSED, bool NARROW>
+SAMTONE_DEVICE void multiply_together(HalfSums (&total)[2], Ring<STAGES>& ring, u32 steps, bool& started) {
     Ring<STAGES> previous = ring;
     for (u32 step = 0; step < steps; ++step) {
         wait_full(ring);
@@ -131,7 +135,9 @@ template <bool TRANSPOSED> SAMTONE_DEVICE void multiply_together(HalfSums (&tota
         wgmma_fence();
         UNROLL
         for (u32 k = 0; k < 4; ++k) {
-            wgmma_m64n256k16_f16<TRANSPOSED, true>(total[0], total[1], gradients_at<TRANSPOSED>(of, k), embeddings_at(of, k, 0), started);
+            const u64 a = gradients_at<TRANSPOSED>(of, k), b = embeddings_at(of, k, 0);
+            if constexpr (NARROW) wgmma_m64n128k16_f16<TRANSPOSED, true>(total[0], a, b, started);
+            else wgmma_m64n256k16_f16<TRANSPOSED, true>(total[0], total[1], a, b, started);
             started = true;
         }
         wgmma_commit_group();
@@ -144,17 +150,18 @@ template <bool TRANSPOSED> SAMTONE_DEVICE void multiply_together(HalfSums (&tota
     }
     wgmma_wait_group<0>();
     hold(total[0]);
-    hold(total[1]);
+    if constexpr (!NARROW) hold(total[1]);
     release(previous);
 }
 
-// Makes the halves one after the other, 16 of k at a time.
-template <bool TRANSPOSED> SAMTONE_DEVICE void multiply_apart(HalfSums (&total)[2], Ring<STAGES>& ring, u32 steps) {
+// Makes the halves one after the other, or the first one alone, 16 of k at a time.
+template <bool TRANSPOSED> SAMTONE_DEVICE void multiply_apart(HalfSums (&total)[2], Ring<STAGES>& ring, u32 steps, bool narrow) {
     for (u32 step = 0; step < steps; ++step) {
         wait_full(ring);
         const Operands of = operands_of(ring);
         UNROLL
         for (u32 half = 0; half < 2; ++half) {
+            if (half == 1 && narrow) continue;
             KEEP_LOOP
             for (u32 k = 0; k < 4; ++k) {
                 HalfSums sums;
@@ -185,8 +192,9 @@ template <Arithmetic A> SAMTONE_DEVICE void gradient_product(const Wave& wave, c
         if (warp_id() == 0) {
             for (u32 k = cluster_id(); k < squares; k += clusters()) {
                 const Square square = square_of(product, k);
+                const unsigned char* of_prefix = gradients + square.columns.prefix * product.prefix_gradients;
                 for_each_matrix(wave, square.rows, [&](const SuperBlock& block, u32 side) {
-                    copy_matrix<A>(ring, block, side, square, towers, gradients, plane, skipped);
+                    copy_matrix<A>(ring, block, side, square, towers, of_prefix, plane, skipped);
                 });
             }
         }
@@ -197,16 +205,20 @@ template <Arithmetic A> SAMTONE_DEVICE void gradient_product(const Wave& wave, c
             // [2] multiply
             HalfSums total[2] = {};
             bool started = false, any = false;
+            const bool narrow = is_narrow(square.columns);
             for_each_matrix(wave, square.rows, [&](const SuperBlock& block, u32 side) {
                 const u32 steps = Numbers<A>::GRADIENT_SEGMENTS * slots_of(line_along(skipped, block, side, square));
                 any = true;
                 if (steps == 0) return;
                 if constexpr (Numbers<A>::SPLIT) {
-                    if (side == 0) multiply_apart<false>(total, ring, steps);
-                    else multiply_apart<true>(total, ring, steps);
+                    if (side == 0) multiply_apart<false>(total, ring, steps, narrow);
+                    else multiply_apart<true>(total, ring, steps, narrow);
+                } else if (narrow) {
+                    if (side == 0) multiply_together<false, true>(total, ring, steps, started);
+                    else multiply_together<true, true>(total, ring, steps, started);
                 } else {
-                    if (side == 0) multiply_together<false>(total, ring, steps, started);
-                    else multiply_together<true>(total, ring, steps, started);
+                    if (side == 0) multiply_together<false, false>(total, ring, steps, started);
+                    else multiply_together<true, false>(total, ring, steps, started);
                 }
             });
             if (product.accumulate != 0 && !any) continue;
@@ -222,8 +234,8 @@ template <Arithmetic A> SAMTONE_DEVICE void gradient_product(const Wave& wave, c
                 for (u32 half = 0; half < 2; ++half) {
                     UNROLL
                     for (u32 j = 0; j < 32; j += 2)
-                        store_sums(product, to, square.column + half * HALF + slot_column(j), element(total[half], i, j),
-                                   element(total[half], i, j + 1));
+                        store_sums(product, to, square.columns.begin + half * HALF + slot_column(j), square.columns.end,
+                                   element(total[half], i, j), element(total[half], i, j + 1));
                 }
             }
         }

@@ -1,27 +1,33 @@
 // logsumexp_sm90a.cu: sums of exponentials of the rows and columns of tiles of cosines, and ranks; wgmma.
 // Math     as logsumexp_sm80.cu; reference.rs: `Negatives::kept`
 // In/out   as logsumexp_sm80.cu, with packed embeddings in panels. Tiles are 128 x 128, and both axes of a super-block have an even number
-//          of them. The cosines of a tile below the diagonal of a triangle are not stored
+//          of them. The cosines of a tile below the diagonal of a triangle are not stored. With prefixes each of them has rows, partial
+//          sums, counts and cosines of its own. If there are no partials, only cosines are stored
 // Tiles    a cluster visits squares of 256 x 256 in turn, and each of its thread blocks two tiles of a square: grid (2·clusters) for any
-//          number of clusters
+//          number of clusters. With prefixes the products of a square stop at the end of every segment, and its sums are taken there
 // Threads  384; see pipeline.cuh. Warps 1..3 load the entries
-// Shared   the slots and mbarriers of pipeline.cuh. Then, from EDGES on
-//            0              entries (pipeline.cuh). This pass adds s⁺ with slack
+// Shared   the slots and mbarriers of pipeline.cuh, one slot less with prefixes. Then, from EDGES on
+//            0              entries (pipeline.cuh), with prefixes two sets in turn. This pass adds s⁺ with slack, and `Scales::next`
 //            COLUMNS        [half][warp of 8][128] sums of the columns, f32; then as many words: exponent · 32 + count
 // Sync     P1 … P5, E1, E2, E3 pipeline.cuh
 //          L1 every warp's sums of the columns are written before they are added up
-//          L2 they have been added up before those of the next square are written
+//          L2 they have been added up before those of the next square, or prefix, are written
 // Numerics Cosines and exponentials are f32. Exponents are whole numbers. One exponential, under the exponent of the warp's largest cosine,
 //          serves rows and columns. If that leaves a row or column with less than 2^-95, terms of it may be lost. Then the warp takes
 //          each row and column of its part with the exponent of its own largest term. Every run gives the same bits: the order is
-//          fixed, and there are no atomics
+//          fixed, and there are no atomics. With prefixes the sums that go on are made of cosines again, because registers have no room
+//          for both. Each border of segments rounds them four times
 // Limits   as logsumexp_sm80.cu
 #include "common/pipeline.cuh"
 
-constexpr u32 STAGES = 4;
-constexpr u32 EDGES = (Ring<STAGES>::END + 15) / 16 * 16, COLUMNS = EDGES + EDGES_BYTES + 16, COLUMN_WORDS = 2 * 8 * HALF;
-constexpr u32 LOGSUMEXP_BYTES = COLUMNS + 8 * COLUMN_WORDS;
-static_assert(LOGSUMEXP_BYTES <= 227 << 10, "the memory of a multiprocessor");
+constexpr u32 COLUMN_WORDS = 2 * 8 * HALF;
+template <u32 STAGES, u32 ENTRIES_BYTES> struct Memory {
+    using Slots = Ring<STAGES>;
+    static constexpr u32 EDGES = (Slots::END + 15) / 16 * 16, COLUMNS = EDGES + ENTRIES_BYTES, BYTES = COLUMNS + 8 * COLUMN_WORDS;
+    static_assert(BYTES <= 227 << 10, "the memory of a multiprocessor");
+};
+using Whole = Memory<4, EDGES_BYTES + 16>;
+using InTurn = Memory<3, 2 * EDGES_IN_TURN_BYTES>; // of prefixes
 
 constexpr float SUSPICIOUS = 0x1p-95f; // 2^7 lost terms of 2^-126 are 2^-24 of it
 
@@ -166,17 +172,52 @@ SAMTONE_DEVICE void store_column(shared_address sums, Partial* partials, u32* co
     if (ranks) st_global_u32(counts + at, count);
 }
 
+// [3] mask, [4] ranks, [5] sums, and [6] store: of the cosines of one half. The sums of the rows are whole. Those of the columns are left
+// in the memory from `columns` on.
+SAMTONE_DEVICE void sum_and_store_rows(HalfSums& x, shared_address columns, const SuperBlock& block, const TilePlace& at, u32 half,
+                                       const Towers& towers, const Edges& edges, const Beta& beta, Partial* partials, u32* counts) {
+    const TileMask tile = mask_of_half(block, at, half, towers);
+    const shared_address of_warp = columns + 4 * (half * 8 + consumer_warp()) * HALF;
+    KeptSlots kept{{~0u, ~0u}, {~0u, ~0u}};
+    RowSum of_row{0, 0, 0};
+    u32 column_counts = 0;
+    bool summed;
+    if (needs_mask(tile)) {
+        kept = mask_half(x, edges, half, tile);
+        summed = sum_half<true>(of_row, column_counts, of_warp, x, kept, block, edges, half, tile, beta);
+    } else {
+        summed = sum_half<false>(of_row, column_counts, of_warp, x, kept, block, edges, half, tile, beta);
+    }
+    if (!summed) sum_apart(of_row, of_warp, column_counts, x, kept, beta);
+    if (block.row.sums != 0 && (lane_id() & 2) == 0) {
+        const u64 to =
+            block.row_partials + static_cast<u64>(at.col + half) * (block.row.tiles * HALF) + at.row * HALF + slot_row(lane_id() % 2);
+        st_global_u32x2(partials + to, {bits_of(of_row.sum), static_cast<u32>(static_cast<i32>(of_row.exponent))});
+        if (block.ranks != 0) st_global_u32(counts + to, of_row.count);
+    }
+}
+
+// [6] store: each thread adds up the sums of one column of the two halves among the warps, and stores it.
+SAMTONE_DEVICE void store_columns(shared_address columns, const SuperBlock& block, const TilePlace& at, Partial* partials, u32* counts) {
+    const u32 half = consumer(), column = threadIdx.x % HALF;
+    // In a tile on the diagonal, the sums of the rows stand for both.
+    if (block.col.sums != 0 && (block.triangle == 0 || at.col + half > at.row)) {
+        const u64 to = block.col_partials + static_cast<u64>(at.row) * (block.col.tiles * HALF) + (at.col + half) * HALF + column;
+        store_column(columns + 4 * (half * 8 * HALF + column), partials, counts, block.ranks != 0, to);
+    }
+}
+
 template <Arithmetic A> SAMTONE_DEVICE void logsumexp(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta,
                                                       Partial* partials, u32* counts, const Cosines& cosines) {
     begin_launch();
-    Edges edges{shared_base() + EDGES, 0};
-    start_pipeline<Ring<STAGES>>([&] { make_edges(edges); });
-    Ring<STAGES> ring{0, 0};
+    Edges edges{shared_base() + Whole::EDGES, 0};
+    start_pipeline<Whole::Slots>([&] { make_edges(edges); });
+    Whole::Slots ring{0, 0};
     const u32 squares = squares_of(wave);
     if (warpgroup_id() == 0) {
         // [1] load
         setmaxnreg_dec<COPY_REGISTERS>();
-        auto copy = [&](const SuperBlock& block, const TilePlace& at) { copy_square<A>(ring, block, at, towers); };
+        auto copy = [&](const SuperBlock& block, const TilePlace& at) { copy_square<A>(ring, block, at, towers, 0, towers.row_bytes); };
         load_squares(
             edges, wave, towers, rows, copy,
             [&](float(&numbers)[3], const EdgeEntry& entry, const Edge&) {
@@ -197,38 +238,93 @@ template <Arithmetic A> SAMTONE_DEVICE void logsumexp(const Wave& wave, const To
             for (u32 half = 0; half < 2; ++half) {
                 if (half == 1) move_half(x);
                 if (is_mirrored(block, at, half)) continue;
-                // [2] scale, [3] mask
+                // [2] scale
                 scale_half(x[0], edges, half);
                 if (cosines.first[at.block] != NOT_KEPT) keep(x[0], kept_tile(cosines, block, at, half));
-                const TileMask tile = mask_of_half(block, at, half, towers);
-                const shared_address columns = shared_base() + COLUMNS + 4 * (half * 8 + consumer_warp()) * HALF;
-                KeptSlots kept{{~0u, ~0u}, {~0u, ~0u}};
-                RowSum of_row{0, 0, 0};
-                u32 column_counts = 0;
-                bool summed;
-                if (needs_mask(tile)) {
-                    kept = mask_half(x[0], edges, half, tile);
-                    summed = sum_half<true>(of_row, column_counts, columns, x[0], kept, block, edges, half, tile, beta);
-                } else {
-                    summed = sum_half<false>(of_row, column_counts, columns, x[0], kept, block, edges, half, tile, beta);
-                }
-                if (!summed) sum_apart(of_row, columns, column_counts, x[0], kept, beta);
-
-                // [6] store. The sums of the rows are whole. Those of the columns are added up among the warps first.
-                if (block.row.sums != 0 && (lane_id() & 2) == 0) {
-                    const u64 to = block.row_partials + static_cast<u64>(at.col + half) * (block.row.tiles * HALF) + at.row * HALF +
-                                   slot_row(lane_id() % 2);
-                    st_global_u32x2(partials + to, {bits_of(of_row.sum), static_cast<u32>(static_cast<i32>(of_row.exponent))});
-                    if (block.ranks != 0) st_global_u32(counts + to, of_row.count);
-                }
+                sum_and_store_rows(x[0], shared_base() + Whole::COLUMNS, block, at, half, towers, edges, beta, partials, counts);
             }
             release_edges(edges);
             SYNC(L1, bar_sync_named(1, CONSUMERS));
-            const u32 half = consumer(), column = threadIdx.x % HALF;
-            // In a tile on the diagonal, the sums of the rows stand for both.
-            if (block.col.sums != 0 && (block.triangle == 0 || at.col + half > at.row)) {
-                const u64 to = block.col_partials + static_cast<u64>(at.row) * (block.col.tiles * HALF) + (at.col + half) * HALF + column;
-                store_column(shared_base() + COLUMNS + 4 * (half * 8 * HALF + column), partials, counts, block.ranks != 0, to);
+            store_columns(shared_base() + Whole::COLUMNS, block, at, partials, counts);
+        }
+    }
+    end_pipeline();
+}
+
+// The same for every prefix of the embeddings. After the sums of one prefix its cosines become products again, in the units of the next
+// segment, whose products are added to them.
+template <Arithmetic A> SAMTONE_DEVICE void logsumexp_prefixes(const Wave& wave, const Towers& towers, const AnchorKeys* rows, Beta beta,
+                                                               Partial* partials, u32* counts, const Cosines& cosines,
+                                                               const Prefixes& prefixes) {
+    begin_launch();
+    EdgesInTurn in_turn{shared_base() + InTurn::EDGES, 0};
+    start_pipeline<InTurn::Slots>([&] { make_edges(in_turn); });
+    InTurn::Slots ring{0, 0};
+    const bool sums = partials != nullptr;
+    if (warpgroup_id() == 0) {
+        // [1] load
+        setmaxnreg_dec<COPY_REGISTERS>();
+        load_squares(
+            wave,
+            [&](const SuperBlock& block, const TilePlace& at) {
+                u32 begin = 0;
+                for (u32 prefix = 0; prefix < prefixes.count; ++prefix) {
+                    const u32 end = ld_global_nc_u32(prefixes.segments + prefix);
+                    copy_square<A>(ring, block, at, towers, begin, end);
+                    begin = end;
+                }
+            },
+            [&](const SuperBlock& block, const TilePlace& at) {
+                for (u32 prefix = 0; prefix < prefixes.count; ++prefix) {
+                    const AnchorKeys* of_prefix = sums ? rows + static_cast<u64>(prefix) * prefixes.rows : nullptr;
+                    load_edges<PAIR>(in_turn, block, at, towers, of_prefix, prefixes, prefix,
+                                     [](float(&numbers)[3], const PrefixEntry& entry, const Edge&) {
+                                         numbers[0] = entry.bar;
+                                         numbers[1] = numbers[2] = 0;
+                                         return entry.scales.next;
+                                     });
+                }
+            });
+    } else {
+        setmaxnreg_inc<MULTIPLY_REGISTERS>();
+        const u32 squares = squares_of(wave);
+        for (u32 k = cluster_id(); k < squares; k += clusters()) {
+            const TilePlace place = square_of(wave, k);
+            HalfSums x[2] = {};
+            KEEP_LOOP
+            for (u32 prefix = 0; prefix < prefixes.count; ++prefix) {
+                const u32 begin = prefix == 0 ? 0 : ld_global_nc_u32(prefixes.segments + prefix - 1);
+                const u32 end = ld_global_nc_u32(prefixes.segments + prefix);
+                multiply_cosines<A>(x, ring, Numbers<A>::COSINE_SEGMENTS * ((end - begin) / 128), prefix % 2);
+                wait_edges(in_turn.set());
+                if (sums) SYNC(L2, bar_sync_named(1, CONSUMERS));
+                KEEP_LOOP // the halves change places once in every prefix, so that one copy of the code serves both
+                for (u32 turn = 0; turn < 2; ++turn) {
+                    if (turn == 1) {
+                        exchange_halves(x);
+                        hold(x[0]); // makes a branch of this. Else both turns would take selects
+                    }
+                    const u32 half = only_here(prefix) % 2 ^ turn;
+                    const TilePlace at{only_here(place.block), only_here(place.row), only_here(place.col)};
+                    const SuperBlock& block = wave.blocks[at.block];
+                    if (is_mirrored(block, at, half)) continue;
+                    const Edges edges{only_here(in_turn.set().at), 0};
+                    const u32 plane = only_here(prefix);
+                    // [2] scale
+                    scale_half(x[0], edges, half);
+                    if (cosines.first[at.block] != NOT_KEPT) keep(x[0], kept_tile(cosines, block, at, half) + plane * prefixes.cosines);
+                    if (sums)
+                        sum_and_store_rows(x[0], shared_base() + InTurn::COLUMNS, block, at, half, towers, edges, beta,
+                                           partials + plane * prefixes.partials, counts + plane * prefixes.partials);
+                    if (prefix + 1 < prefixes.count) change_units(x[0], edges, half);
+                }
+                release_edges(in_turn);
+                if (sums) {
+                    SYNC(L1, bar_sync_named(1, CONSUMERS));
+                    const TilePlace at{only_here(place.block), only_here(place.row), only_here(place.col)};
+                    const u64 plane = prefix * prefixes.partials;
+                    store_columns(shared_base() + InTurn::COLUMNS, wave.blocks[at.block], at, partials + plane, counts + plane);
+                }
             }
         }
     }
@@ -236,10 +332,19 @@ template <Arithmetic A> SAMTONE_DEVICE void logsumexp(const Wave& wave, const To
 }
 
 #define LOGSUMEXP(name, arithmetic)                                                                                                  \
-    SHARED_BYTES(name, LOGSUMEXP_BYTES);                                                                                             \
+    SHARED_BYTES(name, Whole::BYTES);                                                                                                \
     KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta, \
                    Partial* partials, u32* counts, BY_VALUE(Cosines) cosines) {                                                      \
         logsumexp<Arithmetic::arithmetic>(wave, towers, rows, beta, partials, counts, cosines);                                      \
     }
 LOGSUMEXP(logsumexp_f16_sm90a, f16)
 LOGSUMEXP(logsumexp_f16x3_sm90a, f16x3)
+
+#define LOGSUMEXP_PREFIXES(name, arithmetic)                                                                                         \
+    SHARED_BYTES(name, InTurn::BYTES);                                                                                               \
+    KERNEL_CLUSTER(name, PIPELINE_THREADS, CLUSTER, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta, \
+                   Partial* partials, u32* counts, BY_VALUE(Cosines) cosines, BY_VALUE(Prefixes) prefixes) {                         \
+        logsumexp_prefixes<Arithmetic::arithmetic>(wave, towers, rows, beta, partials, counts, cosines, prefixes);                   \
+    }
+LOGSUMEXP_PREFIXES(logsumexp_prefixes_f16_sm90a, f16)
+LOGSUMEXP_PREFIXES(logsumexp_prefixes_f16x3_sm90a, f16x3)

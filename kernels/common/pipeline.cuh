@@ -36,6 +36,14 @@ SAMTONE_DEVICE void move_half(HalfSums (&x)[2]) {
     UNROLL
     for (u32 i = 0; i < 64; ++i) x[0][i] = x[1][i];
 }
+SAMTONE_DEVICE void exchange_halves(HalfSums (&x)[2]) {
+    UNROLL
+    for (u32 i = 0; i < 64; ++i) {
+        const float first = x[0][i];
+        x[0][i] = x[1][i];
+        x[1][i] = first;
+    }
+}
 
 SAMTONE_DEVICE u32 consumer() { return warpgroup_id() - 1; }
 SAMTONE_DEVICE u32 consumer_warp() { return warp_id() - WARPGROUP / WARP; } // one of 8
@@ -130,17 +138,19 @@ SAMTONE_DEVICE TilePlace square_of(const Wave& wave, u32 k) {
 
 // ---- cosines
 
-// The copying thread copies the embeddings of a square, along all segments of k. In split f32 the segments are lo·hi, hi·lo and hi·hi.
+// The copying thread copies the embeddings of a square, along all segments of k. In split f32 the segments are lo·hi, hi·lo and hi·hi. Each
+// has the bytes `begin` … `end` of packed rows.
 template <Arithmetic A, class R>
-SAMTONE_DEVICE void copy_square(R& ring, const SuperBlock& block, const TilePlace& at, const Towers& towers) {
+SAMTONE_DEVICE void copy_square(R& ring, const SuperBlock& block, const TilePlace& at, const Towers& towers, u32 begin, u32 end) {
     const Tower &left = tower_of(towers, block.row.space), &right = tower_of(towers, block.col.space);
     const u32 half = cluster_rank() * (B_BYTES / 2);
-    const unsigned char* a_rows = left.packed + static_cast<u64>(block.row.packed + at.row * HALF) * 128;
-    const unsigned char* b_rows = right.packed + static_cast<u64>(block.col.packed + at.col * HALF) * 128 + half;
+    const unsigned char* a_rows = left.packed + static_cast<u64>(block.row.packed + at.row * HALF) * 128 + begin / 128 * left.panel;
+    const unsigned char* b_rows =
+        right.packed + static_cast<u64>(block.col.packed + at.col * HALF) * 128 + half + begin / 128 * right.panel;
     for (u32 segment = 0; segment < Numbers<A>::COSINE_SEGMENTS; ++segment) {
         const unsigned char* a = a_rows + (Numbers<A>::SPLIT && segment == 0 ? left.plane : 0);
         const unsigned char* b = b_rows + (Numbers<A>::SPLIT && segment == 1 ? right.plane : 0);
-        for (u32 column = 0; column < towers.row_bytes; column += 128) {
+        for (u32 column = begin; column < end; column += 128) {
             const shared_address slot = begin_stage(ring);
             cp_async_bulk_load(slot, a, A_BYTES, ring.full());
             cp_async_bulk_load_multicast(slot + A_BYTES + half, b, B_BYTES / 2, ring.full(), BOTH_BLOCKS);
@@ -151,8 +161,8 @@ SAMTONE_DEVICE void copy_square(R& ring, const SuperBlock& block, const TilePlac
     }
 }
 
-// The multiplying warpgroups add up both halves along `steps` slots.
-template <Arithmetic A, class R> SAMTONE_DEVICE void multiply_cosines(HalfSums (&total)[2], R& ring, u32 steps) {
+// The multiplying warpgroups add up both halves along `steps` slots. total[0] has half `first`.
+template <Arithmetic A, class R> SAMTONE_DEVICE void multiply_cosines(HalfSums (&total)[2], R& ring, u32 steps, u32 first = 0) {
     constexpr u32 PARTS = Numbers<A>::PARTS;
     for (u32 step = 0; step < steps; ++step) {
         wait_full(ring);
@@ -165,7 +175,7 @@ template <Arithmetic A, class R> SAMTONE_DEVICE void multiply_cosines(HalfSums (
                 wgmma_fence();
                 UNROLL
                 for (u32 k = part * (4 / PARTS); k < (part + 1) * (4 / PARTS); ++k)
-                    wgmma_m64n128k16_f16<false, false>(sums, advanced(a, 32 * k), advanced(b, half * A_BYTES + 32 * k),
+                    wgmma_m64n128k16_f16<false, false>(sums, advanced(a, 32 * k), advanced(b, (half ^ first) * A_BYTES + 32 * k),
                                                        k > part * (4 / PARTS));
                 wgmma_commit_group();
                 wgmma_wait_group<0>();
@@ -207,6 +217,14 @@ SAMTONE_DEVICE void make_edges(const Edges& edges) {
     mbarrier_init(edges.empty(), CONSUMERS / WARP);
 }
 
+SAMTONE_DEVICE void store_entry(const Edges& edges, u32 e, const EdgeEntry& entry, const float (&numbers)[3]) {
+    st_shared_u32(edges.scale(e), entry.candidate.w);
+    UNROLL
+    for (u32 k = 0; k < 3; ++k) st_shared_f32(edges.of_pass(k, e), numbers[k]);
+    st_shared_u32x4(edges.candidate(e), entry.candidate);
+    st_shared_u32x4(edges.anchor(e), entry.anchor);
+}
+
 // Warps 1..3 load the entries of a square. `of_pass(numbers, entry, is row)` gives the three numbers of the pass for each.
 template <class OfPass> SAMTONE_DEVICE void load_edges(Edges& edges, const SuperBlock& block, const TilePlace& at, const Towers& towers,
                                                        const AnchorKeys* rows, OfPass of_pass) {
@@ -217,11 +235,7 @@ template <class OfPass> SAMTONE_DEVICE void load_edges(Edges& edges, const Super
         const EdgeEntry entry = load_entry(edge, edge.begin + (row ? at.row * HALF + e : at.col * HALF + e - HALF), towers, rows);
         float numbers[3];
         of_pass(numbers, entry, row);
-        st_shared_u32(edges.scale(e), entry.candidate.w);
-        UNROLL
-        for (u32 k = 0; k < 3; ++k) st_shared_f32(edges.of_pass(k, e), numbers[k]);
-        st_shared_u32x4(edges.candidate(e), entry.candidate);
-        st_shared_u32x4(edges.anchor(e), entry.anchor);
+        store_entry(edges, e, entry, numbers);
     }
     SYNC(E2, mbarrier_arrive(edges.full()));
     edges.parity ^= 1;
@@ -259,14 +273,14 @@ template <class Copy, class OfPass, class LeftOut> SAMTONE_DEVICE void load_squa
     }
 }
 
-// [2] scale: makes cosines of the products of one half, in place.
-SAMTONE_DEVICE void scale_half(HalfSums& x, const Edges& edges, u32 half) {
+// Multiplies the elements of one half by `factor`, and by what an array of the entries has for their row and for their column.
+SAMTONE_DEVICE void multiply_half(HalfSums& x, shared_address array, u32 half, float factor) {
     float scale[2];
     UNROLL
-    for (u32 i = 0; i < 2; ++i) scale[i] = ld_shared_f32(edges.scale(slot_row(i))) * 0x1p-24f;
+    for (u32 i = 0; i < 2; ++i) scale[i] = ld_shared_f32(array + 4 * slot_row(i)) * factor;
     UNROLL
     for (u32 j = 0; j < 32; j += 2) {
-        const f32x2 column = ld_shared_f32x2(edges.scale(HALF + half * HALF + slot_column(j)));
+        const f32x2 column = ld_shared_f32x2(array + 4 * (HALF + half * HALF + slot_column(j)));
         UNROLL
         for (u32 i = 0; i < 2; ++i) {
             element(x, i, j) = mul_rn(element(x, i, j), scale[i] * column.x);
@@ -274,6 +288,9 @@ SAMTONE_DEVICE void scale_half(HalfSums& x, const Edges& edges, u32 half) {
         }
     }
 }
+
+// [2] scale: makes cosines of the products of one half, in place.
+SAMTONE_DEVICE void scale_half(HalfSums& x, const Edges& edges, u32 half) { multiply_half(x, edges.scale(0), half, 0x1p-24f); }
 
 // Whether the tile of this half is the mirror image of another tile, which is computed.
 SAMTONE_DEVICE bool is_mirrored(const SuperBlock& block, const TilePlace& at, u32 half) {
@@ -342,3 +359,90 @@ template <bool CHECKED> SAMTONE_DEVICE float largest_of(HalfSums& x, const KeptS
     return max_among(largest, 1, 16);
 }
 SAMTONE_DEVICE bool needs_mask(const TileMask& tile) { return tile.masked || tile.live_rows < HALF || tile.live_cols < HALF; }
+
+// ---- prefixes: one epilogue after another, each with entries of its own
+
+// Two sets of entries in turn. Warps 1..3 fill one of them while the other is read. This hides the chain of their loads, which may take
+// longer than the products of a short segment. Behind the two mbarriers of a set there is a fourth number of the pass for each entry. It
+// brings sums from the units of one prefix to those of the next, or back.
+//
+//  18448  f32[384]    `Scales::next` or `Scales::step`. In the longest prefix it is 0
+constexpr u32 EDGES_IN_TURN_BYTES = EDGES_BYTES + 16 + 4 * EDGE_ENTRIES;
+SAMTONE_DEVICE shared_address units(const Edges& edges, u32 entry) { return edges.at + EDGES_BYTES + 16 + 4 * entry; }
+struct EdgesInTurn {
+    shared_address first;
+    u32 turn; // how many sets came before. This takes one register, where the place and the parity of a set would take two
+    SAMTONE_MEMBER Edges set() const { return {first + turn % 2 * EDGES_IN_TURN_BYTES, turn / 2 % 2}; }
+};
+SAMTONE_DEVICE void make_edges(const EdgesInTurn& edges) {
+    make_edges(Edges{edges.first, 0});
+    make_edges(Edges{edges.first + EDGES_IN_TURN_BYTES, 0});
+}
+
+SAMTONE_DEVICE void release_edges(EdgesInTurn& in_turn SAMTONE_SITE) {
+    Edges edges = in_turn.set();
+    release_edges(edges SAMTONE_EMULATED_AS(, site));
+    ++in_turn.turn;
+}
+
+// Changes the units of the sums of one half, in place.
+SAMTONE_DEVICE void change_units(HalfSums& x, const Edges& edges, u32 half) { multiply_half(x, units(edges, 0), half, 1); }
+
+// One index of an axis in one prefix.
+struct PrefixEntry {
+    EdgeEntry of; // as without prefixes
+    float bar;    // s⁺ with slack of the row that it anchors, or 0
+    Scales scales;
+};
+
+// Loads it. `rows` are those of the prefix, or null where nothing is masked. Loads that do not depend on the row come before those that do.
+SAMTONE_DEVICE PrefixEntry load_entry(const Edge& edge, u32 index, const Towers& towers, const AnchorKeys* rows, const Prefixes& prefixes,
+                                      u32 prefix) {
+    PrefixEntry entry{{{NONE, NONE, NONE, 0}, {NONE, NONE, NONE, 0}, NONE, index < edge.end}, 0, {0, 0, 0}};
+    if (!entry.of.live) return entry;
+    const Tower& tower = tower_of(towers, edge.space);
+    const u64 in_prefix = static_cast<u64>(prefix) * prefixes.indices[edge.space] + index;
+    entry.of.candidate = ld_global_nc_u32x4(tower.candidates + index);
+    const float inverse = ld_global_f32(tower.inverse + in_prefix);
+    if (prefix + 1 < prefixes.count) entry.scales = ld_global_scales(prefixes.scales[edge.space] + in_prefix);
+    entry.of.row = entry.of.candidate.w;
+    entry.of.candidate.w = bits_of(inverse);
+    if (rows != nullptr && edge.anchors != 0 && entry.of.row != NONE) {
+        const u32x4 anchor = ld_global_u32x4(rows + entry.of.row);
+        const u32x2 keys = keys_of_anchor(edge, anchor);
+        entry.of.anchor = {keys.x, keys.y, entry.of.row, anchor.z};
+        entry.bar = float_of(anchor.w);
+    }
+    return entry;
+}
+
+// [1] load: the entries of one prefix. They are those of the tile of rows, and of COLUMNS columns from column tile `at.col` on.
+// `of_pass(numbers, entry, edge)` gives the three numbers of the pass for each entry, and returns the fourth.
+template <u32 COLUMNS, class OfPass> SAMTONE_DEVICE void load_edges(EdgesInTurn& in_turn, const SuperBlock& block, const TilePlace& at,
+                                                                    const Towers& towers, const AnchorKeys* rows, const Prefixes& prefixes,
+                                                                    u32 prefix, OfPass of_pass) {
+    const Edges edges = in_turn.set();
+    ++in_turn.turn;
+    SYNC(E1, mbarrier_wait(edges.empty(), edges.parity ^ 1));
+    for (u32 e = threadIdx.x - WARP; e < HALF + COLUMNS; e += EDGE_LOADERS) {
+        const Edge& edge = e < HALF ? block.row : block.col;
+        const u32 index = edge.begin + (e < HALF ? at.row * HALF + e : at.col * HALF + e - HALF);
+        const PrefixEntry entry = load_entry(edge, index, towers, rows, prefixes, prefix);
+        float numbers[3];
+        const float fourth = of_pass(numbers, entry, edge);
+        store_entry(edges, e, entry.of, numbers);
+        st_shared_f32(units(edges, e), fourth);
+    }
+    SYNC(E2, mbarrier_arrive(edges.full()));
+}
+
+// [1] load: the warpgroup that copies calls this. It visits all squares of this cluster. The copying thread calls `copy(super-block,
+// place)`, and warps 1..3 call `load(super-block, place)`.
+template <class Copy, class Load> SAMTONE_DEVICE void load_squares(const Wave& wave, Copy copy, Load load) {
+    const u32 squares = squares_of(wave);
+    for (u32 k = cluster_id(); k < squares; k += clusters()) {
+        const TilePlace at = square_of(wave, k);
+        if (threadIdx.x == 0) copy(wave.blocks[at.block], at);
+        else if (warp_id() > 0) load(wave.blocks[at.block], at);
+    }
+}
