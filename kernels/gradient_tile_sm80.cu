@@ -18,7 +18,7 @@
 //            96·TILE     the tile, one plane after the other, in rows of TILE elements and 16 bytes of padding. The 16-byte chunk c of
 //                        row r is at c ^ r / 8 % 8, so that both rows and columns of chunks lie in different banks
 //            then        4 bytes for each warp: its part of the dot
-//            then        with prefixes, radial sums of the warps: see `Radials`
+//            then        with prefixes, radial sums of the warps: see `RadialSums`
 // Sync     P1, P2, P3 product.cuh; E1 epilogue.cuh
 //          G1 the whole tile, and all dots or radial sums, are written before they are read
 //          G2 all threads have read what shared memory has of a prefix before the next prefix is stored there
@@ -286,7 +286,7 @@ constexpr u32 STEP = 44; // where an entry has `Scales::step`
 
 // What the kernels with prefixes have in shared memory behind the staged tile: for each column of warps TILE radial sums of the rows, then
 // for each row of warps those of the columns.
-template <u32 TILE, Arithmetic A> struct Radials {
+template <u32 TILE, Arithmetic A> struct RadialSums {
     static constexpr u32 START = Staging<TILE, A>::BYTES, BYTES = START + (TILE / 32 + 2) * 4 * TILE;
     SAMTONE_MEMBER static shared_address of_rows(u32 warp_col) { return shared_base() + START + warp_col * (4 * TILE); }
     SAMTONE_MEMBER static shared_address of_cols(u32 warp_row) { return of_rows(TILE / 32) + warp_row * (4 * TILE); }
@@ -300,7 +300,7 @@ SAMTONE_DEVICE void gradient_tile_prefixes(const Wave& wave, const Towers& tower
     begin_launch();
     constexpr u32 PARTS = TILE / 64; // because cosines and gradients take a register each
     using E = Elements<TILE, PARTS>;
-    using R = Radials<TILE, A>;
+    using R = RadialSums<TILE, A>;
     const TilePlace at = place_of(wave, blockIdx.x);
     const SuperBlock& block = wave.blocks[at.block];
     const u32 axis_block = holds_row<TILE>() ? block.row.block : block.col.block;
@@ -383,7 +383,7 @@ SAMTONE_DEVICE void gradient_tile_prefixes(const Wave& wave, const Towers& tower
 
 // Only the cosines distinguish f16x3 from f16x2 here, too.
 #define GRADIENT_TILE_PREFIXES(name, TILE, arithmetic)                                                                                      \
-    SHARED_BYTES(name, Radials<TILE, Arithmetic::arithmetic>::BYTES);                                                                        \
+    SHARED_BYTES(name, RadialSums<TILE, Arithmetic::arithmetic>::BYTES);                                                                        \
     KERNEL(name, Shape<TILE>::THREADS, BY_VALUE(Wave) wave, BY_VALUE(Towers) towers, const AnchorKeys* rows, Beta beta,                     \
            const double* log_coefficients, const double* positive, const double* results, u32 row_count, unsigned char* gradients,          \
            u64 plane, double* dots, const u32* skipped, BY_VALUE(Cosines) cosines, BY_VALUE(Prefixes) prefixes, float* radials) {           \

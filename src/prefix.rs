@@ -63,19 +63,6 @@ pub(crate) fn of(call: &Call, dim: usize) -> Result<Vec<Prefix>> {
     Ok(prefixes.filter(|p| p.weight > 0.0).collect())
 }
 
-/// An error of a backend that computes no other prefix than the whole embedding with weight 1.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-pub(crate) fn expect_whole(call: &Call, dim: usize, backend: &'static str) -> Result<()> {
-    match of(call, dim)?.as_slice() {
-        [Prefix { dim: only, weight }] if *only == dim && *weight == 1.0 => Ok(()),
-        _ => Err(Error::Unsupported {
-            backend,
-            what: "prefixes".into(),
-            allowed: "a call without prefixes; the backends `cpu`, `wgpu` and `reference` take them".into(),
-        }),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -189,6 +189,19 @@ structs! {
         row_end: u32, zero_is_error: bool, padding: u32,
     }
 
+    // project_prefixes.cu, prefixes.cu
+    struct Joined { factors: Address, radials: [Address; 2], element_bytes: u32, padding: u32, }
+    struct Join {
+        sums: Address, log_coefficients: Address, diagonal: Address, positive: Address, prefix_row_losses: Address,
+        prefix_weights: Address, inverse_norm: [Address; 2], anchor_index: Address, row_losses: Address, factors: Address,
+        positive_radials: [Address; 2], results: Address, status: Address,
+    }
+    struct Radials { partials: Address, sums: [Address; 2], tile: u32, first: bool, }
+    struct JoinRadials {
+        sums: [Address; 2], positive_radials: [Address; 2], inverse_norm: [Address; 2], radials: [Address; 2], results: Address,
+        occurrence_start: Address, occurrences: Address, anchor_row: Address, rows: [u32; 2], row_begin: u32, row_end: u32,
+    }
+
     // skip_squares.cu
     struct Masses { row: Partial, col: Partial, }
     struct Choice {
@@ -224,5 +237,9 @@ pub mod kernels {
         }
         struct sum_dots { dots: Dots, }
         struct project { b: Backward, }
+        struct project_prefixes { prefixes: Prefixes, joined: Joined, }
+        struct join_prefixes { j: Join, prefixes: Prefixes, }
+        struct merge_radials { wave: Wave, r: Radials, prefixes: Prefixes, }
+        struct join_radials { j: JoinRadials, prefixes: Prefixes, }
     }
 }

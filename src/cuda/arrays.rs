@@ -4,9 +4,10 @@ use super::abi::{
     self, COMBINED_ROWS, FOUND, MAX_CUTS, MAX_SUPER_BLOCKS, NOT_KEPT, RESULTS, ROWS_PER_BLOCK, STATUS_WORDS, Shared,
     number,
 };
+use super::prefixes::{self, PrefixArrays};
 use super::problem::{Arithmetic, Packing, Problem, Tile};
 use super::schedule::{ARRAY_ALIGNMENT, Address, Array, ArrayId, Slot};
-use super::waves::{Division, Wave, kept_elements, wave_bytes};
+use super::waves::{Division, Elements, Wave, kept_elements};
 use crate::call::{NoNegative, ZeroNorm};
 use crate::candidates::candidates;
 use crate::dtype::DType;
@@ -29,7 +30,7 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    fn add(&mut self, slot: Slot, name: &'static str, bytes: usize) -> Address {
+    pub(super) fn add(&mut self, slot: Slot, name: &'static str, bytes: usize) -> Address {
         let end = &mut self.ends[slot as usize];
         let offset = end.next_multiple_of(ARRAY_ALIGNMENT);
         *end = offset + bytes as u64;
@@ -49,7 +50,7 @@ impl Layout {
     }
 
     /// Adds an array of the side data with its content.
-    fn add_side<T: NoUninit + Pod>(&mut self, name: &'static str, content: &[T]) -> Address {
+    pub(super) fn add_side<T: NoUninit + Pod>(&mut self, name: &'static str, content: &[T]) -> Address {
         let bytes: &[u8] = bytemuck::cast_slice(content);
         let address = self.add(Slot::Side, name, bytes.len());
         self.side.resize(self.ends[Slot::Side as usize] as usize - bytes.len(), 0);
@@ -94,6 +95,8 @@ pub(super) struct Common {
     pub(super) occurrences: Address,
     pub(super) upstream: Address,
     pub(super) skipping: Option<Skipping>,
+    /// `None` for a call that has only the whole embedding.
+    pub(super) prefixes: Option<PrefixArrays>,
 }
 
 /// What decides which squares of cosines are left out of the gradient.
@@ -129,9 +132,16 @@ pub(super) struct Arrays<'a> {
     pub(super) plane: u64,
     /// A dot is a tile's part of ∂L/∂β.
     pub(super) dots: Address,
-    cosines: Address,
+    kept_cosines: Address,
     /// For each super-block whose cosines are stored, by its number: the place of its first cosine.
     first_cosines: HashMap<usize, u64>,
+    /// With prefixes: the cosines that are stored for one wave, and the radial sums of its tiles.
+    wave_cosines: Address,
+    pub(super) radials: Address,
+    /// Numbers of elements of all waves, the largest of each. With prefixes, those of one prefix.
+    pub(super) elements: Elements,
+    /// Number of cosines that are stored, of one prefix.
+    pub(super) kept: usize,
     pub(super) bounded_bytes: usize,
 }
 
@@ -146,18 +156,32 @@ impl<'a> Arrays<'a> {
         let most = |waves: &[Wave], f: fn(&SuperBlock, Tiling) -> usize| {
             waves.iter().map(|w| w.iter().map(|s| f(s, tiling)).sum::<usize>()).max().unwrap_or(0).max(1)
         };
-        let partial_count = most(&division.forward, |s, tile| s.partials(tile).iter().sum());
-        let elements = most(&division.backward, SuperBlock::elements);
-        let dot_count = most(&division.backward, SuperBlock::tiles);
-        let plane = elements * arithmetic.bytes();
-        let ((partials, counts), (gradients, dots)) = layout.overlay(
+        let contents = problem.contents();
+        let partials = |waves: &[Wave]| most(waves, |s, tile| s.partials(tile).iter().sum());
+        let cosines = |wave: &Wave| wave.iter().map(|s| kept_elements(s, tile)).sum::<usize>();
+        let elements = Elements {
+            partials: partials(&division.forward),
+            gradients: most(&division.backward, SuperBlock::elements),
+            dots: most(&division.backward, SuperBlock::tiles),
+            radials: partials(&division.backward),
+            cosines: division.backward.iter().map(cosines).max().unwrap_or(0).max(1),
+        };
+        let (planes, plane) = (contents.planes(), elements.gradients * arithmetic.bytes());
+        let ((partials, counts), (gradients, dots, radials, wave_cosines)) = layout.overlay(
             |l| {
-                let partials = l.add(Slot::Workspace, "partials", abi::Partial::BYTES * partial_count);
-                (partials, l.add(Slot::Workspace, "counts", u32::BYTES * partial_count))
+                let partials = l.add(Slot::Workspace, "partials", abi::Partial::BYTES * elements.partials * planes);
+                (partials, l.add(Slot::Workspace, "counts", u32::BYTES * elements.partials * planes))
             },
             |l| {
-                let gradients = l.add(Slot::Workspace, "gradients", plane * arithmetic.gradient_planes());
-                (gradients, l.add(Slot::Workspace, "dots", f64::BYTES * dot_count))
+                let bytes = plane * arithmetic.gradient_planes() * planes;
+                let gradients = l.add(Slot::Workspace, "gradients", bytes);
+                let dots = l.add(Slot::Workspace, "dots", f64::BYTES * elements.dots);
+                let Some(prefixes) = contents.prefixes else { return (gradients, dots, Address::Null, Address::Null) };
+                let radials = match prefixes {
+                    1 => Address::Null,
+                    _ => l.add(Slot::Workspace, "radials", f32::BYTES * elements.radials * (prefixes - 1)),
+                };
+                (gradients, dots, radials, l.add(Slot::Workspace, "wave_cosines", f32::BYTES * elements.cosines * prefixes))
             },
         );
         let (mut kept, mut first_cosines) = (0, HashMap::new());
@@ -165,12 +189,12 @@ impl<'a> Arrays<'a> {
             first_cosines.insert(block.number, kept as u64);
             kept += kept_elements(block, tile);
         }
-        let cosine_bytes = f32::BYTES * kept;
-        let cosines = match kept {
+        let cosine_bytes = f32::BYTES * kept * planes;
+        let kept_cosines = match kept {
             0 => Address::Null,
             _ => layout.add(Slot::Workspace, "cosines", cosine_bytes),
         };
-        let bounded_bytes = wave_bytes(partial_count, elements, dot_count, arithmetic) + cosine_bytes;
+        let bounded_bytes = contents.bytes(elements) + cosine_bytes;
         let plane = plane as u64;
         Self {
             parts,
@@ -183,8 +207,12 @@ impl<'a> Arrays<'a> {
             gradients,
             plane,
             dots,
-            cosines,
+            kept_cosines,
             first_cosines,
+            wave_cosines,
+            radials,
+            elements,
+            kept,
             bounded_bytes,
         }
     }
@@ -200,7 +228,17 @@ impl<'a> Arrays<'a> {
         for (first, block) in first.iter_mut().zip(wave) {
             *first = self.first_cosines.get(&block.number).copied().unwrap_or(NOT_KEPT);
         }
-        abi::Cosines { kept: self.cosines, first }
+        abi::Cosines { kept: self.kept_cosines, first }
+    }
+
+    /// Where the super-blocks of a launch have cosines that are stored for their wave alone, from cosine `element` of the wave on.
+    pub(super) fn wave_cosines(&self, wave: &[SuperBlock], mut element: usize) -> abi::Cosines {
+        let mut first = [NOT_KEPT; MAX_SUPER_BLOCKS];
+        for (first, block) in first.iter_mut().zip(wave) {
+            *first = element as u64;
+            element += kept_elements(block, self.parts.tile);
+        }
+        abi::Cosines { kept: self.wave_cosines, first }
     }
 
     /// What the address of a gradient must be a multiple of.
@@ -239,14 +277,21 @@ impl Parts<'_> {
             true => layout.add(Slot::Upstream, "upstream", 4),
             false => Address::Null,
         };
-        let mut state = |name, bytes| layout.add(Slot::State, name, bytes);
-        let results = state("results", RESULTS * f64::BYTES);
-        let (status, ticket) = (state("status", STATUS_WORDS * u32::BYTES), state("ticket", u32::BYTES));
-        let row_losses = state("row_losses", f64::BYTES * m);
-        let (sums, above) = (state("sums", 4 * abi::ExpSum::BYTES * m), state("above", 2 * u32::BYTES * m));
-        let (positive, anchors) = (state("positive", f64::BYTES * m), state("anchors", <[u32; 4]>::BYTES * m));
-        let diagonal = state("diagonal", f64::BYTES * m);
-        let log_coefficients = state("log_coefficients", 4 * f64::BYTES * m);
+        // With prefixes, arrays by row have a part for each. Results, status and row losses of the call come before those of the prefixes.
+        let planes = problem.contents().planes();
+        let joint = usize::from(problem.several().is_some());
+        let mut state = |name, bytes: usize, parts: usize| layout.add(Slot::State, name, bytes * parts);
+        let results = state("results", RESULTS * f64::BYTES, joint + planes);
+        let status = state("status", STATUS_WORDS * u32::BYTES, joint + planes);
+        let ticket = state("ticket", u32::BYTES, planes);
+        let row_losses = state("row_losses", f64::BYTES * m, joint + planes);
+        let sums = state("sums", 4 * abi::ExpSum::BYTES * m, planes);
+        let above = state("above", 2 * u32::BYTES * m, planes);
+        let positive = state("positive", f64::BYTES * m, planes);
+        let anchors = state("anchors", <[u32; 4]>::BYTES * m, planes);
+        let diagonal = state("diagonal", f64::BYTES * m, planes);
+        let log_coefficients = state("log_coefficients", 4 * f64::BYTES * m, planes);
+        let prefixes = PrefixArrays::new(self, layout);
         let skipping = self.skipping(layout);
         let blocks = m.div_ceil(COMBINED_ROWS);
         let positives = abi::Positives {
@@ -266,12 +311,13 @@ impl Parts<'_> {
             positive,
             weight,
             groups,
+            prefix_weights: prefixes.as_ref().map_or(Address::Null, |p| p.weights),
             row_losses,
             diagonal,
             log_coefficients,
             results,
             faults: [Address::Null; 2],
-            found: layout.add(Slot::Workspace, "block_results", f64::BYTES * FOUND * blocks),
+            found: layout.add(Slot::Workspace, "block_results", f64::BYTES * FOUND * blocks * planes),
             status,
             ticket,
             beta: problem.call().beta(),
@@ -292,6 +338,7 @@ impl Parts<'_> {
             occurrences: indices,
             upstream,
             skipping,
+            prefixes,
         }
     }
 
@@ -358,6 +405,7 @@ impl Parts<'_> {
             }
         };
         let packed_row_bytes = self.packed_row_bytes();
+        let planes = problem.contents().planes();
         let plane = padded * packed_row_bytes;
         let (row_pitch, panel) = match tile.kernels().packing {
             Packing::Rows => (packed_row_bytes, 128),
@@ -369,9 +417,9 @@ impl Parts<'_> {
             order: visited,
             packed: workspace(packed, plane * problem.arithmetic().planes()),
             plane: plane as u64,
-            inverse: workspace(inverse, f32::BYTES * indices),
+            inverse: workspace(inverse, f32::BYTES * indices * planes),
             // A backward call compares norms with these, to know whether it was given the embeddings of the forward call.
-            inverse_norm: layout.add(Slot::State, inverse_norm, f64::BYTES * indices),
+            inverse_norm: layout.add(Slot::State, inverse_norm, f64::BYTES * indices * planes),
             // These are part of the state. Shards exchange sums before `combine` reads the faults, and meanwhile another call may use the
             // workspace.
             faults: layout.add(Slot::State, faults, <[u32; 2]>::BYTES * indices),
@@ -394,7 +442,14 @@ impl Parts<'_> {
     }
 
     pub(super) fn packed_row_bytes(&self) -> usize {
-        (self.problem.dim * self.problem.arithmetic().bytes()).next_multiple_of(128)
+        let segments = self.problem.several().map(|_| prefixes::segments(self.problem));
+        let end = segments.and_then(|segments| Some(segments.last()?.packed_end));
+        end.unwrap_or((self.problem.dim * self.problem.arithmetic().bytes()).next_multiple_of(128))
+    }
+
+    /// Number of indices of each space.
+    pub(super) fn indices(&self) -> [usize; 2] {
+        [self.problem.pairs.rows(), self.order.len()]
     }
 
     /// Indices of a space that have gradients in this shard.
@@ -410,13 +465,15 @@ impl Parts<'_> {
         let bytes = ((rows - 1) * row_stride + problem.dim) * dtype.bytes();
         let output = layout.add(slot, name, bytes);
         let range = self.gradient_range(k);
-        // Kernels store two sums at once, so rows of sums must begin at multiples of 8 bytes.
-        let in_place = dtype == DType::F32 && row_stride % 2 == 0 && (k == 0 || order.passage.is_none());
+        // Kernels store two sums at once, so rows of sums must begin at multiples of 8 bytes. With prefixes sums are in packed columns.
+        let several = problem.several().is_some();
+        let in_place = !several && dtype == DType::F32 && row_stride % 2 == 0 && (k == 0 || order.passage.is_none());
         let alignment = if in_place { 8 } else { dtype.bytes() as u64 };
         let (sums, stride) = if in_place {
             (output, row_stride)
         } else {
-            let stride = problem.dim.next_multiple_of(2);
+            let packed = self.packed_row_bytes() / problem.arithmetic().bytes();
+            let stride = if several { packed } else { problem.dim.next_multiple_of(2) };
             (layout.add(Slot::Workspace, ["query_sums", "passage_sums"][k], 4 * range.len() * stride), stride)
         };
         // Kernels address sums by index. The first index of a shard may be above 0, so the address is as far before the array.

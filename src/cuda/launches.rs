@@ -2,9 +2,10 @@
 
 use super::abi::{self, MAX_CUTS, MAX_SUPER_BLOCKS, REDUCE_BYTES, REDUCE_THREADS, Shared, kernels, number};
 use super::arrays::{Arrays, Parts, Skipping};
+use super::prefixes::PrefixArrays;
 use super::problem::{Arithmetic, Pass};
 use super::schedule::{Address, Launch};
-use super::waves::Wave;
+use super::waves::{Elements, Wave, kept_elements};
 use crate::super_blocks::{SuperBlock, Tiling};
 
 pub(super) struct Launches<'a> {
@@ -14,29 +15,23 @@ pub(super) struct Launches<'a> {
     /// `partials` and then `combine`, but one launch merges the last wave and combines the sums.
     pub(super) forward: Vec<Launch>,
     pub(super) backward: Vec<Launch>,
-    /// For each launch of `backward` that reads stored cosines, its index, and a launch that recomputes them instead.
-    recomputing: Vec<(usize, Launch)>,
 }
 
 impl<'a> Launches<'a> {
     pub(super) fn new(arrays: &'a Arrays<'a>) -> Self {
-        let (partials, combine, forward, backward, recomputing) = Default::default();
-        let mut this = Self { arrays, partials, combine, forward, backward, recomputing };
+        let (partials, combine, forward, backward) = Default::default();
+        let mut this = Self { arrays, partials, combine, forward, backward };
         this.partials.push(arrays.prepare(true));
         this.sum_pass();
         this.choose_step();
-        let last_dots = this.gradient_pass();
-        this.backward.push(arrays.project(last_dots));
+        this.backward = this.gradient_pass(true);
         this
     }
 
     /// [`Plan::backward_alone`](super::Plan::backward_alone).
     pub(super) fn backward_alone(&self) -> Vec<Launch> {
-        let mut launches = self.backward.clone();
-        for (index, launch) in &self.recomputing {
-            launches[*index] = launch.clone();
-        }
-        launches.insert(0, self.arrays.prepare(false));
+        let mut launches = vec![self.arrays.prepare(false)];
+        launches.extend(self.gradient_pass(false));
         launches
     }
 
@@ -120,29 +115,21 @@ impl<'a> Launches<'a> {
     }
 
     fn sum_pass(&mut self) {
-        let Arrays { parts: Parts { problem, tile, division, .. }, common, partials, counts, .. } = self.arrays;
+        let Arrays { parts: Parts { tile, division, .. }, common, partials, counts, .. } = self.arrays;
         let (partials, counts) = (*partials, *counts);
-        let (towers, Tiling { edge, together }) = (self.towers(), tile.tiling());
+        let Tiling { edge, together } = tile.tiling();
         for (k, super_blocks) in division.forward.iter().enumerate() {
             let wave = self.wave(super_blocks, 0);
-            let arithmetic = problem.arithmetic().of_cosines();
-            let launch = self.tiled(Pass::LogSumExp, arithmetic, wave.tiles, self.squares(super_blocks));
-            self.partials.push(launch.parameters(&kernels::logsumexp {
-                wave,
-                towers,
-                rows: common.positives.anchors,
-                beta: self.beta(),
-                partials,
-                counts,
-                cosines: self.arrays.cosines(super_blocks),
-            }));
+            let cosines = self.arrays.cosines(super_blocks);
+            self.partials.push(self.logsumexp(super_blocks, wave, partials, counts, cosines, self.arrays.kept));
             if let Some((skipping, grid)) = common.skipping.as_ref().zip(self.squares_to_judge(super_blocks)) {
                 let (masses, tile, together) = (skipping.masses, number(edge), number(together));
                 let parameters = kernels::square_masses { wave, partials, masses, tile, together };
                 self.partials.push(self.judge("square_masses", grid).parameters(&parameters));
             }
             let (anchor_index, tile) = (common.anchor_index, number(edge));
-            let m = abi::Merge { partials, counts, anchor_index, tile, first: k == 0 };
+            let prefix_partials = self.arrays.elements.partials as u64;
+            let m = abi::Merge { partials, counts, anchor_index, tile, first: k == 0, prefix_partials };
             if k + 1 == division.forward.len() {
                 self.forward = self.partials.clone();
                 self.forward.push(self.arrays.combine(wave, m, true));
@@ -150,8 +137,41 @@ impl<'a> Launches<'a> {
             self.partials.push(self.arrays.combine(wave, m, false));
         }
         // For sums that are complete already. This launch merges no wave.
-        let nothing = abi::Merge { partials, counts, anchor_index: Address::Null, tile: 1, first: false };
+        let anchor_index = Address::Null;
+        let nothing = abi::Merge { partials, counts, anchor_index, tile: 1, first: false, prefix_partials: 0 };
         self.combine.push(self.arrays.combine(self.wave(&[], 0), nothing, true));
+        if let Some(of) = &common.prefixes {
+            self.forward.push(self.arrays.join(of));
+            self.combine.push(self.arrays.join(of));
+        }
+    }
+
+    /// A launch of the first pass. With prefixes, cosines of one prefix are `plane` elements before those of the next. If `partials` is
+    /// null, it stores cosines alone.
+    fn logsumexp(
+        &self,
+        super_blocks: &[SuperBlock],
+        wave: abi::Wave,
+        partials: Address,
+        counts: Address,
+        cosines: abi::Cosines,
+        plane: usize,
+    ) -> Launch {
+        let Arrays { parts: Parts { problem, .. }, common, elements, .. } = self.arrays;
+        let pass = if common.prefixes.is_some() { Pass::LogSumExpPrefixes } else { Pass::LogSumExp };
+        let launch = self.tiled(pass, problem.arithmetic().of_cosines(), wave.tiles, self.squares(super_blocks));
+        let launch = launch.parameters(&kernels::logsumexp {
+            wave,
+            towers: self.towers(),
+            rows: common.positives.anchors,
+            beta: self.beta(),
+            partials,
+            counts,
+            cosines,
+        });
+        let Some(of) = &common.prefixes else { return launch };
+        let prefixes = self.arrays.prefixes(of, elements.partials, plane);
+        launch.parameters(&kernels::logsumexp_prefixes { prefixes })
     }
 
     /// Number of squares of a wave that may be skipped, mirror images included; `None` if there are none.
@@ -198,21 +218,22 @@ impl<'a> Launches<'a> {
         self.forward.extend(chosen);
     }
 
-    /// For each wave, adds the launches of its gradients of logits and of their products. Returns the dots of the last wave, which the
-    /// projection adds up.
-    fn gradient_pass(&mut self) -> abi::Dots {
+    /// For each wave, the launches of its gradients of logits and of their products, and at the end the projection. If it `keeps`
+    /// cosines, those that the forward call stored are read, else all are computed again.
+    fn gradient_pass(&self, keeps: bool) -> Vec<Launch> {
         let Arrays { parts: Parts { problem, tile, division, .. }, common, gradients, plane, dots, .. } = self.arrays;
         let (towers, results) = (self.towers(), common.combine.results);
         let skipped = common.skipping.as_ref().map_or(Address::Null, |s| s.skipped);
         let (gradients, plane) = (*gradients, *plane);
+        let mut launches = Vec::new();
         let mut last_dots = abi::Dots { dots: *dots, results, count: 0, first: true };
         for (k, super_blocks) in division.backward.iter().enumerate() {
             // Super-blocks whose cosines are stored come first and have a launch of their own. The others have another launch, whose
             // gradients and dots lie behind those of the first.
             let kept = super_blocks.iter().take_while(|s| self.arrays.keeps(s)).count();
-            let (mut element, mut dot_count) = (0, 0);
+            let mut before = Elements::default();
             for part in [&super_blocks[..kept], &super_blocks[kept..]].into_iter().filter(|part| !part.is_empty()) {
-                let (wave, squares) = (self.wave(part, element), self.squares(part));
+                let (wave, squares) = (self.wave(part, before.gradients), self.squares(part));
                 let parameters = kernels::gradient_tile {
                     wave,
                     towers,
@@ -224,37 +245,71 @@ impl<'a> Launches<'a> {
                     row_count: number(problem.pairs.rows()),
                     gradients,
                     plane,
-                    dots: dots.after((f64::BYTES * dot_count) as i64),
+                    dots: dots.after((f64::BYTES * before.dots) as i64),
                     skipped,
                 };
                 let launch = |pass| self.tiled(pass, problem.arithmetic(), wave.tiles, squares).parameters(&parameters);
-                let recomputing = launch(Pass::GradientTile);
-                if self.arrays.keeps(&part[0]) {
-                    let cosines = self.arrays.cosines(part);
-                    let reading = launch(Pass::KeptGradientTile).parameters(&kernels::gradient_tile_kept { cosines });
-                    self.recomputing.push((self.backward.len(), recomputing));
-                    self.backward.push(reading);
-                } else {
-                    self.backward.push(recomputing);
+                let reads = keeps && self.arrays.keeps(&part[0]);
+                match &common.prefixes {
+                    Some(of) => launches.extend(self.joint_gradients(of, part, wave, reads, before, launch)),
+                    None if reads => {
+                        let cosines = self.arrays.cosines(part);
+                        let launch = launch(Pass::KeptGradientTile);
+                        launches.push(launch.parameters(&kernels::gradient_tile_kept { cosines }));
+                    }
+                    None => launches.push(launch(Pass::GradientTile)),
                 }
-                element += part.iter().map(|s| s.elements(tile.tiling())).sum::<usize>();
-                dot_count += if tile.kernels().persistent { 2 * squares } else { wave.tiles as usize };
+                let sum = |f: &dyn Fn(&SuperBlock) -> usize| part.iter().map(f).sum::<usize>();
+                before.gradients += sum(&|s| s.elements(tile.tiling()));
+                before.dots += if tile.kernels().persistent { 2 * squares } else { wave.tiles as usize };
+                before.radials += sum(&|s| s.partials(tile.tiling()).iter().sum());
+                before.cosines += sum(&|s| kept_elements(s, *tile));
             }
-            last_dots = abi::Dots { count: number(dot_count), first: k == 0, ..last_dots };
+            last_dots = abi::Dots { count: number(before.dots), first: k == 0, ..last_dots };
             // `project` adds up the dots of the last wave itself.
             if k + 1 < division.backward.len() {
                 let launch = Launch::new("project", "sum_dots", [1, 1], REDUCE_THREADS).shared(REDUCE_BYTES);
-                self.backward.push(launch.parameters(&kernels::sum_dots { dots: last_dots }));
+                launches.push(launch.parameters(&kernels::sum_dots { dots: last_dots }));
             }
+            let wave = self.wave(super_blocks, 0);
+            launches.extend(common.prefixes.as_ref().and_then(|of| self.arrays.merge_radials(of, wave, k == 0)));
             let (product, blocks) = self.product(k > 0);
             if blocks > 0 {
                 let launch = self.tiled(Pass::GradientProduct, problem.arithmetic(), blocks, blocks as usize);
-                let wave = self.wave(super_blocks, 0);
                 let product = kernels::gradient_product { wave, towers, gradients, plane, product, skipped };
-                self.backward.push(launch.parameters(&product));
+                launches.push(launch.parameters(&product));
             }
         }
-        last_dots
+        launches.extend(common.prefixes.as_ref().and_then(|of| self.arrays.join_radials(of)));
+        launches.push(self.arrays.project(last_dots));
+        launches
+    }
+
+    /// The launches that make the gradients of all prefixes, for a part of a wave. Cosines that are not stored are stored first, for this
+    /// wave. `before` says what the parts of the wave before this one take, and `launch` starts a launch of a pass.
+    fn joint_gradients(
+        &self,
+        of: &PrefixArrays,
+        part: &[SuperBlock],
+        wave: abi::Wave,
+        reads: bool,
+        before: Elements,
+        launch: impl Fn(Pass) -> Launch,
+    ) -> Vec<Launch> {
+        let Arrays { elements, kept, radials, .. } = self.arrays;
+        let (cosines, plane) = match reads {
+            true => (self.arrays.cosines(part), *kept),
+            false => (self.arrays.wave_cosines(part, before.cosines), elements.cosines),
+        };
+        let mut launches = Vec::new();
+        if !reads {
+            launches.push(self.logsumexp(part, wave, Address::Null, Address::Null, cosines, plane));
+        }
+        let radials = radials.after((f32::BYTES * before.radials) as i64);
+        let prefixes = self.arrays.prefixes(of, elements.radials, plane);
+        let parameters = kernels::gradient_tile_prefixes { cosines, prefixes, radials };
+        launches.push(launch(Pass::GradientTilePrefixes).parameters(&parameters));
+        launches
     }
 
     /// Outputs of the products, and their number of tiles: thread blocks, or squares that clusters take in turn.
@@ -276,8 +331,10 @@ impl<'a> Launches<'a> {
             let (sums, stride) = sums[k].as_ref().map_or((Address::Null, 0), |s| (s.address, s.stride as u64));
             abi::Outputs { count, blocks, cuts, first_block, sums, stride }
         });
-        let (dim, tiles_along_dim) = (number(problem.dim), number(problem.dim.div_ceil(tile)));
+        let several = self.arrays.common.prefixes.as_ref();
+        let tiles_along_dim = number(several.map_or(problem.dim.div_ceil(tile), |of| of.tiles_along_dim));
+        let (dim, (columns, prefix_gradients)) = (number(problem.dim), self.arrays.columns());
         let blocks = (of[0].blocks + of[1].blocks).saturating_mul(tiles_along_dim);
-        (abi::Product { of, dim, tiles_along_dim, accumulate, padding: 0 }, blocks)
+        (abi::Product { of, dim, tiles_along_dim, accumulate, padding: 0, columns, prefix_gradients }, blocks)
     }
 }

@@ -29,6 +29,7 @@ mod driver;
 mod launches;
 mod per_row;
 mod plan;
+mod prefixes;
 mod problem;
 mod schedule;
 mod waves;

@@ -1,7 +1,10 @@
 //! Launches of the kernels that work a row or an embedding at a time, around the matrix products: `prepare`, `combine`, `project`.
 
-use super::abi::{self, COMBINED_ROWS, REDUCE_BYTES, REDUCE_THREADS, ROWS_PER_BLOCK, kernels, number};
+use super::abi::{
+    self, COMBINED_ROWS, REDUCE_BYTES, REDUCE_THREADS, RESULTS, ROWS_PER_BLOCK, STATUS_WORDS, Shared, kernels, number,
+};
 use super::arrays::{Arrays, Parts};
+use super::prefixes::of_prefixes;
 use super::schedule::{Address, Launch};
 
 /// Shared memory of a thread block of `combine`.
@@ -13,19 +16,30 @@ impl Arrays<'_> {
         let of = self.towers.each_ref().map(|tower| tower.packing);
         let blocks = of.iter().map(|packing| packing.padded / number(ROWS_PER_BLOCK)).sum();
         let all = abi::Prepare { of, positives: abi::Positives { wanted, ..self.common.positives } };
-        Launch::new("prepare", "prepare", [blocks, 1], REDUCE_THREADS).parameters(&kernels::prepare { all })
+        let prepare = |name| Launch::new(name, name, [blocks, 1], REDUCE_THREADS).parameters(&kernels::prepare { all });
+        let Some(of) = &self.common.prefixes else { return prepare("prepare") };
+        let prefixes = self.prefixes(of, 0, 0);
+        prepare("prepare_prefixes").parameters(&kernels::prepare_prefixes { prefixes })
     }
 
     /// Merges the partial sums of a wave. If they are `complete` with it, combines them.
     pub(super) fn combine(&self, wave: abi::Wave, m: abi::Merge, complete: bool) -> Launch {
+        let m_bytes = f64::BYTES * self.parts.problem.pairs.rows();
+        let (mut own, mut planes) = (self.common.combine, 1);
+        if let Some(prefixes) = self.parts.problem.several() {
+            own.results = of_prefixes(own.results, RESULTS * f64::BYTES);
+            own.status = of_prefixes(own.status, STATUS_WORDS * u32::BYTES);
+            own.row_losses = of_prefixes(own.row_losses, m_bytes);
+            planes = prefixes.len();
+        }
         let c = abi::Combine {
             faults: self.towers.each_ref().map(|tower| tower.packing.faults),
             indices: self.towers.each_ref().map(|tower| tower.packing.indices),
             merges_only: !complete,
-            ..self.common.combine
+            ..own
         };
         let blocks = self.parts.problem.pairs.rows().div_ceil(COMBINED_ROWS);
-        Launch::new("combine", "combine", [number(blocks), 1], REDUCE_THREADS)
+        Launch::new("combine", "combine", [number(blocks), number(planes)], REDUCE_THREADS)
             .shared(COMBINE_BYTES)
             .parameters(&kernels::combine { wave, m, c })
     }
@@ -78,7 +92,9 @@ impl Arrays<'_> {
             zero_is_error: common.combine.zero_is_error,
             padding: 0,
         };
-        let launch = Launch::new("project", "project", [blocks, 1], REDUCE_THREADS).shared(REDUCE_BYTES);
-        launch.parameters(&kernels::project { b })
+        let project = |name| Launch::new(name, name, [blocks, 1], REDUCE_THREADS).shared(REDUCE_BYTES);
+        let project = |name| project(name).parameters(&kernels::project { b });
+        let Some(of) = &common.prefixes else { return project("project") };
+        project("project_prefixes").parameters(&self.joined(of))
     }
 }

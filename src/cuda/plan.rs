@@ -39,20 +39,35 @@ pub struct Plan {
     title: String,
 }
 
+/// An error for what the kernels of prefixes do not do.
+fn check_prefixes(problem: &Problem<'_>) -> Result<()> {
+    const MOST: usize = (1 << 16) - 1; // thread blocks along y
+    let Some(prefixes) = problem.several() else { return Ok(()) };
+    if prefixes.len() > MOST {
+        return Err(Error::invalid("prefixes", format!("{} prefixes", prefixes.len()), format!("at most {MOST} on CUDA")));
+    }
+    if let Some(share) = problem.call().tile_skipping() {
+        let allowed = "no tile skipping with prefixes on CUDA";
+        return Err(Error::invalid("tile_skipping", share.to_string(), allowed));
+    }
+    Ok(())
+}
+
 impl Plan {
     /// The plan of one call.
     ///
     /// # Errors
     /// [`Error::WorkspaceTooSmall`] if the workspace of the call does not hold one tile, or cuts the work into more than 16,384
-    /// super-blocks. [`Error::Unsupported`] for prefixes. [`Error::InvalidArgument`] for [`Tile::Cluster`] without
-    /// [`Architecture::Sm90a`](super::Architecture::Sm90a), and for tile skipping in a batch of more than 2³² squares.
+    /// super-blocks. [`Error::InvalidArgument`] for [`Tile::Cluster`] without
+    /// [`Architecture::Sm90a`](super::Architecture::Sm90a), for tile skipping with prefixes or in a batch of more than 2³² squares, and for
+    /// more than 65,535 prefixes.
     pub fn new(problem: &Problem<'_>) -> Result<Self> {
         let (m, n, d) = problem.shape();
-        crate::prefix::expect_whole(problem.call(), d, "cuda")?;
+        check_prefixes(problem)?;
         let order = Order::new(&problem.pairs);
         let needed = |tile: Tile| {
             let edge = least_edge(problem, &order, tile.step());
-            bounded_bytes(edge, edge, problem.arithmetic())
+            bounded_bytes(edge, edge, problem.contents())
         };
         let given = problem.workspace_bytes.unwrap_or(DEFAULT_WORKSPACE_BYTES);
         let tile = problem.tile(|tile| needed(tile) <= given)?;

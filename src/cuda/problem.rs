@@ -1,8 +1,9 @@
 //! What only CUDA lets one choose in a problem: the arithmetic, the tile, the architecture, and whether cosines are stored.
 
-use super::waves::bounded_bytes;
+use super::waves::{Contents, bounded_bytes};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::prefix::Prefix;
 use crate::super_blocks::Tiling;
 
 /// What multiplies. In all of them, sums of products are f32 and are rounded to nearest at least every 64 terms.
@@ -157,8 +158,15 @@ impl Tile {
                     let (edge, bytes) = (set.edge as u32, arithmetic.bytes() as u32);
                     2 * 48 * edge + arithmetic.gradient_planes() as u32 * edge * (edge * bytes + 16) + set.threads / 8
                 }
+                // The same, and for each column of warps and each row of warps as many numbers as a tile is long.
+                Pass::GradientTilePrefixes => {
+                    let (edge, kept) = (set.edge as u32, (set.shared_bytes)(set, Pass::KeptGradientTile, arithmetic));
+                    kept + (edge / 32 + 2) * 4 * edge
+                }
                 // Three stages of both operands, 128 bytes of each row.
-                Pass::LogSumExp | Pass::GradientTile | Pass::GradientProduct => 3 * 2 * 128 * set.edge as u32,
+                Pass::LogSumExp | Pass::LogSumExpPrefixes | Pass::GradientTile | Pass::GradientProduct => {
+                    3 * 2 * 128 * set.edge as u32
+                }
             },
         };
         match self {
@@ -175,6 +183,8 @@ impl Tile {
                 // Stages of operands, and what the headers of the kernels list.
                 shared_bytes: |_, pass, _| match pass {
                     Pass::LogSumExp => 231_504,
+                    Pass::LogSumExpPrefixes => 203_856,
+                    Pass::GradientTilePrefixes => 230_560,
                     Pass::GradientTile | Pass::KeptGradientTile => 200_848,
                     Pass::GradientProduct => 196_672,
                 },
@@ -188,9 +198,10 @@ impl Tile {
     }
 
     /// Bytes of the bounded workspace that hold the smallest super-block of this tile in every arithmetic.
-    fn room(self) -> usize {
+    fn room(self, prefixes: Option<usize>) -> usize {
         let arithmetics = [Arithmetic::F16, Arithmetic::F16x2, Arithmetic::F16x3, Arithmetic::Exact];
-        let bytes = arithmetics.map(|arithmetic| bounded_bytes(self.step(), self.step(), arithmetic));
+        let bytes = arithmetics
+            .map(|arithmetic| bounded_bytes(self.step(), self.step(), Contents { arithmetic, prefixes }));
         bytes.into_iter().max().unwrap_or(0)
     }
 
@@ -216,12 +227,15 @@ impl Tile {
     }
 }
 
-/// The kernels that are compiled for every arithmetic and tile. All multiply matrices, but for `KeptGradientTile`.
+/// The kernels that are compiled for every arithmetic and tile. All multiply matrices, but for those that read stored cosines:
+/// `KeptGradientTile` and `GradientTilePrefixes`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Pass {
     LogSumExp,
+    LogSumExpPrefixes,
     GradientTile,
     KeptGradientTile,
+    GradientTilePrefixes,
     GradientProduct,
 }
 
@@ -231,13 +245,16 @@ impl Pass {
         let KernelSet { suffix, files: [sums, tiles, products], .. } = tile.kernels();
         let (name, file) = match self {
             Self::LogSumExp => ("logsumexp", sums),
+            Self::LogSumExpPrefixes => ("logsumexp_prefixes", sums),
             Self::GradientTile => ("gradient_tile", tiles),
             Self::KeptGradientTile => ("gradient_tile_kept", tiles),
+            Self::GradientTilePrefixes => ("gradient_tile_prefixes", tiles),
             Self::GradientProduct => ("gradient_product", products),
         };
         let arithmetic = match self {
-            Self::KeptGradientTile => arithmetic.of_gradients(),
-            Self::LogSumExp | Self::GradientTile | Self::GradientProduct => arithmetic,
+            Self::LogSumExp | Self::LogSumExpPrefixes => arithmetic.of_cosines(),
+            Self::KeptGradientTile | Self::GradientTilePrefixes => arithmetic.of_gradients(),
+            Self::GradientTile | Self::GradientProduct => arithmetic,
         };
         (format!("{name}_{}_{suffix}", arithmetic.suffix()), file)
     }
@@ -314,7 +331,8 @@ impl Problem<'_> {
     /// Raises the bound on the workspace, if there is one, to what the smallest super-block of `tile` takes in any arithmetic. It is for
     /// callers who choose the tile, but not the bound.
     pub fn with_room_for(mut self, tile: Tile) -> Self {
-        self.workspace_bytes = self.workspace_bytes.map(|bytes| bytes.max(tile.room()));
+        let room = tile.room(self.several().map(<[_]>::len));
+        self.workspace_bytes = self.workspace_bytes.map(|bytes| bytes.max(room));
         self
     }
 
@@ -326,6 +344,17 @@ impl Problem<'_> {
     pub fn with_cosines(mut self, cosines: Cosines) -> Self {
         self.choices.cosines = Some(cosines);
         self
+    }
+
+    /// The prefixes of a call that needs the kernels of prefixes; `None` for the whole embedding alone, with weight 1.
+    pub(super) fn several(&self) -> Option<&[Prefix]> {
+        let whole = Prefix { dim: self.dim, weight: 1.0 };
+        (*self.prefixes != [whole]).then_some(&self.prefixes)
+    }
+
+    /// What memory must hold for each cosine follows from this.
+    pub(super) fn contents(&self) -> Contents {
+        Contents { arithmetic: self.arithmetic(), prefixes: self.several().map(<[_]>::len) }
     }
 
     pub(super) fn cosines(&self) -> Option<Cosines> {

@@ -46,8 +46,8 @@ pub(super) fn kept_elements(block: &SuperBlock, tile: Tile) -> usize {
     block.tiles(tile.step()) * tile.step() * tile.step()
 }
 
-fn kept_bytes(block: &SuperBlock, tile: Tile) -> usize {
-    size_of::<f32>() * kept_elements(block, tile)
+fn kept_bytes(block: &SuperBlock, tile: Tile, contents: Contents) -> usize {
+    size_of::<f32>() * kept_elements(block, tile) * contents.planes()
 }
 
 /// What a cosine costs, in terms of one product of f16 on the tensor cores. `F16x3` has three products for each term. Fused multiply-adds
@@ -69,8 +69,9 @@ impl Division {
     /// The division of least cost within `bound`. Its waves may have at least `least` bytes, which hold the smallest super-block.
     pub(super) fn best(problem: &Problem<'_>, order: &Order, tile: Tile, bound: usize, least: usize) -> Self {
         let chosen = problem.cosines();
-        let keeps =
-            chosen.unwrap_or(if terms(problem) >= least_terms(problem) { Cosines::Kept } else { Cosines::Recomputed });
+        // With prefixes the gradient reads cosines from memory in any case: those that are not kept are made and stored for each wave.
+        let pays = problem.several().is_some() || terms(problem) >= least_terms(problem);
+        let keeps = chosen.unwrap_or(if pays { Cosines::Kept } else { Cosines::Recomputed });
         let whole = Self::new(problem, order, tile, bound, bound, keeps);
         if keeps == Cosines::Recomputed {
             return whole;
@@ -86,21 +87,21 @@ impl Division {
 
     /// Waves of at most `wave_bytes`. The cosines of as many super-blocks as fit beside the largest wave are stored.
     fn new(problem: &Problem<'_>, order: &Order, tile: Tile, bound: usize, wave_bytes: usize, keeps: Cosines) -> Self {
-        let (m, arithmetic) = (problem.pairs.rows(), problem.arithmetic());
+        let (m, contents) = (problem.pairs.rows(), problem.contents());
         let regions = regions::regions(problem.call().loss(), &problem.rows, order, m);
-        let longest = longest_edge(arithmetic, tile, wave_bytes);
+        let longest = longest_edge(contents, tile, wave_bytes);
         let blocks = super_blocks(problem, &regions, &regions::cuts(&problem.rows, order, m), tile.step(), longest);
         let with_coefficients = |s: &&SuperBlock| s.has_coefficients(problem.call().loss());
-        let forward = waves(blocks.iter().cloned(), tile, arithmetic, wave_bytes);
-        let backward = waves(blocks.iter().filter(with_coefficients).cloned(), tile, arithmetic, wave_bytes);
-        let wave = |wave: &Wave| wave.iter().map(|s| bytes_of(s, tile, arithmetic)).sum::<usize>();
+        let forward = waves(blocks.iter().cloned(), tile, contents, wave_bytes);
+        let backward = waves(blocks.iter().filter(with_coefficients).cloned(), tile, contents, wave_bytes);
+        let wave = |wave: &Wave| wave.iter().map(|s| bytes_of(s, tile, contents)).sum::<usize>();
         let largest = forward.iter().chain(&backward).map(wave).max().unwrap_or(0);
         let mut room = match keeps {
             Cosines::Kept => bound.saturating_sub(largest + ARRAY_ALIGNMENT as usize),
             Cosines::Recomputed => 0,
         };
         let mut fits = |block: &&SuperBlock| {
-            let left = room.checked_sub(kept_bytes(block, tile));
+            let left = room.checked_sub(kept_bytes(block, tile, contents));
             left.inspect(|left| room = *left).is_some()
         };
         let kept = backward.iter().flatten().take_while(&mut fits).count();
@@ -137,8 +138,9 @@ impl Division {
     /// what the waves spend on sums of gradients.
     fn cost(&self, problem: &Problem<'_>, tile: Tile) -> [f64; 2] {
         let [kept, others] = self.backward_blocks().map(|blocks| blocks.map(|s| kept_elements(s, tile)).sum::<usize>());
-        // If the caller wants cosines stored, a plan stores as many as it can, whatever that costs.
-        let of_kept = if problem.cosines().is_some() { 0 } else { least_terms(problem) };
+        // If the caller wants cosines stored, a plan stores as many as it can, whatever that costs. With prefixes it costs nothing more.
+        let free = problem.cosines().is_some() || problem.several().is_some();
+        let of_kept = if free { 0 } else { least_terms(problem) };
         let sums: usize = self.backward.iter().map(sums_of).sum();
         let cosines = kept as f64 * of_kept as f64 + others as f64 * terms(problem) as f64;
         [cosines, sums as f64 * (problem.dim * TERMS_OF_A_SUM) as f64]
@@ -159,29 +161,63 @@ fn sums_of(wave: &Wave) -> usize {
     ranges.iter().map(|(_, start, end)| end - start).sum()
 }
 
-/// Bytes of the workspace for a wave that leaves so many partial sums in the first pass, or so many gradients of logits and dots in the
-/// third, whichever takes more.
-pub(super) fn wave_bytes(partials: usize, gradients: usize, dots: usize, arithmetic: Arithmetic) -> usize {
-    let partials = partials * (abi::Partial::BYTES + u32::BYTES); // with the number of negatives above the positive
-    partials.max(gradients * arithmetic.bytes() * arithmetic.gradient_planes() + dots * f64::BYTES)
+/// What the workspace holds for each cosine of a wave: that of one prefix, or of several.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Contents {
+    pub(super) arithmetic: Arithmetic,
+    /// Number of prefixes of a call that needs the kernels of prefixes.
+    pub(super) prefixes: Option<usize>,
+}
+
+/// Numbers of elements that a wave needs. Those of a call with prefixes are the numbers of one prefix.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Elements {
+    /// Partial sums of the first pass.
+    pub(super) partials: usize,
+    /// Gradients of logits, with dots and, if there are prefixes, with radial sums and with cosines for one wave.
+    pub(super) gradients: usize,
+    pub(super) dots: usize,
+    pub(super) radials: usize,
+    pub(super) cosines: usize,
+}
+
+impl Contents {
+    /// Arrays of each kind.
+    pub(super) fn planes(self) -> usize {
+        self.prefixes.unwrap_or(1)
+    }
+
+    /// Bytes of the workspace for a wave of the first pass, or for one of the third, whichever takes more.
+    pub(super) fn bytes(self, of: Elements) -> usize {
+        let partials = of.partials * (abi::Partial::BYTES + u32::BYTES); // with the number of negatives above the positive
+        let gradients = of.gradients * self.arithmetic.bytes() * self.arithmetic.gradient_planes();
+        let only_with_prefixes = match self.prefixes {
+            Some(prefixes) => f32::BYTES * ((prefixes - 1) * of.radials + prefixes * of.cosines),
+            None => 0,
+        };
+        (self.planes() * partials).max(self.planes() * gradients + of.dots * f64::BYTES + only_with_prefixes)
+    }
 }
 
 /// An upper bound on the bytes of the workspace for a super-block of `rows` x `cols` indices in tiles of any kind.
-pub(super) fn bounded_bytes(rows: usize, cols: usize, arithmetic: Arithmetic) -> usize {
+pub(super) fn bounded_bytes(rows: usize, cols: usize, contents: Contents) -> usize {
     // The smallest tile has most partial sums and dots. Its edge is 64, and along both axes it has a partial sum for every 64 cosines.
-    let cosines = rows * cols;
-    wave_bytes(cosines / 64 * 2, cosines, cosines / (64 * 64), arithmetic) + 3 * ARRAY_ALIGNMENT as usize
+    let (cosines, partials) = (rows * cols, rows * cols / 64 * 2);
+    let dots = cosines / (64 * 64);
+    let elements = Elements { partials, gradients: cosines, dots, radials: partials, cosines };
+    let arrays = if contents.prefixes.is_some() { 5 } else { 3 };
+    contents.bytes(elements) + arrays * ARRAY_ALIGNMENT as usize
 }
 
-fn bytes_of(block: &SuperBlock, tile: Tile, arithmetic: Arithmetic) -> usize {
+fn bytes_of(block: &SuperBlock, tile: Tile, contents: Contents) -> usize {
     let [rows, cols] = [0, 1].map(|axis| block.tiles_along(axis, tile.tiling()) * tile.edge());
-    bounded_bytes(rows, cols, arithmetic)
+    bounded_bytes(rows, cols, contents)
 }
 
 /// The length, in indices, of the largest square super-block that the bound holds.
-fn longest_edge(arithmetic: Arithmetic, tile: Tile, bound: usize) -> usize {
+fn longest_edge(contents: Contents, tile: Tile, bound: usize) -> usize {
     let step = tile.step();
-    let fits = |length: usize| bounded_bytes(length, length, arithmetic) <= bound;
+    let fits = |length: usize| bounded_bytes(length, length, contents) <= bound;
     let (mut low, mut high) = (1, (1 << 26) / step); // in steps; a super-block of length `low` fits, one of `high` does not
     while high - low > 1 {
         let middle = (low + high) / 2;
@@ -192,11 +228,11 @@ fn longest_edge(arithmetic: Arithmetic, tile: Tile, bound: usize) -> usize {
 
 /// Waves of super-blocks in their order, with as many in each wave as the bound and a launch allow. There is at least one wave, which may
 /// be empty.
-fn waves(blocks: impl Iterator<Item = SuperBlock>, tile: Tile, arithmetic: Arithmetic, bound: usize) -> Vec<Wave> {
+fn waves(blocks: impl Iterator<Item = SuperBlock>, tile: Tile, contents: Contents, bound: usize) -> Vec<Wave> {
     let mut waves = vec![Wave::new()];
     let mut used = 0;
     for block in blocks {
-        let more = bytes_of(&block, tile, arithmetic);
+        let more = bytes_of(&block, tile, contents);
         let full = waves.last().is_none_or(|w| w.len() == MAX_SUPER_BLOCKS || (!w.is_empty() && used + more > bound));
         if full {
             waves.push(Wave::new());
@@ -311,10 +347,11 @@ mod tests {
             let (order, tile) = (Order::new(&pairs), Tile::Large);
             let division = Division::best(&problem, &order, tile, workspace, 1 << 20);
             let [kept, mut others] = division.backward_blocks();
-            let used: usize = kept.map(|s| kept_bytes(s, tile)).sum();
-            let wave = |wave: &Wave| wave.iter().map(|s| bytes_of(s, tile, Arithmetic::F16x2)).sum::<usize>();
+            let contents = problem.contents();
+            let used: usize = kept.map(|s| kept_bytes(s, tile, contents)).sum();
+            let wave = |wave: &Wave| wave.iter().map(|s| bytes_of(s, tile, contents)).sum::<usize>();
             let largest = division.forward.iter().chain(&division.backward).map(wave).max().unwrap();
-            let more = kept_bytes(others.next().unwrap(), tile);
+            let more = kept_bytes(others.next().unwrap(), tile, contents);
             assert!(used > 0 && used + largest <= workspace && used + largest + more + 256 > workspace, "{used} kept");
         }
     }
