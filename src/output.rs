@@ -84,15 +84,6 @@ impl Evaluation {
         Self { prefixes: listed, ..sum.unwrap_or_else(empty) }
     }
 
-    /// These results as those of a call whose only prefix is the whole embedding, if `prefix` has its length.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub(crate) fn with_whole(self, prefix: Option<usize>) -> Self {
-        match prefix {
-            Some(dim) => Self::of_prefixes(vec![self], &[Prefix { dim, weight: 1.0 }], true),
-            None => self,
-        }
-    }
-
     /// The results of a call without prefixes: metrics of query → passage and of passage → query.
     pub(crate) fn plain(loss: f64, row_losses: Vec<f64>, [query_to_passage, passage_to_query]: [Metrics; 2]) -> Self {
         Self { loss, row_losses, query_to_passage, passage_to_query, prefixes: Vec::new() }
