@@ -43,19 +43,6 @@ struct Case {
 /// The emulators, which are too slow for every case in every type.
 const IN_TURN: [&str; 2] = ["cuda-emulated", "cuda-emulated-sm90a"];
 
-/// The backends that take prefixes. Every other must refuse them.
-const WITH_PREFIXES: [&str; 9] = [
-    "reference",
-    "cpu",
-    "wgpu",
-    "wgpu-baseline",
-    "wgpu-large-tiles",
-    "wgpu-f16",
-    "wgpu-subgroups",
-    "wgpu-cooperative-emulated",
-    "wgpu-small-bindings",
-];
-
 impl Case {
     /// Whether the `number`-th case is left out of the backend's usual run in this type.
     fn is_spared(&self, number: usize, backend: &dyn Backend, dtype: DType) -> bool {
@@ -162,12 +149,9 @@ fn judgement(make: &Make, dtype: DType, upstream: f64) -> Judgement {
 fn refused(backend: &dyn Backend, problem: &Problem) -> Option<&'static str> {
     // The whole embedding, with weight 1, is no prefix.
     let prefixes = problem.call.prefixes().filter(|dims| *dims != [problem.dim])?.len();
-    match backend.name() {
-        name if !WITH_PREFIXES.contains(&name) => Some("prefixes"),
-        // Gradients of a tile of 64 x 64, of all prefixes, are bound at once.
-        "wgpu-small-bindings" if prefixes * 64 * 64 * 4 > 256 << 10 => Some("of the buffer `scratch`"),
-        _ => None,
-    }
+    // Gradients of a tile of 64 x 64, of all prefixes, are bound at once.
+    let small = backend.name() == "wgpu-small-bindings" && prefixes * 64 * 64 * 4 > 256 << 10;
+    small.then_some("of the buffer `scratch`")
 }
 
 fn conforms(

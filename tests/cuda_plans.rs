@@ -186,7 +186,7 @@ fn shards(how: &'static CudaEmulated) -> Result<(), Failed> {
         let temperature = device.temperature()?;
         tau += temperature.tau;
         log_beta += temperature.log_beta;
-        evaluation = Some(device.evaluation()?);
+        evaluation = Some(device.evaluation(&[])?);
     }
     let evaluation = evaluation.ok_or("no shard")?;
     let temperature = samtone::TemperatureGradient { tau, log_beta };
@@ -213,7 +213,7 @@ fn apart(how: &'static CudaEmulated) -> Result<(), Failed> {
     let gradient: Vec<f32> = device.download("query_gradient")?;
     let same = gradient.iter().zip(&fused.grad_query).all(|(a, b)| f64::from(*a) == *b);
     let temperature = device.temperature()?;
-    if !same || device.evaluation()? != fused.evaluation || temperature != fused.temperature {
+    if !same || device.evaluation(&[])? != fused.evaluation || temperature != fused.temperature {
         return Err("the two calls differ".into());
     }
     Ok(())
@@ -336,7 +336,7 @@ fn refused(how: &'static CudaEmulated) -> Result<(), Failed> {
     device.upload_embeddings("query", batch.query())?;
     device.upload_embeddings("passage", batch.passage())?;
     device.launch(Plan::forward)?;
-    if !device.evaluation()?.loss.is_nan() {
+    if !device.evaluation(&[])?.loss.is_nan() {
         return Err("rows without negatives have a loss".into());
     }
     let (query, passage) = (Buffer::new(DType::F32, &[f64::NAN; 72]), Buffer::new(DType::F32, &problem.passage));
@@ -348,7 +348,7 @@ fn refused(how: &'static CudaEmulated) -> Result<(), Failed> {
     device.launch(Plan::forward)?;
     device.launch(Plan::backward)?;
     let gradients = [device.download::<f32>("query_gradient")?, device.download::<f32>("passage_gradient")?].concat();
-    if !device.evaluation()?.loss.is_nan() || !gradients.iter().all(|g| g.is_nan()) {
+    if !device.evaluation(&[])?.loss.is_nan() || !gradients.iter().all(|g| g.is_nan()) {
         return Err("a refused call left numbers".into());
     }
     Ok(())
@@ -376,7 +376,7 @@ fn again(how: &'static CudaEmulated) -> Result<(), Failed> {
         device.launch(Plan::combine)?;
         device.upload("results", &[-7.0; RESULTS])?;
         device.launch(Plan::combine)?;
-        let apart = device.evaluation()?;
+        let apart = device.evaluation(&[])?;
         device.launch(Plan::forward)?;
         if device.download::<u32>("ticket")? != [0] {
             return Err("the ticket is not as it was".into());
@@ -389,12 +389,12 @@ fn again(how: &'static CudaEmulated) -> Result<(), Failed> {
         }
         let gradient: Vec<f32> = device.download("passage_gradient")?;
         let same = gradient.iter().zip(&want.grad_passage).all(|(a, b)| f64::from(*a) == *b);
-        let whole = apart == want.evaluation && device.evaluation()? == want.evaluation;
+        let whole = apart == want.evaluation && device.evaluation(&[])? == want.evaluation;
         if std::ptr::eq(batch, &good) {
             if !same || !whole || device.temperature()? != want.temperature {
                 return Err("a call before changed the results".into());
             }
-        } else if !device.evaluation()?.loss.is_nan() || !gradient.iter().all(|g| g.is_nan()) {
+        } else if !device.evaluation(&[])?.loss.is_nan() || !gradient.iter().all(|g| g.is_nan()) {
             return Err("a refused call left numbers".into());
         }
     }
@@ -417,7 +417,7 @@ fn many_rows(how: &'static CudaEmulated) -> Result<(), Failed> {
         device.upload(name, &vec![NONE; 2 * ROWS])?;
     }
     device.launch(Plan::combine)?;
-    let got = device.evaluation()?;
+    let got = device.evaluation(&[])?;
     let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / ROWS as f64;
     let wanted = mean(&mut got.row_losses.iter().copied());
     let precision = mean(&mut above[..ROWS].iter().map(|a| f64::from(u8::from(*a == 0))));

@@ -181,7 +181,12 @@ impl<'a> Arrays<'a> {
                     1 => Address::Null,
                     _ => l.add(Slot::Workspace, "radials", f32::BYTES * elements.radials * (prefixes - 1)),
                 };
-                (gradients, dots, radials, l.add(Slot::Workspace, "wave_cosines", f32::BYTES * elements.cosines * prefixes))
+                (
+                    gradients,
+                    dots,
+                    radials,
+                    l.add(Slot::Workspace, "wave_cosines", f32::BYTES * elements.cosines * prefixes),
+                )
             },
         );
         let (mut kept, mut first_cosines) = (0, HashMap::new());

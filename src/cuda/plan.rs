@@ -44,7 +44,11 @@ fn check_prefixes(problem: &Problem<'_>) -> Result<()> {
     const MOST: usize = (1 << 16) - 1; // thread blocks along y
     let Some(prefixes) = problem.several() else { return Ok(()) };
     if prefixes.len() > MOST {
-        return Err(Error::invalid("prefixes", format!("{} prefixes", prefixes.len()), format!("at most {MOST} on CUDA")));
+        return Err(Error::invalid(
+            "prefixes",
+            format!("{} prefixes", prefixes.len()),
+            format!("at most {MOST} on CUDA"),
+        ));
     }
     if let Some(share) = problem.call().tile_skipping() {
         let allowed = "no tile skipping with prefixes on CUDA";

@@ -139,7 +139,8 @@ impl Arrays<'_> {
         };
         let grid = [number(m.div_ceil(REDUCE_THREADS as usize)), 1];
         let prefixes = self.prefixes(of, 0, 0);
-        Launch::new("prefixes", "join_prefixes", grid, REDUCE_THREADS).parameters(&kernels::join_prefixes { j, prefixes })
+        Launch::new("prefixes", "join_prefixes", grid, REDUCE_THREADS)
+            .parameters(&kernels::join_prefixes { j, prefixes })
     }
 
     /// Adds up the radial sums of a wave. `None` if there is one prefix, whose radial part is what is left along the embedding.

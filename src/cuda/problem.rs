@@ -200,8 +200,8 @@ impl Tile {
     /// Bytes of the bounded workspace that hold the smallest super-block of this tile in every arithmetic.
     fn room(self, prefixes: Option<usize>) -> usize {
         let arithmetics = [Arithmetic::F16, Arithmetic::F16x2, Arithmetic::F16x3, Arithmetic::Exact];
-        let bytes = arithmetics
-            .map(|arithmetic| bounded_bytes(self.step(), self.step(), Contents { arithmetic, prefixes }));
+        let bytes =
+            arithmetics.map(|arithmetic| bounded_bytes(self.step(), self.step(), Contents { arithmetic, prefixes }));
         bytes.into_iter().max().unwrap_or(0)
     }
 

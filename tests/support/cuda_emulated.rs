@@ -7,14 +7,14 @@ use samtone::backend::Backend;
 use samtone::batch::{Data, DataMut};
 use samtone::cuda::abi::{
     GRAD_LOG_BETA, GRAD_TAU, LOSS, MRR_PQ, MRR_QP, NO_NEGATIVE, NO_NEGATIVE_GROUP, NON_FINITE_PASSAGE,
-    NON_FINITE_QUERY, NONE, PRECISION_PQ, PRECISION_QP, ZERO_PASSAGE, ZERO_QUERY,
+    NON_FINITE_QUERY, NONE, PRECISION_PQ, PRECISION_QP, RESULTS, STATUS_WORDS, ZERO_PASSAGE, ZERO_QUERY,
 };
 use samtone::cuda::{
     Address, Architecture, Array, ArrayId, Cosines, GradientOutput, Launch, Plan, Problem, Slot, Tile,
 };
 use samtone::{
-    Batch, DType, Embeddings, EmbeddingsMut, Error, Evaluation, GradientBuffers, Metrics, PrefixEvaluation, Result,
-    TemperatureGradient, Tower,
+    Batch, DType, Embeddings, EmbeddingsMut, Error, Evaluation, GradientBuffers, Metrics, Prefix, PrefixEvaluation,
+    Result, TemperatureGradient, Tower,
 };
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -44,7 +44,7 @@ pub fn clusters(how: &CudaEmulated) -> bool {
 }
 
 /// Every kernel file of the backend.
-pub const FILES: [&str; 10] = [
+pub const FILES: [&str; 13] = [
     "logsumexp_sm90a.cu",
     "gradient_tile_sm90a.cu",
     "gradient_product_sm90a.cu",
@@ -55,6 +55,9 @@ pub const FILES: [&str; 10] = [
     "gradient_tile_sm80.cu",
     "gradient_product_sm80.cu",
     "project.cu",
+    "prepare_prefixes.cu",
+    "prefixes.cu",
+    "project_prefixes.cu",
 ];
 
 /// The plans on the emulator: `cuda-emulated`, with the kernels that a plan takes for the batch on every device, and
@@ -206,7 +209,10 @@ impl Emulated {
     /// The error that the status names, if any; rows and columns are looked up in `batch`.
     pub fn check_status(&mut self, batch: &Batch<'_>) -> Result<()> {
         let status: Vec<u32> = self.download("status")?;
-        let prefix = || batch.call().prefixes().map(|_| batch.dim());
+        // Status of the call, and then of each prefix, unless the whole embedding is the only one.
+        let of_prefixes: Vec<_> = status.chunks(STATUS_WORDS).skip(1).collect();
+        let lengths = batch.call().prefixes().map(|_| batch.prefixes());
+        let prefix = |k: usize| lengths.as_ref().map(|prefixes| prefixes[k].dim);
         for (k, (tower, x)) in
             [(Tower::Query, batch.query()), (Tower::Passage, batch.passage())].into_iter().enumerate()
         {
@@ -219,25 +225,46 @@ impl Emulated {
             }
             let zero = status[[ZERO_QUERY, ZERO_PASSAGE][k]];
             if zero != NONE && batch.call().zero_norm() == samtone::ZeroNorm::Error {
-                return Err(Error::ZeroNorm { tower, row: zero as usize, prefix: prefix() });
+                return Err(Error::ZeroNorm { tower, row: zero as usize, prefix: prefix(0) });
             }
         }
         if status[NO_NEGATIVE] != NONE {
             let (row, group) = (status[NO_NEGATIVE] as usize, status[NO_NEGATIVE_GROUP] as usize);
-            return Err(Error::NoNegative { loss: batch.call().loss().name().into(), group, row, prefix: prefix() });
+            let first = of_prefixes.iter().position(|of_prefix| of_prefix[NO_NEGATIVE] != NONE);
+            let prefix = prefix(first.unwrap_or(0));
+            return Err(Error::NoNegative { loss: batch.call().loss().name().into(), group, row, prefix });
         }
         Ok(())
     }
 
-    pub fn evaluation(&mut self) -> Result<Evaluation> {
+    /// Loss and metrics. `listed` are the prefixes that the call names.
+    pub fn evaluation(&mut self, listed: &[Prefix]) -> Result<Evaluation> {
         let results: Vec<f64> = self.download("results")?;
-        let metrics = |precision: usize, mrr: usize| Metrics { precision_at_1: results[precision], mrr: results[mrr] };
+        let metrics = |of: &[f64]| {
+            let metrics = |precision: usize, mrr: usize| Metrics { precision_at_1: of[precision], mrr: of[mrr] };
+            [metrics(PRECISION_QP, MRR_QP), metrics(PRECISION_PQ, MRR_PQ)]
+        };
+        // Results of the call come first, and then those of each prefix, unless the whole embedding is the only one.
+        let of_prefixes: Vec<_> = results.chunks(RESULTS).skip(usize::from(results.len() > RESULTS)).collect();
+        let of_prefix = |(prefix, of): (&Prefix, &&[f64])| {
+            let [query_to_passage, passage_to_query] = metrics(of);
+            PrefixEvaluation {
+                dim: prefix.dim,
+                weight: prefix.weight,
+                loss: of[LOSS],
+                query_to_passage,
+                passage_to_query,
+            }
+        };
+        let [query_to_passage, passage_to_query] = metrics(&results);
+        let mut row_losses: Vec<f64> = self.download("row_losses")?;
+        row_losses.truncate(row_losses.len() / (results.len() / RESULTS));
         Ok(Evaluation {
             loss: results[LOSS],
-            row_losses: self.download("row_losses")?,
-            query_to_passage: metrics(PRECISION_QP, MRR_QP),
-            passage_to_query: metrics(PRECISION_PQ, MRR_PQ),
-            prefixes: Vec::new(),
+            row_losses,
+            query_to_passage,
+            passage_to_query,
+            prefixes: listed.iter().zip(&of_prefixes).map(of_prefix).collect(),
         })
     }
 
@@ -280,6 +307,11 @@ pub fn output(out: &Option<EmbeddingsMut<'_>>) -> Option<GradientOutput> {
     out.as_ref().map(|x| GradientOutput { dtype: x.dtype(), row_stride: x.row_stride() })
 }
 
+/// The prefixes that a call names.
+pub fn listed(batch: &Batch<'_>) -> Vec<Prefix> {
+    batch.call().prefixes().map(|_| batch.prefixes()).unwrap_or_default()
+}
+
 /// Loss and gradients of a whole batch by the plan of `problem`.
 pub fn run(
     problem: &Problem<'_>,
@@ -295,14 +327,7 @@ pub fn run(
     emulated.check_status(batch)?;
     emulated.fetch("query_gradient", buffers.query)?;
     emulated.fetch("passage_gradient", buffers.passage)?;
-    let mut evaluation = emulated.evaluation()?;
-    if batch.call().prefixes().is_some() {
-        // The whole embedding, which is all that a plan takes.
-        let Evaluation { loss, query_to_passage, passage_to_query, .. } = evaluation;
-        let whole = PrefixEvaluation { dim: batch.dim(), weight: 1.0, loss, query_to_passage, passage_to_query };
-        evaluation.prefixes.push(whole);
-    }
-    Ok((evaluation, emulated.temperature()?))
+    Ok((emulated.evaluation(&listed(batch))?, emulated.temperature()?))
 }
 
 /// Kept cosines for one half of all cases and recomputed ones for the other: by type, so that every case has both, and by loss and

@@ -28,7 +28,7 @@ impl Outcome {
             Ok(values.into_iter().map(f64::from).collect())
         };
         let outputs = Outputs {
-            evaluation: device.evaluation()?,
+            evaluation: device.evaluation(&[])?,
             grad_query: gradient(device, "query_gradient")?,
             grad_passage: gradient(device, "passage_gradient")?,
             temperature: device.temperature()?,
