@@ -18,6 +18,8 @@ mod graphs;
 mod kernels;
 #[path = "cuda_driver/memory.rs"]
 mod memory;
+#[path = "cuda_driver/prefixes.rs"]
+mod prefixes;
 #[path = "cuda_driver/raw.rs"]
 mod raw;
 #[cfg(feature = "cudarc")]
@@ -137,10 +139,11 @@ fn told() -> impl Iterator<Item = (&'static str, &'static str, Body)> {
 
 fn on_devices() -> impl Iterator<Item = Check> {
     #[cfg(feature = "cudarc")]
-    let more = [slices::CHECKS, graphs::CHECKS, changed::SLICES];
+    let more = [slices::CHECKS, graphs::CHECKS, changed::SLICES, prefixes::SLICES];
     #[cfg(not(feature = "cudarc"))]
     let more: [&[Check]; 0] = [];
-    raw::CHECKS.iter().chain(kernels::CHECKS).chain(changed::CHECKS).chain(more.into_iter().flatten()).copied()
+    let own = [raw::CHECKS, kernels::CHECKS, changed::CHECKS, prefixes::CHECKS];
+    own.into_iter().flatten().chain(more.into_iter().flatten()).copied()
 }
 
 fn trials() -> Vec<Listed> {

@@ -130,12 +130,10 @@ impl<'a> Launches<'a> {
             let (anchor_index, tile) = (common.anchor_index, number(edge));
             let prefix_partials = self.arrays.elements.partials as u64;
             let m = abi::Merge { partials, counts, anchor_index, tile, first: k == 0, prefix_partials };
-            if k + 1 == division.forward.len() {
-                self.forward = self.partials.clone();
-                self.forward.push(self.arrays.combine(wave, m, true));
-            }
-            self.partials.push(self.arrays.combine(wave, m, false));
+            // The sums of a shard are not complete after the last wave either. They are combined all the same, because this makes the status.
+            self.partials.push(self.arrays.combine(wave, m, k + 1 == division.forward.len()));
         }
+        self.forward = self.partials.clone();
         // For sums that are complete already. This launch merges no wave.
         let anchor_index = Address::Null;
         let nothing = abi::Merge { partials, counts, anchor_index, tile: 1, first: false, prefix_partials: 0 };

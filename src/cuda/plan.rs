@@ -142,7 +142,8 @@ impl Plan {
         &self.forward
     }
 
-    /// The partial sums of the shard. A shard merges those of the others into the array `sums` before [`Plan::combine`].
+    /// The partial sums of the shard, and which embeddings are refused. A shard merges the sums of the others into the array `sums` before
+    /// [`Plan::combine`].
     pub fn partials(&self) -> &[Launch] {
         &self.partials
     }

@@ -1,5 +1,6 @@
 //! Backward calls with other embeddings than those of the forward call. Each check runs on a GPU, or on the emulated driver.
 
+use super::prefixes::with_prefixes;
 use super::raw::{Call, sample, with_call};
 #[cfg(feature = "cudarc")]
 use super::slices::{Pairs, Place, debug};
@@ -44,10 +45,11 @@ fn other_norm(error: &Error, tower: Tower, row: usize) -> bool {
     matches!(error, Error::StateMismatch { saved, given } if saved.starts_with(&place) && given.starts_with("one of norm "))
 }
 
-const CHANGES: [Change; 5] = [
+const CHANGES: [Change; 6] = [
     Change { tower: Tower::Query, row: 5, change: |x| x[7] = f64::NAN, is_named: non_finite },
     Change { tower: Tower::Passage, row: 6, change: |x| x[7] = f64::INFINITY, is_named: non_finite },
     Change { tower: Tower::Query, row: 36, change: |x| x[0] += 1e-3, is_named: other_norm },
+    Change { tower: Tower::Query, row: 4, change: |x| x[19] += 1e-2, is_named: other_norm }, // in the longest prefix alone
     Change { tower: Tower::Passage, row: 40, change: |x| x.fill(0.0), is_named: other_norm },
     Change { tower: Tower::Passage, row: 0, change: |x| x.iter_mut().for_each(|x| *x *= 2.0), is_named: other_norm },
 ];
@@ -67,10 +69,18 @@ impl Change {
     }
 }
 
+/// Without prefixes, and with some.
+fn samples(seed: u64) -> Result<[Problem; 2], String> {
+    Ok([sample(Loss::samtone_both(), seed)?, with_prefixes(Loss::samtone_both(), seed)?])
+}
+
 fn refused(way: Way) -> Result<(), String> {
-    let good = sample(Loss::samtone_both(), 41)?;
+    samples(41)?.iter().try_for_each(|good| refused_after(good, way))
+}
+
+fn refused_after(good: &Problem, way: Way) -> Result<(), String> {
     let d = good.dim;
-    with_call(&good, DType::F32, |call, _| {
+    with_call(good, DType::F32, |call, _| {
         call.run(Device::loss_and_gradients)?;
         let want = call.outputs()?;
         // SAFETY: as in `Call::run`; forward and backward are enqueued.
@@ -89,7 +99,7 @@ fn refused(way: Way) -> Result<(), String> {
         };
         for change in &CHANGES {
             forward(call)?;
-            call.write_embeddings(&change.made_to(&good))?;
+            call.write_embeddings(&change.made_to(good))?;
             let gradients = backward(call)?;
             change.expect(error_of(call))?;
             let rows = |tower: usize| gradients[tower].chunks(d).map(|row| row.iter().all(|x| x.is_nan()));
@@ -108,7 +118,7 @@ fn refused(way: Way) -> Result<(), String> {
                 demand(equal >= rows - 3, &format!("{equal} of {rows} rows have the gradients of the forward call"))?;
             }
             // Until the next forward call.
-            call.write_embeddings(&good)?;
+            call.write_embeddings(good)?;
             backward(call)?;
             let error = error_of(call);
             demand(error.is_some(), "a state is right again without a forward call")?;
@@ -122,14 +132,18 @@ fn refused(way: Way) -> Result<(), String> {
 
 #[cfg(feature = "cudarc")]
 fn forward_refuses() -> Result<(), String> {
+    samples(42)?.iter().try_for_each(forward_refuses_after)
+}
+
+#[cfg(feature = "cudarc")]
+fn forward_refuses_after(good: &Problem) -> Result<(), String> {
     let at = Place::new(0)?;
-    let good = sample(Loss::samtone_both(), 42)?;
-    let (query, passage) = at.upload(&good)?;
-    let pairs = Pairs::of(&good)?;
+    let (query, passage) = at.upload(good)?;
+    let pairs = Pairs::of(good)?;
     let batch = pairs.batch(&query, &passage)?;
     for change in &CHANGES {
         let mut forward = cuda::forward(&at.device, &at.stream, &batch).map_err(text)?;
-        let (query, passage) = at.upload(&change.made_to(&good))?;
+        let (query, passage) = at.upload(&change.made_to(good))?;
         let other = pairs.batch(&query, &passage)?;
         let gradients = forward.backward(&other, 1.0).map_err(text)?;
         change.expect(forward.temperature(&other).err())?;
@@ -142,16 +156,20 @@ fn forward_refuses() -> Result<(), String> {
 
 #[cfg(feature = "cudarc")]
 fn step_refuses() -> Result<(), String> {
+    samples(43)?.iter().try_for_each(step_refuses_after)
+}
+
+#[cfg(feature = "cudarc")]
+fn step_refuses_after(good: &Problem) -> Result<(), String> {
     let at = Place::new(0)?;
-    let good = sample(Loss::samtone_both(), 43)?;
-    let (query, passage) = at.upload(&good)?;
-    let pairs = Pairs::of(&good)?;
+    let (query, passage) = at.upload(good)?;
+    let pairs = Pairs::of(good)?;
     let planned = pairs.batch(&query, &passage)?.problem().map_err(text)?;
     let mut step = Step::new(&at.device, &at.stream, &planned).map_err(text)?;
-    let mut gradients = at.gradients(&good)?;
+    let mut gradients = at.gradients(good)?;
     for change in &CHANGES {
         step.forward(&query, &passage).map_err(text)?;
-        let (other_query, other_passage) = at.upload(&change.made_to(&good))?;
+        let (other_query, other_passage) = at.upload(&change.made_to(good))?;
         let slices = GradientSlices::both(&mut gradients.query, &mut gradients.passage);
         step.backward(&other_query, &other_passage, slices, 1.0).map_err(text)?;
         change.expect(step.results(&other_query, &other_passage).err())?;
@@ -162,5 +180,5 @@ fn step_refuses() -> Result<(), String> {
     let slices = GradientSlices::both(&mut gradients.query, &mut gradients.passage);
     step.loss_and_gradients(&query, &passage, slices, 1.0).map_err(text)?;
     let (evaluation, temperature) = step.results(&query, &passage).map_err(text)?;
-    at.judge(&good, evaluation, temperature, &gradients, 1.0)
+    at.judge(good, evaluation, temperature, &gradients, 1.0)
 }

@@ -208,6 +208,32 @@ pub const CHECKS: &[Check] = &[
         sum.grad_query.extend(last.query.iter().map(|&x| f64::from(x)));
         verdict(&against_definition(&sum, &expected(&problem, 1.5)?, &problem, DType::F32, 1.5))
     }),
+    ("slices: partial sums of inputs that are refused are an error", || {
+        let at = Place::new(0)?;
+        let good = sample(Loss::samtone_both(), 31)?;
+        let of_prefixes = good.clone().with(|call| call.with_prefixes([3, 24]));
+        for (problem, prefix) in [(good, None), (of_prefixes, Some(3))] {
+            let d = problem.dim;
+            let (mut infinite, mut zero) = (problem.clone(), problem.clone());
+            infinite.passage[40 * d + 2] = f64::INFINITY;
+            zero.query[36 * d..37 * d].fill(0.0);
+            // The memory of a state is that of an earlier one, whose call was accepted or refused.
+            for (problem, row) in [(&infinite, Some(40)), (&problem, None), (&zero, Some(36)), (&problem, None)] {
+                let (query, passage) = at.upload(problem)?;
+                let pairs = Pairs::of(problem)?;
+                let batch = pairs.batch(&query, &passage)?;
+                let mut shard = Shard::new(&at.device, &at.stream, &batch, 0..10).map_err(text)?;
+                let expected = match shard.partials() {
+                    Err(Error::NonFinite { tower: Tower::Passage, row: 40, column: 2, .. }) => row == Some(40),
+                    Err(Error::ZeroNorm { tower: Tower::Query, row: 36, prefix: k }) => row == Some(36) && k == prefix,
+                    Ok(_) => row.is_none(),
+                    other => return Err(format!("{other:?}")),
+                };
+                demand(expected, "another result of a shard")?;
+            }
+        }
+        Ok(())
+    }),
     ("slices: streams wait for each other's slices", || {
         // Freed over there after their use here; one at a time, since waiting for one is waiting for all.
         for freed in [None, Some(0), Some(1), Some(2)] {

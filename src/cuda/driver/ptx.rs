@@ -22,7 +22,7 @@ macro_rules! modules {
 }
 
 modules! {
-    "prepare" "combine" "project" "skip_squares"
+    "prepare" "combine" "project" "skip_squares" "prepare_prefixes" "prefixes" "project_prefixes"
     "logsumexp_sm80" "gradient_tile_sm80" "gradient_product_sm80"
     "logsumexp_sm90a" "gradient_tile_sm90a" "gradient_product_sm90a"
 }
@@ -185,7 +185,8 @@ mod tests {
         let positives = [2, 2, 0, 5, 4];
         let plain = Call::new(Loss::samtone_both(), 0.05).with_tile_skipping(0.01);
         let shared = Call::new(Loss::samtone_query(), 0.05).with_tile_skipping(0.01).with_positives(positives);
-        for call in [plain, shared] {
+        let prefixes = Call::new(Loss::samtone_query(), 0.05).with_positives(positives).with_prefixes([5, 7, 24]);
+        for call in [plain, shared, prefixes] {
             for (arithmetic, tile) in [
                 (Arithmetic::F16, Tile::Small),
                 (Arithmetic::F16, Tile::Large),
@@ -220,10 +221,14 @@ mod tests {
         for loss in presets.chain([Block::QP, Block::PQ, Block::QQ, Block::PP].map(only)) {
             let plain = Call::new(loss, 0.05).with_tile_skipping(0.01);
             let crowded = plain.clone().with_positives([0, 0, 0]);
-            for pairs in [plain.pairs(1, 1), plain.pairs(3, 200), crowded.pairs(3, 3)].map(Result::unwrap) {
+            let prefixes = Call::new(plain.loss().clone(), 0.05).with_prefixes([1, 2, 3]);
+            let short = prefixes.clone().with_prefixes([1]).with_positives([0, 0, 0]);
+            let pairs = [plain.pairs(1, 1), plain.pairs(3, 200), crowded.pairs(3, 3)];
+            let of_prefixes = [prefixes.pairs(1, 1), prefixes.pairs(3, 200), short.pairs(3, 3)];
+            for pairs in pairs.into_iter().chain(of_prefixes).map(Result::unwrap) {
                 for rows in [0..pairs.rows(), pairs.rows() - 1..pairs.rows()] {
                     for tile in [Tile::Small, Tile::Large, Tile::Cluster] {
-                        let problem = Problem::new(pairs, DType::BF16, 1).unwrap();
+                        let problem = Problem::new(pairs, DType::BF16, 3).unwrap();
                         let problem = problem.with_rows(rows.clone()).unwrap().with_tile(tile);
                         let problem = problem.with_architecture(Architecture::Sm90a { multiprocessors: 132 });
                         let problem = problem.with_cosines(Cosines::Kept);
