@@ -1,6 +1,7 @@
 //! Every kernel that a device runs, even one that no plan takes unless told to. Each case is announced before it runs, so that one that
 //! never ends is known by name. All cases that fail are listed, so that one run on a GPU tells everything.
 
+use super::prefixes::with_prefixes;
 use super::raw::{sample, with_call};
 use super::support::case::Expected;
 use super::support::compare::{against_definition, verdict};
@@ -19,18 +20,21 @@ pub const CHECKS: &[Check] = &[
     ("smoke: every arithmetic and tile gives what the definition gives", || {
         let mut report = Report::default();
         for kernel in kernels()? {
-            for changed in [Changed::Nothing, Changed::Skipping] {
-                let problem = sample(Loss::samtone_both(), 71)?;
-                report.case(kernel.named(&problem, changed), || kernel.conforms(problem.clone(), changed));
+            let (plain, prefixes) = (sample(Loss::samtone_both(), 71)?, with_prefixes(Loss::samtone_both(), 71)?);
+            for (problem, changed) in
+                [(&plain, Changed::Nothing), (&plain, Changed::Skipping), (&prefixes, Changed::Nothing)]
+            {
+                report.case(kernel.named(problem, changed), || kernel.conforms(problem.clone(), changed));
             }
         }
         report.verdict()
     }),
     ("smoke: cosines kept or multiplied again give the same bits", || {
         let mut report = Report::default();
-        for kernel in kernels()? {
-            let problem = sample(Loss::samtone_both(), 73)?.rounded(kernel.dtype);
-            report.case(format!("{:?} {:?}", kernel.arithmetic, kernel.tile), || {
+        let problems = [sample(Loss::samtone_both(), 73)?, with_prefixes(Loss::samtone_both(), 73)?];
+        for (kernel, problem) in kernels()?.iter().flat_map(|kernel| problems.iter().map(move |p| (kernel, p))) {
+            let problem = problem.rounded(kernel.dtype);
+            report.case(kernel.named(&problem, Changed::Nothing), || {
                 with_call(&problem, kernel.dtype, |call, _| {
                     let outputs = |cosines| {
                         let call = call.replan(&problem, |p| Ok(kernel.changes(p).with_cosines(cosines)))?;
@@ -59,6 +63,8 @@ pub const ON_GPUS: &[Check] = &[
             for (kind, shape, changed) in whole.into_iter().chain(waves) {
                 let problem = data::problem(Loss::samtone_both(), kind, shape, 0.05, 11, 0.0).map_err(text)?;
                 report.case(kernel.named(&problem, changed), || kernel.conforms(problem.clone(), changed));
+                let prefixes = problem.with(|call| call.with_prefixes([1, shape.2 / 2, shape.2]));
+                report.case(kernel.named(&prefixes, changed), || kernel.conforms(prefixes.clone(), changed));
             }
         }
         report.verdict()
@@ -71,11 +77,15 @@ pub const ON_GPUS: &[Check] = &[
 fn thousands() -> Result<(), String> {
     let mut report = Report::default();
     for dtype in [DType::F32, DType::F16, DType::BF16] {
-        for (kind, shape) in [(Kind::Trained, (2300, 2500, 200)), (Kind::Random, (2048, 2048, 256))] {
+        let shapes = [(Kind::Trained, (2300, 2500, 200)), (Kind::Random, (2048, 2048, 256))];
+        for ((kind, shape), prefixes) in shapes.into_iter().flat_map(|of| [false, true].map(|prefixes| (of, prefixes)))
+        {
             let problem = data::problem(Loss::samtone_both(), kind, shape, 0.05, 72, 0.0).map_err(text)?.rounded(dtype);
+            let problem = if prefixes { problem.with(|call| call.with_prefixes([32, 100, shape.2])) } else { problem };
             let cpu = backend::by_name("cpu").map_err(text)?;
             let mut want = Expected::from(problem.run(cpu, DType::F32, 0.5).map_err(text)?);
-            want.metrics = None; // single precision decides some of so many near ties the other way
+            // Single precision decides some of so many near ties the other way.
+            (want.metrics, want.prefix_metrics) = (None, None);
             for kernel in kernels()?.into_iter().filter(|kernel| kernel.dtype == dtype) {
                 let name = kernel.named(&problem, Changed::Nothing);
                 report.case(name, || kernel.judged(&problem, &want, Changed::Nothing));
@@ -131,7 +141,8 @@ impl Kernel {
             Changed::LeastWorkspace => ", least workspace",
             Changed::Skipping => ", tile skipping",
         };
-        format!("{:?} {:?}: {}{how}", self.arithmetic, self.tile, problem.name)
+        let prefixes = problem.call.prefixes().map_or_else(String::new, |dims| format!(", prefixes {dims:?}"));
+        format!("{:?} {:?}: {}{prefixes}{how}", self.arithmetic, self.tile, problem.name)
     }
 
     fn changes<'a>(&self, problem: cuda::Problem<'a>) -> cuda::Problem<'a> {
@@ -139,16 +150,17 @@ impl Kernel {
         problem.with_tile(self.tile).with_room_for(self.tile)
     }
 
-    /// Plans that launch whatever has kernels of its own: cosines recomputed and kept, several waves, tile skipping.
-    fn plans(&self) -> Result<[Plan; 3], String> {
+    /// Plans that launch whatever has kernels of its own: cosines recomputed and kept, several waves, tile skipping, prefixes.
+    fn plans(&self) -> Result<[Plan; 4], String> {
         let call = Call::new(Loss::samtone_both(), 0.05).with_tile_skipping(0.01);
         let waves = call.clone().with_workspace_bytes(1);
+        let prefixes = Call::new(Loss::samtone_both(), 0.05).with_prefixes([3, 24]);
         let plan = |cosines, call: &Call| {
             let plain = call.pairs(37, 41).and_then(|pairs| cuda::Problem::new(pairs, self.dtype, 24));
             plain.and_then(|p| Plan::new(&self.changes(p).with_cosines(cosines))).map_err(text)
         };
         let [recomputed, kept] = [Cosines::Recomputed, Cosines::Kept];
-        Ok([plan(recomputed, &call)?, plan(kept, &call)?, plan(recomputed, &waves)?])
+        Ok([plan(recomputed, &call)?, plan(kept, &call)?, plan(recomputed, &waves)?, plan(recomputed, &prefixes)?])
     }
 
     fn conforms(&self, problem: Problem, changed: Changed) -> Result<(), String> {
