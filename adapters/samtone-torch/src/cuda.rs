@@ -7,7 +7,7 @@ use crate::errors::{Refusal, invalid};
 use crate::settings::Settings;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyCapsule};
-use samtone::cuda::abi::{GRAD_LOG_BETA, GRAD_TAU, LOSS, MRR_PQ, MRR_QP, PRECISION_PQ, PRECISION_QP};
+use samtone::cuda::abi::{GRAD_LOG_BETA, GRAD_TAU, LOSS, MRR_PQ, MRR_QP, PRECISION_PQ, PRECISION_QP, RESULTS};
 use samtone::cuda::{Cosines, Device, Plan, Pointers, Problem, Readout, Slot, Stream, check_slot_bytes};
 use samtone::{DType, GradientOutput, Pairs};
 
@@ -36,6 +36,7 @@ pub struct CudaPlan {
     at_once: bool,
     derivative: u64,
     results: u64,
+    parts: u64,
     row_losses: u64,
 }
 
@@ -97,6 +98,13 @@ impl CudaPlan {
     #[getter]
     fn offsets(&self) -> (u64, u64, u64) {
         (self.results, self.row_losses, self.derivative)
+    }
+
+    /// How often the state has results, and how many numbers lie from one to the next: those of the call, which `offsets` gives, and
+    /// then those of each prefix. They are there once for a call whose only prefix is the whole embedding with weight 1.
+    #[getter]
+    fn results(&self) -> (u64, usize) {
+        (self.parts, RESULTS)
     }
 
     /// Enqueues loss, row losses and metrics.
@@ -206,8 +214,9 @@ impl CudaPlan {
         let readout = Readout::new(&problem, &plan)?;
         let offset = |name: &str| plan.array(name).map_or(0, |array| array.offset);
         let (results, row_losses) = (offset("results"), offset("row_losses"));
+        let parts = plan.array("results").map_or(1, |array| array.bytes / (8 * RESULTS as u64));
         let derivative = results + 8 * if settings.is_log_beta() { GRAD_LOG_BETA } else { GRAD_TAU } as u64;
-        Ok(Self { device, plan, readout, towers, gradients, at_once, derivative, results, row_losses })
+        Ok(Self { device, plan, readout, towers, gradients, at_once, derivative, results, parts, row_losses })
     }
 
     /// An error unless the plan was made for gradients at once, or for a call of their own.

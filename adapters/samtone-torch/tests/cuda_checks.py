@@ -64,6 +64,7 @@ def settings(case: Case, log_beta: bool = False, share: float | None = None) -> 
         "tile_skipping": share,
         "hard_negative_scope": "own" if case.own else "all",
         "prefixes": case.prefixes,
+        "prefix_weights": case.prefix_weights,
     }
     return Settings(text_of(spec, options, log_beta=log_beta, shared_ids=case.shared_ids), value)
 
@@ -127,8 +128,13 @@ def check(
     want = judge.judge(case, upstream)
     got = Result(memory, case, upstream, log_beta=log_beta, pitch=pitch)
     limit = judge.LOSS[dtype] + 4 * judge.COSINE / case.temperature
-    close(got.results[0], want.loss.item(), limit, "loss")
-    assert got.results[1:] == pytest.approx(want.metrics, abs=1e-9)
+    of_call, *of_prefixes = (got.results[k : k + ops.RESULTS] for k in range(0, len(got.results), ops.RESULTS))
+    assert len(of_prefixes) == len(want.prefixes)
+    close(of_call[0], want.loss.item(), limit, "loss")
+    assert of_call[1:] == pytest.approx(want.metrics, abs=1e-9)
+    for prefix, of_prefix in zip(want.prefixes, of_prefixes):
+        close(of_prefix[0], prefix.loss.item(), limit, "loss of a prefix")
+        assert of_prefix[1:] == pytest.approx(prefix.metrics, abs=1e-9)
     for a, b in zip(got.row_losses, want.row_losses.tolist()):
         close(a, b, 4 * limit, "row loss")
     limit = judge.tolerance(dtype, case.temperature)
@@ -150,6 +156,51 @@ def test_preset(memory: emulated.EmulatedMemory, preset: str, dtype: torch.dtype
 @pytest.mark.parametrize("mask", MASKS)
 def test_mask(memory: emulated.EmulatedMemory, mask: str, at_once: bool) -> None:
     check(memory, judge.of_preset("samtone_both", *embeddings(41), **MASKS[mask]))
+
+
+# Of 24 entries.
+PREFIXES: dict[str, dict[str, Any]] = {
+    "all": {"prefixes": [3, 8, 24]},
+    "weights": {"prefixes": [3, 7, 16, 20], "prefix_weights": [0.5, 1.0, 0.0, 2.0]},
+    "short": {"prefixes": [9]},
+    "whole": {"prefixes": [24]},
+    "heavy": {"prefixes": [24], "prefix_weights": [3.0]},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prefixes", PREFIXES)
+def test_prefixes(memory: emulated.EmulatedMemory, prefixes: str, dtype: torch.dtype, at_once: bool) -> None:
+    check(memory, judge.of_preset("samtone_query", *embeddings(50, dtype), **PREFIXES[prefixes]), upstream=-2.0)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_prefixes_with_masks(memory: emulated.EmulatedMemory, mask: str, at_once: bool) -> None:
+    case = judge.of_preset("samtone_both", *embeddings(51), **PREFIXES["weights"], **MASKS[mask])
+    check(memory, case, 0.5, log_beta=True, pitch=5)
+
+
+def test_prefixes_and_the_whole_embedding(memory: emulated.EmulatedMemory, at_once: bool) -> None:
+    """The whole embedding is what a call without prefixes computes."""
+    case = judge.of_preset("clip", *embeddings(50))
+    want = Result(memory, case)
+    case.prefixes = [24]
+    got = Result(memory, case)
+    assert got.results == 2 * want.results and got.derivative == want.derivative
+    assert all(torch.equal(a, b) for a, b in zip(got.gradients, want.gradients))
+
+
+def test_prefixes_that_are_refused_are_nan_or_a_sentence(memory: emulated.EmulatedMemory, at_once: bool) -> None:
+    case = judge.of_preset("info_nce", *embeddings(46), **PREFIXES["weights"])
+    case.query[4, :3] = 0
+    got = Result(memory, case)
+    assert got.results[0] != got.results[0] and all(gradient.isnan().all() for gradient in got.gradients)
+    sentence = "query embedding in row 4 has norm zero in its first 3 entries"
+    with torch.autograd.set_detect_anomaly(True), pytest.raises(samtone.SamtoneError, match=sentence):
+        Result(memory, case)
+    skipping = judge.of_preset("info_nce", *embeddings(46), **PREFIXES["weights"])
+    with pytest.raises(samtone.SamtoneError, match="`tile_skipping` is 0.1; allowed: no tile skipping with prefixes"):
+        Result(memory, skipping, share=0.1)
 
 
 def test_rows_without_negatives(memory: emulated.EmulatedMemory, at_once: bool) -> None:
@@ -202,16 +253,17 @@ def test_both_ways_agree_and_backward_may_be_called_again(
 
 def test_torch_compile_knows_shapes_and_types(memory: emulated.EmulatedMemory, at_once: bool) -> None:
     """What the fake of the operation gives is what the operation gives."""
+    options: list[tuple[float | None, dict[str, Any]]] = [(None, {}), (0.1, {}), (None, PREFIXES["weights"])]
     for wanted in range(ALL + 1):
-        for share in (None, 0.1):
+        for share, prefixes in options:
             for mask in ("plain", "positives"):
-                case = judge.of_preset("samtone_query", *embeddings(55), **MASKS[mask])
-                options = settings(case, share=share)
+                case = judge.of_preset("samtone_query", *embeddings(55), **prefixes, **MASKS[mask])
+                given = settings(case, share=share)
                 q, p, named = memory.tensor(case.query), memory.tensor(case.passage), annotations(case)
-                got = ops._forward_cuda(options, q, p, named, wanted)
+                got = ops._forward_cuda(given, q, p, named, wanted)
                 with FakeTensorMode(allow_non_fake_inputs=True):
                     towers = (torch.empty(x.shape, device="cuda") for x in (case.query, case.passage))
-                    fakes = ops.forward(*towers, None, *named.values(), *options, wanted)
+                    fakes = ops.forward(*towers, None, *named.values(), *given, wanted)
                 for have, fake in zip(got, fakes):
                     assert (tuple(have.shape), have.dtype) == (tuple(fake.shape), fake.dtype)
 
@@ -302,18 +354,22 @@ def test_plans_of_graphs_are_made_before_and_stay(memory: emulated.EmulatedMemor
 
 
 def test_the_size_of_the_state_is_enough(memory: emulated.EmulatedMemory, at_once: bool) -> None:
+    # A share of tile skipping, or prefixes.
+    options: list[tuple[float | None, list[int] | None]] = [(None, None), (0.1, None)]
+    options += [(None, prefixes) for prefixes in ([8], [5], [3, 8], list(range(1, 9)))]
     for rows, extra in ((1, 0), (3, 4), (63, 1), (257, 100), (200, 5000)):
         x = torch.zeros(rows + extra, 8)
         for preset in judge.PRESETS:
             case = judge.of_preset(preset, x[:rows], x)
             case.zero_norm = "zero_gradient"
             for case.positives in (None, [0] * rows, [k // 2 for k in range(rows)]):
-                for share in (None, 0.1):
+                for share, case.prefixes in options:
                     q, p = memory.tensor(x[:rows]), memory.tensor(x)
-                    options = settings(case, share=share)
-                    planned = cuda.planned(memory, options, q, p, annotations(case), (True, True), at_once)
+                    given = settings(case, share=share)
+                    planned = cuda.planned(memory, given, q, p, annotations(case), (True, True), at_once)
+                    prefixes = len(case.prefixes or [])
                     shared, skipping = case.positives is not None, share is not None
-                    size = cuda.state_bytes(rows, rows + extra, shared=shared, skipping=skipping)
+                    size = cuda.state_bytes(rows, rows + extra, shared=shared, skipping=skipping, prefixes=prefixes)
                     assert planned.plan.state_bytes <= size
 
 
@@ -398,20 +454,6 @@ def test_memory_that_does_not_fit_is_refused(memory: emulated.EmulatedMemory, at
         names = dict.fromkeys(annotations(case))
         settings_ = _native.Settings("loss=info_nce", 0.1)
         _native.cpu_step(settings_, cuda.capsule(q), cuda.capsule(p), (None, None), True, names, vector.__dlpack__(), 1)
-
-
-def test_prefixes_are_refused(memory: emulated.EmulatedMemory, at_once: bool) -> None:
-    """But for the whole embedding, which is what a call without them computes."""
-    case = judge.of_preset("clip", *embeddings(50))
-    want = Result(memory, case)
-    case.prefixes = [24]
-    got = Result(memory, case)
-    assert got.results == 2 * want.results and got.derivative == want.derivative
-    assert all(torch.equal(a, b) for a, b in zip(got.gradients, want.gradients))
-    case.prefixes = [8, 24]
-    sentence = "backend `cuda` does not support prefixes; allowed: a call without prefixes, or embeddings on the CPU$"
-    with pytest.raises(samtone.SamtoneError, match=sentence):
-        Result(memory, case)
 
 
 class _OnCpu:

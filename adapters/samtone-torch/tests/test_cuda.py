@@ -55,10 +55,10 @@ def test_a_text_says_whether_tiles_are_skipped() -> None:
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-@pytest.mark.parametrize("share", [None, 0.1])
+@pytest.mark.parametrize("options", [{}, {"tile_skipping": 0.1}, {"prefixes": [2, 16]}], ids=str)
 @pytest.mark.parametrize("wanted", [ops.PASSAGE, ops.QUERY | ops.PASSAGE, ops.TEMPERATURE, 0])
 def test_shapes_on_cuda_without_a_gpu(
-    wanted: int, share: float | None, at_once: bool, monkeypatch: pytest.MonkeyPatch
+    wanted: int, options: dict[str, Any], at_once: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What torch.compile knows of a call on CUDA."""
     if not at_once:
@@ -67,11 +67,12 @@ def test_shapes_on_cuda_without_a_gpu(
         q, p = (torch.empty(rows, 16, device="cuda", dtype=torch.bfloat16) for rows in (8, 9))
         evaluation = samtone.evaluate(q, p, passage_ids=torch.arange(9))
         assert evaluation.loss.device.type == "cuda" and evaluation.row_losses.shape == (8,)
-        text = text_of("samtone_query", {"tile_skipping": share})
+        text = text_of("samtone_query", options)
         vectors = [None] * 5
         saved = ops.forward(q, p, None, *vectors, text, 0.1, wanted)[3:]
         rows = [8 if wanted & ops.QUERY else 0, 9 if wanted & ops.PASSAGE else 0, 1 if wanted & ops.TEMPERATURE else 0]
-        state = cuda.state_bytes(8, 9, skipping=share is not None)
+        prefixes = len(options.get("prefixes", []))
+        state = cuda.state_bytes(8, 9, skipping="tile_skipping" in options, prefixes=prefixes)
         left = [*rows, 0] if at_once and wanted else [0, 0, 0, state]
         assert [len(x) for x in saved] == [*left, 1] and saved[-1].device.type == "cpu"
         assert all(x.dtype == torch.float32 and x.shape[1] == 16 for x in saved[:2])
@@ -83,7 +84,7 @@ def test_shapes_on_cuda_without_a_gpu(
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_shapes_of_prefixes_on_cuda(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the only prefix that plans for CUDA take, and of those that are refused once there are values."""
+    """Of the whole embedding alone, and of several prefixes, one of which may have weight 0."""
     if not at_once:
         monkeypatch.setattr(cuda, "AT_ONCE_BYTES", -1)
     with FakeTensorMode():

@@ -53,6 +53,11 @@ def check(case: Case, upstream: float = 1.0, learn: str | None = None, of: str =
         close(a, b, 4 * limit, "row loss")
     metrics = [*got.query_to_passage, *got.passage_to_query]
     assert [m.item() for m in metrics] == pytest.approx(want.metrics, abs=1e-9)
+    assert bool(got.prefixes) == bool(want.prefixes)
+    for k, prefix in enumerate(want.prefixes):
+        close(got.prefixes.losses[k].item(), prefix.loss.item(), limit, "loss of a prefix")
+        metrics = [x[k] for x in (*got.prefixes.query_to_passage, *got.prefixes.passage_to_query)]
+        assert [m.item() for m in metrics] == pytest.approx(prefix.metrics, abs=1e-9)
     limit = judge.tolerance(dtype, case.temperature)
     for name, x in (("query", q), ("passage", p)):
         assert x.grad is not None and x.grad.dtype == dtype and x.grad.device == x.device
@@ -82,6 +87,15 @@ def test_presets(preset: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks(mask: str) -> None:
     check(judge.of_preset("samtone_both", *embeddings(41), **MASKS[mask]))
+
+
+@both_ways
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("mask", ["plain", "all"])
+def test_prefixes(mask: str, dtype: torch.dtype) -> None:
+    prefixes: dict[str, Any] = {"prefixes": [3, 7, 16, 20], "prefix_weights": [0.5, 1.0, 0.0, 2.0]}
+    check(judge.of_preset("samtone_both", *embeddings(39, dtype), **prefixes, **MASKS[mask]), -2.0, "log_beta")
+    check(judge.of_preset("samtone_query", *embeddings(39, dtype), prefixes=[8, 24], **MASKS[mask]))
 
 
 @both_ways
@@ -215,14 +229,15 @@ def test_chunks_equal_one_batch() -> None:
     assert torch.allclose(tower.weight.grad, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("prefixes", [None, [4, 16]], ids=str)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled(backend: str) -> None:
+def test_compiled(backend: str, prefixes: list[int] | None) -> None:
     torch._dynamo.reset()
     tower = torch.nn.Linear(24, 16).to(DEVICE)
     q, p = (x.to(DEVICE) for x in embeddings(50))
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
-        return 2 * samtone.samtone_loss(tower(a), tower(b), temperature=0.1)
+        return 2 * samtone.samtone_loss(tower(a), tower(b), temperature=0.1, prefixes=prefixes)
 
     loss(q, p).backward()
     want, tower.weight.grad = tower.weight.grad, None
@@ -231,18 +246,20 @@ def test_compiled(backend: str) -> None:
 
 
 @pytest.mark.skipif(missing("sentence-transformers", "sentence_transformers"), reason="no sentence-transformers")
+@pytest.mark.parametrize("dims", [None, [2, 4]], ids=str)
 @pytest.mark.parametrize("cached", [False, True])
-def test_sentence_transformers(cached: bool) -> None:
+def test_sentence_transformers(cached: bool, dims: list[int] | None) -> None:
     from samtone.sentence_transformers import CachedSamToNeLoss, SamToNeLoss
     from test_sentence_transformers import Encoder, columns
 
     model = Encoder()
-    make: Any = (lambda: CachedSamToNeLoss(model, mini_batch_size=2)) if cached else (lambda: SamToNeLoss(model))
+    options: Any = {"mini_batch_size": 2} if cached else {}
+    make: Any = CachedSamToNeLoss if cached else SamToNeLoss
     results = []
     for device in ("cpu", DEVICE):
         model.to(device).zero_grad()
         features = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in f.items()} for f in columns(1)]
-        loss = make()(features, None)
+        loss = make(model, matryoshka_dims=dims, **options)(features, None)
         loss.backward()
         results.append([loss.item(), model.dense.weight.grad.clone().cpu()])
     close(results[1][0], results[0][0], 1e-4)

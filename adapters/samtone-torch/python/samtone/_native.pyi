@@ -28,6 +28,7 @@ class CudaPlan:
     state_bytes: int
     workspace_bytes: int
     offsets: tuple[int, int, int]
+    results: tuple[int, int]
     def side(self) -> bytes: ...
     def forward(self, towers: tuple[Any, Any], side: Any, state: Any, workspace: Any, stream: int) -> None: ...
     def loss_and_gradients(

@@ -184,14 +184,19 @@ def at_once(rows: Any, passages: Any, dim: Any, wanted: tuple[bool, bool]) -> bo
     return bool(elements * torch.float32.itemsize <= AT_ONCE_BYTES)
 
 
-def state_bytes(rows: Any, passages: Any, *, shared: bool = False, skipping: bool = False) -> Any:
+def state_bytes(rows: Any, passages: Any, *, shared: bool = False, skipping: bool = False, prefixes: int = 0) -> Any:
     """Size of the state, which torch.compile must know before there is a plan. A plan needs 160 bytes for each row, 16 for each
     passage and for each row that shares its positive, and room for the alignment of its arrays; native code refuses a state that
     is too short.
 
+    Each of `prefixes` takes 176 bytes for each row, 8 for each passage and for each row that shares its positive, and 176 at all. All of
+    them together take 8 bytes for each of the latter two.
+
     With tile skipping 20 bytes more for each square: no plan has smaller ones than 64 x 64, in QQ and in S and PP, whose passages
     come in parts that end with a square of their own: positives, others, and, if positives may be shared, repetitions."""
     size = 176 * rows + 16 * passages + 4096
+    if prefixes:
+        size = (184 * prefixes + 8) * rows + (8 * prefixes + 8) * passages + 5120 + 176 * prefixes
     if skipping:
         queries, indices = rows // 64 + 2, (passages + rows if shared else passages) // 64 + 3
         size += 20 * queries * (queries + 2 * indices)
@@ -201,3 +206,13 @@ def state_bytes(rows: Any, passages: Any, *, shared: bool = False, skipping: boo
 def numbers(state: Tensor, offset: int, count: int) -> Tensor:
     """A copy of so many float64 numbers of the state."""
     return state[offset : offset + 8 * count].view(torch.float64).clone()
+
+
+def results(state: Tensor, plan: _native.CudaPlan, count: int, prefixes: int) -> Tensor:
+    """The first `count` results of the call, and behind them those of each prefix."""
+    parts, step = plan.results
+    if parts > 1:
+        return numbers(state, plan.offsets[0], parts * step).view(parts, step)[:, :count].flatten()
+    # The only prefix is the whole embedding with weight 1, if the call names one.
+    of_call = numbers(state, plan.offsets[0], count)
+    return of_call.repeat(1 + prefixes) if prefixes else of_call

@@ -109,8 +109,8 @@ def samtone_loss(
             by clusters at tau of 0.02 or less. Only CUDA skips; the CPU keeps the promise by skipping nothing. Default: none.
         prefixes: Matryoshka: ascending numbers of entries, none above d, such as [64, 128, 256]. The loss becomes
             sum_k v_k L(query[:, :d_k], passage[:, :d_k]), where each prefix has norms, cosines, margins and ranks of its own. It is
-            computed in one pass over all of them. Entries beyond the last prefix get a gradient of 0. Only the CPU has prefixes so far.
-            Default: the whole embedding alone.
+            computed in one pass over all of them. Entries beyond the last prefix get a gradient of 0. On CUDA, prefixes go without
+            `tile_skipping`. Default: the whole embedding alone.
         prefix_weights: v_k, a number for each prefix, 0 or from 1e-30 to 1e30, not all 0. They are not normalised, and a prefix
             of weight 0 is left out. Default: 1 each.
 

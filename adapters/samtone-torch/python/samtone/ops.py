@@ -110,13 +110,19 @@ def _forward_cpu(
     ]
 
 
+def _state_bytes(text: str, query: Tensor, passage: Tensor, positives: Tensor | None) -> Any:
+    shared, skipping, prefixes = positives is not None, skips_tiles(text), len(prefixes_of(text))
+    rows, passages = query.shape[0], passage.shape[0]
+    return cuda.state_bytes(rows, passages, shared=shared, skipping=skipping, prefixes=prefixes)
+
+
 def _forward_cuda(
     settings: Settings, q: Tensor, p: Tensor, annotations: dict[str, Tensor | None], wanted: int
 ) -> Tensors:
     memory, towers, at_once = cuda.TorchMemory(q.device), _towers(wanted), _at_once(q, p, wanted)
     planned = cuda.planned(memory, settings, q, p, annotations, towers, at_once)
-    shared, skipping = annotations["positives"] is not None, skips_tiles(settings.text)
-    state = memory.empty(cuda.state_bytes(q.shape[0], p.shape[0], shared=shared, skipping=skipping))
+    prefixes = len(prefixes_of(settings.text))
+    state = memory.empty(_state_bytes(settings.text, q, p, annotations["positives"]))
     gradients = [
         memory.matrix(x.shape[0] if want and at_once else 0, x.shape[1], torch.float32)
         for x, want in zip((q, p), towers)
@@ -125,9 +131,8 @@ def _forward_cuda(
         planned.loss_and_gradients(memory, q, p, state, _where_wanted(gradients, towers))
     else:
         planned.forward(memory, q, p, state)
-    results, row_losses, derivative = planned.plan.offsets
-    # The only prefix that a plan for CUDA takes is the whole embedding with weight 1.
-    numbers = cuda.numbers(state, results, RESULTS).repeat(1 + len(prefixes_of(settings.text)))
+    _, row_losses, derivative = planned.plan.offsets
+    numbers = cuda.results(state, planned.plan, RESULTS, prefixes)
     return [
         numbers[0].to(torch.float32),
         numbers,
@@ -226,8 +231,7 @@ def fake_forward(
         return query.new_empty(shape, dtype=dtype)
 
     at_once = _at_once(query, passage, wanted)
-    shared, skipping = positives is not None, skips_tiles(text)
-    state = 0 if at_once else cuda.state_bytes(query.shape[0], passage.shape[0], shared=shared, skipping=skipping)
+    state = 0 if at_once else _state_bytes(text, query, passage, positives)
     return (
         empty((), torch.float32),
         empty((RESULTS * (1 + len(prefixes_of(text))),), torch.float64),
