@@ -107,6 +107,41 @@ fn gradients_are_those_of_the_cpu() -> Result<()> {
     Ok(())
 }
 
+/// Results and gradients of prefixes that end before the embedding, a weight of 0 among theirs, with all masks and none.
+#[test]
+fn prefixes_are_those_of_the_cpu() -> Result<()> {
+    let Some(cuda) = device() else { return Ok(()) };
+    for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::F16, 2e-3), (DType::BF16, 1e-2)] {
+        for mask in [false, true] {
+            let what = format!("{dtype:?}, masks: {mask}");
+            let plain = op(Loss::samtone_both());
+            let op = if mask { plain.with(masked) } else { plain };
+            let op = op.with(|call| call.with_prefixes([1, 2, 4]).with_prefix_weights([0.25, 0.0, 2.0]));
+            let [q, p] = [wave(ROWS, DIM, 0.7).to_dtype(dtype)?, wave(PASSAGES, DIM, 0.9).to_dtype(dtype)?];
+            let run = |device: &Device| -> Result<_> {
+                let (q, p, t) = (var(&q, device), var(&p, device), Var::new(TAU, device)?);
+                let (loss, evaluation) = op.forward_with_metrics(&q, &p, Temperature::Tau(&t))?;
+                let gradients = (&loss * 3.0)?.backward()?;
+                Ok((evaluation, [numbers(&loss), of(&gradients, &q), of(&gradients, &p), of(&gradients, &t)]))
+            };
+            let ((want, want_numbers), (got, got_numbers)) = (run(&Device::Cpu)?, run(&cuda)?);
+            assert_close(&got.row_losses, &want.row_losses, 1e-5, &what);
+            assert_eq!(got.prefixes.iter().map(|x| (x.dim, x.weight)).collect::<Vec<_>>(), [(1, 0.25), (4, 2.0)]);
+            for (got, want) in got.prefixes.iter().zip(&want.prefixes) {
+                assert_close(&[got.loss], &[want.loss], 1e-5, &what);
+                assert_eq!(got.query_to_passage, want.query_to_passage, "{what}");
+                assert_eq!(got.passage_to_query, want.passage_to_query, "{what}");
+            }
+            for ((got, want), tolerance) in
+                got_numbers.iter().zip(&want_numbers).zip([1e-5, tolerance, tolerance, 1e-3])
+            {
+                assert_close(got, want, tolerance, &what);
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn strided_and_transposed_inputs_give_the_same_gradients() -> Result<()> {
     let Some(cuda) = device() else { return Ok(()) };
@@ -210,6 +245,8 @@ fn bad_input_is_nan_or_a_sentence() -> Result<()> {
     let op = op(Loss::samtone_query());
     let (q, p) = (var(&wave(ROWS, DIM, 0.7), &cuda), var(&wave(PASSAGES, DIM, 0.9), &cuda));
     let zero = Var::from_tensor(&q.zeros_like()?)?;
+    let late: Vec<f32> = (0..ROWS * DIM).map(|i| if i / DIM == 2 && i % DIM < 2 { 0.0 } else { 1.0 }).collect();
+    let late = var(&Tensor::from_vec(late, (ROWS, DIM), &Device::Cpu)?, &cuda);
     let loss = op.forward(&zero, &p, Fixed)?;
     assert!(numbers(&loss)[0].is_nan());
     assert!(of(&loss.backward()?, &p).iter().all(|x| x.is_nan()));
@@ -230,8 +267,12 @@ fn bad_input_is_nan_or_a_sentence() -> Result<()> {
         ),
         (op.with(|call| call.with_passage_ids([1])).evaluate(&q, &p, Fixed), "argument `passage_ids` is a slice of 1"),
         (
-            op.with(|call| call.with_prefixes([2, DIM])).evaluate(&q, &p, Fixed),
-            "backend `cuda` does not support prefixes",
+            op.with(|call| call.with_prefixes([2, DIM]).with_tile_skipping(0.1)).evaluate(&q, &p, Fixed),
+            "argument `tile_skipping` is 0.1; allowed: no tile skipping with prefixes on CUDA",
+        ),
+        (
+            op.with(|call| call.with_prefixes([2, DIM])).evaluate(&late, &p, Fixed),
+            "the query embedding in row 2 has norm zero in its first 2 entries",
         ),
     ] {
         let error = result.unwrap_err().to_string();

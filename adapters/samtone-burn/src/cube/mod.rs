@@ -12,7 +12,7 @@ mod wgsl;
 pub(crate) use wgsl::OnDevice;
 
 use crate::backend::{Inputs, Outputs, SamToNeBackend, Wanted};
-use crate::{Error, Result, SamToNe, Temperature, invalid};
+use crate::{Result, SamToNe, Temperature, invalid};
 use burn::backend::{DType, Shape};
 use burn::cubecl::Device;
 use burn::cubecl::prelude::Client;
@@ -75,10 +75,11 @@ impl SamToNeBackend for CubeBackend {
         let problem = Problem::new(call.pairs(rows, passages)?, tensors::dtype(q.dtype), dim)?
             .with_row_strides(tensors::row_stride(&q), tensors::row_stride(&p))?
             .with_gradients(output(wanted.query), output(wanted.passage))?;
-        if call.prefixes().is_some_and(|dims| dims != [dim]) {
-            // CUDA has no kernels for them. The shaders have not run in burn's memory yet.
-            let allowed = "a call without prefixes; `Device::flex()` takes them".into();
-            return Err(Error::Unsupported { backend: "cuda, wgpu", what: "prefixes".into(), allowed });
+        #[cfg(feature = "wgpu")]
+        if kernels == Kernels::Wgsl && call.prefixes().is_some_and(|dims| dims != [dim]) {
+            // The shaders have not run in burn's memory yet.
+            let allowed = "a call without prefixes; `Device::flex()` and `Device::cuda` take them".into();
+            return Err(crate::Error::Unsupported { backend: "wgpu", what: "prefixes".into(), allowed });
         }
         let task = Task { problem, client, towers: [q, p], wanted, by_log_beta };
         match kernels {

@@ -69,7 +69,7 @@ pub fn sentences(device: &Device) -> Outcome {
     ];
     if !takes_prefixes(device) {
         let prefixes = samtone.with(|call| call.with_prefixes([2, 5]));
-        let sentence = "backend `cuda, wgpu` does not support prefixes; allowed: a call without prefixes";
+        let sentence = "backend `wgpu` does not support prefixes; allowed: a call without prefixes";
         refused.push((prefixes.forward(query(), passage(), Fixed), sentence));
         let evaluated = prefixes.evaluate(query(), passage(), Fixed);
         refused.push((evaluated.map(|_| number(0.0)), sentence));

@@ -70,9 +70,13 @@ fn compare(
     let got = call(&SamToNe::new(given.call.clone()), &given, temperature, device, burn_dtype(dtype), ALL);
     let got = got.and_then(|(loss, report, gradients)| report.evaluation().map(|found| (loss, found, gradients)));
     match (got, want) {
-        // No GPU backend has prefixes.
-        (got, _) if given.call.prefixes().is_some() && refused_prefixes(&got) => Ok(()),
-        (got, _) if given.call.prefixes().is_some() => Err(format!("{name}: {got:?} instead of a refusal").into()),
+        (got, _) if given.call.prefixes().is_some() && !takes_prefixes(device) => {
+            if refused_prefixes(&got) {
+                Ok(())
+            } else {
+                Err(format!("{name}: {got:?} instead of a refusal").into())
+            }
+        }
         (Ok((loss, evaluation, [Some(grad_query), Some(grad_passage), Some(derivative)])), Ok(want)) => {
             assert!((loss - evaluation.loss).abs() <= 1e-6 * loss.abs(), "the tensor holds {loss}: {evaluation:?}");
             let (tau, derivative) = (given.call.temperature(), derivative[0]);
@@ -90,6 +94,11 @@ fn compare(
     }
 }
 
+/// Whether the device computes prefixes. wgpu must refuse them.
+fn takes_prefixes(device: &Device) -> bool {
+    matches!(device, Device::Cuda(_))
+}
+
 fn types(device: &Device) -> Vec<samtone::DType> {
     TYPES.into_iter().filter(|&dtype| Cube::supports_dtype(device, burn_dtype(dtype))).collect()
 }
@@ -103,6 +112,20 @@ pub fn presets(device: &Device) -> Outcome {
                 compare(&problem, None, Form::LogBeta, device, dtype)?;
             }
             compare(&problem, None, Form::Tau, device, samtone::DType::F32)?;
+        }
+    }
+    Ok(())
+}
+
+/// Every preset and type, with all masks and none: prefixes that end before the embedding and a weight of 0 among theirs.
+pub fn prefixes(device: &Device) -> Outcome {
+    for (name, ..) in Loss::PRESETS {
+        for masked in [false, true] {
+            let problem = problem(Loss::by_name(name)?, masked);
+            let problem = problem.with(|call| call.with_prefixes([1, 2, 4]).with_prefix_weights([0.25, 0.0, 2.0]));
+            for dtype in types(device) {
+                compare(&problem, None, Form::LogBeta, device, dtype)?;
+            }
         }
     }
     Ok(())
@@ -160,11 +183,18 @@ pub fn refused(device: &Device) -> Outcome {
         (with(5, f64::INFINITY), samtone.clone(), "the query embedding in row 5 contains inf at column 2"),
         (problem.clone(), samtone.with(|call| call.with_workspace_bytes(1)), "option `workspace_bytes` is 1"),
         (problem.clone(), samtone.with(|call| call.with_margin(f64::NAN)), "argument `margin` is NaN"),
-        (
-            problem.clone(),
-            samtone.with(|call| call.with_prefixes([2, 5])),
-            "backend `cuda, wgpu` does not support prefixes; allowed: a call without prefixes",
-        ),
+        match takes_prefixes(device) {
+            true => (
+                with(2, 1.0),
+                samtone.with(|call| call.with_prefixes([2, 5])),
+                "the query embedding in row 2 has norm zero in its first 2 entries",
+            ),
+            false => (
+                problem.clone(),
+                samtone.with(|call| call.with_prefixes([2, 5])),
+                "backend `wgpu` does not support prefixes; allowed: a call without prefixes",
+            ),
+        },
         (Problem { passages: 3, ..problem.clone() }, samtone.clone(), "argument `passage` is 3 rows; allowed"),
     ] {
         let mut problem = problem;

@@ -91,7 +91,7 @@ pub fn presets(device: &Device) -> Outcome {
 }
 
 /// Every preset and type, with all masks and none: prefixes that end before the embedding and a weight of 0 among theirs. Behind the last
-/// prefix gradients are 0. A device without prefixes refuses them.
+/// prefix gradients are 0. wgpu refuses them.
 pub fn prefixes(device: &Device) -> Outcome {
     let prefixes = |call: Call| call.with_prefixes([1, 2, 4]).with_prefix_weights([0.25, 0.0, 2.0]);
     for (name, ..) in Loss::PRESETS {

@@ -43,6 +43,7 @@ type ExtensionCheck = (&'static str, fn(&burn::cubecl::Device) -> Outcome);
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 const EXTENSION_CHECKS: &[ExtensionCheck] = &[
     ("gradients_are_those_of_the_reference", extension::presets),
+    ("prefixes_are_those_of_the_reference", extension::prefixes),
     ("golden_files_and_several_tiles", extension::golden),
     ("what_is_not_wanted_is_not_there", extension::wanted),
     ("what_is_refused_leaves_the_device_usable", extension::refused),

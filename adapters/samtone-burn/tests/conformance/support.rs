@@ -36,8 +36,12 @@ pub fn burn_dtype(dtype: samtone_burn::samtone::DType) -> DType {
     }
 }
 
-/// Whether the device computes prefixes. Every other must refuse them.
+/// Whether the device computes prefixes. wgpu must refuse them.
 pub fn takes_prefixes(device: &Device) -> bool {
+    #[cfg(feature = "cuda")]
+    if *device == Device::cuda(0) {
+        return true;
+    }
     *device == Device::flex()
 }
 
