@@ -10,6 +10,7 @@
 //!     --workspace MIB                 the bound
 //!     --loss NAME                     a preset; otherwise samtone_query
 //!     --temperature T --margin M      otherwise 0.01, and the margin of the loss
+//!     --prefixes 64,128,256           Matryoshka prefixes; those that are longer than d are left out
 //!     --write FOLDER
 //!     --quick
 //!
@@ -75,6 +76,7 @@ struct Settings {
     cosines: Option<Cosines>,
     kernels: Option<String>,
     tile: Option<Tile>,
+    prefixes: Vec<usize>,
     shapes: Vec<String>,
 }
 
@@ -87,6 +89,7 @@ impl Settings {
             cosines: None,
             kernels: None,
             tile: None,
+            prefixes: Vec::new(),
             shapes: Vec::new(),
         };
         while let Some(argument) = arguments.next() {
@@ -110,6 +113,7 @@ impl Settings {
                 ("workspace", mib) => settings.call = settings.call.with_workspace_bytes(mib.parse::<usize>()? << 20),
                 ("loss", name) => settings.call = settings.call.with_loss(Loss::by_name(name)?),
                 ("temperature", tau) => settings.call = settings.call.with_temperature(tau.parse()?),
+                ("prefixes", dims) => settings.prefixes = dims.split(',').map(str::parse).collect::<Result<_, _>>()?,
                 ("margin", cosine) => settings.call = settings.call.with_margin(cosine.parse()?),
                 _ => anyhow::bail!("no option {argument} {value}"),
             }
@@ -119,6 +123,12 @@ impl Settings {
         }
         settings.call.check()?;
         Ok(settings)
+    }
+
+    /// The call for embeddings of `dim` entries.
+    fn call(&self, dim: usize) -> Call {
+        let prefixes: Vec<_> = self.prefixes.iter().copied().filter(|prefix| *prefix <= dim).collect();
+        if prefixes.is_empty() { self.call.clone() } else { self.call.clone().with_prefixes(prefixes) }
     }
 
     fn apply<'a>(&self, mut problem: Problem<'a>, device: &Device) -> anyhow::Result<Problem<'a>> {
@@ -162,7 +172,8 @@ fn main() -> anyhow::Result<()> {
         let views = copied.each_ref().map(|x| unsafe { x.transmute::<bf16>(rows * dim) });
         let [Some(query), Some(passage)] = &views else { anyhow::bail!("views of bf16") };
         let mut gradients = [stream.alloc_zeros::<f32>(rows * dim)?, stream.alloc_zeros::<f32>(rows * dim)?];
-        let problem = Problem::new(settings.call.pairs(rows, rows)?, DType::BF16, dim)?;
+        let call = settings.call(dim);
+        let problem = Problem::new(call.pairs(rows, rows)?, DType::BF16, dim)?;
         let problem = settings.apply(problem, &device)?;
         let mut step = Step::new(&device, &stream, &problem)?;
         let mut times = Vec::new();

@@ -9,7 +9,7 @@
 #                                          from `smoke` on all:
 #
 #     first     420 s   what a first visit must tell: every kernel loaded, each arithmetic and tile, conformance, steps beside others
-#     second    240 s   what remains of a short visit: kept cosines, kernels of 8.0, f16, PyTorch, Vulkan
+#     second    240 s   what remains of a short visit: kept cosines, kernels of 8.0, prefixes, f16, PyTorch, Vulkan
 #
 #     smoke      90 s   device, every kernel compiled, one small case for each arithmetic and tile, one step timed
 #     check     240 s   conformance of all types and tiles, the driver layer, golden files, compute-sanitizer
@@ -28,6 +28,7 @@
 #   MOST, PATIENCE                  no check may take more seconds than that; every limit times that, for slow machines
 #   SHAPES, SMALL_SHAPES            B,d …: steps that are timed; the former also by peers
 #   OTHER_SHAPES                    B,d …: steps that are timed with other kernels, cosines and workspaces
+#   PREFIX_SHAPES, PREFIXES         B,d …: steps that are timed with Matryoshka prefixes, and which
 #   TOOLS                           a folder with what `build` packs, in place of target/gpu.tar.gz
 #   DRIVER, CASES, GOLDEN           for a try, less: driver checks and conformance cases whose names contain this, one golden file
 #   BENCH, ENGINES, PEERS_DEVICE    likewise: options of bench_cuda, engines and device of peers/run.py
@@ -46,6 +47,7 @@ GLIBC=2.35
 # What some machines let travel with the repository.
 MOST_MIB=60
 SHAPES_OF_ALL=(512,768 2048,1024 8192,256 8192,768 32768,1024 131072,1024)
+PREFIXES=${PREFIXES:-64,128,256,512,768}
 
 build() {
   set -e
@@ -202,11 +204,7 @@ run() {
   folder=$(cd "$folder" && pwd)
   read -ra small_shapes <<< "${SMALL_SHAPES:-256,768 512,768 1024,768 2048,1024}"
   read -ra bench <<< "${BENCH:-}"
-  golden=${GOLDEN:-}
-  if [ -z "$golden" ]; then # plans for a GPU refuse prefixes
-    golden=$(mktemp -d)
-    find tests/golden -name '*.json' ! -name '*_prefixes*' -exec cp {} "$golden" \;
-  fi
+  golden=${GOLDEN:-tests/golden}
   # No other backend is looked for: a Vulkan driver that crashes, or a compiler for the emulator, is not what is asked here.
   cuda=(env SAMTONE_REQUIRE=cuda SAMTONE_TRACE=1 RUST_BACKTRACE=0 VK_DRIVER_FILES=/none VK_ICD_FILENAMES=/none CXX=/none)
   vulkan=(env SAMTONE_REQUIRE=wgpu SAMTONE_TRACE=1 RUST_BACKTRACE=0 CUDA_VISIBLE_DEVICES='' CXX=/none)
@@ -266,12 +264,14 @@ part_first() {
 
 part_second() {
   read -ra other_shapes <<< "${OTHER_SHAPES:-8192,768 32768,1024}"
+  read -ra prefix_shapes <<< "${PREFIX_SHAPES:-512,768 8192,768 32768,1024}"
   local ours=("${cuda[@]}" "$tools/bench_cuda" "${bench[@]}")
   # The driver's compiler again, should this be another machine than the first part's.
   check load-again 40 "${cuda[@]}" "$tools/cuda_driver" "gpu: smoke: the driver" --test-threads 1
   check step-recomputed 18 "${ours[@]}" --cosines recomputed --workspace 16384 "${other_shapes[@]}"
   check step-kept 18 "${ours[@]}" --cosines kept --workspace 16384 "${other_shapes[@]}"
   check step-sm80 18 "${ours[@]}" --kernels sm80 "${other_shapes[@]}"
+  check step-prefixes 15 "${ours[@]}" --prefixes "$PREFIXES" "${prefix_shapes[@]}"
   conformance 12 bf16 -kept
   conformance 14 f16
   if [ -d "$tools/site/samtone" ]; then
@@ -371,6 +371,7 @@ part_time() {
   check step-kept 40 "${ours[@]}" --cosines kept --workspace 16384 "${other_shapes[@]}"
   check step-sm80 40 "${ours[@]}" --kernels sm80 "${other_shapes[@]}"
   check step-sm80-recomputed 40 "${ours[@]}" --kernels sm80 --cosines recomputed "${other_shapes[@]}"
+  check step-prefixes 40 "${ours[@]}" --prefixes "$PREFIXES" "${shapes[@]}"
 }
 
 part_peers() {

@@ -103,7 +103,7 @@ if [ ${#parts[@]} -gt 0 ]; then
   driver=$(target/gpu/cuda_driver print-emulated-driver)
   record=$(mktemp -d)
   env -u HOME PATH="$stand_ins:$PATH" LD_LIBRARY_PATH="$driver" SAMTONE_TEST_DRIVER="capability=90 version=12080 ${FAULTS:-}" \
-    SHAPES=4,8 SMALL_SHAPES=4,8 OTHER_SHAPES=4,8 SMOKE_SHAPE=4,8 WGPU_SHAPES=8,8 BENCH=--quick DRIVER="${DRIVER:-gpu: one call}" \
+    SHAPES=4,8 SMALL_SHAPES=4,8 OTHER_SHAPES=4,8 SMOKE_SHAPE=4,8 PREFIX_SHAPES=4,8 PREFIXES=3,8 WGPU_SHAPES=8,8 BENCH=--quick DRIVER="${DRIVER:-gpu: one call}" \
     CASES="golden info_nce_plain" GOLDEN=tests/golden/info_nce_plain.json \
     ENGINES=eager PEERS_DEVICE=cpu TORCH_REQUIRE='' TORCH_DEVICE=cpu SAMTONE_TEST_DEVICE=cpu TORCH_ROWS=64 TORCH_TESTS="${TORCH_TESTS:-frozen_towers or weights}" \
     PATIENCE=5 CANDLE_TEST="$stand_ins/candle" ARCHIVE="$stand_ins/record.tar.gz" benches/gpu.sh run "${parts[@]}" "$record" || status=$?

@@ -20,9 +20,9 @@
 //            then        4 bytes for each warp: its part of the dot
 //            then        with prefixes, radial sums of the warps: see `RadialSums`
 // Sync     P1, P2, P3 product.cuh; E1 epilogue.cuh
-//          G1 the whole tile, and all dots or radial sums, are written before they are read
-//          G2 all threads have read what shared memory has of a prefix before the next prefix is stored there
-//          G3 all dots are written before they are read
+//          G1 the whole tile, and all dots or radial sums, are written before they are read. With prefixes it also lets the next entries
+//             be stored, and E1 then lets the next tile be staged
+//          G2 with prefixes, all dots are written before they are read
 // Numerics As logsumexp_sm80.cu. A coefficient is factor·2^exponent with a whole exponent. If no coefficient of a warp exceeds 2^60 times
 //          the inverse of its largest exponential, one exponential serves both rows and columns. Else each is taken with its own. |g| ≤
 //          2^14, so that it cannot leave f16. What lies below 2^-24 is lost, which is 2^-38 of the largest row. Kept cosines give the same
@@ -323,7 +323,6 @@ SAMTONE_DEVICE void gradient_tile_prefixes(const Wave& wave, const Towers& tower
                 coefficient_of(log_coefficients + BLOCKS * first_row, positive + first_row, results, row_count, axis_block, edge);
 
             // [2] scale what is there, [3] mask
-            SYNC(G2, bar_sync());
             store_edge<TILE>(shared_base(), edge, {bits_of(c.exponent), bits_of(c.factor), bits_of(c.positive), bits_of(scales.step)});
             SYNC(E1, bar_sync());
             multiply_by_entries(joint, elements, STEP);
@@ -374,7 +373,7 @@ SAMTONE_DEVICE void gradient_tile_prefixes(const Wave& wave, const Towers& tower
     for (u32 bit = 1; bit < WARP; bit *= 2) dot += shfl_sync_bfly(ALL_LANES, dot, bit);
     const shared_address parts = shared_base() + Staging<TILE, A>::DOTS;
     if (lane_id() == 0) st_shared_f32(parts + 4 * warp_id(), dot);
-    SYNC(G3, bar_sync());
+    SYNC(G2, bar_sync());
     if (threadIdx.x != 0) return;
     double all = 0;
     for (u32 warp = 0; warp < Shape<TILE>::THREADS / WARP; ++warp) all += static_cast<double>(ld_shared_f32(parts + 4 * warp));

@@ -5,6 +5,8 @@
 
 #[path = "cuda_plans/fallbacks.rs"]
 mod fallbacks;
+#[path = "cuda_plans/prefixes.rs"]
+mod prefixes;
 mod support;
 
 use libtest_mimic::Failed;
@@ -21,8 +23,16 @@ use support::problem::{Buffer, Outputs, Problem};
 use support::report::{Listed, note};
 
 fn main() -> ExitCode {
-    let checks: [(&str, Check); 12] = [
+    let checks: [(&str, Check); 20] = [
         ("every barrier is needed", barriers),
+        ("with prefixes, every barrier is needed", prefixes::barriers),
+        ("with prefixes, every arithmetic and tile", prefixes::arithmetics),
+        ("with prefixes, at a small temperature", prefixes::fallbacks),
+        ("with prefixes, the same bits from stored and from recomputed cosines", prefixes::cosines),
+        ("with prefixes, shards together give the whole", prefixes::shards),
+        ("with prefixes, outputs of any type and stride, and the same bits under every order", prefixes::outputs),
+        ("with prefixes, a frozen tower is left out", prefixes::frozen),
+        ("with prefixes, refused inputs", prefixes::refused),
         ("every arithmetic and tile", arithmetics),
         ("every arithmetic and tile at a small temperature", fallbacks::fallbacks),
         ("a tight workspace makes waves", waves),
@@ -143,13 +153,20 @@ fn waves(how: &'static CudaEmulated) -> Result<(), Failed> {
     }
 }
 
+/// Whose queries are passages of other rows, and of other shards.
+fn shared(call: Call) -> Call {
+    let call = call.with_positives((0..70).map(|i| (i * 5 + 1) % 60).collect::<Vec<_>>());
+    let (query, passage): (Vec<_>, Vec<_>) = ((0..70).collect(), (0..90).map(|j| j * 7 % 80).collect());
+    call.with_query_ids(query).with_passage_ids(passage).with_shared_ids(true)
+}
+
 fn shards(how: &'static CudaEmulated) -> Result<(), Failed> {
-    let problem = sized(Kind::Random, Loss::samtone_both(), (70, 90, 24))?.rounded(DType::F16).with(|call| {
-        let call = call.with_positives((0..70).map(|i| (i * 5 + 1) % 60).collect::<Vec<_>>());
-        // Queries are passages of other rows, and of other shards.
-        let (query, passage): (Vec<_>, Vec<_>) = ((0..70).collect(), (0..90).map(|j| j * 7 % 80).collect());
-        call.with_query_ids(query).with_passage_ids(passage).with_shared_ids(true)
-    });
+    let problem = sized(Kind::Random, Loss::samtone_both(), (70, 90, 24))?.rounded(DType::F16);
+    shards_of(how, &problem.with(shared))
+}
+
+/// A problem of 70 rows in f16, in shards.
+fn shards_of(how: &'static CudaEmulated, problem: &Problem) -> Result<(), Failed> {
     let (query, passage) = (Buffer::new(DType::F16, &problem.query), Buffer::new(DType::F16, &problem.passage));
     let batch = problem.batch(&query, &passage)?;
     let ranges = [0..13, 13..64, 64..70];
@@ -186,11 +203,11 @@ fn shards(how: &'static CudaEmulated) -> Result<(), Failed> {
         let temperature = device.temperature()?;
         tau += temperature.tau;
         log_beta += temperature.log_beta;
-        evaluation = Some(device.evaluation(&[])?);
+        evaluation = Some(device.evaluation(&cuda_emulated::listed(&batch))?);
     }
     let evaluation = evaluation.ok_or("no shard")?;
     let temperature = samtone::TemperatureGradient { tau, log_beta };
-    compare(&Outputs { evaluation, grad_query, grad_passage, temperature }, &problem, DType::F16)
+    compare(&Outputs { evaluation, grad_query, grad_passage, temperature }, problem, DType::F16)
 }
 
 fn apart(how: &'static CudaEmulated) -> Result<(), Failed> {
@@ -229,8 +246,12 @@ fn strided(buffer: &mut Buffer, rows: usize, dim: usize, stride: usize) -> samto
 }
 
 fn outputs(how: &'static CudaEmulated) -> Result<(), Failed> {
-    let problem = sized(Kind::Random, Loss::samtone_both(), (20, 33, 19))?.rounded(DType::F32);
-    let exact = run_with(&problem, DType::F32, Run::default(), |p| Ok(how.problem(p)))?;
+    outputs_of(how, &sized(Kind::Random, Loss::samtone_both(), (20, 33, 19))?.rounded(DType::F32))
+}
+
+/// A problem of 20 x 33 x 19 in f32.
+fn outputs_of(how: &'static CudaEmulated, problem: &Problem) -> Result<(), Failed> {
+    let exact = run_with(problem, DType::F32, Run::default(), |p| Ok(how.problem(p)))?;
     let (query, passage) = (Buffer::new(DType::F32, &problem.query), Buffer::new(DType::F32, &problem.passage));
     let batch = problem.batch(&query, &passage)?;
     for (dtype, stride, step) in
@@ -258,8 +279,12 @@ fn outputs(how: &'static CudaEmulated) -> Result<(), Failed> {
 }
 
 fn frozen(how: &'static CudaEmulated) -> Result<(), Failed> {
-    let problem = sized(Kind::Random, Loss::samtone_both(), (30, 33, 16))?.rounded(DType::F16);
-    let all = run_with(&problem, DType::F16, Run::default(), |p| Ok(how.problem(p)))?;
+    frozen_of(how, &sized(Kind::Random, Loss::samtone_both(), (30, 33, 16))?.rounded(DType::F16))
+}
+
+/// A problem of 30 x 33 x 16 in f16.
+fn frozen_of(how: &'static CudaEmulated, problem: &Problem) -> Result<(), Failed> {
+    let all = run_with(problem, DType::F16, Run::default(), |p| Ok(how.problem(p)))?;
     let (query, passage) = (Buffer::new(DType::F16, &problem.query), Buffer::new(DType::F16, &problem.passage));
     let batch = problem.batch(&query, &passage)?;
     let planned = Planned::new(*batch.pairs(), DType::F16, problem.dim)?;
@@ -431,7 +456,7 @@ fn many_rows(how: &'static CudaEmulated) -> Result<(), Failed> {
 /// Leaves out one barrier or wait at a time, named as in the kernels' headers. Each must be seen: as a conflict, and, of the
 /// kernels of 8.0, with detection of conflicts off, as other bits or a failure under some order of the threads.
 fn barriers(how: &'static CudaEmulated) -> Result<(), Failed> {
-    const SM80: &[(&str, &[&str])] = &[
+    const SM80: &[Labels] = &[
         ("logsumexp_sm80", &["P1", "P2", "P3", "E1", "L1"]),
         ("gradient_tile_sm80", &["P1", "P2", "P3", "E1", "G1"]),
         ("gradient_product_sm80", &["P1", "P2", "P3"]),
@@ -439,9 +464,9 @@ fn barriers(how: &'static CudaEmulated) -> Result<(), Failed> {
         ("project", &["R1"]),
     ];
     // Of a message to the last block: blocks run one after the other here, so that results are right anyway.
-    const MESSAGES: &[(&str, &[&str])] = &[("combine", &["C2", "C3", "C4"])];
+    const MESSAGES: &[Labels] = &[("combine", &["C2", "C3", "C4"])];
     // Waits for earlier launches, which are complete here.
-    const WAITS: &[(&str, &[&str])] = &[
+    const WAITS: &[Labels] = &[
         ("prepare", &["D1"]),
         ("logsumexp_sm80", &["D1"]),
         ("combine", &["D1"]),
@@ -449,32 +474,43 @@ fn barriers(how: &'static CudaEmulated) -> Result<(), Failed> {
         ("gradient_product_sm80", &["D1"]),
         ("project", &["D1"]),
     ];
-    const SM90A: &[(&str, &[&str])] = &[
+    const SM90A: &[Labels] = &[
         ("logsumexp_sm90a", &["D1", "P1", "P2", "P3", "P4", "P5", "E1", "E2", "E3", "L1", "L2"]),
         // Not E3: the warpgroup's barriers of the last half order its reads already.
         ("gradient_tile_sm90a", &["D1", "P1", "P2", "P3", "P4", "P5", "E1", "E2", "G1", "G2", "G3", "G4"]),
         ("gradient_product_sm90a", &["D1", "P1", "P2", "P3", "P4", "P5"]),
     ];
-    let clusters = clusters(how);
-    let labels = if clusters { SM90A.to_vec() } else { [SM80, MESSAGES, WAITS].concat() };
+    let labels = if clusters(how) { SM90A.to_vec() } else { [SM80, MESSAGES, WAITS].concat() };
     // More stages than the ring has, and the last one in the slot where the epilogue begins. Several waves. Of clusters, several
     // squares for each.
-    let shape = if clusters { (257, 300, 320) } else { (66, 70, 256) };
+    let shape = if clusters(how) { (257, 300, 320) } else { (66, 70, 256) };
     let problem = sized(Kind::Random, Loss::samtone_both(), shape)?.rounded(DType::BF16);
-    let problem = problem.with(|call| call.with_workspace_bytes(if clusters { 1_200_000 } else { 100_000 }));
-    let want = run_with(&problem, DType::BF16, Run::default(), |p| Ok(how.problem(p)))?;
+    let problem = problem.with(|call| call.with_workspace_bytes(if clusters(how) { 1_200_000 } else { 100_000 }));
+    expect_needed(how, &problem, &labels, &[MESSAGES, WAITS].concat())
+}
+
+/// Labels by kernel file.
+type Labels = (&'static str, &'static [&'static str]);
+
+/// An error if a barrier can be left out. Those that are `unseen` are seen as a conflict only.
+fn expect_needed(
+    how: &'static CudaEmulated,
+    problem: &Problem,
+    labels: &[Labels],
+    unseen: &[Labels],
+) -> Result<(), Failed> {
+    let want = run_with(problem, DType::BF16, Run::default(), |p| Ok(how.problem(p)))?;
     let mut survivors = Vec::new();
     for (module, label) in labels.iter().flat_map(|(module, labels)| labels.iter().map(move |label| (*module, *label)))
     {
         let run = |seed, ignore_races| {
             let run = Run { seed, ignore_races, mutant: Some((module, label)), ..Run::default() };
-            run_with(&problem, DType::BF16, run, |p| Ok(how.problem(p)))
+            run_with(problem, DType::BF16, run, |p| Ok(how.problem(p)))
         };
         // Conflicts come first and so are looked for under one order after the other; results are compared for the smaller kernels
         // alone, where a launch takes little, because some barriers of the larger are missed under few orders.
         let conflict = (0..4).any(|seed| run(seed, false).is_err());
-        let unseen =
-            clusters || [MESSAGES, WAITS].concat().iter().any(|(of, labels)| *of == module && labels.contains(&label));
+        let unseen = clusters(how) || unseen.iter().any(|(of, labels)| *of == module && labels.contains(&label));
         let wrong = unseen || (0..6).any(|seed| run(seed, true).map_or(true, |got| got != want));
         let results = if unseen { String::new() } else { format!(", other results {wrong}") };
         note(format_args!("{module} without {label}: a conflict {conflict}{results}"));

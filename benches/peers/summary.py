@@ -33,6 +33,7 @@ VARIANTS = {
     "step-kept": "cosines kept",
     "step-sm80": "kernels of 8.0",
     "step-sm80-recomputed": "kernels of 8.0, cosines recomputed",
+    "step-prefixes": "with prefixes",
 }
 WIDEST = 100  # characters of what a failed check said
 TELLING = ("error", "failed", "panic", "began and did not", "more than")

@@ -13,6 +13,9 @@
 //! [4] project    diagonal, tangent, β, output type                        O((M+N)·d)                      project.cu
 //! ```
 //!
+//! With Matryoshka prefixes a plan has other kernels for some steps, `prepare_prefixes.cu`, `project_prefixes.cu` and `prefixes.cu` among
+//! them (prefixes.rs). docs/cuda.md says what they do.
+//!
 //! Memory beyond inputs and outputs is O((M+N)·d) for packed embeddings, and a part of the workspace that the caller bounds
 //! ([`DEFAULT_WORKSPACE_BYTES`] by default). In it, the first pass stores cosines for the gradient where that saves time. Results have the
 //! same bits on every run on one kind of device.

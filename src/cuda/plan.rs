@@ -383,4 +383,43 @@ mod tests {
         approx::assert_relative_eq!(plan.flops(), 12.0 * rows * rows * 768.0, max_relative = 1e-3);
         assert!(plan.to_string().contains("gradient_product_f16x2_128"), "{plan}");
     }
+
+    /// Five prefixes take the products of one loss, and one launch more for each step that only prefixes have.
+    #[test]
+    fn prefixes_take_the_products_of_one_loss() {
+        let with = call().with_prefixes([64, 128, 256, 512, 768]);
+        let recomputed: fn(Problem<'_>) -> Problem<'_> = |p| p.with_cosines(Cosines::Recomputed);
+        let clusters: fn(Problem<'_>) -> Problem<'_> =
+            |p| p.with_architecture(Architecture::Sm90a { multiprocessors: 132 }).with_cosines(Cosines::Recomputed);
+        for change in [recomputed, clusters] {
+            for dtype in [DType::BF16, DType::F32] {
+                let (plain, five) = (plan(4096, dtype, change), plan_with(&with, 4096, dtype, change));
+                assert_eq!(five.flops(), plain.flops(), "{five}");
+                assert!(five.bounded_bytes() <= DEFAULT_WORKSPACE_BYTES, "{five}");
+            }
+        }
+        let launches =
+            |plan: &Plan| plan.forward().iter().chain(plan.backward()).map(|l| l.kernel.clone()).collect::<Vec<_>>();
+        let small = launches(&plan_with(&with, 512, DType::BF16, |p| p));
+        let expected = [
+            "prepare_prefixes",
+            "logsumexp_prefixes_f16_64",
+            "combine",
+            "join_prefixes",
+            "gradient_tile_prefixes_f16x2_64",
+            "merge_radials",
+            "gradient_product_f16x2_64",
+            "join_radials",
+            "project_prefixes",
+        ];
+        assert_eq!(small, expected);
+        // The whole embedding alone, with weight 1, is no prefix.
+        let whole = call().with_prefixes([768]);
+        assert_eq!(launches(&plan_with(&whole, 512, DType::BF16, |p| p)), launches(&plan(512, DType::BF16, |p| p)));
+        for rows in [4096, 8192, 32768] {
+            let clusters: fn(Problem<'_>) -> Problem<'_> =
+                |p| p.with_architecture(Architecture::Sm90a { multiprocessors: 132 });
+            println!("{}", plan_with(&with, rows, DType::BF16, clusters));
+        }
+    }
 }

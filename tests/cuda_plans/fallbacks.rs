@@ -9,7 +9,7 @@ use samtone::{DType, Loss};
 
 /// Rows with a negative at a cosine near 1 beside rows whose largest is far lower: at τ = 0.004 the coefficients of neighbouring rows
 /// are 2^100 apart. Row 200 has a copy of query 0 as its passage, so that tiles off the diagonal have both too.
-fn uneven(loss: Loss, shape: (usize, usize, usize)) -> Result<Problem, Failed> {
+pub fn uneven(loss: Loss, shape: (usize, usize, usize)) -> Result<Problem, Failed> {
     let mut problem = sized(super::Kind::Random, loss, shape)?;
     let d = problem.dim;
     for i in 0..problem.rows {
