@@ -152,7 +152,7 @@ impl Call {
     ///
     /// It pays for batches that come in clusters at τ of 0.02 or less, ordered so that neighbouring rows belong together; batches
     /// of independent pairs lose nothing and gain nothing. Only the CUDA backend makes use of it; the others compute every tile,
-    /// whose error of 0 is within any η.
+    /// whose error of 0 is within any η. The CUDA backend refuses it together with prefixes.
     pub fn with_tile_skipping(mut self, share: f64) -> Self {
         self.tile_skipping = Some(share);
         self
