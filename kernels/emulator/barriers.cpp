@@ -19,20 +19,39 @@ void meet(Thread* const* threads, std::size_t count) {
 namespace {
 bool is_whole(State state) { return state == State::barrier || state == State::cluster_barrier; }
 
+Thread* const* warp_of(const Thread& thread) { return &thread.block->threads[thread.warp() * WARP]; }
+
+// Whether a thread may make the meeting of all impossible. It may say so of one that does not.
+bool may_diverge(const Thread& self, State state, Site site, const std::vector<Thread*>& threads, const Gathering& arrived) {
+    u32 live = 0;
+    for (const Block* block : now.blocks)
+        if (state == State::cluster_barrier || block == self.block) live += block->live;
+    const u32 elsewhere = state == State::cluster_barrier ? self.block->arrived.count : now.cluster_arrived.count;
+    if (live < threads.size() || elsewhere != 0 || (arrived.count != 0 && !same_site(arrived.first->site, site))) return true;
+    for (u32 lane = 0; lane < WARP; ++lane)
+        if (warp_of(self)[lane]->state == State::collective) return true;
+    return false;
+}
+
 // All of these threads meet at one line.
-void all_meet(State state, const char* operation, Site site, const std::vector<Thread*>& threads, u32& arrived) {
+void all_meet(State state, const char* operation, Site site, const std::vector<Thread*>& threads, Gathering& arrived) {
     Thread& self = *now.running;
     wait(self, state, operation, ALL_LANES, site, nullptr);
-    for (const Thread* other : threads) {
-        if (other->state == State::exited) fail(self, waits(self) + ", which " + name_of(*other, self) + " never reaches: it has ended");
-        bool stuck = other->state == State::collective && other->block == self.block && other->warp() == self.warp() &&
-                     (other->mask >> self.lane() & 1) != 0;
-        bool elsewhere = is_whole(other->state) && (other->state != state || !same_site(other->site, site));
-        if (stuck || (elsewhere && (other->block == self.block || other->state == state)))
-            fail(self, "the threads of the block diverge: " + waits(self) + ", " + waits(*other));
+    // To look at every thread whenever one arrives would take most of the time of a barrier.
+    if (may_diverge(self, state, site, threads, arrived)) {
+        for (const Thread* other : threads) {
+            if (other->state == State::exited)
+                fail(self, waits(self) + ", which " + name_of(*other, self) + " never reaches: it has ended");
+            bool stuck = other->state == State::collective && other->block == self.block && other->warp() == self.warp() &&
+                         (other->mask >> self.lane() & 1) != 0;
+            bool elsewhere = is_whole(other->state) && (other->state != state || !same_site(other->site, site));
+            if (stuck || (elsewhere && (other->block == self.block || other->state == state)))
+                fail(self, "the threads of the block diverge: " + waits(self) + ", " + waits(*other));
+        }
     }
-    if (++arrived < threads.size()) return suspend();
-    arrived = 0;
+    if (arrived.count == 0) arrived.first = &self;
+    if (++arrived.count < threads.size()) return suspend();
+    arrived = {};
     meet(threads.data(), threads.size());
     for (Thread* thread : threads) make_ready(*thread);
     suspend();
@@ -58,7 +77,7 @@ void bar_sync_named(u32 id, u32 threads, Site site) {
     wait(self, State::named_barrier, "bar.sync", ALL_LANES, site, nullptr);
     self.waits_at = id;
     self.waits_for = threads;
-    Thread* const* warp = &self.block->threads[self.warp() * WARP];
+    Thread* const* warp = warp_of(self);
     u32 present = 0;
     for (u32 lane = 0; lane < WARP; ++lane) {
         const Thread& other = *warp[lane];
@@ -90,7 +109,7 @@ void rendezvous(const char* operation, u32 mask, Site site, void* operand, void 
     Thread& self = *now.running;
     wait(self, State::collective, operation, mask, site, operand);
     if ((mask >> self.lane() & 1) == 0) fail(self, waits(self) + ", which do not include its own");
-    Thread* const* warp = &self.block->threads[self.warp() * WARP];
+    Thread* const* warp = warp_of(self);
     // A lane that joins lanes which already wait here finds what they found, because later arrivals elsewhere looked at them.
     Meeting& meeting = self.block->meetings[self.warp()];
     const bool joins = meeting.present != 0 && meeting.first->mask == mask && same_text(meeting.first->operation, operation) &&
@@ -120,7 +139,12 @@ void rendezvous(const char* operation, u32 mask, Site site, void* operand, void 
 }
 
 void nobody_waits_for(const Thread& self) {
-    for (const Thread* other : now.threads) {
+    // If no barrier of all threads has begun, only threads of the own warp can wait for this one.
+    const bool begun = self.block->arrived.count != 0 || now.cluster_arrived.count != 0;
+    Thread* const* threads = begun ? now.threads.data() : warp_of(self);
+    const std::size_t count = begun ? now.threads.size() : WARP;
+    for (std::size_t i = 0; i < count; ++i) {
+        const Thread* other = threads[i];
         const bool mine = other->block == self.block;
         bool waits_for_me =
             other->state == State::cluster_barrier || (mine && other->state == State::barrier) ||

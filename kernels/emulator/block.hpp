@@ -129,13 +129,19 @@ struct Mbarrier {
 
 struct Warpgroup;
 
+// The threads that wait at a barrier of all threads of a block, or of a cluster. All wait at the line of the first.
+struct Gathering {
+    u32 count = 0;
+    const Thread* first = nullptr;
+};
+
 struct Block {
     Index index;
     u32 rank = 0;
     std::vector<Thread*> threads;
     u32 live = 0; // how many threads have not ended
     Memory shared;
-    u32 arrived = 0;               // at bar.sync
+    Gathering arrived;             // at bar.sync
     std::vector<Meeting> meetings; // for each warp, the meeting that began when there was no other
     std::array<NamedBarrier, 16> named;
     std::map<u32, Mbarrier> mbarriers; // by offset
@@ -190,7 +196,7 @@ struct Current {
     u32 preemption = 0, until_preemption = 0; // the mean number of accesses between two preemptions; 0: never
     bool lazy_copies = true;                  // asynchronous copies land only when they must. Else they may land at once
     u64 mutant_hits = 0;
-    u32 cluster_arrived = 0; // at barrier.cluster
+    Gathering cluster_arrived; // at barrier.cluster
     std::string error;
 };
 

@@ -169,7 +169,7 @@ void mbarrier_wait(shared_address address, u32 parity, Site site) {
 
 std::string waits_for_mbarrier(const Thread& thread) {
     const Mbarrier& mbarrier = *static_cast<const Mbarrier*>(thread.operand);
-    return " " + std::to_string(thread.waits_for) + " of " + name_of(mbarrier, *thread.block, thread) + ", whose phase " +
+    return std::string(" ") + std::to_string(thread.waits_for) + " of " + name_of(mbarrier, *thread.block, thread) + ", whose phase " +
            std::to_string(mbarrier.phase) + " lacks " + std::to_string(mbarrier.pending) + " of " + std::to_string(mbarrier.count) +
            " arrivals and " + std::to_string(mbarrier.bytes) + " bytes";
 }

@@ -97,7 +97,7 @@ u32 group_size() {
 
 void start_block(Block& block) {
     block.live = now.launch.threads;
-    block.arrived = 0;
+    block.arrived = {};
     block.meetings.assign(now.launch.threads / WARP, {});
     block.named.fill({});
     block.mbarriers.clear();
@@ -139,7 +139,7 @@ void run_cluster(u64 number) {
     now.preemption = PREEMPTIONS[now.launch.seed / 6 % 3];
     now.until_preemption = now.preemption;
     now.lazy_copies = now.launch.seed % 2 == 0;
-    now.cluster_arrived = 0;
+    now.cluster_arrived = {};
     now.ready.clear();
     now.agents.clear();
     forget_hearing();
@@ -285,7 +285,7 @@ std::string waits(const Thread& thread) {
     std::string at = thread.state == State::collective ? " of lanes " + lanes(thread.mask)
                      : thread.state == State::mbarrier ? waits_for_mbarrier(thread)
                      : thread.state == State::named_barrier
-                         ? " " + std::to_string(thread.waits_at) + " of " + std::to_string(thread.waits_for) + " threads"
+                         ? std::string(" ") + std::to_string(thread.waits_at) + " of " + std::to_string(thread.waits_for) + " threads"
                          : "";
     return "thread " + std::to_string(thread.index) + " is at " + thread.operation + at + " (" + place(thread.site) + ")";
 }

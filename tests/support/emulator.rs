@@ -46,7 +46,7 @@ impl Compiler {
         let parts = shared.iter().filter(|path| path.extension().is_some_and(|extension| extension == "cpp"));
         // Sanitised, because an overflowing index or a register array left at its end is a defect of the kernel.
         let kernel = ["-c", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-x", "c++"];
-        let sources = (parts.filter_map(stem).map(|part| (format!("emulator/{part}.cpp"), &["-c", "-O2"][..])))
+        let sources = (parts.filter_map(stem).map(|part| (format!("emulator/{part}.cpp"), &["-c", "-O3"][..])))
             .chain(files.iter().map(|file| (file.to_string(), &kernel[..])));
         let objects: Result<Vec<_>, String> = std::thread::scope(|scope| {
             let builds: Vec<_> = sources
