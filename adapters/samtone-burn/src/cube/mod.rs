@@ -75,12 +75,6 @@ impl SamToNeBackend for CubeBackend {
         let problem = Problem::new(call.pairs(rows, passages)?, tensors::dtype(q.dtype), dim)?
             .with_row_strides(tensors::row_stride(&q), tensors::row_stride(&p))?
             .with_gradients(output(wanted.query), output(wanted.passage))?;
-        #[cfg(feature = "wgpu")]
-        if kernels == Kernels::Wgsl && call.prefixes().is_some_and(|dims| dims != [dim]) {
-            // The shaders have not run in burn's memory yet.
-            let allowed = "a call without prefixes; `Device::flex()` and `Device::cuda` take them".into();
-            return Err(crate::Error::Unsupported { backend: "wgpu", what: "prefixes".into(), allowed });
-        }
         let task = Task { problem, client, towers: [q, p], wanted, by_log_beta };
         match kernels {
             #[cfg(feature = "wgpu")]

@@ -5,7 +5,6 @@
 mod example;
 
 use crate::Outcome;
-use crate::support::takes_prefixes;
 use burn::tensor::Device;
 use libtest_mimic::Failed;
 use samtone_burn::Call;
@@ -55,11 +54,6 @@ pub fn follows(device: &Device) -> Outcome {
 pub fn with_prefixes(device: &Device) -> Outcome {
     let with: Prefixes = read("curve_prefixes.json")?;
     let call = example::call().with_prefixes(with.prefixes).with_prefix_weights(with.prefix_weights);
-    if !takes_prefixes(device) {
-        let error = example::train(device, call).err().map(|error| error.to_string()).unwrap_or_default();
-        assert!(error.contains("does not support prefixes"), "{error}");
-        return Ok(());
-    }
     let steps = compare(device, call, "curve_prefixes.json")?;
     assert_eq!(steps.len(), with.prefix_losses.len());
     for (step, (got, want)) in steps.iter().zip(&with.prefix_losses).enumerate() {

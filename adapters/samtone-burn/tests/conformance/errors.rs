@@ -1,7 +1,7 @@
 //! What is refused, and in which words.
 
 use crate::Outcome;
-use crate::support::{matrix, numbers, takes_prefixes};
+use crate::support::{matrix, numbers};
 use crate::tensors::wave;
 use burn::tensor::{DType, Device, Tensor};
 use samtone_burn::samtone::Temperature::Fixed;
@@ -67,13 +67,6 @@ pub fn sentences(device: &Device) -> Outcome {
             "argument `prefix_weights` is a slice of 1 elements; allowed: 2, one for each prefix",
         ),
     ];
-    if !takes_prefixes(device) {
-        let prefixes = samtone.with(|call| call.with_prefixes([2, 5]));
-        let sentence = "backend `wgpu` does not support prefixes; allowed: a call without prefixes";
-        refused.push((prefixes.forward(query(), passage(), Fixed), sentence));
-        let evaluated = prefixes.evaluate(query(), passage(), Fixed);
-        refused.push((evaluated.map(|_| number(0.0)), sentence));
-    }
     for (share, sentence) in [
         (0.0, "argument `tile_skipping` is 0; allowed: a number above 0 and below 1"),
         (1.0, "argument `tile_skipping` is 1; allowed: a number above 0 and below 1"),
@@ -133,12 +126,8 @@ pub fn rows(device: &Device) -> Outcome {
         (samtone.clone(), with(4, f64::NAN), "the query embedding in row 4 contains NaN at column 2"),
         (samtone.clone(), with(5, f64::INFINITY), "the query embedding in row 5 contains inf at column 2"),
         (lonely.clone(), q.clone(), "row 0 has no negative left in group 0"),
-    ]
-    .into_iter()
-    .chain(
-        takes_prefixes(device)
-            .then(|| (prefixes, with(2, 1.0), "the query embedding in row 2 has norm zero in its first 2 entries")),
-    ) {
+        (prefixes, with(2, 1.0), "the query embedding in row 2 has norm zero in its first 2 entries"),
+    ] {
         let found = samtone.forward_with_metrics(q, p.clone(), Fixed);
         match found.and_then(|(loss, report)| {
             assert!(numbers(loss)[0].is_nan(), "a loss that is refused later is no number until then");

@@ -6,7 +6,7 @@ use crate::gradients::{problem, tiled};
 use crate::support::case::{Case, Expected, GOLDEN_FILES, files};
 use crate::support::compare::{against_definition, verdict};
 use crate::support::problem::{Outputs, Problem};
-use crate::support::{Form, at_device, burn_dtype, refused_prefixes};
+use crate::support::{Form, at_device, burn_dtype};
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Cube};
@@ -70,13 +70,6 @@ fn compare(
     let got = call(&SamToNe::new(given.call.clone()), &given, temperature, device, burn_dtype(dtype), ALL);
     let got = got.and_then(|(loss, report, gradients)| report.evaluation().map(|found| (loss, found, gradients)));
     match (got, want) {
-        (got, _) if given.call.prefixes().is_some() && !takes_prefixes(device) => {
-            if refused_prefixes(&got) {
-                Ok(())
-            } else {
-                Err(format!("{name}: {got:?} instead of a refusal").into())
-            }
-        }
         (Ok((loss, evaluation, [Some(grad_query), Some(grad_passage), Some(derivative)])), Ok(want)) => {
             assert!((loss - evaluation.loss).abs() <= 1e-6 * loss.abs(), "the tensor holds {loss}: {evaluation:?}");
             let (tau, derivative) = (given.call.temperature(), derivative[0]);
@@ -92,11 +85,6 @@ fn compare(
         (Err(got), Err(want)) if got == want => Ok(()),
         (got, want) => Err(format!("{name}: {got:?} instead of {:?}", want.err()).into()),
     }
-}
-
-/// Whether the device computes prefixes. wgpu must refuse them.
-fn takes_prefixes(device: &Device) -> bool {
-    matches!(device, Device::Cuda(_))
 }
 
 fn types(device: &Device) -> Vec<samtone::DType> {
@@ -183,18 +171,11 @@ pub fn refused(device: &Device) -> Outcome {
         (with(5, f64::INFINITY), samtone.clone(), "the query embedding in row 5 contains inf at column 2"),
         (problem.clone(), samtone.with(|call| call.with_workspace_bytes(1)), "option `workspace_bytes` is 1"),
         (problem.clone(), samtone.with(|call| call.with_margin(f64::NAN)), "argument `margin` is NaN"),
-        match takes_prefixes(device) {
-            true => (
-                with(2, 1.0),
-                samtone.with(|call| call.with_prefixes([2, 5])),
-                "the query embedding in row 2 has norm zero in its first 2 entries",
-            ),
-            false => (
-                problem.clone(),
-                samtone.with(|call| call.with_prefixes([2, 5])),
-                "backend `wgpu` does not support prefixes; allowed: a call without prefixes",
-            ),
-        },
+        (
+            with(2, 1.0),
+            samtone.with(|call| call.with_prefixes([2, 5])),
+            "the query embedding in row 2 has norm zero in its first 2 entries",
+        ),
         (Problem { passages: 3, ..problem.clone() }, samtone.clone(), "argument `passage` is 3 rows; allowed"),
     ] {
         let mut problem = problem;

@@ -4,7 +4,7 @@ use crate::Outcome;
 use crate::support::case::{Case, Expected, GOLDEN_FILES, files};
 use crate::support::compare::{against_definition, verdict};
 use crate::support::problem::Problem;
-use crate::support::{Form, at_device, burn_dtype, refused_prefixes, rounded, run, takes_prefixes, temperature_dtype};
+use crate::support::{Form, at_device, burn_dtype, rounded, run, temperature_dtype};
 use burn::tensor::Device;
 use samtone_burn::samtone::{DType, backend};
 use samtone_burn::{Call, Loss, Scope};
@@ -55,13 +55,6 @@ fn compare(
         None => given.run(backend::by_name("reference")?, DType::F64, upstream).map(Expected::from),
     };
     let got = run(&given, form, device, burn_dtype(dtype), upstream);
-    if given.call.prefixes().is_some() && !takes_prefixes(device) {
-        return if refused_prefixes(&got) {
-            Ok(())
-        } else {
-            Err(format!("{name}: {got:?} instead of a refusal").into())
-        };
-    }
     match (got, want) {
         (Ok(got), Ok(want)) => {
             let checks = against_definition(&got, &want, &given, dtype, upstream);
@@ -91,7 +84,7 @@ pub fn presets(device: &Device) -> Outcome {
 }
 
 /// Every preset and type, with all masks and none: prefixes that end before the embedding and a weight of 0 among theirs. Behind the last
-/// prefix gradients are 0. wgpu refuses them.
+/// prefix gradients are 0.
 pub fn prefixes(device: &Device) -> Outcome {
     let prefixes = |call: Call| call.with_prefixes([1, 2, 4]).with_prefix_weights([0.25, 0.0, 2.0]);
     for (name, ..) in Loss::PRESETS {
@@ -101,9 +94,6 @@ pub fn prefixes(device: &Device) -> Outcome {
                 compare(&problem, None, Form::LogBeta, device, dtype, 3.0)?;
             }
         }
-    }
-    if !takes_prefixes(device) {
-        return Ok(());
     }
     let problem = problem(Loss::samtone_both(), true).with(prefixes);
     for dtype in types(device) {

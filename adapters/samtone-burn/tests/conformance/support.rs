@@ -14,7 +14,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use compare::Check;
 use problem::{Outputs, Problem};
 use samtone_burn::samtone::TemperatureGradient;
-use samtone_burn::{Error, Result, SamToNe, Temperature};
+use samtone_burn::{Result, SamToNe, Temperature};
 
 /// A matrix of `dtype` on `device`.
 pub fn matrix(values: &[f64], dim: usize, device: &Device, dtype: DType) -> Tensor<2> {
@@ -34,20 +34,6 @@ pub fn burn_dtype(dtype: samtone_burn::samtone::DType) -> DType {
         samtone_burn::samtone::DType::F16 => DType::F16,
         samtone_burn::samtone::DType::BF16 => DType::BF16,
     }
-}
-
-/// Whether the device computes prefixes. wgpu must refuse them.
-pub fn takes_prefixes(device: &Device) -> bool {
-    #[cfg(feature = "cuda")]
-    if *device == Device::cuda(0) {
-        return true;
-    }
-    *device == Device::flex()
-}
-
-/// Whether a device that computes no prefixes refuses these.
-pub fn refused_prefixes<T>(got: &Result<T>) -> bool {
-    matches!(got, Err(Error::Unsupported { what, .. }) if what == "prefixes")
 }
 
 /// The widest type that holds a temperature on the device.
