@@ -10,7 +10,7 @@
 //! shared.rs     one device for all of a process
 //! graph.rs      a call as a CUDA graph
 //! memory.rs     whose memory is it, and is it enough?
-//! readout.rs    state → results, errors, partials of a shard
+//! readout.rs    state → results, errors, partials of a shard; readout/reading.rs copies
 //! skipped.rs    what tile skipping left out
 //! backend.rs    batches in host memory
 //! slices/       batches in memory of cudarc                                  feature `cudarc`
