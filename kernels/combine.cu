@@ -58,7 +58,7 @@ ABI_STRUCT(Combine, {
     u32 indices[2]; // how many faults there are
     u32 zero_is_error;
     u32 empty_is_error; // whether a row without any term in its softmax is a fault. Such a row has loss and gradient 0
-    u32 merges_only;    // 0 if the sums are complete
+    u32 merges_only;    // 0 for the last wave, and for sums that are complete. Those of a shard are combined all the same, for the status
     u32 padding;
 });
 

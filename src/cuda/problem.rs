@@ -121,8 +121,9 @@ pub(super) struct KernelSet {
     pub threads: u32,
     /// How the names of the kernels end.
     pub suffix: &'static str,
-    /// The files of the kernels, without `.cu`: of the sums, of the gradients of logits, and of the products of these.
-    pub files: [&'static str; 3],
+    /// The files of the kernels, without `.cu`: of the sums, of the gradients of logits, of both with prefixes, and of the products of
+    /// gradients.
+    pub files: [&'static str; 5],
     /// How the embeddings are packed that the kernels read.
     pub packing: Packing,
     /// Whether a launch has no more clusters than the device holds, which take its squares in turn. If not, it has a thread block for each
@@ -149,7 +150,13 @@ impl Tile {
             together: 1,
             threads: 128,
             suffix: "64",
-            files: ["logsumexp_sm80", "gradient_tile_sm80", "gradient_product_sm80"],
+            files: [
+                "logsumexp_sm80",
+                "gradient_tile_sm80",
+                "logsumexp_prefixes_sm80",
+                "gradient_tile_prefixes_sm80",
+                "gradient_product_sm80",
+            ],
             packing: Packing::Rows,
             persistent: false,
             shared_bytes: |set, pass, arithmetic| match pass {
@@ -177,7 +184,13 @@ impl Tile {
                 together: 2,
                 threads: 384, // one warpgroup copies, two multiply
                 suffix: "sm90a",
-                files: ["logsumexp_sm90a", "gradient_tile_sm90a", "gradient_product_sm90a"],
+                files: [
+                    "logsumexp_sm90a",
+                    "gradient_tile_sm90a",
+                    "logsumexp_prefixes_sm90a",
+                    "gradient_tile_prefixes_sm90a",
+                    "gradient_product_sm90a",
+                ],
                 packing: Packing::Panels,
                 persistent: true,
                 // Stages of operands, and what the headers of the kernels list.
@@ -242,13 +255,13 @@ pub(super) enum Pass {
 impl Pass {
     /// Name of the kernel, and of its file without `.cu`.
     pub(super) fn kernel(self, arithmetic: Arithmetic, tile: Tile) -> (String, &'static str) {
-        let KernelSet { suffix, files: [sums, tiles, products], .. } = tile.kernels();
+        let KernelSet { suffix, files: [sums, tiles, prefix_sums, prefix_tiles, products], .. } = tile.kernels();
         let (name, file) = match self {
             Self::LogSumExp => ("logsumexp", sums),
-            Self::LogSumExpPrefixes => ("logsumexp_prefixes", sums),
+            Self::LogSumExpPrefixes => ("logsumexp_prefixes", prefix_sums),
             Self::GradientTile => ("gradient_tile", tiles),
             Self::KeptGradientTile => ("gradient_tile_kept", tiles),
-            Self::GradientTilePrefixes => ("gradient_tile_prefixes", tiles),
+            Self::GradientTilePrefixes => ("gradient_tile_prefixes", prefix_tiles),
             Self::GradientProduct => ("gradient_product", products),
         };
         let arithmetic = match self {

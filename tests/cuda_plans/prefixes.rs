@@ -223,21 +223,21 @@ pub fn refused(how: &'static CudaEmulated) -> Result<(), Failed> {
 
 pub fn barriers(how: &'static CudaEmulated) -> Result<(), Failed> {
     const SM80: &[Labels] = &[
-        ("logsumexp_sm80", &["P1", "P2", "P3", "E1", "L1", "L2"]),
-        ("gradient_tile_sm80", &["E1", "G1", "G2"]),
+        ("logsumexp_prefixes_sm80", &["P1", "P2", "P3", "E1", "L1", "L2"]),
+        ("gradient_tile_prefixes_sm80", &["E1", "G1", "G2"]),
         ("project_prefixes", &["R1"]),
     ];
     const WAITS: &[Labels] = &[
         ("prepare_prefixes", &["D1"]),
-        ("logsumexp_sm80", &["D1"]),
+        ("logsumexp_prefixes_sm80", &["D1"]),
         ("prefixes", &["D1"]),
-        ("gradient_tile_sm80", &["D1"]),
+        ("gradient_tile_prefixes_sm80", &["D1"]),
         ("project_prefixes", &["D1"]),
     ];
     const SM90A: &[Labels] = &[
-        ("logsumexp_sm90a", &["D1", "P1", "P2", "P3", "P4", "P5", "E1", "E2", "E3", "L1", "L2"]),
+        ("logsumexp_prefixes_sm90a", &["D1", "P1", "P2", "P3", "P4", "P5", "E1", "E2", "E3", "L1", "L2"]),
         // Not P5: nothing is written to another block. Not E3: the warpgroup's barriers order its reads already.
-        ("gradient_tile_sm90a", &["D1", "P1", "P2", "P3", "P4", "E1", "E2", "G1", "G2", "G3", "G4", "G5"]),
+        ("gradient_tile_prefixes_sm90a", &["D1", "P1", "P2", "P3", "P4", "E1", "E2", "G1", "G2", "G3", "G4", "G5"]),
         ("gradient_product_sm90a", &["D1", "P1", "P2", "P3", "P4", "P5"]),
     ];
     let labels = if clusters(how) { SM90A.to_vec() } else { [SM80, WAITS].concat() };

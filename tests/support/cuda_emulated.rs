@@ -44,12 +44,16 @@ pub fn clusters(how: &CudaEmulated) -> bool {
 }
 
 /// Every kernel file of the backend.
-pub const FILES: [&str; 13] = [
+pub const FILES: [&str; 17] = [
     "logsumexp_sm90a.cu",
+    "logsumexp_prefixes_sm90a.cu",
+    "gradient_tile_prefixes_sm90a.cu",
     "gradient_tile_sm90a.cu",
     "gradient_product_sm90a.cu",
     "prepare.cu",
     "logsumexp_sm80.cu",
+    "logsumexp_prefixes_sm80.cu",
+    "gradient_tile_prefixes_sm80.cu",
     "combine.cu",
     "skip_squares.cu",
     "gradient_tile_sm80.cu",

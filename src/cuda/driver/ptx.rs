@@ -23,8 +23,8 @@ macro_rules! modules {
 
 modules! {
     "prepare" "combine" "project" "skip_squares" "prepare_prefixes" "prefixes" "project_prefixes"
-    "logsumexp_sm80" "gradient_tile_sm80" "gradient_product_sm80"
-    "logsumexp_sm90a" "gradient_tile_sm90a" "gradient_product_sm90a"
+    "logsumexp_sm80" "gradient_tile_sm80" "gradient_product_sm80" "logsumexp_prefixes_sm80" "gradient_tile_prefixes_sm80"
+    "logsumexp_sm90a" "gradient_tile_sm90a" "gradient_product_sm90a" "logsumexp_prefixes_sm90a" "gradient_tile_prefixes_sm90a"
 }
 
 /// The module of that name.
