@@ -416,10 +416,17 @@ mod tests {
         // The whole embedding alone, with weight 1, is no prefix.
         let whole = call().with_prefixes([768]);
         assert_eq!(launches(&plan_with(&whole, 512, DType::BF16, |p| p)), launches(&plan(512, DType::BF16, |p| p)));
-        for rows in [4096, 8192, 32768] {
-            let clusters: fn(Problem<'_>) -> Problem<'_> =
-                |p| p.with_architecture(Architecture::Sm90a { multiprocessors: 132 });
-            println!("{}", plan_with(&with, rows, DType::BF16, clusters));
-        }
+    }
+
+    /// Launches count prefixes along y.
+    #[test]
+    fn the_number_of_prefixes_is_bounded() {
+        let plan = |count: usize| {
+            let call = call().with_prefixes((1..=count).collect::<Vec<_>>());
+            Plan::new(&Problem::new(call.pairs(1, 2).unwrap(), DType::BF16, count).unwrap()).map(|plan| plan.flops())
+        };
+        assert!(plan(1000).is_ok());
+        let error = plan(65_536).unwrap_err().to_string();
+        assert_eq!(error, "argument `prefixes` is 65536 prefixes; allowed: at most 65535 on CUDA");
     }
 }
