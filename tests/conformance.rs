@@ -4,9 +4,10 @@
 //! If the environment variable `SAMTONE_REQUIRE` (names separated by commas) has its name, that is a failure instead. With
 //! `SAMTONE_TRACE` set, each case is announced on standard error before it runs. So if a case never ends, its name is known.
 //!
-//! Emulated CUDA kernels take most of the time. So on each of [`IN_TURN`] two kinds of cases run in only one type each: golden files, and
-//! cases that combine losses with kinds of data and with options. The types take turns. In the other types these cases are ignored, and run
-//! with `cuda-emulated --include-ignored`. CI also runs golden files in every type, by `examples/evaluate`.
+//! Emulated CUDA kernels and variants of WGSL in software take most of the time. So on each of [`IN_TURN`] two kinds of cases run in only
+//! one type each: golden files, and cases that combine losses with kinds of data and with options. The types take turns. In the other types
+//! these cases are ignored, and run with `--include-ignored`. CI also runs golden files in every type, by `examples/evaluate`, on emulated
+//! CUDA kernels and on the usual variant of WGSL.
 
 #[path = "conformance/edges.rs"]
 mod edges;
@@ -40,8 +41,18 @@ struct Case {
     in_turn: bool,
 }
 
-/// The emulators, which are too slow for every case in every type.
-const IN_TURN: [&str; 2] = ["cuda-emulated", "cuda-emulated-sm90a"];
+/// Backends that are too slow for every case in every type: the emulators, and variants of WGSL, which share all but a few lines of their
+/// shaders with `wgpu`.
+const IN_TURN: [&str; 8] = [
+    "cuda-emulated",
+    "cuda-emulated-sm90a",
+    "wgpu-baseline",
+    "wgpu-large-tiles",
+    "wgpu-f16",
+    "wgpu-subgroups",
+    "wgpu-cooperative-emulated",
+    "wgpu-small-bindings",
+];
 
 impl Case {
     /// Whether the `number`-th case is left out of the backend's usual run in this type.
@@ -89,8 +100,7 @@ fn trials(backends: &[&'static dyn Backend], required: &[&str]) -> Result<Vec<Li
                 let (make, judge, upstream) = (case.make.clone(), judge.clone(), case.upstream);
                 let name = format!("{} {dtype}: {}", backend.name(), case.name);
                 let spared = case.is_spared(number, backend, dtype).then(|| {
-                    "each case runs in one type of three, in turn; in all: `-- cuda-emulated --include-ignored`"
-                        .to_string()
+                    "each case runs in one type of three, in turn; in all: `-- --include-ignored`".to_string()
                 });
                 let run = move || {
                     let (problem, want) = judge.get_or_init(|| judgement(&make, dtype, upstream)).as_ref()?;

@@ -111,7 +111,7 @@ impl Plan {
             arithmetic: problem.arithmetic(),
             waves: [&division.forward, &division.backward].map(Vec::len),
             kept_squares: division.squares(tile),
-            flops: division.flops(d),
+            flops: division.flops(problem.entries()),
             bounded_bytes: arrays.bounded_bytes,
             slot_bytes: arrays.layout.ends,
             arrays: arrays.layout.arrays,

@@ -365,6 +365,11 @@ impl Problem<'_> {
         (*self.prefixes != [whole]).then_some(&self.prefixes)
     }
 
+    /// How many entries of an embedding are read: those of the longest prefix.
+    pub(super) fn entries(&self) -> usize {
+        self.prefixes.last().map_or(self.dim, |prefix| prefix.dim)
+    }
+
     /// What memory must hold for each cosine follows from this.
     pub(super) fn contents(&self) -> Contents {
         Contents { arithmetic: self.arithmetic(), prefixes: self.several().map(<[_]>::len) }

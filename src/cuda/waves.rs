@@ -58,7 +58,7 @@ fn terms(problem: &Problem<'_>) -> usize {
         Arithmetic::F16x3 => 3,
         Arithmetic::Exact => 12,
     };
-    problem.dim * times
+    problem.entries() * times
 }
 
 fn least_terms(problem: &Problem<'_>) -> usize {
@@ -143,7 +143,7 @@ impl Division {
         let of_kept = if free { 0 } else { least_terms(problem) };
         let sums: usize = self.backward.iter().map(sums_of).sum();
         let cosines = kept as f64 * of_kept as f64 + others as f64 * terms(problem) as f64;
-        [cosines, sums as f64 * (problem.dim * TERMS_OF_A_SUM) as f64]
+        [cosines, sums as f64 * (problem.entries() * TERMS_OF_A_SUM) as f64]
     }
 }
 
@@ -309,18 +309,22 @@ mod tests {
         assert!((0.4..0.8).contains(&share(&most)), "{most}");
     }
 
+    /// Arrays that share the bound.
+    const BOUNDED: [&str; 7] = ["partials", "counts", "gradients", "dots", "radials", "wave_cosines", "cosines"];
+
     #[test]
     fn waves_and_kept_cosines_stay_within_the_bound() {
-        for change in KINDS {
+        for (change, prefixes) in KINDS.into_iter().flat_map(|change| [(change, &[64][..]), (change, &[16, 33, 64])]) {
             for rows in [1, 65, 2048, 3000, 5000] {
-                for workspace in [(1 << 20) - 1, 4 << 20, 20 << 20, 50_000_001, 100 << 20, 400 << 20] {
+                for workspace in [(3 << 20) - 1, 4 << 20, 20 << 20, 50_000_001, 100 << 20, 400 << 20] {
                     for cosines in [Cosines::Kept, Cosines::Recomputed] {
                         let call = Call::new(Loss::samtone_both(), 0.01).with_workspace_bytes(workspace);
+                        let call = call.with_prefixes(prefixes);
                         let pairs = call.pairs(rows, rows + 7).unwrap();
                         let problem = Problem::new(pairs, DType::BF16, 64).unwrap();
                         let plan = Plan::new(&change(problem).with_cosines(cosines)).unwrap();
                         let bounded: u64 = (plan.arrays().iter())
-                            .filter(|a| ["partials", "counts", "gradients", "dots", "cosines"].contains(&a.name))
+                            .filter(|a| BOUNDED.contains(&a.name))
                             .map(|a| a.offset + a.bytes)
                             .max()
                             .unwrap();
@@ -329,7 +333,7 @@ mod tests {
                         assert!(plan.bounded_bytes() <= workspace && used <= workspace as u64, "{used} bytes: {plan}");
                         let kept = plan.array("cosines").map_or(0, |a| a.bytes);
                         let squares = plan.kept_squares()[0] * plan.tile().step() * plan.tile().step();
-                        assert_eq!(kept, 4 * squares as u64, "{plan}");
+                        assert_eq!(kept, 4 * (prefixes.len() * squares) as u64, "{plan}");
                     }
                 }
             }
