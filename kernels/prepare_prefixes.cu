@@ -90,12 +90,12 @@ KERNEL(prepare_prefixes, REDUCE_THREADS, BY_VALUE(Prepare) all, BY_VALUE(Prefixe
         }
         // [2] pack
         for (u32 column = 8 * lane_id(); column < (packed_end - packed_begin) / bytes; column += 8 * WARP) {
-            float v[8];
-            UNROLL
-            for (u32 i = 0; i < 8; ++i) v[i] = 0;
-            if (scale > 0) load_eight(v, segment.raw, x, begin + column, segment.aligned);
-            UNROLL
-            for (u32 i = 0; i < 8; ++i) v[i] = static_cast<float>(v[i] * scale); // in f64, because the power alone may exceed f32
+            float v[8] = {};
+            if (scale > 0) {
+                load_eight(v, segment.raw, x, begin + column, segment.aligned);
+                UNROLL
+                for (u32 i = 0; i < 8; ++i) v[i] = static_cast<float>(v[i] * scale); // in f64, because the power alone may exceed f32
+            }
             pack_eight(p, out, packed_begin / bytes + column, v);
         }
         begin = end;

@@ -26,8 +26,8 @@ SAMTONE_DEVICE void load_eight(float (&v)[8], const Raw& raw, const unsigned cha
         if (aligned) {
             UNROLL
             for (u32 half = 0; half < 2; ++half) {
-                if (column + 4 * half >= raw.dim) break;
-                const f32x4 four = ld_global_nc_f32x4(row + 4 * (column + 4 * half));
+                f32x4 four{0, 0, 0, 0};
+                if (column + 4 * half < raw.dim) four = ld_global_nc_f32x4(row + 4 * (column + 4 * half));
                 v[4 * half] = four.x;
                 v[4 * half + 1] = four.y;
                 v[4 * half + 2] = four.z;
