@@ -40,35 +40,22 @@ SAMTONE_DEVICE void gather(double (&g)[8], const Backward& b, const Projection& 
         add_scaled(g, p.other, positive, column, aligned, ld_global_f64(b.diagonal + row) * ld_global_f64(p.other_inverse_norm + index));
         return;
     }
-    u32 first = row, last = row + 1;
-    if (b.occurrence_start != nullptr) {
-        first = ld_global_nc_u32(b.occurrence_start + row);
-        last = ld_global_nc_u32(b.occurrence_start + row + 1);
-    }
-    for (u32 k = first; k < last; ++k) {
-        const u32 index = b.occurrence_start != nullptr ? ld_global_nc_u32(b.occurrences + k) : k;
-        const u32 anchored = ld_global_nc_u32(b.anchor_row + index);
+    for_each_index(b, row, [&](u32 index, bool paired, u32 anchored) {
         add_sum(index);
-        if (anchored < b.row_begin || anchored >= b.row_end) continue; // also if it is NONE
+        if (!paired) return;
         add_scaled(g, p.other, anchored, column, aligned,
                    ld_global_f64(b.diagonal + anchored) * ld_global_f64(p.other_inverse_norm + anchored));
-    }
+    });
 }
 
 SHARED_BYTES(project, REDUCE_BYTES);
 KERNEL(project, REDUCE_THREADS, BY_VALUE(Backward) b) {
     begin_launch();
     if (blockIdx.x == 0) return finish(b);
-    u32 block = blockIdx.x - 1;
-    const u32 blocks = (b.of[0].rows + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK, space = block < blocks ? 0 : 1;
-    if (space == 1) block -= blocks;
-    const Projection& p = b.of[space];
-    const u32 out_row = block * ROWS_PER_BLOCK + warp_id();
-    if (out_row >= p.rows) return;
-    const u32 row = p.first_row + out_row;
-    u32 index = row;
-    if (p.is_passage != 0 && b.occurrence_start != nullptr)
-        index = ld_global_nc_u32(b.occurrences + ld_global_nc_u32(b.occurrence_start + row));
+    const OutputRow at = output_row(b);
+    if (!at.exists) return;
+    const Projection& p = b.of[at.space];
+    const u32 out_row = at.out_row, row = at.row, index = at.index;
     const bool aligned = is_aligned(p.own), other_aligned = is_aligned(p.other);
     const double inverse = ld_global_f64(p.inverse_norm + index);
     const double unit = exp2_f64(ld_global_f64(b.dots.results + SHIFT) - 12);

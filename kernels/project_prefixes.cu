@@ -7,7 +7,7 @@
 // Threads  256: one warp per output row
 // Shared   64 bytes (reduce.cuh)
 // Sync     R1, R2 reduce.cuh
-// Numerics as project.cu
+// Numerics as project.cu, but the sums have memory of their own
 // Limits   gradients are aligned to their elements
 #include "common/projection.cuh"
 
@@ -46,33 +46,20 @@ SAMTONE_DEVICE void gather(double (&g)[8], const Backward& b, const Prefixes& pr
         add_pair(b.positives != nullptr ? ld_global_nc_u32(b.positives + row) : row, row);
         return;
     }
-    u32 first = row, last = row + 1;
-    if (b.occurrence_start != nullptr) {
-        first = ld_global_nc_u32(b.occurrence_start + row);
-        last = ld_global_nc_u32(b.occurrence_start + row + 1);
-    }
-    for (u32 k = first; k < last; ++k) {
-        const u32 index = b.occurrence_start != nullptr ? ld_global_nc_u32(b.occurrences + k) : k;
-        const u32 anchored = ld_global_nc_u32(b.anchor_row + index);
+    for_each_index(b, row, [&](u32 index, bool paired, u32 anchored) {
         add_sum(index);
-        if (anchored >= b.row_begin && anchored < b.row_end) add_pair(anchored, anchored); // not if it is NONE
-    }
+        if (paired) add_pair(anchored, anchored);
+    });
 }
 
 SHARED_BYTES(project_prefixes, REDUCE_BYTES);
 KERNEL(project_prefixes, REDUCE_THREADS, BY_VALUE(Backward) b, BY_VALUE(Prefixes) prefixes, BY_VALUE(Joined) joined) {
     begin_launch();
     if (blockIdx.x == 0) return finish(b);
-    u32 block = blockIdx.x - 1;
-    const u32 blocks = (b.of[0].rows + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK, space = block < blocks ? 0 : 1;
-    if (space == 1) block -= blocks;
-    const Projection& p = b.of[space];
-    const u32 out_row = block * ROWS_PER_BLOCK + warp_id();
-    if (out_row >= p.rows) return;
-    const u32 row = p.first_row + out_row, indices = prefixes.indices[space];
-    u32 index = row;
-    if (p.is_passage != 0 && b.occurrence_start != nullptr)
-        index = ld_global_nc_u32(b.occurrences + ld_global_nc_u32(b.occurrence_start + row));
+    const OutputRow output = output_row(b);
+    if (!output.exists) return;
+    const Projection& p = b.of[output.space];
+    const u32 space = output.space, out_row = output.out_row, row = output.row, index = output.index, indices = prefixes.indices[space];
     const bool aligned = is_aligned(p.own), other_aligned = is_aligned(p.other);
     const unsigned char* x = p.own.data + row * p.own.row_bytes;
     double factor = b.beta * upstream_of(b), along = 0, inverse = 0;

@@ -81,3 +81,38 @@ SAMTONE_DEVICE void add_scaled(double (&g)[8], const Raw& raw, u32 row, u32 colu
     UNROLL
     for (u32 i = 0; i < 8; ++i) g[i] = fma_rn(scale, static_cast<double>(y[i]), g[i]);
 }
+
+// The row of an output that a warp makes.
+struct OutputRow {
+    u32 space, out_row;
+    u32 row, index; // the embedding, and the first index behind it
+    bool exists;
+};
+// Thread block 0 makes no rows: see `finish`.
+SAMTONE_DEVICE OutputRow output_row(const Backward& b SAMTONE_SITE) {
+    u32 block = blockIdx.x - 1;
+    const u32 blocks = (b.of[0].rows + ROWS_PER_BLOCK - 1) / ROWS_PER_BLOCK, space = block < blocks ? 0 : 1;
+    if (space == 1) block -= blocks;
+    const u32 out_row = block * ROWS_PER_BLOCK + warp_id();
+    if (out_row >= b.of[space].rows) return {space, out_row, 0, 0, false};
+    const u32 row = b.of[space].first_row + out_row;
+    u32 index = row;
+    if (b.of[space].is_passage != 0 && b.occurrence_start != nullptr)
+        index = ld_global_nc_u32(b.occurrences + ld_global_nc_u32(b.occurrence_start + row SAMTONE_EMULATED_AS(, site))
+                                     SAMTONE_EMULATED_AS(, site));
+    return {space, out_row, row, index, true};
+}
+
+// Calls `visit(index, whether a row of the shard has its positive there, that row)` for every index behind a passage.
+template <class Visit> SAMTONE_DEVICE void for_each_index(const Backward& b, u32 passage, Visit visit) {
+    u32 first = passage, last = passage + 1;
+    if (b.occurrence_start != nullptr) {
+        first = ld_global_nc_u32(b.occurrence_start + passage);
+        last = ld_global_nc_u32(b.occurrence_start + passage + 1);
+    }
+    for (u32 k = first; k < last; ++k) {
+        const u32 index = b.occurrence_start != nullptr ? ld_global_nc_u32(b.occurrences + k) : k;
+        const u32 anchored = ld_global_nc_u32(b.anchor_row + index);
+        visit(index, anchored >= b.row_begin && anchored < b.row_end, anchored); // it is of no shard if it is NONE
+    }
+}
