@@ -1,6 +1,6 @@
 //! Calls with prefixes. Each check runs on a GPU, or on the emulated driver.
 
-use super::raw::{sample, with_call};
+use super::raw::{backward_alone, sample, with_call};
 use super::support::case::Expected;
 use super::support::compare::{against_definition, verdict};
 use super::support::problem::{Outputs, Problem};
@@ -34,15 +34,7 @@ pub const CHECKS: &[Check] = &[
         Ok(())
     }),
     ("prefixes: a backward call of its own has the same bits", || {
-        with_call(&with_prefixes(Loss::samtone_query(), 83)?, DType::F32, |call, _| {
-            call.run(Device::loss_and_gradients)?;
-            let fused = call.outputs()?;
-            call.clear_gradients()?;
-            call.run(Device::forward)?;
-            call.memory[Slot::Workspace as usize].write(&vec![0x7e; call.plan.slot_bytes(Slot::Workspace) as usize])?;
-            call.run(Device::backward_alone)?;
-            demand(call.outputs()? == fused, "other bits")
-        })
+        backward_alone(&with_prefixes(Loss::samtone_query(), 83)?)
     }),
     ("prefixes: inputs that are refused are named with their prefix, and the device goes on", refusals),
     ("prefixes: the backend takes batches in host memory", || {

@@ -24,17 +24,7 @@ pub const CHECKS: &[Check] = &[
         }
         Ok(())
     }),
-    ("a backward call of its own has the same bits", || {
-        with_call(&sample(Loss::samtone_query(), 2)?, DType::F32, |call, _| {
-            call.run(Device::loss_and_gradients)?;
-            let fused = call.outputs()?;
-            call.clear_gradients()?;
-            call.run(Device::forward)?;
-            call.memory[Slot::Workspace as usize].write(&vec![0x7e; call.plan.slot_bytes(Slot::Workspace) as usize])?;
-            call.run(Device::backward_alone)?;
-            demand(call.outputs()? == fused, "other bits")
-        })
-    }),
+    ("a backward call of its own has the same bits", || backward_alone(&sample(Loss::samtone_query(), 2)?)),
     ("large tiles get the shared memory they ask for", || {
         let problem = sample(Loss::samtone_both(), 13)?.rounded(DType::BF16);
         with_call(&problem, DType::BF16, |call, _| {
@@ -211,6 +201,19 @@ pub const CHECKS: &[Check] = &[
         Ok(())
     }),
 ];
+
+/// A backward call of its own, in a workspace that holds nothing of the first call, has the same bits.
+pub fn backward_alone(problem: &Problem) -> Result<(), String> {
+    with_call(problem, DType::F32, |call, _| {
+        call.run(Device::loss_and_gradients)?;
+        let fused = call.outputs()?;
+        call.clear_gradients()?;
+        call.run(Device::forward)?;
+        call.memory[Slot::Workspace as usize].write(&vec![0x7e; call.plan.slot_bytes(Slot::Workspace) as usize])?;
+        call.run(Device::backward_alone)?;
+        demand(call.outputs()? == fused, "other bits")
+    })
+}
 
 /// Shared positives, so that passages are visited in another order than they lie in, and a ragged shape.
 pub fn sample(loss: Loss, seed: u64) -> Result<Problem, String> {
