@@ -124,8 +124,7 @@ pub use slices::CHECKS as SLICES;
 
 #[cfg(feature = "cudarc")]
 mod slices {
-    use super::super::slices::{Pairs, Place, debug};
-    use super::super::support::problem::Buffer;
+    use super::super::slices::{Pairs, Place, debug, shards_on_all_devices};
     use super::*;
     use samtone::cuda::cudarc::driver::CudaSlice;
     use samtone::cuda::{self, GradientSlices, Shard, Step};
@@ -183,52 +182,21 @@ mod slices {
             drop(graph);
             demand(at.download(&gradients)? == bits, "other bits of the gradients of a replay")
         }),
-        ("prefixes: slices: shards on all devices, and on the CPU, give together what one device gives", shards),
+        ("prefixes: slices: shards on all devices, and on the CPU, give together what one device gives", || {
+            shards_on_all_devices(&with_prefixes(Loss::samtone_both(), 93)?)
+        }),
+        ("prefixes: slices: partial sums of other embeddings are refused", || {
+            let at = Place::new(0)?;
+            let problem = with_prefixes(Loss::samtone_both(), 93)?;
+            let (query, passage) = at.upload(&problem)?;
+            let batch = Pairs::of(&problem)?.batch(&query, &passage)?;
+            let mut shard = Shard::new(&at.device, &at.stream, &batch, 0..10).map_err(text)?;
+            // An entry that the first prefix does not have. The cosines of that prefix are the same, so those of another tell.
+            let mut other = problem.clone();
+            other.passage[4 * other.dim + 18] += 5.0;
+            let foreign = super::super::support::foreign::partials(&other, 0..37).map_err(text)?;
+            let error = shard.evaluate(&foreign).err().map(text).unwrap_or_default();
+            demand(error.contains("row 4 has a cosine of"), &error)
+        }),
     ];
-
-    fn shards() -> Result<(), String> {
-        let devices = cuda::device_count().map_err(text)?;
-        let problem = with_prefixes(Loss::samtone_both(), 93)?;
-        let pairs = Pairs::of(&problem)?;
-        let places = [Place::new(0)?, Place::new(devices - 1)?];
-        let uploads = [places[0].upload(&problem)?, places[1].upload(&problem)?];
-        let batches = [pairs.batch(&uploads[0].0, &uploads[0].1)?, pairs.batch(&uploads[1].0, &uploads[1].1)?];
-        let mut shards = Vec::new();
-        for ((at, batch), rows) in places.iter().zip(&batches).zip([0..10, 10..29]) {
-            shards.push(Shard::new(&at.device, &at.stream, batch, rows).map_err(text)?);
-        }
-        let (query, passage) = (Buffer::new(DType::F32, &problem.query), Buffer::new(DType::F32, &problem.passage));
-        let host = problem.batch(&query, &passage).map_err(text)?;
-        let cpu = samtone::cpu::Shard::new(&host, 29..37).map_err(text)?;
-        let mut merged = cpu.partials().map_err(text)?;
-        for shard in &mut shards {
-            merged.merge(&shard.partials().map_err(text)?).map_err(text)?;
-        }
-        let evaluation = shards[1].evaluate(&merged).map_err(text)?;
-        demand(evaluation.prefixes.len() == 3, "another number of prefixes")?;
-        let last = cpu.gradients(&merged, 1.5).map_err(text)?;
-        let mut sum = Outputs {
-            evaluation,
-            grad_query: Vec::new(),
-            grad_passage: last.passage.iter().map(|&x| f64::from(x)).collect(),
-            temperature: last.temperature,
-        };
-        for (shard, at) in shards.iter_mut().zip(&places) {
-            let (gradients, temperature) = shard.gradients(&merged, 1.5).map_err(text)?;
-            let [query, passage] = at.download(&gradients)?;
-            sum.grad_query.extend(query);
-            sum.grad_passage.iter_mut().zip(passage).for_each(|(sum, own)| *sum += own);
-            sum.temperature.tau += temperature.tau;
-            sum.temperature.log_beta += temperature.log_beta;
-        }
-        sum.grad_query.extend(last.query.iter().map(|&x| f64::from(x)));
-        judge(&sum, &problem.rounded(DType::F32), DType::F32, 1.5)?;
-
-        // An entry that the first prefix does not have. The cosines of that prefix are the same, so those of another tell.
-        let mut other = problem.clone();
-        other.passage[4 * other.dim + 18] += 5.0;
-        let foreign = super::super::support::foreign::partials(&other, 0..37).map_err(text)?;
-        let error = shards[0].evaluate(&foreign).err().map(text).unwrap_or_default();
-        demand(error.contains("row 4 has a cosine of"), &error)
-    }
 }

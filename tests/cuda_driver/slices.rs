@@ -168,45 +168,7 @@ pub const CHECKS: &[Check] = &[
         Ok(())
     }),
     ("slices: shards on all devices, and on the CPU, give together what one device gives", || {
-        let devices = cuda::device_count().map_err(text)?;
-        let problem = sample(Loss::samtone_both(), 28)?;
-        let pairs = Pairs::of(&problem)?;
-        let places = [Place::new(0)?, Place::new(devices - 1)?];
-        let uploads = [places[0].upload(&problem)?, places[1].upload(&problem)?];
-        let batches = [pairs.batch(&uploads[0].0, &uploads[0].1)?, pairs.batch(&uploads[1].0, &uploads[1].1)?];
-        let ranges = [0..10, 10..29];
-        let mut shards = Vec::new();
-        for ((at, batch), rows) in places.iter().zip(&batches).zip(ranges) {
-            let shard = Shard::new(&at.device, &at.stream, batch, rows);
-            shards.push(shard.map_err(text)?);
-        }
-        let (query, passage) = (Buffer::new(DType::F32, &problem.query), Buffer::new(DType::F32, &problem.passage));
-        let host = problem.batch(&query, &passage).map_err(text)?;
-        let cpu = samtone::cpu::Shard::new(&host, 29..37).map_err(text)?;
-
-        let mut merged = cpu.partials().map_err(text)?;
-        demand(shards[0].evaluate(&merged).is_err(), "partials that do not cover every row")?;
-        for shard in &mut shards {
-            merged.merge(&shard.partials().map_err(text)?).map_err(text)?;
-        }
-        let evaluation = shards[1].evaluate(&merged).map_err(text)?;
-        let last = cpu.gradients(&merged, 1.5).map_err(text)?;
-        let mut sum = Outputs {
-            evaluation,
-            grad_query: Vec::new(),
-            grad_passage: last.passage.iter().map(|&x| f64::from(x)).collect(),
-            temperature: last.temperature,
-        };
-        for (shard, at) in shards.iter_mut().zip(&places) {
-            let (gradients, temperature) = shard.gradients(&merged, 1.5).map_err(text)?;
-            let [query, passage] = at.download(&gradients)?;
-            sum.grad_query.extend(query);
-            sum.grad_passage.iter_mut().zip(passage).for_each(|(sum, own)| *sum += own);
-            sum.temperature.tau += temperature.tau;
-            sum.temperature.log_beta += temperature.log_beta;
-        }
-        sum.grad_query.extend(last.query.iter().map(|&x| f64::from(x)));
-        verdict(&against_definition(&sum, &expected(&problem, 1.5)?, &problem, DType::F32, 1.5))
+        shards_on_all_devices(&sample(Loss::samtone_both(), 28)?)
     }),
     ("slices: partial sums of inputs that are refused are an error", || {
         let at = Place::new(0)?;
@@ -277,6 +239,48 @@ pub fn debug(error: impl std::fmt::Debug) -> String {
 pub fn samtone_wide() -> Result<Problem, String> {
     use super::support::data::{Kind, problem};
     problem(Loss::samtone_both(), Kind::Trained, (70, 90, 33), 0.05, 30, 0.0).map_err(text)
+}
+
+/// Two shards on the first and the last device and a third on the CPU, merged. The problem has 37 rows.
+pub fn shards_on_all_devices(problem: &Problem) -> Result<(), String> {
+    let devices = cuda::device_count().map_err(text)?;
+    let pairs = Pairs::of(problem)?;
+    let places = [Place::new(0)?, Place::new(devices - 1)?];
+    let uploads = [places[0].upload(problem)?, places[1].upload(problem)?];
+    let batches = [pairs.batch(&uploads[0].0, &uploads[0].1)?, pairs.batch(&uploads[1].0, &uploads[1].1)?];
+    let ranges = [0..10, 10..29];
+    let mut shards = Vec::new();
+    for ((at, batch), rows) in places.iter().zip(&batches).zip(ranges) {
+        let shard = Shard::new(&at.device, &at.stream, batch, rows);
+        shards.push(shard.map_err(text)?);
+    }
+    let (query, passage) = (Buffer::new(DType::F32, &problem.query), Buffer::new(DType::F32, &problem.passage));
+    let host = problem.batch(&query, &passage).map_err(text)?;
+    let cpu = samtone::cpu::Shard::new(&host, 29..37).map_err(text)?;
+
+    let mut merged = cpu.partials().map_err(text)?;
+    demand(shards[0].evaluate(&merged).is_err(), "partials that do not cover every row")?;
+    for shard in &mut shards {
+        merged.merge(&shard.partials().map_err(text)?).map_err(text)?;
+    }
+    let evaluation = shards[1].evaluate(&merged).map_err(text)?;
+    let last = cpu.gradients(&merged, 1.5).map_err(text)?;
+    let mut sum = Outputs {
+        evaluation,
+        grad_query: Vec::new(),
+        grad_passage: last.passage.iter().map(|&x| f64::from(x)).collect(),
+        temperature: last.temperature,
+    };
+    for (shard, at) in shards.iter_mut().zip(&places) {
+        let (gradients, temperature) = shard.gradients(&merged, 1.5).map_err(text)?;
+        let [query, passage] = at.download(&gradients)?;
+        sum.grad_query.extend(query);
+        sum.grad_passage.iter_mut().zip(passage).for_each(|(sum, own)| *sum += own);
+        sum.temperature.tau += temperature.tau;
+        sum.temperature.log_beta += temperature.log_beta;
+    }
+    sum.grad_query.extend(last.query.iter().map(|&x| f64::from(x)));
+    verdict(&against_definition(&sum, &expected(problem, 1.5)?, problem, DType::F32, 1.5))
 }
 
 fn expected(problem: &Problem, upstream: f64) -> Result<Expected, String> {
