@@ -6,6 +6,8 @@ python distributed_worker.py RANK STORE OUT LOSSES
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import samtone
@@ -17,6 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 PROCESSES = 2
 ROWS, HARD, WIDTH, DIM = 12, 4, 20, 16
+
+
+@contextmanager
+def group(store: str, rank: int) -> Iterator[None]:
+    """The processes of a test, on gloo. They leave together: gloo can abort a process whose peer has closed the connection already."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
+    yield
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def batch() -> dict[str, Tensor]:
@@ -88,9 +99,8 @@ def results_of(name: str, rank: int) -> list[Tensor]:
 def main() -> None:
     rank = int(sys.argv[1])
     store, out, names = sys.argv[2:5]
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
-    torch.save({name: results_of(name, rank) for name in names.split(",")}, f"{out}-{rank}")
-    dist.destroy_process_group()
+    with group(store, rank):
+        torch.save({name: results_of(name, rank) for name in names.split(",")}, f"{out}-{rank}")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from typing import Any
 import samtone
 import sentence_models as models
 import torch
-import torch.distributed as dist
+from distributed_worker import PROCESSES, group
 from samtone.sentence_transformers import CachedSamToNeLoss, SamToNeLoss
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-PROCESSES, STEPS = 2, 3
+STEPS = 3
 # Of each process: with chunks of 2 that is 4 and 2 of them in a column.
 ROWS = (8, 3)
 
@@ -120,10 +120,8 @@ def by_trainer(rank: int, out: str) -> Any:
 
 def main() -> None:
     rank, store, out, kinds = int(sys.argv[1]), *sys.argv[2:5]
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
-    found = {kind: by_trainer(rank, out) if kind == "trainer" else by_hand(kind, rank) for kind in kinds.split(",")}
-    dist.barrier()
-    dist.destroy_process_group()
+    with group(store, rank):
+        found = {kind: by_trainer(rank, out) if kind == "trainer" else by_hand(kind, rank) for kind in kinds.split(",")}
     torch.save(found, f"{out}-{rank}")
 
 
