@@ -228,7 +228,6 @@ impl<'a> EmbeddingsMut<'a> {
 }
 
 /// Numbers of contiguous rows into rows of `dim` elements, `row_stride` apart; what is between rows stays as it is.
-#[cfg(any(feature = "cuda", feature = "wgpu"))]
 pub(crate) fn copy_rows<T>(values: impl Iterator<Item = T>, to: &mut [T], dim: usize, row_stride: usize) {
     to.chunks_mut(row_stride).flat_map(|row| row.iter_mut().take(dim)).zip(values).for_each(|(to, value)| *to = value);
 }
@@ -247,6 +246,14 @@ impl<'a> Batch<'a> {
     /// # Errors
     /// [`Error::InvalidArgument`] for towers that do not fit together, and for whatever is wrong with `call`.
     pub fn new(call: &'a Call, query: Embeddings<'a>, passage: Embeddings<'a>) -> Result<Self> {
+        Self::expect_like(&query, &passage)?;
+        let pairs = call.pairs(query.rows(), passage.rows())?;
+        prefix::of(call, query.dim())?;
+        Ok(Self { query, passage, pairs })
+    }
+
+    /// An error unless both towers have one dimension and one type.
+    pub(crate) fn expect_like(query: &Embeddings<'_>, passage: &Embeddings<'_>) -> Result<()> {
         if query.dim() != passage.dim() {
             return Err(Error::invalid(
                 "passage",
@@ -261,9 +268,7 @@ impl<'a> Batch<'a> {
                 format!("the type of the queries, {}", query.dtype()),
             ));
         }
-        let pairs = call.pairs(query.rows(), passage.rows())?;
-        prefix::of(call, query.dim())?;
-        Ok(Self { query, passage, pairs })
+        Ok(())
     }
 
     /// What is to be computed.

@@ -275,21 +275,9 @@ impl Call {
     /// # Errors
     /// [`Error::InvalidArgument`] names the argument, its value and what is allowed.
     pub fn check(&self) -> Result<()> {
-        if !(Self::MIN_TEMPERATURE..=Self::MAX_TEMPERATURE).contains(&self.temperature) {
-            let allowed = format!("a number from {:e} to {:e}", Self::MIN_TEMPERATURE, Self::MAX_TEMPERATURE);
-            return Err(Error::invalid("temperature", self.temperature.to_string(), allowed));
-        }
-        if let Some(margin) = self.margin.filter(|&m| m.is_nan() || m == f64::NEG_INFINITY) {
-            return Err(Error::invalid("margin", margin.to_string(), "a finite number, or infinity for no margin"));
-        }
-        if let Some(share) = self.tile_skipping.filter(|&share| !(share > 0.0 && share < 1.0)) {
-            return Err(Error::invalid("tile_skipping", share.to_string(), "a number above 0 and below 1"));
-        }
+        self.check_options()?;
         if let Some(weights) = &self.weights {
-            if let Some(i) = weights.iter().position(|w| !(w.is_finite() && *w >= 0.0)) {
-                let value = format!("{} at row {i}", weights[i]);
-                return Err(Error::invalid("weights", value, "finite numbers of at least 0"));
-            }
+            check_weights(weights)?;
             if weights.iter().all(|&w| w == 0.0) {
                 return Err(Error::invalid("weights", "0 in every row", "at least one weight above 0"));
             }
@@ -304,6 +292,21 @@ impl Call {
             let allowed = "false, or query ids and passage ids with it";
             return Err(Error::invalid("shared_ids", format!("true without {missing}"), allowed));
         }
+        Ok(())
+    }
+
+    /// What [`Call::check`] checks beside lists of rows and passages.
+    pub(crate) fn check_options(&self) -> Result<()> {
+        if !(Self::MIN_TEMPERATURE..=Self::MAX_TEMPERATURE).contains(&self.temperature) {
+            let allowed = format!("a number from {:e} to {:e}", Self::MIN_TEMPERATURE, Self::MAX_TEMPERATURE);
+            return Err(Error::invalid("temperature", self.temperature.to_string(), allowed));
+        }
+        if let Some(margin) = self.margin.filter(|&m| m.is_nan() || m == f64::NEG_INFINITY) {
+            return Err(Error::invalid("margin", margin.to_string(), "a finite number, or infinity for no margin"));
+        }
+        if let Some(share) = self.tile_skipping.filter(|&share| !(share > 0.0 && share < 1.0)) {
+            return Err(Error::invalid("tile_skipping", share.to_string(), "a number above 0 and below 1"));
+        }
         crate::prefix::check(self.prefixes(), self.prefix_weights())
     }
 
@@ -316,13 +319,17 @@ impl Call {
         if rows == 0 || rows > MOST {
             return Err(Error::invalid("rows", rows.to_string(), format!("1 to {MOST}")));
         }
-        if rows > passages {
-            let allowed = format!("at least as many rows as there are queries, {rows}");
-            return Err(Error::invalid("passage", format!("{passages} rows"), allowed));
-        }
+        expect_as_many(rows, passages)?;
         if passages > MOST {
             return Err(Error::invalid("passages", passages.to_string(), format!("{rows} to {MOST}")));
         }
+        self.check_lists(rows, passages)?;
+        self.check()?;
+        Ok(Pairs::of(self, rows, passages))
+    }
+
+    /// The lists alone, for that many queries and passages, of which there may be none.
+    pub(crate) fn check_lists(&self, rows: usize, passages: usize) -> Result<()> {
         check_len("positives", self.positives.as_deref(), rows, "query")?;
         check_len("weights", self.weights.as_deref(), rows, "query")?;
         check_len("query_ids", self.query_ids.as_deref(), rows, "query")?;
@@ -336,12 +343,36 @@ impl Call {
         }
         let owners = owners.unwrap_or_default();
         if let Some(n) = owners.iter().position(|&o| o < -1 || i64::from(o) >= rows as i64) {
-            let allowed = format!("-1 (everyone's) or a row, 0 to {}", rows - 1);
+            let allowed = match rows {
+                0 => "-1 (everyone's), for there is no row".into(),
+                _ => format!("-1 (everyone's) or a row, 0 to {}", rows - 1),
+            };
             return Err(Error::invalid("owners", format!("{} at passage {n}", owners[n]), allowed));
         }
-        self.check()?;
-        Ok(Pairs::of(self, rows, passages))
+        self.weights.as_deref().map_or(Ok(()), check_weights)
     }
+
+    /// The same call without anything that has an entry for each row or passage.
+    pub(crate) fn without_lists(&self) -> Self {
+        Self { positives: None, weights: None, query_ids: None, passage_ids: None, owners: None, ..self.clone() }
+    }
+}
+
+/// An error if there are fewer passages than queries.
+pub(crate) fn expect_as_many(rows: usize, passages: usize) -> Result<()> {
+    if rows > passages {
+        let allowed = format!("at least as many rows as there are queries, {rows}");
+        return Err(Error::invalid("passage", format!("{passages} rows"), allowed));
+    }
+    Ok(())
+}
+
+fn check_weights(weights: &[f32]) -> Result<()> {
+    if let Some(i) = weights.iter().position(|w| !(w.is_finite() && *w >= 0.0)) {
+        let value = format!("{} at row {i}", weights[i]);
+        return Err(Error::invalid("weights", value, "finite numbers of at least 0"));
+    }
+    Ok(())
 }
 
 fn check_len<T>(argument: &'static str, list: Option<&[T]>, wanted: usize, what: &str) -> Result<()> {

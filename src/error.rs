@@ -181,6 +181,22 @@ pub enum Error {
         /// Its own words.
         reason: String,
     },
+    /// One of the ranks that compute a loss together has failed. All of them get this error.
+    #[error("rank {rank} has failed: {reason}")]
+    Rank {
+        /// Which one; the lowest, if several have.
+        rank: usize,
+        /// Its error, in words. Rows are those of its part of the batch.
+        reason: String,
+    },
+    /// Ranks that compute a loss together do not reach each other.
+    #[error("{engine} failed: {reason}; the ranks no longer agree, so the group cannot be used any more")]
+    Engine {
+        /// What connects them.
+        engine: &'static str,
+        /// Its own words.
+        reason: String,
+    },
     /// A device pointer of the caller has an address the kernels cannot work with.
     #[error("argument `{slot}` is at address {address:#x}; allowed: multiples of {alignment} bytes")]
     Misaligned {

@@ -113,6 +113,15 @@ impl Identity {
     }
 }
 
+/// Names and values of what decides a result beside embeddings and lists, in words of which no two are the same for different values.
+pub(crate) fn option_texts(call: &Call) -> Vec<(&'static str, String)> {
+    let call = call.without_lists();
+    let pairs = Pairs::of(&call, 1, 1);
+    // No prefix is longer than this.
+    let identity = Identity::new(&pairs, &Keys::new(&pairs), DType::F32, i32::MAX as usize);
+    identity.parts().into_iter().filter(|(name, _)| !name.is_empty()).collect()
+}
+
 struct Groups<'a>(&'a [Group]);
 
 impl fmt::Display for Groups<'_> {

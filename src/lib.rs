@@ -22,6 +22,7 @@ mod candidates;
 mod combine;
 pub mod cpu;
 pub mod cuda;
+pub mod distributed;
 pub mod dtype;
 pub mod error;
 mod identity;

@@ -3,6 +3,7 @@
 use crate::batch::{Batch, EmbeddingsMut};
 use crate::error::{Error, Result};
 use crate::prefix::Prefix;
+use crate::tower::Tower;
 
 /// In-batch retrieval quality of one direction. rankᵢ is 1 + the number of kept negatives with a cosine above s⁺ᵢ.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -160,13 +161,17 @@ pub struct GradientBuffers<'a> {
 impl GradientBuffers<'_> {
     /// An error unless each buffer has the shape of what it receives.
     pub(crate) fn expect_shapes(&self, query_rows: usize, batch: &Batch<'_>) -> Result<()> {
-        if let Some(x) = &self.query {
-            x.expect_shape("gradients.query", query_rows, batch.dim())?;
-        }
-        if let Some(x) = &self.passage {
-            x.expect_shape("gradients.passage", batch.passages(), batch.dim())?;
-        }
-        Ok(())
+        self.expect_shape_of(Tower::Query, query_rows, batch.dim())?;
+        self.expect_shape_of(Tower::Passage, batch.passages(), batch.dim())
+    }
+
+    /// An error unless the buffer of this tower, if there is one, has this shape.
+    pub(crate) fn expect_shape_of(&self, tower: Tower, rows: usize, dim: usize) -> Result<()> {
+        let (argument, buffer) = match tower {
+            Tower::Query => ("gradients.query", &self.query),
+            Tower::Passage => ("gradients.passage", &self.passage),
+        };
+        buffer.as_ref().map_or(Ok(()), |x| x.expect_shape(argument, rows, dim))
     }
 }
 

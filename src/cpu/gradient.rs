@@ -156,7 +156,9 @@ pub(super) fn gradients(
         }
         of_prefixes
     };
-    for (wave, computed) in [(first, true)].into_iter().chain(rest.chunks(plan.slots).map(|wave| (wave, false))) {
+    // A shard without rows has no tiles.
+    let waves = [(first, true)].into_iter().chain(rest.chunks(plan.slots.max(1)).map(|wave| (wave, false)));
+    for (wave, computed) in waves.filter(|(wave, _)| !wave.is_empty()) {
         let slot = |position: usize, tile: usize| if computed { tile } else { position };
         let mut slices: Vec<Option<&mut [f32]>> = slots.chunks_mut(len).map(Some).collect();
         let mut jobs: Vec<_> = (wave.iter().enumerate())

@@ -33,7 +33,7 @@ pub use workspace::Workspace;
 
 use crate::batch::{Batch, EmbeddingsMut};
 use crate::combine::Combined;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::reserve;
 use crate::output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, TemperatureGradient, check_upstream};
 use crate::partials::Partials;
@@ -149,6 +149,23 @@ impl Workspace {
         self.backward(task, &forward.combined, 0, upstream, buffers)
     }
 
+    /// The partial sums of a shard. The workspace keeps cosines for [`Workspace::gradients_into`].
+    pub(crate) fn partials(&mut self, shard: &Shard<'_>) -> Result<Partials> {
+        sums::partials(shard.task(), Some(&mut self.tiles), &self.pool)
+    }
+
+    /// Gradients of a shard, whose [`Workspace::partials`] were the last thing that this workspace was used for.
+    pub(crate) fn gradients_into(
+        &mut self,
+        shard: &Shard<'_>,
+        combined: &Combined,
+        upstream: f64,
+        buffers: GradientBuffers<'_>,
+    ) -> Result<TemperatureGradient> {
+        buffers.expect_shapes(shard.state.rows.len(), &shard.batch)?;
+        self.backward(shard.task(), combined, shard.plan.stored, upstream, buffers)
+    }
+
     fn backward(
         &mut self,
         task: Task<'_>,
@@ -234,9 +251,23 @@ impl<'a> Shard<'a> {
     /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a range that is empty or beyond the batch. Otherwise as
     /// [`loss_and_gradients`].
     pub fn new(batch: &Batch<'a>, rows: Range<usize>) -> Result<Self> {
+        if rows.start >= rows.end || rows.end > batch.rows() {
+            let allowed = format!("a non-empty range within 0..{}", batch.rows());
+            return Err(Error::invalid("rows", format!("{rows:?}"), allowed));
+        }
+        Self::of_rows(batch, rows)
+    }
+
+    /// [`Shard::new`], for rows of the batch, of which there may be none.
+    pub(crate) fn of_rows(batch: &Batch<'a>, rows: Range<usize>) -> Result<Self> {
         let state = State::new(batch, rows)?;
         let plan = Plan::of(&state, batch)?;
         Ok(Self { state, batch: *batch, plan })
+    }
+
+    /// What the merged partial sums of all shards mean for loss and gradients.
+    pub(crate) fn combine(&self, merged: &Partials) -> Result<Combined> {
+        self.state.combine(merged)
     }
 
     fn task(&self) -> Task<'_> {

@@ -8,6 +8,7 @@ mod bad_input;
 #[allow(dead_code)]
 mod browser;
 mod determinism;
+mod distributed;
 #[path = "../../examples/evaluate.rs"]
 #[allow(dead_code)]
 mod evaluate;

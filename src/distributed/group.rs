@@ -1,0 +1,147 @@
+//! Ranks that compute one loss together, and what they do together.
+
+use crate::error::{Error, Result};
+use std::ops::Range;
+
+/// One rank's end of a group of ranks 0, 1, …, W − 1, each of which has an end of its own.
+///
+/// An engine implements [`exchange`](Group::exchange), from which the other collective operations are made. All ranks call the same
+/// operations in the same order. If a call fails, the ranks no longer agree where they are, and the group is of no more use.
+pub trait Group {
+    /// The rank of this end, below [`size`](Group::size).
+    fn rank(&self) -> usize;
+
+    /// W, the number of ranks, at least 1.
+    fn size(&self) -> usize;
+
+    /// Sends `out` to rank `to` and receives `into` from rank `from`, both at once. Rank `from` sends as many bytes as `into` holds. Both
+    /// ranks are others than this one, or both are this one.
+    ///
+    /// # Errors
+    /// Those of the engine, such as a peer that has left or did not answer in time. The sentence names the peer if the engine does.
+    fn exchange(&mut self, to: usize, out: &[u8], from: usize, into: &mut [u8]) -> Result<()>;
+}
+
+impl<G: Group + ?Sized> Group for &mut G {
+    fn rank(&self) -> usize {
+        (**self).rank()
+    }
+
+    fn size(&self) -> usize {
+        (**self).size()
+    }
+
+    fn exchange(&mut self, to: usize, out: &[u8], from: usize, into: &mut [u8]) -> Result<()> {
+        (**self).exchange(to, out, from, into)
+    }
+}
+
+impl<G: Group + ?Sized> Group for Box<G> {
+    fn rank(&self) -> usize {
+        (**self).rank()
+    }
+
+    fn size(&self) -> usize {
+        (**self).size()
+    }
+
+    fn exchange(&mut self, to: usize, out: &[u8], from: usize, into: &mut [u8]) -> Result<()> {
+        (**self).exchange(to, out, from, into)
+    }
+}
+
+/// Of each step of an exchange of everyone with everyone: whom this rank sends to, and whom it receives from. In every step each rank has one
+/// of either.
+pub(super) fn steps<G: Group>(group: &G) -> impl Iterator<Item = (usize, usize)> + use<G> {
+    let (rank, size) = (group.rank(), group.size());
+    (1..size).map(move |step| ((rank + step) % size, (rank + size - step) % size))
+}
+
+/// Where the part of each rank begins and ends, if these are their lengths.
+pub(super) fn ranges(lengths: impl IntoIterator<Item = usize>) -> Vec<Range<usize>> {
+    let mut end = 0;
+    let range = |length: usize| {
+        let start = end;
+        end += length;
+        start..end
+    };
+    lengths.into_iter().map(range).collect()
+}
+
+/// Two parts of one slice that do not overlap.
+fn apart<'a, T>(all: &'a mut [T], read: &Range<usize>, write: &Range<usize>) -> (&'a [T], &'a mut [T]) {
+    if read.end <= write.start {
+        let (left, right) = all.split_at_mut(write.start);
+        (&left[read.clone()], &mut right[..write.len()])
+    } else {
+        let (left, right) = all.split_at_mut(read.start);
+        (&right[..read.len()], &mut left[write.clone()])
+    }
+}
+
+/// Fills `all` with the parts of every rank, `parts` of it, of which this rank's is there already. A rank sends W − 1 times its part.
+pub(super) fn gather<T: bytemuck::Pod>(group: &mut impl Group, all: &mut [T], parts: &[Range<usize>]) -> Result<()> {
+    let own = &parts[group.rank()];
+    for (to, from) in steps(group) {
+        let (out, into) = apart(all, own, &parts[from]);
+        group.exchange(to, bytemuck::cast_slice(out), from, bytemuck::cast_slice_mut(into))?;
+    }
+    Ok(())
+}
+
+/// The items of every rank, in the order of ranks, where each has one.
+pub(super) fn gather_one<T: bytemuck::Pod>(group: &mut impl Group, own: T) -> Result<Vec<T>> {
+    let mut all = vec![own; group.size()];
+    gather(group, &mut all, &ranges(vec![1; group.size()]))?;
+    Ok(all)
+}
+
+/// What each rank says, in the order of ranks.
+pub(super) fn gather_texts(group: &mut impl Group, own: &str) -> Result<Vec<String>> {
+    let lengths = gather_one(group, own.len() as u64)?;
+    let parts = ranges(lengths.iter().map(|&length| length as usize));
+    let mut all = vec![0; parts.last().map_or(0, |part| part.end)];
+    all[parts[group.rank()].clone()].copy_from_slice(own.as_bytes());
+    gather(group, &mut all, &parts)?;
+    Ok(parts.into_iter().map(|part| String::from_utf8_lossy(&all[part]).into_owned()).collect())
+}
+
+/// Adds up over ranks what each has in `whole`, and leaves this rank's part of the sum, `parts[rank]` of it, in `own`. The order of the
+/// additions is fixed: first what this rank has itself, then rank − 1, rank − 2, and so on around the circle of ranks. `received` is memory
+/// of the size of `own`.
+pub(super) fn reduce_scatter(
+    group: &mut impl Group,
+    whole: &[f32],
+    parts: &[Range<usize>],
+    own: &mut [f32],
+    received: &mut [f32],
+) -> Result<()> {
+    own.copy_from_slice(&whole[parts[group.rank()].clone()]);
+    for (to, from) in steps(group) {
+        let out = bytemuck::cast_slice(&whole[parts[to].clone()]);
+        group.exchange(to, out, from, bytemuck::cast_slice_mut(received))?;
+        own.iter_mut().zip(&*received).for_each(|(sum, x)| *sum += x);
+    }
+    Ok(())
+}
+
+/// `own`, if every rank has succeeded. Otherwise the same error on every rank: that of the lowest rank that failed.
+///
+/// An error that is an [`Error::Rank`] already is about that rank's part, whoever found it.
+pub(super) fn agree<T>(group: &mut impl Group, own: Result<T>) -> Result<T> {
+    let rank = group.rank();
+    let failure = own.as_ref().err().map(|error| match error {
+        Error::Rank { rank, reason } => (*rank, reason.clone()),
+        other => (rank, other.to_string()),
+    });
+    let failed = gather_one(group, failure.as_ref().map_or(0, |(rank, _)| *rank as u64 + 1))?;
+    if failed.iter().all(|&failed| failed == 0) {
+        return own;
+    }
+    let reasons = gather_texts(group, failure.as_ref().map_or("", |(_, reason)| reason))?;
+    let first = failed.iter().zip(reasons).filter(|(failed, _)| **failed > 0).min_by_key(|(failed, _)| **failed);
+    match first {
+        Some((failed, reason)) => Err(Error::Rank { rank: *failed as usize - 1, reason }),
+        None => own, // some entry is not 0
+    }
+}

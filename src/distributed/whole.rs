@@ -1,0 +1,338 @@
+//! The whole batch, gathered from what each rank has of it.
+
+use super::group::{Group, agree, gather, gather_one, gather_texts, ranges};
+use super::{Part, Reduction};
+use crate::batch::{Batch, Data, Embeddings, for_each_dtype};
+use crate::call::{Call, Scope};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::identity::option_texts;
+use crate::output::GradientBuffers;
+use crate::tower::Tower;
+use half::{bf16, f16};
+use std::ops::Range;
+
+/// What every rank says first, of one size.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Head {
+    rows: usize,
+    passages: usize,
+    /// Dimension and type; `None` without any embedding.
+    kind: Option<(usize, DType)>,
+    lists: Lists,
+    /// Whether the rank wants gradients of its passages.
+    passage_gradient: bool,
+}
+
+/// Which lists a rank gives.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Lists {
+    query_ids: bool,
+    passage_ids: bool,
+    weights: bool,
+    owners: Option<Scope>,
+}
+
+const HEAD: usize = 8;
+
+impl Head {
+    fn of(part: &Part<'_>, buffers: &GradientBuffers<'_>) -> Result<Self> {
+        let (query, passage) = (part.query, part.passage);
+        let rows = query.map_or(0, |x| x.rows());
+        let passages = passage.map_or(0, |x| x.rows());
+        let mut towers = query.iter().chain(&passage).map(|x| (x.dim(), x.dtype()));
+        let kind = towers.next();
+        if let (Some(query), Some(passage)) = (query, passage) {
+            Batch::expect_like(&query, &passage)?;
+        }
+        part.call.check_options()?;
+        part.call.check_lists(rows, passages)?;
+        let dim = kind.map_or(0, |(dim, _)| dim);
+        if kind.is_some() {
+            crate::prefix::of(part.call, dim)?;
+        }
+        buffers.expect_shape_of(Tower::Query, rows, dim)?;
+        buffers.expect_shape_of(Tower::Passage, passages, dim)?;
+        let call = part.call;
+        let lists = Lists {
+            query_ids: call.query_ids.is_some(),
+            passage_ids: call.passage_ids.is_some(),
+            weights: call.weights.is_some(),
+            owners: call.owners.as_ref().map(|(_, scope)| *scope),
+        };
+        Ok(Self { rows, passages, kind, lists, passage_gradient: buffers.passage.is_some() })
+    }
+
+    fn encode(&self) -> [u64; HEAD] {
+        let (dim, dtype) = self.kind.map_or((0, 0), |(dim, dtype)| (dim, 1 + place(dtype)));
+        let Lists { query_ids, passage_ids, weights, owners } = self.lists;
+        let owners = owners.map_or(0, |scope| 1 + u64::from(scope == Scope::Own));
+        let flags = [query_ids, passage_ids, weights, self.passage_gradient];
+        let flags = flags.iter().fold(0, |bits, &flag| 2 * bits + u64::from(flag));
+        [self.rows as u64, self.passages as u64, dim as u64, dtype, flags, owners, 0, 0]
+    }
+
+    fn decode(words: [u64; HEAD]) -> Self {
+        let [rows, passages, dim, dtype, flags, owners, ..] = words;
+        let flag = |place: u32| flags >> (3 - place) & 1 == 1;
+        let owners = [None, Some(Scope::All), Some(Scope::Own)].get(owners as usize).copied().flatten();
+        let kind = DType::ALL.get((dtype as usize).wrapping_sub(1)).map(|&dtype| (dim as usize, dtype));
+        let lists = Lists { query_ids: flag(0), passage_ids: flag(1), weights: flag(2), owners };
+        Self { rows: rows as usize, passages: passages as usize, kind, lists, passage_gradient: flag(3) }
+    }
+}
+
+fn place(dtype: DType) -> u64 {
+    DType::ALL.iter().position(|&other| other == dtype).unwrap_or(0) as u64 // all types are in the list
+}
+
+/// Memory for a tower of any type, used again from step to step. Words of eight bytes, so that it is aligned for every type.
+#[derive(Debug, Default)]
+pub(super) struct Memory(Vec<u64>);
+
+impl Memory {
+    /// Exactly `len` elements, of any value.
+    fn resize(&mut self, len: usize, dtype: DType) -> Result<()> {
+        let words = len.saturating_mul(dtype.bytes()).div_ceil(8);
+        if self.0.len() < words {
+            self.0.clear();
+            let refused = |_| Error::OutOfMemory { bytes: words * 8, purpose: "the embeddings of all ranks" };
+            self.0.try_reserve_exact(words).map_err(refused)?;
+        }
+        self.0.resize(words, 0);
+        Ok(())
+    }
+
+    fn bytes(&mut self, len: usize, dtype: DType) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.0)[..len * dtype.bytes()]
+    }
+
+    fn data(&self, len: usize, dtype: DType) -> Data<'_> {
+        let bytes = &bytemuck::cast_slice::<_, u8>(&self.0)[..len * dtype.bytes()];
+        match dtype {
+            DType::F64 => Data::F64(bytemuck::cast_slice(bytes)),
+            DType::F32 => Data::F32(bytemuck::cast_slice::<_, f32>(bytes)),
+            DType::F16 => Data::F16(bytemuck::cast_slice::<_, f16>(bytes)),
+            DType::BF16 => Data::BF16(bytemuck::cast_slice::<_, bf16>(bytes)),
+        }
+    }
+}
+
+/// Copies the rows without what is between them.
+fn pack(x: Embeddings<'_>, into: &mut [u8]) {
+    let (dim, stride) = (x.dim(), x.row_stride());
+    for_each_dtype!(Data, x.data(), data => {
+        let bytes = dim * size_of_val(&data[0]);
+        for (row, to) in into.chunks_exact_mut(bytes).enumerate() {
+            to.copy_from_slice(bytemuck::cast_slice(&data[row * stride..][..dim]));
+        }
+    });
+}
+
+/// What all ranks know of the batch before they know its embeddings.
+#[derive(Debug)]
+pub(super) struct Whole {
+    pub call: Call,
+    /// Of each rank, its queries and its passages among those of all.
+    pub rows: Vec<Range<usize>>,
+    pub passages: Vec<Range<usize>>,
+    pub dim: usize,
+    pub dtype: DType,
+    /// Whether some rank wants gradients of its passages.
+    pub passage_gradient: bool,
+}
+
+impl Whole {
+    /// M and N.
+    pub fn shape(&self) -> [usize; 2] {
+        [&self.rows, &self.passages].map(|ranges| ranges.last().map_or(0, |range| range.end))
+    }
+
+    /// Compares what the ranks say, and gathers their lists. Every rank gets the same, or the same error.
+    ///
+    /// `buffers` are those of this rank, or why it has none.
+    pub fn agree<'b>(
+        group: &mut impl Group,
+        part: &Part<'_>,
+        buffers: Result<GradientBuffers<'b>>,
+        what: &str,
+        reduction: Reduction,
+    ) -> Result<(Self, GradientBuffers<'b>)> {
+        let own = buffers.and_then(|buffers| Ok((Head::of(part, &buffers)?, buffers)));
+        let (head, buffers) = agree(group, own)?;
+        let heads: Vec<_> = gather_one(group, head.encode())?.into_iter().map(Head::decode).collect();
+        // The words that stand for the options differ where the options do.
+        let kind = heads.iter().find_map(|head| head.kind);
+        let options = option_texts(part.call).into_iter().map(|(name, value)| format!("{name} {value}"));
+        let own: Vec<_> = [what.into(), reduction.to_string()].into_iter().chain(options).collect();
+        let said = gather_texts(group, &own.join("\n"))?;
+        for (rank, text) in said.iter().enumerate() {
+            if let Some((here, there)) = said[0].lines().zip(text.lines()).find(|(here, there)| here != there) {
+                let value = format!("one with {} on rank {rank}", there.trim());
+                return Err(Error::invalid(
+                    "call",
+                    value,
+                    format!("the same on all ranks; rank 0 has {}", here.trim()),
+                ));
+            }
+        }
+        let Some((dim, dtype)) = kind.filter(|_| heads.iter().any(|head| head.rows > 0)) else {
+            return Err(Error::invalid("query", "without a row on every rank", "rows on at least one rank"));
+        };
+        for (rank, head) in heads.iter().enumerate() {
+            if let Some((other, its)) = head.kind.filter(|kind| *kind != (dim, dtype)) {
+                let value = format!("of dimension {other} and type {its} on rank {rank}");
+                return Err(Error::invalid("query", value, format!("the same on all ranks, {dim} and {dtype}")));
+            }
+        }
+        let with = |given: fn(&Lists) -> bool, count: fn(&Head) -> usize| given_by_all(&heads, given, count);
+        let query_ids = with(|lists| lists.query_ids, |head| head.rows).map_err(|ranks| uneven("query_ids", ranks))?;
+        let passage_ids =
+            with(|lists| lists.passage_ids, |head| head.passages).map_err(|ranks| uneven("passage_ids", ranks))?;
+        let scopes: Vec<_> = heads.iter().filter_map(|head| head.lists.owners).collect();
+        if let Some(other) = scopes.iter().find(|&scope| scope != &scopes[0]) {
+            let value = format!("of scope {other:?} on one rank and {:?} on another", scopes[0]);
+            return Err(Error::invalid("owners", value, "one scope on all ranks"));
+        }
+        let rows = ranges(heads.iter().map(|head| head.rows));
+        let passages = ranges(heads.iter().map(|head| head.passages));
+        let [m, n] = [&rows, &passages].map(|ranges| ranges.last().map_or(0, |range| range.end));
+        let most = i32::MAX as usize;
+        if m > most || n > most {
+            return Err(Error::invalid(
+                "rows",
+                format!("{m} queries and {n} passages on all ranks"),
+                format!("up to {most}"),
+            ));
+        }
+        let mut lists = Gathered { group, rows: &rows, passages: &passages };
+        let call = lists.call(
+            part.call,
+            query_ids,
+            passage_ids,
+            heads.iter().any(|head| head.lists.weights),
+            scopes.first(),
+        )?;
+        let passage_gradient = heads.iter().any(|head| head.passage_gradient);
+        Ok((Self { call, rows, passages, dim, dtype, passage_gradient }, buffers))
+    }
+
+    /// Gathers the embeddings of both towers.
+    pub fn embeddings(&self, group: &mut impl Group, part: &Part<'_>, memory: &mut [Memory; 2]) -> Result<()> {
+        let rank = group.rank();
+        let room = [&self.rows, &self.passages].into_iter().zip(&mut *memory).try_for_each(|(parts, memory)| {
+            memory.resize(parts.last().map_or(0, |part| part.end) * self.dim, self.dtype)
+        });
+        agree(group, room)?;
+        for ((own, parts), memory) in
+            [part.query, part.passage].into_iter().zip([&self.rows, &self.passages]).zip(memory)
+        {
+            let bytes = memory.bytes(parts.last().map_or(0, |part| part.end) * self.dim, self.dtype);
+            let parts = ranges(parts.iter().map(|part| part.len() * self.dim * self.dtype.bytes()));
+            if let Some(own) = own {
+                pack(own, &mut bytes[parts[rank].clone()]);
+            }
+            gather(group, bytes, &parts)?;
+        }
+        Ok(())
+    }
+
+    /// The batch over the embeddings of all ranks.
+    pub fn batch<'a>(&'a self, memory: &'a [Memory; 2]) -> Result<Batch<'a>> {
+        let tower = |tower: usize| {
+            let rows = self.shape()[tower];
+            Embeddings::new(memory[tower].data(rows * self.dim, self.dtype), rows, self.dim)
+        };
+        Batch::new(&self.call, tower(0)?, tower(1)?)
+    }
+
+    /// The rank whose row it is, and the number of the row there.
+    pub fn owner(&self, tower: Tower, row: usize) -> Option<(usize, usize)> {
+        let ranges = match tower {
+            Tower::Query => &self.rows,
+            Tower::Passage => &self.passages,
+        };
+        let rank = ranges.iter().position(|range| range.contains(&row))?;
+        Some((rank, row - ranges[rank].start))
+    }
+}
+
+/// Whether every rank that has something gives the list of it. An error names one that does and one that does not.
+fn given_by_all(
+    heads: &[Head],
+    given: fn(&Lists) -> bool,
+    count: fn(&Head) -> usize,
+) -> std::result::Result<bool, [usize; 2]> {
+    let mut ranks = heads.iter().enumerate().filter(|(_, head)| count(head) > 0);
+    let find = |wanted: bool| {
+        let mut ranks = heads.iter().enumerate().filter(|(_, head)| count(head) > 0);
+        ranks.find(|(_, head)| given(&head.lists) == wanted).map(|(rank, _)| rank)
+    };
+    match (find(true), find(false)) {
+        (Some(with), Some(without)) => Err([with, without]),
+        (with, _) => Ok(with.is_some() && ranks.next().is_some()),
+    }
+}
+
+fn uneven(argument: &'static str, [with, without]: [usize; 2]) -> Error {
+    Error::invalid(
+        argument,
+        format!("given by rank {with} and not by rank {without}"),
+        "on all ranks that have rows, or on none",
+    )
+}
+
+/// Gathers lists that have an entry for each row, or for each passage.
+struct Gathered<'a, G> {
+    group: &'a mut G,
+    rows: &'a [Range<usize>],
+    passages: &'a [Range<usize>],
+}
+
+impl<G: Group> Gathered<'_, G> {
+    /// The list of all ranks. This rank's part of it is `own`.
+    fn list<T: bytemuck::Pod>(&mut self, tower: Tower, own: impl Iterator<Item = T>) -> Result<Vec<T>> {
+        let parts = if tower == Tower::Query { self.rows } else { self.passages };
+        let mut all = vec![T::zeroed(); parts.last().map_or(0, |part| part.end)];
+        all[parts[self.group.rank()].clone()].iter_mut().zip(own).for_each(|(to, x)| *to = x);
+        gather(self.group, &mut all, parts)?;
+        Ok(all)
+    }
+
+    /// The call of all ranks. Rows and passages that this rank's lists name are its own, and are renamed.
+    fn call(
+        &mut self,
+        own: &Call,
+        query_ids: bool,
+        passage_ids: bool,
+        weights: bool,
+        scope: Option<&Scope>,
+    ) -> Result<Call> {
+        let rank = self.group.rank();
+        let (rows, passages) = (self.rows[rank].clone(), self.passages[rank].clone());
+        let mut call = own.without_lists();
+        let ids = |given: &Option<Vec<i64>>| given.clone().unwrap_or_default().into_iter();
+        if query_ids {
+            call.query_ids = Some(self.list(Tower::Query, ids(&own.query_ids))?);
+        }
+        if passage_ids {
+            call.passage_ids = Some(self.list(Tower::Passage, ids(&own.passage_ids))?);
+        }
+        if weights {
+            let weight = |i: usize| own.weights.as_ref().map_or(1.0, |weights| weights[i]);
+            call.weights = Some(self.list(Tower::Query, (0..rows.len()).map(weight))?);
+        }
+        if let Some(&scope) = scope {
+            let owner = |n: usize| match own.owners.as_ref().map_or(-1, |(owners, _)| owners[n]) {
+                -1 => -1,
+                owner => owner + rows.start as i32,
+            };
+            let owners = self.list(Tower::Passage, (0..passages.len()).map(owner))?;
+            call.owners = Some((owners, scope));
+        }
+        let positive = |i: usize| own.positives.as_ref().map_or(i, |positives| positives[i] as usize);
+        let positives = (0..rows.len()).map(|i| (passages.start + positive(i)) as u32);
+        call.positives = Some(self.list(Tower::Query, positives)?);
+        Ok(call)
+    }
+}

@@ -1,0 +1,6 @@
+//! Batches spread over ranks, which are threads here.
+
+mod failures;
+mod results;
+mod spread;
+mod traffic;
