@@ -79,3 +79,8 @@ struct CudaGuide;
 #[cfg(all(doctest, feature = "wgpu"))]
 #[doc = include_str!("../docs/wgpu.md")]
 struct WgpuGuide;
+
+/// And of the guide to many ranks.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/distributed.md")]
+struct DistributedGuide;

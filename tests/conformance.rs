@@ -4,10 +4,10 @@
 //! If the environment variable `SAMTONE_REQUIRE` (names separated by commas) has its name, that is a failure instead. With
 //! `SAMTONE_TRACE` set, each case is announced on standard error before it runs. So if a case never ends, its name is known.
 //!
-//! Emulated CUDA kernels and variants of WGSL in software take most of the time. So on each of [`IN_TURN`] two kinds of cases run in only
-//! one type each: golden files, and cases that combine losses with kinds of data and with options. The types take turns. In the other types
-//! these cases are ignored, and run with `--include-ignored`. CI also runs golden files in every type, by `examples/evaluate`, on emulated
-//! CUDA kernels and on the usual variant of WGSL.
+//! Emulated CUDA kernels and variants of WGSL in software take most of the time. So on the backends of [`IN_TURN`] two kinds of cases run
+//! in only one type each: golden files, and cases that combine losses with kinds of data and with options. The types take turns, and so do
+//! both architectures of CUDA. Elsewhere these cases are ignored, and run with `--include-ignored`. CI also runs golden files in every
+//! type, by `examples/evaluate`, on both architectures and on the usual variant of WGSL.
 
 #[path = "conformance/edges.rs"]
 mod edges;
@@ -41,28 +41,29 @@ struct Case {
     in_turn: bool,
 }
 
-/// Backends that are too slow for every case in every type: the emulators, and variants of WGSL, which share all but a few lines of their
-/// shaders with `wgpu`.
-const IN_TURN: [&str; 8] = [
-    "cuda-emulated",
-    "cuda-emulated-sm90a",
-    "wgpu-baseline",
-    "wgpu-large-tiles",
-    "wgpu-f16",
-    "wgpu-subgroups",
-    "wgpu-cooperative-emulated",
-    "wgpu-small-bindings",
+/// Backends that are too slow for every case in every type: the emulators, whose kernels share all but their products, and variants of
+/// WGSL, which share all but a few lines of their shaders with `wgpu`. Those of one list take a case in turn, too.
+const IN_TURN: [&[&str]; 7] = [
+    &["cuda-emulated", "cuda-emulated-sm90a"],
+    &["wgpu-baseline"],
+    &["wgpu-large-tiles"],
+    &["wgpu-f16"],
+    &["wgpu-subgroups"],
+    &["wgpu-cooperative-emulated"],
+    &["wgpu-small-bindings"],
 ];
 
 impl Case {
     /// Whether the `number`-th case is left out of the backend's usual run in this type.
     fn is_spared(&self, number: usize, backend: &dyn Backend, dtype: DType) -> bool {
-        let place = IN_TURN.iter().position(|name| *name == backend.name());
+        let mut lists = IN_TURN.iter().enumerate();
+        let own = lists.find_map(|(list, names)| Some((list, names, names.iter().position(|n| *n == backend.name())?)));
         let kind = backend.dtypes().iter().position(|d| *d == dtype);
-        let (Some(place), Some(kind)) = (place, kind) else { return false };
+        let (Some((list, names, place)), Some(kind)) = (own, kind) else { return false };
         // Scattered, because the number of losses may be a multiple of that of types.
         let turn = (number * 2_654_435_761) >> 16;
-        self.in_turn && (turn + place) % backend.dtypes().len() != kind
+        let types = backend.dtypes().len();
+        self.in_turn && (turn + list) % (types * names.len()) != place * types + kind
     }
 }
 
@@ -84,8 +85,8 @@ fn trials(backends: &[&'static dyn Backend], required: &[&str]) -> Result<Vec<Li
         Listed::new(OF_THE_TABLE, "absent backends are ignored unless required", absent_backends),
         Listed::new(OF_THE_TABLE, "a wrong backend fails every output", wrong_backend),
     ];
-    // Demanded of tests/emulator and of tests/wgsl, and no backends.
-    let elsewhere = |name: &str| matches!(name, "emulator" | "spirv-val" | "tint");
+    // Demanded of tests/emulator, tests/wgsl and tests/mpi.rs, and no backends.
+    let elsewhere = |name: &str| matches!(name, "emulator" | "spirv-val" | "tint" | "mpi");
     for name in required.iter().filter(|name| !elsewhere(name) && !backends.iter().any(|b| b.name() == **name)) {
         let message = format!("SAMTONE_REQUIRE names `{name}`, which is not in this build");
         trials.push(Listed::new(OF_THE_TABLE, format!("{name} is in this build"), move || Err(message.into())));
@@ -100,7 +101,7 @@ fn trials(backends: &[&'static dyn Backend], required: &[&str]) -> Result<Vec<Li
                 let (make, judge, upstream) = (case.make.clone(), judge.clone(), case.upstream);
                 let name = format!("{} {dtype}: {}", backend.name(), case.name);
                 let spared = case.is_spared(number, backend, dtype).then(|| {
-                    "each case runs in one type of three, in turn; in all: `-- --include-ignored`".to_string()
+                    "these cases take types and architectures in turn; all of them: `-- --include-ignored`".to_string()
                 });
                 let run = move || {
                     let (problem, want) = judge.get_or_init(|| judgement(&make, dtype, upstream)).as_ref()?;

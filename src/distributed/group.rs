@@ -125,6 +125,22 @@ pub(super) fn reduce_scatter(
     Ok(())
 }
 
+/// Adds up over ranks what each has in `numbers`. Each rank adds up one part, in the order of [`reduce_scatter`], and sends it to all.
+pub(super) fn all_reduce(group: &mut impl Group, numbers: &mut [f32]) -> Result<()> {
+    let (rank, size) = (group.rank(), group.size());
+    let lengths = gather_one(group, numbers.len() as u64)?;
+    if let Some(other) = lengths.iter().position(|&length| length != lengths[0]) {
+        let value = format!("{} numbers on rank 0 and {} on rank {other}", lengths[0], lengths[other]);
+        return Err(Error::invalid("numbers", value, "equally many on all ranks"));
+    }
+    let parts = ranges((0..size).map(|part| numbers.len() / size + usize::from(part < numbers.len() % size)));
+    let mut memory = vec![0.0; 2 * parts[rank].len()];
+    let (own, received) = memory.split_at_mut(parts[rank].len());
+    reduce_scatter(group, numbers, &parts, own, received)?;
+    numbers[parts[rank].clone()].copy_from_slice(own);
+    gather(group, numbers, &parts)
+}
+
 /// `own`, if every rank has succeeded. Otherwise the same error on every rank: that of the lowest rank that failed.
 ///
 /// An error that is an [`Error::Rank`] already is about that rank's part, whoever found it.

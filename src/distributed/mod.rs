@@ -16,11 +16,17 @@
 //! these, the ranks tell each other whether they have failed. If one has, all get the same error.
 
 mod group;
+#[cfg(feature = "mpi")]
+mod processes;
 mod sums;
 mod threads;
 mod whole;
 
 pub use group::Group;
+#[cfg(feature = "mpi")]
+pub use mpi;
+#[cfg(feature = "mpi")]
+pub use processes::Mpi;
 pub use threads::Threads;
 
 use crate::batch::{Embeddings, EmbeddingsMut};
@@ -31,7 +37,7 @@ use crate::error::{Error, Result};
 use crate::output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, TemperatureGradient, check_upstream};
 use crate::partials::Partials;
 use crate::tower::Tower;
-use group::{agree, gather_one, reduce_scatter};
+use group::{agree, all_reduce, gather_one, reduce_scatter};
 use std::fmt;
 use whole::{Memory, Whole};
 
@@ -203,6 +209,19 @@ impl<G: Group> Distributed<G> {
         let error = Error::Rank { rank, reason: reason.into() };
         let result = agree::<()>(&mut self.group, Err(error.clone()));
         self.noted(result).err().unwrap_or(error)
+    }
+
+    /// Adds up over ranks what each has in `numbers`, such as gradients of parameters that the ranks share. The order of additions is
+    /// fixed, and every rank gets the same bits. Every rank makes the same call.
+    ///
+    /// # Errors
+    /// [`Error::Engine`] as above, and [`Error::InvalidArgument`] for ranks that have different numbers of numbers.
+    pub fn sum(&mut self, numbers: &mut [f32]) -> Result<()> {
+        if let Some(failed) = &self.failed {
+            return Err(failed.clone());
+        }
+        let result = all_reduce(&mut self.group, numbers);
+        self.noted(result)
     }
 
     fn run(

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 /// On a GPU, or on the emulated driver.
 pub const CHECKS: &[Check] = &[
-    ("graphs: replays have the bits of calls, on embeddings written between them", || {
+    ("slices: graphs: replays have the bits of calls, on embeddings written between them", || {
         for tracking in [true, false] {
             let at = Place::new(0)?;
             if !tracking {
@@ -43,7 +43,7 @@ pub const CHECKS: &[Check] = &[
         }
         Ok(())
     }),
-    ("graphs: the upstream gradient changes between replays", || {
+    ("slices: graphs: the upstream gradient changes between replays", || {
         let at = Place::new(0)?;
         let other = at.stream.context().new_stream().map_err(debug)?;
         let problem = sample(Loss::samtone_both(), 63)?;
@@ -69,7 +69,7 @@ pub const CHECKS: &[Check] = &[
         let written = unsafe { sys::cuStreamQuery(other.cu_stream()) } == sys::CUresult::CUDA_SUCCESS;
         demand(written, "a call did not wait for the upstream gradient to be written over there")
     }),
-    ("graphs: inputs that are refused at a replay are named, and the next one goes on", || {
+    ("slices: graphs: inputs that are refused at a replay are named, and the next one goes on", || {
         let at = Place::new(0)?;
         let good = sample(Loss::samtone_both(), 64)?;
         let mut bad = good.clone();
@@ -100,7 +100,7 @@ pub const CHECKS: &[Check] = &[
         write(&mut graph, &at.stream, &good)?;
         demand(replay(&mut graph, &at)? == wanted, "other bits after refused inputs")
     }),
-    ("graphs: streams wait for a graph's slices, and it for them", || {
+    ("slices: graphs: streams wait for a graph's slices, and it for them", || {
         let at = Place::new(0)?;
         let other = at.stream.context().new_stream().map_err(debug)?;
         let (first, second) = (sample(Loss::samtone_both(), 65)?, sample(Loss::samtone_both(), 66)?);
@@ -117,7 +117,7 @@ pub const CHECKS: &[Check] = &[
         }
         Ok(())
     }),
-    ("graphs: whatever is dropped first, launches are done", || {
+    ("slices: graphs: whatever is dropped first, launches are done", || {
         let at = Place::new(0)?;
         let problem = sample(Loss::samtone_query(), 67)?;
         let wanted = Captured::new(&at, &problem)?.call(1.0)?;
@@ -143,7 +143,7 @@ pub const CHECKS: &[Check] = &[
         of.capture(1.0).map(drop)?;
         demand(of.call(1.0)? == wanted, "other bits after a graph that was not launched")
     }),
-    ("graphs: on default streams, and from another thread", || {
+    ("slices: graphs: on default streams, and from another thread", || {
         let problem = sample(Loss::samtone_both(), 68)?;
         let context = CudaContext::new(0).map_err(debug)?;
         for stream in [context.default_stream(), context.per_thread_stream()] {
@@ -164,7 +164,7 @@ pub const CHECKS: &[Check] = &[
         }
         Ok(())
     }),
-    ("graphs: what is not of the step is refused", || {
+    ("slices: graphs: what is not of the step is refused", || {
         let at = Place::new(0)?;
         let problem = sample(Loss::samtone_both(), 69)?;
         let mut of = Captured::new(&at, &problem)?;
@@ -191,7 +191,7 @@ pub const CHECKS: &[Check] = &[
 
 /// On the emulated driver, with what it is told.
 pub const TOLD: &[(&str, &str, Body)] = &[
-    ("graphs: a launch waits for nothing and allocates nothing", "allocations=8", || {
+    ("slices: graphs: a launch waits for nothing and allocates nothing", "allocations=8", || {
         let at = Place::new(0)?;
         let problem = sample(Loss::samtone_both(), 71)?;
         let mut of = Captured::new(&at, &problem)?;
@@ -210,7 +210,7 @@ pub const TOLD: &[(&str, &str, Body)] = &[
         let (evaluation, temperature) = graph.results().map_err(text)?;
         at.judge(&problem, evaluation, temperature, &of.gradients, 1.0)
     }),
-    ("graphs: a capture that is spoiled leaves stream and step as they were", "captures=1", || {
+    ("slices: graphs: a capture that is spoiled leaves stream and step as they were", "captures=1", || {
         let at = Place::new(0)?;
         let problem = sample(Loss::samtone_both(), 72)?;
         let mut of = Captured::new(&at, &problem)?;
@@ -239,7 +239,7 @@ pub const TOLD: &[(&str, &str, Body)] = &[
             at.judge(&problem, evaluation, temperature, &of.gradients, 1.0)
         },
     ),
-    ("graphs: each is given back, and one for which there is no memory is an error", "graphs=1", || {
+    ("slices: graphs: each is given back, and one for which there is no memory is an error", "graphs=1", || {
         let at = Place::new(0)?;
         let problem = sample(Loss::samtone_both(), 74)?;
         let (mut first, mut second) = (Captured::new(&at, &problem)?, Captured::new(&at, &problem)?);
@@ -255,7 +255,7 @@ pub const TOLD: &[(&str, &str, Body)] = &[
         }
         Ok(())
     }),
-    ("graphs: none is captured on a stream that is being captured, which goes on", "", || {
+    ("slices: graphs: none is captured on a stream that is being captured, which goes on", "", || {
         let at = Place::new(0)?;
         // SAFETY: everything below is on one stream.
         unsafe { at.stream.context().disable_event_tracking() };

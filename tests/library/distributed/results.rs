@@ -141,3 +141,24 @@ fn one_rank_alone_wants_gradients_of_passages() {
     assert_eq!(results[1][1].to_f64(), whole[1].grad_passage);
     assert_eq!(results[0][0].to_f64(), whole[0].grad_query);
 }
+
+#[test]
+fn numbers_are_summed_in_one_order() {
+    for size in [1, 2, 3, 7] {
+        let ranks: Vec<usize> = (0..size).collect();
+        for count in [0, 1, 5, 30] {
+            let sums = each(Threads::group(size), &ranks, |end, rank| {
+                let mut numbers: Vec<f32> = (0..count).map(|i| ((rank * 31 + i) as f32).sin()).collect();
+                Distributed::new(end).sum(&mut numbers).unwrap();
+                numbers
+            });
+            assert!(sums.iter().all(|sum| *sum == sums[0]), "other bits on another rank");
+            for (i, &got) in sums[0].iter().enumerate() {
+                let want: f64 = (0..size).map(|rank| f64::from(((rank * 31 + i) as f32).sin())).sum();
+                assert!((f64::from(got) - want).abs() < 1e-6);
+            }
+        }
+    }
+    let results = each(Threads::group(2), &[3, 4], |end, &count| Distributed::new(end).sum(&mut vec![1.0; count]));
+    assert!(super::spread::same_error(results).to_string().contains("3 numbers on rank 0 and 4 on rank 1"));
+}
