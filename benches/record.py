@@ -31,12 +31,18 @@ TORCH_STEP = ROOT / "benches" / "peers" / "torch_step.py"
 SAMTONE, PRODUCTS, EAGER = "samtone", "products", "eager"
 COMPILED = ("compile", "compile max-autotune")
 AUTOCAST = "eager bf16 autocast"
+# Of a call with prefixes: all in one pass, the plain loss of the whole embeddings, and a call for each prefix. What `bench_step --serve` is
+# asked for each, in the process of the first.
+OF_PREFIXES = {"samtone prefixes": SAMTONE, "samtone plain": "plain", "samtone calls": "calls"}
+PREFIXES_IN_ONE, *OTHERS_OF_PREFIXES = OF_PREFIXES
+PREFIX_PEERS = ("eager prefixes", "compile prefixes")
 
 # Shapes of the marks; `--quick` tries the machinery at others and judges no mark.
 MARK_SHAPE, GROWTH_SHAPES = (4096, 768), ((8192, 256), (16384, 256))
 TABLE = [(batch, dim) for batch in (512, 1024, 2048, 4096, 8192) for dim in (256, 768, 1024)]
 QUICK_MARK_SHAPE, QUICK_GROWTH_SHAPES = (1024, 256), ((1024, 128), (2048, 128))
 QUICK_TABLE = [(512, 256), (1024, 256)]
+PREFIXES, QUICK_PREFIXES = (64, 128, 256, 512, 768), (32, 64, 128, 256)
 # Both types side by side. Small, because PyTorch's bf16 products are slow where the processor has none of its own.
 TYPES_SHAPE, QUICK_TYPES_SHAPE = (1024, 768), (512, 256)
 # Judged by float64 up to this B, beyond which it would take longer than the record.
@@ -67,6 +73,11 @@ class Entrant:
     loss: float | None = None
     grad_error: float | None = None
     note: str = ""
+    prefixes: tuple = ()
+
+    @property
+    def ours(self):
+        return self.engine in (SAMTONE, PRODUCTS, *OF_PREFIXES)
 
     @property
     def shape(self):
@@ -154,8 +165,12 @@ class Recorder:
     def start(self, entrants, workers, folder):
         samtone = {}
         for k, entrant in enumerate(entrants):
-            key = (*entrant.shape, entrant.dtype)
+            key = (*entrant.shape, entrant.dtype, entrant.prefixes)
             try:
+                if entrant.engine in OTHERS_OF_PREFIXES:
+                    workers[k] = samtone[key]
+                    workers[k].ask(OF_PREFIXES[entrant.engine], WARM_UP_LIMIT_S)
+                    continue
                 if entrant.engine == PRODUCTS:
                     # In the process of the step whose products they are.
                     workers[k] = samtone[key]
@@ -166,11 +181,11 @@ class Recorder:
                 workers[k] = Worker(self.command(entrant, folder), tempfile.TemporaryFile("w+"))
                 report = workers[k].answer(WARM_UP_LIMIT_S)
             except Failed as failure:
-                if entrant.engine in (SAMTONE, PRODUCTS):
+                if entrant.ours:
                     raise
                 entrant.note = f"{DID_NOT_RUN}{failure}"
                 continue
-            if entrant.engine == SAMTONE:
+            if entrant.engine in (SAMTONE, PREFIXES_IN_ONE):
                 samtone[key] = workers[k]
                 entrant.note = "stored" if report["stored"] else "recomputed"
                 entrant.bound_bytes = report["workspace_bound_bytes"]
@@ -179,13 +194,19 @@ class Recorder:
 
     def command(self, entrant, folder):
         shape = ["--batch", entrant.batch, "--dim", entrant.dim, "--threads", self.threads]
-        inputs = folder / f"{SAMTONE}-{entrant.batch}-{entrant.dim}-{entrant.dtype}"
-        if entrant.engine == SAMTONE:
+        if entrant.engine in (SAMTONE, PREFIXES_IN_ONE):
             dtype = ["--dtype", entrant.dtype, "--seed", self.seed]
-            return [self.binary, "--serve", *shape, *dtype, "--write", inputs]
-        written = self.gradients(entrant, folder)
-        command = [sys.executable, TORCH_STEP, "--engine", entrant.engine, *shape, "--inputs", inputs, "--write", written]
+            prefixes = ["--prefixes", ",".join(map(str, entrant.prefixes))] if entrant.prefixes else []
+            return [self.binary, "--serve", *shape, *dtype, *prefixes, "--write", self.inputs(entrant, folder)]
+        engine = entrant.engine.removesuffix(" prefixes")
+        command = [sys.executable, TORCH_STEP, "--engine", engine, *shape, "--inputs", self.inputs(entrant, folder)]
+        command += ["--write", self.gradients(entrant, folder), *prefixes_of(entrant.prefixes)]
         return command + (["--once"] if entrant.rounds == 0 else [])
+
+    def inputs(self, entrant, folder):
+        """Where the samtone that has the same inputs leaves them."""
+        engine = PREFIXES_IN_ONE if entrant.prefixes else SAMTONE
+        return self.gradients(dataclasses.replace(entrant, engine=engine), folder)
 
     @staticmethod
     def gradients(entrant, folder):
@@ -200,10 +221,10 @@ class Recorder:
                     continue
                 time.sleep(PAUSE_S)
                 try:
-                    request = entrant.engine if entrant.engine in (SAMTONE, PRODUCTS) else "step"
+                    request = OF_PREFIXES.get(entrant.engine, entrant.engine) if entrant.ours else "step"
                     entrant.times.append(workers[k].ask(request)["ms"])
                 except Failed as failure:
-                    if entrant.engine in (SAMTONE, PRODUCTS):
+                    if entrant.ours:
                         raise
                     entrant.times, entrant.note = [], f"{DID_NOT_RUN}{failure}"
 
@@ -214,23 +235,29 @@ class Recorder:
         """Gradient errors against eager float64, by inputs."""
         by_inputs = collections.defaultdict(list)
         for entrant in entrants:
-            if entrant.times and entrant.engine != PRODUCTS:
-                by_inputs[(*entrant.shape, entrant.dtype)].append(entrant)
-        for (batch, dim, dtype), group in by_inputs.items():
+            if entrant.times and entrant.engine not in (PRODUCTS, *OTHERS_OF_PREFIXES):
+                by_inputs[(*entrant.shape, entrant.dtype, entrant.prefixes)].append(entrant)
+        for (batch, dim, dtype, prefixes), group in by_inputs.items():
             folders = {str(self.gradients(entrant, folder)): entrant for entrant in group}
             command = [sys.executable, TORCH_STEP, "--batch", batch, "--dim", dim, "--threads", self.threads]
-            command += ["--inputs", folder / f"{SAMTONE}-{batch}-{dim}-{dtype}", "--judge", *folders]
+            command += ["--inputs", self.inputs(group[0], folder), *prefixes_of(prefixes), "--judge", *folders]
             done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
             judged = json.loads(done.stdout.splitlines()[-1])
             for path, error in judged["errors"].items():
                 folders[path].grad_error = error
-            truth = Entrant("eager", batch, dim, f"f64 ({dtype} inputs)", version=group[-1].version)
+            engine = "eager prefixes" if prefixes else "eager"
+            truth = Entrant(engine, batch, dim, f"f64 ({dtype} inputs)", version=group[-1].version)
             truth.loss, truth.note = judged["loss"], "judge of grad_error, not timed"
             self.finished.append(truth)
 
     def f32(self, shape, peers, rounds=None):
         engines = [SAMTONE, PRODUCTS, *(peers if self.torch else ())]
         return [Entrant(engine, *shape, rounds=rounds) for engine in engines]
+
+
+def prefixes_of(prefixes):
+    """As torch_step.py takes them."""
+    return ["--prefixes", *prefixes] if prefixes else []
 
 
 def show(entrant):
@@ -259,6 +286,9 @@ def measure(recorder, quick):
     types = QUICK_TYPES_SHAPE if quick else TYPES_SHAPE
     recorder.run(recorder.f32(mark, (EAGER, *COMPILED)), judge=True)
     recorder.run([Entrant(SAMTONE, *mark, "bf16")], judge=True)
+    engines = [*OF_PREFIXES, *(PREFIX_PEERS if recorder.torch else ())]
+    prefixes = QUICK_PREFIXES if quick else PREFIXES
+    recorder.run([Entrant(engine, *mark, prefixes=prefixes) for engine in engines], judge=True)
     narrow = [SAMTONE, *([AUTOCAST] if recorder.torch else ())]
     recorder.run([*recorder.f32(types, (EAGER,)), *(Entrant(engine, *types, "bf16") for engine in narrow)], judge=True)
 

@@ -260,7 +260,21 @@ def marks(run):
 
     yield speed("eager PyTorch / samtone", ratio(eager, samtone), "≥ 3", lambda x: x >= 3)
     yield speed(f"torch.compile{fastest} / samtone", ratio(compiled, samtone), "≥ 2", lambda x: x >= 2)
-    yield speed("samtone / bare products", ratio(samtone, products), "≤ 1.15", lambda x: x <= 1.15)
+    yield speed("samtone / bare products", ratio(samtone, products), "≤ 1.10", lambda x: x <= 1.1)
+    for dim, bound in ((256, 1.2), (768, 1.1), (1024, 1.1)):
+        shapes = [(batch, dim) for batch in (2048, 4096, 8192) if (batch, dim) != tuple(run.mark_shape)]
+        ratios = [ratio(run.find("samtone", shape), run.find("products", shape)) for shape in shapes]
+        worst = max((x for x in ratios if x), default=None)
+        measured = None if worst is None else f"{worst:.2f}"
+        name = f"d = {dim}, B ≥ 2048: samtone / bare products, the worst"
+        yield (name, f"≤ {bound:.2f}", measured, worst is not None and worst <= bound)
+    of_prefixes = [run.find(f"samtone {which}", run.mark_shape) for which in ("prefixes", "plain", "calls")]
+    one, plain, calls = of_prefixes
+    yield speed("samtone, prefixes in one call / no prefixes", ratio(one, plain), "≤ 1.6", lambda x: x <= 1.6)
+    yield speed("samtone, prefixes in one call / a call for each", ratio(one, calls), "≤ 0.6", lambda x: x <= 0.6)
+    for peer, bound in (("eager", 7), ("compile", 5)):
+        value = ratio(run.find(f"{peer} prefixes", run.mark_shape), one)
+        yield speed(f"{peer} PyTorch / samtone, with prefixes", value, f"≥ {bound}", lambda x, bound=bound: x >= bound)
 
     small, large = run.growth
     free = FREE_MATRICES * 4 * large.batch * large.dim
@@ -274,7 +288,8 @@ def marks(run):
     name = f"d = {large.dim}: time at B = {large.batch} / time at B = {small.batch}"
     yield (name, "4 ± 10%", f"{value:.2f}", 3.6 <= value <= 4.4)
 
-    judged = [e for e in run.entrants if e.engine == "samtone" and e.dtype == "f32" and e.grad_error is not None]
+    ours = ("samtone", "samtone prefixes")
+    judged = [e for e in run.entrants if e.engine in ours and e.dtype == "f32" and e.grad_error is not None]
     worst = None if not judged else max(e.grad_error for e in judged)
     # Not `worst <= …` alone: `max` may lose a NaN.
     passed = all(e.grad_error <= GRADIENT_TOLERANCE for e in judged)
@@ -287,8 +302,11 @@ def marks(run):
 
 
 def truth_of(run, entrant):
+    """What judged it: float64 of the same inputs and prefixes."""
     dtype = f"f64 ({entrant.dtype} inputs)"
-    return next(e for e in run.entrants if e.dtype == dtype and e.shape == entrant.shape)
+    same = (e for e in run.entrants if e.dtype == dtype and e.shape == entrant.shape)
+    prefixes = entrant.engine.endswith(" prefixes")
+    return next(e for e in same if e.engine.endswith(" prefixes") == prefixes)
 
 
 def engines_table(run, shape):

@@ -35,16 +35,23 @@ def samtone_query(query, passage, temperature):
     return (to_passage + to_query).mean()
 
 
+def with_prefixes(query, passage, temperature, prefixes):
+    """The sum over prefixes of the whole loss of embeddings that are cut off there; without prefixes, the loss."""
+    if not prefixes:
+        return samtone_query(query, passage, temperature)
+    return sum(samtone_query(query[:, :dim], passage[:, :dim], temperature) for dim in prefixes)
+
+
 def compiled(**options):
-    return lambda: torch.compile(samtone_query, fullgraph=True, dynamic=False, **options)
+    return lambda: torch.compile(with_prefixes, fullgraph=True, dynamic=False, **options)
 
 
 # Name: (how to make the function, autocast to bf16)
 ENGINES = {
-    "eager": (lambda: samtone_query, False),
+    "eager": (lambda: with_prefixes, False),
     "compile": (compiled(), False),
     "compile max-autotune": (compiled(mode="max-autotune"), False),
-    "eager bf16 autocast": (lambda: samtone_query, True),
+    "eager bf16 autocast": (lambda: with_prefixes, True),
 }
 
 
@@ -56,14 +63,14 @@ def load(folder, batch, dim, dtype=torch.float32):
     return tower("query.f32").requires_grad_(), tower("passage.f32").requires_grad_()
 
 
-def make_step(engine, query, passage, temperature):
+def make_step(engine, query, passage, temperature, prefixes):
     make, autocast = ENGINES[engine]
     function = make()
 
     def step():
         query.grad = passage.grad = None
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            loss = function(query, passage, temperature)
+            loss = function(query, passage, temperature, prefixes)
         loss.backward()
         return loss
 
@@ -109,7 +116,7 @@ def milliseconds(function):
 
 def serve(arguments):
     query, passage = load(arguments.inputs, arguments.batch, arguments.dim)
-    step = make_step(arguments.engine, query, passage, arguments.temperature)
+    step = make_step(arguments.engine, query, passage, arguments.temperature, arguments.prefixes)
     # Only answers may reach the driver; libraries print what they like.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -149,7 +156,7 @@ def serve(arguments):
 def judge(arguments):
     """Relative errors of gradients: ||g - g64|| / ||g64|| (Frobenius), the worse of the two towers."""
     query, passage = load(arguments.inputs, arguments.batch, arguments.dim, torch.float64)
-    loss = make_step("eager", query, passage, arguments.temperature)()
+    loss = make_step("eager", query, passage, arguments.temperature, arguments.prefixes)()
     errors = {}
     for folder in arguments.judge:
         gradients = load_gradients(folder, arguments.batch, arguments.dim)
@@ -181,6 +188,7 @@ def main():
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--temperature", type=float, default=0.01)
+    parser.add_argument("--prefixes", type=int, nargs="+", default=(), help="Matryoshka prefixes, such as 64 128 256")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--least-ms", type=float, default=100.0)
     parser.add_argument("--once", action="store_true", help="measure memory in the first step, without a warm-up")
