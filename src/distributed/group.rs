@@ -22,34 +22,6 @@ pub trait Group {
     fn exchange(&mut self, to: usize, out: &[u8], from: usize, into: &mut [u8]) -> Result<()>;
 }
 
-impl<G: Group + ?Sized> Group for &mut G {
-    fn rank(&self) -> usize {
-        (**self).rank()
-    }
-
-    fn size(&self) -> usize {
-        (**self).size()
-    }
-
-    fn exchange(&mut self, to: usize, out: &[u8], from: usize, into: &mut [u8]) -> Result<()> {
-        (**self).exchange(to, out, from, into)
-    }
-}
-
-impl<G: Group + ?Sized> Group for Box<G> {
-    fn rank(&self) -> usize {
-        (**self).rank()
-    }
-
-    fn size(&self) -> usize {
-        (**self).size()
-    }
-
-    fn exchange(&mut self, to: usize, out: &[u8], from: usize, into: &mut [u8]) -> Result<()> {
-        (**self).exchange(to, out, from, into)
-    }
-}
-
 /// Of each step of an exchange of everyone with everyone: whom this rank sends to, and whom it receives from. In every step each rank has one
 /// of either.
 pub(super) fn steps<G: Group>(group: &G) -> impl Iterator<Item = (usize, usize)> + use<G> {

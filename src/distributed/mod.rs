@@ -202,13 +202,9 @@ impl<G: Group> Distributed<G> {
     /// Takes part in the call that the other ranks make, where this rank cannot: it has failed before, and `reason` says how. Every rank
     /// gets the error that this function returns.
     pub fn give_up(&mut self, reason: &str) -> Error {
-        let rank = self.group.rank();
-        if let Some(failed) = &self.failed {
-            return failed.clone();
-        }
-        let error = Error::Rank { rank, reason: reason.into() };
-        let result = agree::<()>(&mut self.group, Err(error.clone()));
-        self.noted(result).err().unwrap_or(error)
+        let error = Error::Rank { rank: self.group.rank(), reason: reason.into() };
+        let given = error.clone();
+        self.guarded(|this| agree::<()>(&mut this.group, Err(given))).err().unwrap_or(error)
     }
 
     /// Adds up over ranks what each has in `numbers`, such as gradients of parameters that the ranks share. The order of additions is
@@ -217,11 +213,7 @@ impl<G: Group> Distributed<G> {
     /// # Errors
     /// [`Error::Engine`] as above, and [`Error::InvalidArgument`] for ranks that have different numbers of numbers.
     pub fn sum(&mut self, numbers: &mut [f32]) -> Result<()> {
-        if let Some(failed) = &self.failed {
-            return Err(failed.clone());
-        }
-        let result = all_reduce(&mut self.group, numbers);
-        self.noted(result)
+        self.guarded(|this| all_reduce(&mut this.group, numbers))
     }
 
     fn run(
@@ -240,15 +232,15 @@ impl<G: Group> Distributed<G> {
         wanted: Wanted,
         buffers: Result<GradientBuffers<'_>>,
     ) -> Result<(Evaluation, TemperatureGradient)> {
-        if let Some(failed) = &self.failed {
-            return Err(failed.clone());
-        }
-        let result = self.together(part, wanted, buffers);
-        self.noted(result)
+        self.guarded(|this| this.together(part, wanted, buffers))
     }
 
     /// A group in which somebody may still wait for this rank must not be used again.
-    fn noted<T>(&mut self, result: Result<T>) -> Result<T> {
+    fn guarded<T>(&mut self, call: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        if let Some(failed) = &self.failed {
+            return Err(failed.clone());
+        }
+        let result = call(self);
         if let Err(error @ (Error::Engine { .. } | Error::OutOfMemory { .. })) = &result {
             self.failed = Some(error.clone());
         }
