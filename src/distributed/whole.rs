@@ -3,7 +3,7 @@
 use super::group::{Group, agree, gather, gather_one, gather_texts, ranges};
 use super::{Part, Reduction};
 use crate::batch::{Batch, Data, Embeddings, for_each_dtype};
-use crate::call::{Call, Scope};
+use crate::call::{Call, Scope, expect_as_many};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::identity::option_texts;
@@ -46,6 +46,8 @@ impl Head {
             Batch::expect_like(&query, &passage)?;
         }
         part.call.check_options()?;
+        // A row without a passage of its own rank would take one of the next rank for its positive.
+        expect_as_many(rows, passages)?;
         part.call.check_lists(rows, passages)?;
         let dim = kind.map_or(0, |(dim, _)| dim);
         if kind.is_some() {

@@ -79,6 +79,24 @@ fn what_is_wrong_with_the_lists_of_a_part_names_its_rank() {
 }
 
 #[test]
+fn a_part_with_more_queries_than_passages_is_refused() {
+    let spread = good();
+    let few = |local: &mut Local| {
+        local.shape.1 = 2;
+        local.passage.truncate(2 * local.dim);
+    };
+    let error = failure(&spread, 1, few).to_string();
+    assert!(error.starts_with("rank 1 has failed: argument `passage` is 2 rows; allowed: at least as many"), "{error}");
+    let none = |local: &mut Local| {
+        local.shape.1 = 0;
+        local.passage.clear();
+        local.call = local.call.clone().with_positives([0, 1, 2]);
+    };
+    let error = failure(&spread, 3, none).to_string();
+    assert!(error.starts_with("rank 3 has failed: argument `passage` is 0 rows"), "{error}");
+}
+
+#[test]
 fn parts_that_do_not_fit_together_are_told_apart() {
     let spread = Spread::preset("samtone_both", Kind::Random, SHAPES[4], Lists { ids: true, ..Lists::default() });
     for (part, change) in [
