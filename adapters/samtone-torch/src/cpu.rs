@@ -26,7 +26,8 @@ static POOL: Mutex<Option<Pool>> = Mutex::new(None);
 /// Memory of earlier calls; as many as have ever run at once.
 static WORKSPACES: Mutex<Vec<Workspace>> = Mutex::new(Vec::new());
 
-fn pool(threads: usize) -> Result<Arc<ThreadPool>, Refusal> {
+/// The pool of so many threads.
+pub fn pool(threads: usize) -> Result<Arc<ThreadPool>, Refusal> {
     let refused = |why: String| invalid("threads", format!("{threads}, {why}"), "as many threads as the system gives");
     let process = std::process::id();
     let mut kept = POOL.lock().unwrap_or_else(PoisonError::into_inner);
@@ -111,7 +112,7 @@ pub fn cpu_step(
 }
 
 /// Five numbers of the whole loss, and of each prefix.
-fn results(evaluation: &Evaluation) -> Vec<f64> {
+pub fn results(evaluation: &Evaluation) -> Vec<f64> {
     let five =
         |loss, there: Metrics, back: Metrics| [loss, there.precision_at_1, there.mrr, back.precision_at_1, back.mrr];
     let whole = five(evaluation.loss, evaluation.query_to_passage, evaluation.passage_to_query);
@@ -135,7 +136,7 @@ fn compute(
 }
 
 /// A panic is a defect of this library, and still no reason to end the interpreter.
-fn defect(panic: &(dyn std::any::Any + Send)) -> PyErr {
+pub fn defect(panic: &(dyn std::any::Any + Send)) -> PyErr {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     PyRuntimeError::new_err(format!(
         "samtone has a defect, please report it: {}",

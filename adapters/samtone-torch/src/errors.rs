@@ -27,7 +27,7 @@ impl From<Refusal> for PyErr {
         match error {
             Error::OutOfMemory { .. } => PyMemoryError::new_err(sentence),
             // Not about what the caller passed.
-            Error::Cuda { .. } | Error::CudaUnavailable { .. } | Error::DriverTooOld { .. } => {
+            Error::Cuda { .. } | Error::CudaUnavailable { .. } | Error::DriverTooOld { .. } | Error::Engine { .. } => {
                 PyRuntimeError::new_err(sentence)
             }
             _ => SamtoneError::new_err(sentence),
@@ -39,10 +39,7 @@ impl From<Refusal> for PyErr {
 fn in_python(error: &Error) -> String {
     let sentence = error.to_string();
     match error {
-        Error::ZeroNorm { .. } => {
-            sentence.replace("`ZeroNorm::ZeroGradient` in the call", "`zero_norm=\"zero_gradient\"`")
-        }
-        Error::NoNegative { .. } => sentence.replace("`NoNegative::Zero` in the call", "`no_negative=\"zero\"`"),
+        Error::ZeroNorm { .. } | Error::NoNegative { .. } => policies_in_python(&sentence),
         Error::InvalidArgument { argument: "owners", .. } => sentence.replacen("`owners`", "`hard_negative_owners`", 1),
         Error::InvalidArgument { argument: "query_ids" | "passage_ids" | "weights" | "positives", .. } => {
             sentence.replacen("a slice of", "a tensor of", 1)
@@ -52,8 +49,19 @@ fn in_python(error: &Error) -> String {
             sentence.replace("; the backends `cpu`, `wgpu` and `reference` take them", ", or embeddings on the CPU")
         }
         Error::InvalidArgument { argument: "prefix_weights", .. } => sentence.replacen("a slice of", "a list of", 1),
+        Error::InvalidArgument { argument: "call", .. } => sentence.replacen("argument `call`", "the call", 1),
+        // The sentence of the rank that failed, of whatever kind of error.
+        Error::Rank { .. } => policies_in_python(&sentence)
+            .replace("argument `owners`", "argument `hard_negative_owners`")
+            .replace("a slice of", "a list of"),
         _ => sentence,
     }
+}
+
+fn policies_in_python(sentence: &str) -> String {
+    sentence
+        .replace("`ZeroNorm::ZeroGradient` in the call", "`zero_norm=\"zero_gradient\"`")
+        .replace("`NoNegative::Zero` in the call", "`no_negative=\"zero\"`")
 }
 
 /// The sentence for an argument outside its domain.

@@ -6,6 +6,7 @@
 //!   capsules of tensors ──────────────┼─► dlpack.rs     capsules → slices, or addresses on a device; owns and gives back
 //!   capsules of fresh gradients ──────┼─► annotations.rs ids, positives, owners, weights → pairs
 //!                                     │   cpu.rs        one call on PyTorch's number of threads, without the interpreter's lock
+//!                                     │   ranks.rs      one call of many processes, connected by a function of Python
 //!                                     │   cuda.rs       plans and launches on PyTorch's memory and stream
 //!                                     │   errors.rs     sentences → SamtoneError (ValueError), MemoryError, RuntimeError
 //! ```
@@ -18,6 +19,7 @@ mod cpu;
 mod cuda;
 mod dlpack;
 mod errors;
+mod ranks;
 mod settings;
 
 use pyo3::prelude::*;
@@ -29,6 +31,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<settings::Settings>()?;
     module.add_class::<cuda::CudaPlan>()?;
+    module.add_class::<ranks::Ranks>()?;
     module.add_function(wrap_pyfunction!(settings::describe_loss, module)?)?;
     module.add_function(wrap_pyfunction!(settings::presets, module)?)?;
     module.add_function(wrap_pyfunction!(cpu::cpu_step, module)?)?;

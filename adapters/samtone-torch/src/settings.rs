@@ -5,6 +5,7 @@
 
 use crate::errors::{Refusal, invalid};
 use pyo3::prelude::*;
+use samtone::distributed::Reduction;
 use samtone::{Block, Call, Group, Loss, NoNegative, Scope, Temperature, TemperatureGradient, ZeroNorm};
 
 /// A loss from its text: the name of a preset, `pair(ALPHA)`, or `NAME|GROUP|GROUP…` with each group as
@@ -84,6 +85,8 @@ fn flag(name: &'static str, value: &str) -> Result<bool, Refusal> {
 pub struct Settings {
     pub call: Call,
     pub scope: Scope,
+    /// What processes that make the call together do with gradients.
+    pub reduction: Reduction,
     /// Whether the temperature was given as log β, and its derivative is wanted for that.
     log_beta: bool,
 }
@@ -100,7 +103,7 @@ impl Settings {
             }
         };
         let call = Call::new(parse_loss(loss)?, temperature);
-        let mut settings = Self { call, scope: Scope::All, log_beta: false };
+        let mut settings = Self { call, scope: Scope::All, reduction: Reduction::Mean, log_beta: false };
         for line in options.lines() {
             let (name, value) = line.split_once('=').unwrap_or((line, ""));
             settings = settings.option(name, value)?;
@@ -160,6 +163,14 @@ impl Settings {
                 Some(weights) => call.with_prefix_weights(weights),
                 None => call,
             },
+            // Which group it is matters to Python alone, which exchanges the messages.
+            "group" if value == "None" || (value.len() > 2 && value.starts_with(['\'', '"'])) => call,
+            "group" => return Err(invalid("group", value, "the name of a group of processes, or None")),
+            "reduction" => {
+                let words = [("mean", Reduction::Mean), ("sum", Reduction::Sum)];
+                self.reduction = choice("reduction", value, words)?;
+                call
+            }
             _ => return Err(invalid("text", format!("with an option {name:?}"), "options that this version has")),
         };
         Ok(self)
