@@ -10,10 +10,11 @@ loss. `samtone.grad_cache` computes large batches in chunks, `samtone.sentence_t
 """
 
 from . import grad_cache
-from ._native import SamtoneError, __version__, release_memory
+from ._native import SamtoneError, __version__
 from .functional import Evaluation, Metrics, Prefixes, evaluate, samtone_loss
 from .loss import PRESETS, Group, Loss
 from .module import SamToNeLoss
+from .processes import release_memory
 
 __all__ = [
     "PRESETS",

@@ -1,7 +1,7 @@
 """The native part, written in Rust. See `samtone` for what is meant to be called."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 __version__: str
 
@@ -51,6 +51,22 @@ class CudaPlan:
         stream: int,
     ) -> None: ...
     def check(self, towers: tuple[Any, Any], side: Any, state: Any, workspace: Any, stream: int) -> None: ...
+
+class Ranks:
+    """The calls of this process in one group."""
+
+    def __new__(cls, rank: int, size: int, exchange: Callable[[int, memoryview, int, memoryview], None]) -> Ranks: ...
+    def step(
+        self,
+        settings: Settings,
+        towers: tuple[Any, Any],
+        gradients: tuple[Any, Any],
+        differentiate: bool,
+        annotations: Mapping[str, Any],
+        threads: int,
+    ) -> tuple[list[float], float, bytearray]: ...
+    def give_up(self, reason: str) -> NoReturn: ...
+    def release(self) -> None: ...
 
 def describe_loss(loss: str) -> tuple[str, list[tuple[float, list[str], int]]]: ...
 def presets() -> list[str]: ...

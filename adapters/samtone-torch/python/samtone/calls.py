@@ -19,10 +19,17 @@ from . import ops, transforms
 from .arguments import refused
 
 
-def call(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, results and row losses, from the arguments of `ops.forward` but the last, which says what derivatives are wanted of."""
+def call(*inputs: Any, in_group: bool = False, row_losses: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, results and row losses, from the arguments of `ops.forward` but the last, which says what derivatives are wanted of.
+
+    `in_group`: other processes make the same call. Only there it matters whether `row_losses` are wanted.
+    """
     query, passage, temperature = inputs[:3]
     outputs: ops.Outputs
+    if in_group and _transformed():
+        raise refused(
+            "group", "given within torch.func or forward-mode derivatives", "calls outside of them, or no group"
+        )
     if _transformed():
         outputs = transforms.forward(*inputs, _differentiated(inputs[:3]))
         return outputs[:3]
@@ -31,7 +38,7 @@ def call(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         wanted |= ops.QUERY if query.requires_grad else 0
         wanted |= ops.PASSAGE if passage.requires_grad else 0
         wanted |= ops.TEMPERATURE if temperature is not None and temperature.requires_grad else 0
-    arguments = (*inputs, wanted)
+    arguments = (*inputs, wanted | ops.ROW_LOSSES if in_group and row_losses else wanted)
     if query.device.type == "meta" or not _nobody_watches(inputs[:8]):
         outputs = ops.forward(*arguments)
     elif wanted == 0:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import calls
+from . import calls, processes
 from .arguments import (
     Integers,
     Numbers,
@@ -53,7 +53,7 @@ class Evaluation(NamedTuple):
     loss: Tensor
     """The scalar loss, float32."""
     row_losses: Tensor
-    """sum_g c_g (l_gi - beta s+_i) of each of the M rows, without its weight, float64."""
+    """sum_g c_g (l_gi - beta s+_i) of each of the M rows, without its weight, float64. With a `group`, of the rows of all processes."""
     query_to_passage: Metrics
     """With prefixes, that of the longest; so is the other direction."""
     passage_to_query: Metrics
@@ -113,6 +113,20 @@ def samtone_loss(
             `tile_skipping`. Default: the whole embedding alone.
         prefix_weights: v_k, a number for each prefix, 0 or from 1e-30 to 1e30, not all 0. They are not normalised, and a prefix
             of weight 0 is left out. Default: 1 each.
+        group: Processes that compute the loss of one batch together: a ProcessGroup, a DeviceMesh of one dimension, or the name of a
+            group. Each process makes the same call and passes a part of the batch, which is made of all parts in the order of ranks.
+            M and N are numbers of the part, and may differ between processes, down to 0. M must be above 0 somewhere. Lists
+            have an entry for each row of the part; `positives` and `hard_negative_owners` are rows of the part. Ids mean the same in
+            all processes. Everything else must be equal in all of them, and so must be whether gradients are wanted. Tensors are on
+            the CPU. Default: None, this process alone.
+        reduction: What the caller does with the gradients of the parameters that the processes share. ``"mean"``: their mean over
+            the W processes is taken, as DistributedDataParallel and FSDP do. So the gradients of embeddings are W times those of the
+            loss of the whole batch, and the gradient of the temperature is whole in each process. ``"sum"``: they are added up. So the
+            gradients of embeddings are those of the loss of the whole batch, and each process has its part of the gradient of
+            the temperature. Without a group it changes nothing.
+
+    With a group, every process gets the loss of the whole batch, the same bits in each, and the gradients of its own rows. It computes
+    its share of the cosines. The backward pass exchanges nothing between processes.
 
     Gradients come in the type of what they belong to, rounded after the upstream gradient has been applied, and only for
     tensors that require them; in `torch.no_grad` this is a forward pass. Transforms of `torch.func` and forward-mode derivatives
@@ -121,10 +135,13 @@ def samtone_loss(
 
     Raises:
         SamtoneError: A ValueError that names the argument, its value and what is allowed; for embeddings that are not finite
-            or of norm zero, the row.
+            or of norm zero, the row. In a group, every process raises what is wrong in one, with its rank.
+        RuntimeError: If a process of the group does not answer within the time-out of the group. The group cannot be used any more
+            then.
     """
     vectors = (query_ids, passage_ids, positives, weights, hard_negative_owners)
-    return _outputs(query, passage, loss, temperature, log_beta, vectors, shared_ids, options)[0]
+    given = (query, passage, loss, temperature, log_beta, vectors, shared_ids, options)
+    return _outputs(*given, row_losses=False)[0]
 
 
 def evaluate(
@@ -143,7 +160,7 @@ def evaluate(
     **options: Unpack[Options],
 ) -> Evaluation:
     """`samtone_loss`, and with it the loss of every row, P@1 and MRR in both directions, of each prefix, too. They cost nothing
-    more."""
+    more. With a `group`, all of them are those of the whole batch, in the order of ranks."""
     vectors = (query_ids, passage_ids, positives, weights, hard_negative_owners)
     value, results, row_losses, text = _outputs(
         query, passage, loss, temperature, log_beta, vectors, shared_ids, options
@@ -166,8 +183,32 @@ def _outputs(
     vectors: tuple[Any, ...],
     shared_ids: bool,
     options: Options,
+    row_losses: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, str]:
     """Loss, results and row losses, after arguments have been checked, and the text of loss and options."""
+    given = (query, passage, loss, temperature, log_beta, vectors, shared_ids, options)
+    group = processes.name_of(options.get("group"))
+    if group is None or torch.compiler.is_compiling():
+        inputs = _inputs(*given)
+    else:
+        with processes.told(processes.ranks_of(group)):
+            inputs = _inputs(*given)
+    outputs = calls.call(*inputs, in_group=group is not None, row_losses=row_losses)
+    text: str = inputs[8]
+    return *outputs, text
+
+
+def _inputs(
+    query: Tensor,
+    passage: Tensor,
+    loss: str | Loss,
+    temperature: float | Tensor | None,
+    log_beta: float | Tensor | None,
+    vectors: tuple[Any, ...],
+    shared_ids: bool,
+    options: Options,
+) -> tuple[Any, ...]:
+    """The arguments of `calls.call`, from those of callers, which are checked."""
     query_ids, passage_ids, positives, weights, hard_negative_owners = vectors
     if temperature is None and log_beta is None:
         temperature = 0.01
@@ -175,9 +216,11 @@ def _outputs(
     check_embeddings("passage", passage)
     if query.device != passage.device:
         raise refused("passage", f"on device {passage.device}", f"the device of the queries, {query.device}")
+    if options.get("group") is not None and query.device.type == "cuda":
+        raise refused("group", f"given with tensors on {query.device}", "tensors on the CPU, or no group")
     tensor, value, is_log_beta = temperature_of(temperature, log_beta)
     text = text_of(spec_of(loss), options, log_beta=is_log_beta, shared_ids=shared_ids)
-    outputs = calls.call(
+    return (
         query,
         passage,
         tensor,
@@ -189,4 +232,3 @@ def _outputs(
         text,
         value,
     )
-    return *outputs, text

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .arguments import choice, number
-from .functional import Evaluation, evaluate
+from .functional import Evaluation, evaluate, samtone_loss
 from .loss import Loss, spec_of
 from .options import Options, Settings, held, text_of
 
@@ -23,8 +23,8 @@ class SamToNeLoss(nn.Module):
         temperature: tau, or where it starts if it is learned.
         learnable: None for a constant temperature, ``"log_beta"`` for a parameter `log_beta` = log(1/tau), as CLIP learns
             it, or ``"tau"`` for a parameter `tau`. Both are float32 scalars.
-        options: hard_negative_scope, margin, zero_norm, no_negative, workspace_bytes, tile_skipping, prefixes, prefix_weights, as in
-            `samtone_loss`.
+        options: hard_negative_scope, margin, zero_norm, no_negative, workspace_bytes, tile_skipping, prefixes, prefix_weights, group,
+            reduction, as in `samtone_loss`. A module keeps the name of its group, so that it can be copied and saved.
     """
 
     def __init__(
@@ -64,12 +64,14 @@ class SamToNeLoss(nn.Module):
     def forward(self, query: Tensor, passage: Tensor, **batch: Any) -> Tensor:
         """The loss, a scalar. `batch` is what `samtone_loss` takes of a batch: `query_ids`, `passage_ids`, `shared_ids`,
         `positives`, `weights`, `hard_negative_owners`."""
-        return self.evaluate(query, passage, **batch).loss
+        return samtone_loss(query, passage, loss=self.loss, **self._given(), **self.options, **batch)
 
     def evaluate(self, query: Tensor, passage: Tensor, **batch: Any) -> Evaluation:
         """The loss with row losses and metrics."""
-        temperature: dict[str, Any] = {"temperature": self._temperature}
-        if self.learnable is not None:
-            name = "temperature" if self.learnable == "tau" else "log_beta"
-            temperature = {name: self.tau if self.learnable == "tau" else self.log_beta}
-        return evaluate(query, passage, loss=self.loss, **temperature, **self.options, **batch)
+        return evaluate(query, passage, loss=self.loss, **self._given(), **self.options, **batch)
+
+    def _given(self) -> dict[str, Any]:
+        """The temperature as it is given to the functions."""
+        if self.learnable is None:
+            return {"temperature": self._temperature}
+        return {"temperature": self.tau} if self.learnable == "tau" else {"log_beta": self.log_beta}

@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native, cuda
-from .options import Settings, prefixes_of, skips_tiles
+from . import _native, cuda, processes
+from .options import Settings, group_of, prefixes_of, skips_tiles
 
 # What `wanted` is made of.
 QUERY, PASSAGE, TEMPERATURE = 1, 2, 4
 # Gradients at once with the loss, however much memory they take until the backward call.
 AT_ONCE = 8
+# Row losses, of a call in a group of processes. They are those of all processes, so a compiler does not know how many there are.
+ROW_LOSSES = 16
 # Numbers of `results`: the loss, P@1 and MRR of query -> passage, and of passage -> query. So many follow for each prefix.
 RESULTS = 5
 
@@ -104,6 +106,36 @@ def _forward_cpu(
         torch.tensor(results[0], dtype=torch.float32, device="cpu"),
         torch.tensor(results, dtype=torch.float64, device="cpu"),
         losses,
+        *gradients,
+        torch.tensor([derivative] if wanted & TEMPERATURE else [], dtype=torch.float64, device="cpu"),
+        torch.empty(0, dtype=torch.uint8, device="cpu"),
+    ]
+
+
+def _forward_in_group(
+    settings: Settings, q: Tensor, p: Tensor, annotations: dict[str, Tensor | None], wanted: int
+) -> Tensors:
+    ranks = processes.ranks_of(group_of(settings.text) or "")
+    with processes.told(ranks):
+        native = settings.native()
+    towers = _towers(wanted)
+    gradients = [
+        torch.empty((x.shape[0] if want else 0, x.shape[1]), dtype=torch.float32, device="cpu")
+        for x, want in zip((q, p), towers)
+    ]
+    results, derivative, losses = ranks.step(
+        native,
+        (_capsule(q) if len(q) else None, _capsule(p) if len(p) else None),
+        (_capsule(gradients[0]) if len(gradients[0]) else None, _capsule(gradients[1]) if len(gradients[1]) else None),
+        any(towers) or bool(wanted & TEMPERATURE),
+        {name: _capsule(vector) for name, vector in annotations.items()},
+        torch.get_num_threads(),
+    )
+    whole = torch.frombuffer(losses, dtype=torch.float64)
+    return [
+        torch.tensor(results[0], dtype=torch.float32, device="cpu"),
+        torch.tensor(results, dtype=torch.float64, device="cpu"),
+        whole if wanted & ROW_LOSSES else torch.empty(0, dtype=torch.float64, device="cpu"),
         *gradients,
         torch.tensor([derivative] if wanted & TEMPERATURE else [], dtype=torch.float64, device="cpu"),
         torch.empty(0, dtype=torch.uint8, device="cpu"),
@@ -203,7 +235,8 @@ def _forward(
 ) -> Outputs:
     value = tau if temperature is None else float(temperature.detach().reshape(()).item())
     settings = Settings(text, value)
-    compute = _forward_cuda if query.device.type == "cuda" else _forward_cpu
+    alone = _forward_cuda if query.device.type == "cuda" else _forward_cpu
+    compute = alone if group_of(text) is None else _forward_in_group
     q, p = _readable("query", query), _readable("passage", passage)
     annotations = _annotations(query_ids, passage_ids, positives, weights, owners)
     scalar, results, losses, dq, dp, derivative, state = compute(settings, q, p, annotations, wanted)
@@ -230,12 +263,15 @@ def fake_forward(
     def empty(shape: Any, dtype: torch.dtype) -> Tensor:
         return query.new_empty(shape, dtype=dtype)
 
+    rows: Any = query.shape[0]
+    if group_of(text) is not None:
+        rows = torch.library.get_ctx().new_dynamic_size() if wanted & ROW_LOSSES else 0
     at_once = _at_once(query, passage, wanted)
     state = 0 if at_once else _state_bytes(text, query, passage, positives)
     return (
         empty((), torch.float32),
         empty((RESULTS * (1 + len(prefixes_of(text))),), torch.float64),
-        empty((query.shape[0],), torch.float64),
+        empty((rows,), torch.float64),
         empty((query.shape[0] if wanted & QUERY and at_once else 0, query.shape[1]), torch.float32),
         empty((passage.shape[0] if wanted & PASSAGE and at_once else 0, passage.shape[1]), torch.float32),
         empty((1 if wanted & TEMPERATURE and at_once else 0,), torch.float64),

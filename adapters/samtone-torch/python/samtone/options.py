@@ -5,11 +5,16 @@ A new option of the crate is a line of `Options` here, and an arm of `Settings::
 
 from __future__ import annotations
 
+import ast
 import numbers
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from . import _native
 from .arguments import Integers, Numbers, listed
+from .processes import name_of
+
+if TYPE_CHECKING:
+    from .processes import Group
 
 
 class Options(TypedDict, total=False):
@@ -23,6 +28,8 @@ class Options(TypedDict, total=False):
     tile_skipping: float | None
     prefixes: Integers | None
     prefix_weights: Numbers | None
+    group: Group | None
+    reduction: str
 
 
 NAMES = frozenset(Options.__annotations__)
@@ -54,13 +61,17 @@ def text_of(loss: str, options: Any, *, log_beta: bool = False, shared_ids: Any 
 
 
 def _text(name: str, value: Any) -> str:
+    if name == "group":
+        return f"{name_of(value)!r}"  # in full, however long it is
     values = listed(name, value, LISTS[name]) if name in LISTS else None
     return _value(value) if values is None else f"[{', '.join([f'{x!r}' for x in values])}]"
 
 
 def held(options: Options) -> Options:
-    """A copy that nobody else changes: tensors and arrays become lists."""
+    """A copy that nobody else changes: tensors and arrays become lists. A group becomes its name, which can be copied and saved."""
     own: Any = {name: listed(name, x, LISTS[name]) if name in LISTS else x for name, x in options.items()}
+    if "group" in own:
+        own["group"] = name_of(own["group"])
     return own  # type: ignore[no-any-return]
 
 
@@ -84,6 +95,16 @@ def prefixes_of(text: str) -> list[tuple[int, float]]:
             found[name] = [float(x) for x in value[1:-1].split(", ") if x]
     dims = [int(x) for x in found.get("prefixes", [])]
     return [(dim, weight) for dim, weight in zip(dims, found.get("prefix_weights", [1.0] * len(dims))) if weight > 0]
+
+
+def group_of(text: str) -> str | None:
+    """The name of the group of processes that make the call together, if there is one."""
+    for line in ("" if text.startswith("loss=") else text.partition("\nloss=")[0]).split("\n"):
+        name, _, value = line.partition("=")
+        if name == "group":
+            found: str | None = ast.literal_eval(value)
+            return found
+    return None
 
 
 def skips_tiles(text: str) -> bool:
