@@ -22,9 +22,9 @@ ROWS, HARD, WIDTH, DIM = 12, 4, 20, 16
 
 
 @contextmanager
-def group(store: str, rank: int) -> Iterator[None]:
+def group(store: str, rank: int, size: int = PROCESSES) -> Iterator[None]:
     """The processes of a test, on gloo. They leave together: gloo can abort a process whose peer has closed the connection already."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     yield
     dist.barrier()
     dist.destroy_process_group()

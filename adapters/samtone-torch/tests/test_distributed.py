@@ -20,7 +20,7 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
-def spread(folder: Path, names: str, script: str = "distributed_worker.py") -> list[Any]:
+def spread(folder: Path, names: str, script: str = "distributed_worker.py", size: int = PROCESSES) -> list[Any]:
     """What each process has left in its file: by name, of distributed_worker.py loss and gradients."""
     worker = Path(__file__).with_name(script)
     arguments = [str(folder / "store"), str(folder / "out"), names]
@@ -29,7 +29,7 @@ def spread(folder: Path, names: str, script: str = "distributed_worker.py") -> l
         subprocess.Popen(
             [*command, str(rank), *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
         )
-        for rank in range(PROCESSES)
+        for rank in range(size)
     ]
     try:
         said = [process.communicate(timeout=300)[1] for process in processes]
@@ -38,9 +38,9 @@ def spread(folder: Path, names: str, script: str = "distributed_worker.py") -> l
             process.kill()
     codes = [process.returncode for process in processes]
     # Not as an assertion, whose message pytest shortens.
-    if codes != [0] * PROCESSES:
+    if codes != [0] * size:
         pytest.fail(f"the processes ended with {codes} and wrote:\n" + "\n".join(said))
-    return [torch.load(folder / f"out-{rank}") for rank in range(PROCESSES)]
+    return [torch.load(folder / f"out-{rank}") for rank in range(size)]
 
 
 def alone(name: str) -> list[Tensor]:
