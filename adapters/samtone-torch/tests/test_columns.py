@@ -55,6 +55,15 @@ def test_equal_texts_have_equal_ids_whatever_their_padding() -> None:
         assert ids_of(other) == ids_of(columns(0)[1])
 
 
+def test_ids_that_are_the_same_in_every_process() -> None:
+    ours, theirs = columns(2), columns(2)[::-1]
+    one, other = text_ids(ours, everywhere=True), text_ids(theirs, everywhere=True)
+    plain = text_ids(ours)
+    assert one is not None and other is not None and plain is not None
+    assert torch.equal(one.view(4, 6), other.view(4, 6).flip(0))
+    assert torch.equal(one[:, None] == one, plain[:, None] == plain)
+
+
 def with_images(count: list[int], seed: int = 0) -> dict[str, Any]:
     """Rows of equal tokens, with so many images of 2 x 2 patches each."""
     generator = torch.Generator().manual_seed(seed)

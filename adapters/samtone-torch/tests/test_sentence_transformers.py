@@ -147,6 +147,9 @@ def test_model_cards_have_every_option() -> None:
         config = make(Encoder(), "clip", **options, **MATRYOSHKA).get_config_dict()
         assert (options | ASCENDING).items() <= config.items() and not config.keys() & {"prefixes", "prefix_weights"}
         assert make(Encoder(), matryoshka_dims=(4, 2)).get_config_dict()["matryoshka_weights"] == [1.0, 1.0]
+        for gathers in (False, True):
+            config = make(Encoder(), gather_across_devices=gathers).get_config_dict()
+            assert config["gather_across_devices"] is gathers and "group" not in config
         assert not [name for name in make(Encoder()).get_config_dict() if "matryoshka" in name or "prefix" in name]
 
 
@@ -201,6 +204,7 @@ def test_cached_without_gradients_encodes_once() -> None:
             lambda: SamToNeLoss(Encoder(), matryoshka_dims=[8, 4], matryoshka_weights=[0, 0]),
             "`matryoshka_weights` is 0 for every prefix",
         ),
+        (lambda: SamToNeLoss(Encoder(), group="0"), "`group` is given; allowed: `gather_across_devices=True`"),
         (lambda: SamToNeLoss(Encoder(), prefixes=[4]), "`prefixes` is given; allowed: `matryoshka_dims`"),
         (
             lambda: CachedSamToNeLoss(Encoder(), matryoshka_dims=[4], prefix_weights=[2.0]),

@@ -21,7 +21,9 @@ TRAINER = [] if missing("sentence-transformers", "sentence_transformers") else [
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process finds, kind by kind, and with the trainer at last."""
-    return spread(tmp_path_factory.mktemp("kinds"), ",".join([*KINDS, *TRAINER]), "trainer_worker.py")
+    return spread(
+        tmp_path_factory.mktemp("kinds"), ",".join([*KINDS, *worker.GATHERED, "nothing", *TRAINER]), "trainer_worker.py"
+    )
 
 
 def alone(kind: str) -> list[torch.Tensor]:
@@ -50,6 +52,29 @@ def test_one_all_reduce_in_a_step_and_the_mean_of_gradients(kind: str, results: 
     count = len(one["after"]) - (kind == "towers")
     for a, b in list(zip(one["after"], other["after"]))[:count]:
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", worker.GATHERED)
+def test_the_loss_of_both_processes_is_that_of_one_with_all_rows(kind: str, results: list[dict[str, Any]]) -> None:
+    """Texts of one process are texts of the other, too, and the batches have 8 and 3 rows."""
+    model = worker.model_of(kind)
+    loss = worker.loss_of(kind, model)  # there is no other process here, so nothing to gather
+    value = worker.gradients(kind, model, loss, None)
+    want = [x.grad for x in dict.fromkeys([*model.parameters(), *loss.parameters()])]
+    one, other = (result[kind] for result in results)
+    for result in (one, other):
+        assert torch.allclose(result["value"], value, rtol=1e-6)
+        assert result["reduced"] == worker.STEPS
+        for a, b in zip(result["first"], want, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), (a, b)
+    for a, b in zip(one["after"], other["after"], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_without_negatives_are_told_of_in_every_process(results: list[dict[str, Any]]) -> None:
+    one, other = (result["nothing"] for result in results)
+    assert one == other and one["values"] == [0.0, 0.0]
+    assert len(one["said"]) == 1 and "(rank 0 has failed: row 0 has no negative left" in one["said"][0]
 
 
 @pytest.mark.sentence_transformers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator
 from itertools import pairwise
@@ -215,10 +216,21 @@ def _digests(x: Tensor) -> Tensor:
     return torch.cat(sums)
 
 
-def text_ids(columns: list[Features]) -> Tensor | None:
+def _hash(content: tuple[Any, ...]) -> int:
+    """Of the names of features, and the bytes of each."""
+    names, *parts = content
+    digest = hashlib.blake2b(repr(names).encode(), digest_size=8)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def text_ids(columns: list[Features], everywhere: bool = False) -> Tensor | None:
     """Equal numbers for equal inputs, over all columns one after the other: rows that are equal in all their features, tokens
     (prompts included) as well as images, audio and video. Padding does not count. None, with a warning, if a column has
-    features that do not say which rows they belong to, since then equal inputs cannot be told."""
+    features that do not say which rows they belong to, since then equal inputs cannot be told.
+
+    `everywhere`: The numbers are hashes of 64 bits, the same in every process."""
     numbers: dict[tuple[Any, ...], int] = {}
     ids: list[int] = []
     for features in columns:
@@ -236,5 +248,6 @@ def text_ids(columns: list[Features]) -> Tensor | None:
                 stacklevel=2,
             )
             return None
-        ids.extend(numbers.setdefault(content, len(numbers)) for content in contents)
+        number = _hash if everywhere else lambda content: numbers.setdefault(content, len(numbers))
+        ids.extend(map(number, contents))
     return torch.tensor(ids, dtype=torch.int64)

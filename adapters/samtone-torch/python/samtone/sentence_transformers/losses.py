@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import Unpack
 
-from .. import _native
+from .. import _native, processes
 from ..arguments import Integers, Numbers, listed
 from ..grad_cache import Chunks, backward
 from ..loss import Loss
@@ -47,9 +48,10 @@ class SamToNeLoss(nn.Module):
         matryoshka_dims, matryoshka_weights: Embeddings are trained at these numbers of leading entries, in any order, with these
             weights (default: 1 each), as in MatryoshkaLoss around this loss. One pass computes all of them: `prefixes` and
             `prefix_weights` of `samtone.samtone_loss`.
+        gather_across_devices: Whether the processes of a distributed training compute the loss of all their batches together, so that
+            each row has the negatives of all processes. They may have different numbers of rows. It needs embeddings on the CPU.
+            Otherwise each process takes negatives from its own batch.
         margin, workspace_bytes, tile_skipping: As in `samtone.samtone_loss`.
-
-    In distributed training each process takes negatives from its own batch.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class SamToNeLoss(nn.Module):
         mask_duplicates: bool = True,
         matryoshka_dims: Integers | None = None,
         matryoshka_weights: Numbers | None = None,
+        gather_across_devices: bool = False,
         **options: Unpack[Options],
     ) -> None:
         super().__init__()
@@ -75,6 +78,8 @@ class SamToNeLoss(nn.Module):
         self.model = model
         for name in _NAMES.keys() & options.keys():
             raise refused(name, "given", f"`{_NAMES[name]}`, as MatryoshkaLoss calls it")
+        for name in {"group", "reduction"} & options.keys():
+            raise refused(name, "given", "`gather_across_devices=True`, which takes the processes of the trainer")
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
         matryoshka = _matryoshka(matryoshka_dims, matryoshka_weights)
         defaults = {"hard_negative_scope": "all", "zero_norm": "zero_gradient", "no_negative": "zero"}
@@ -88,6 +93,7 @@ class SamToNeLoss(nn.Module):
         # The shortest prefix, which is 0 wherever a longer one is.
         self._shortest = next((dim for dim, weight in kept if weight > 0), None)
         self.mask_duplicates = mask_duplicates
+        self.gather_across_devices = gather_across_devices
         # Policies that nobody asked for: what they leave out is said once.
         self._unsaid = {"zero_norm", "no_negative"} - given.keys()
         if all(group.positive_copies > 0 for group in self.criterion.loss.groups):
@@ -131,14 +137,33 @@ class SamToNeLoss(nn.Module):
 
     def batch(self, columns: list[Features]) -> dict[str, Any]:
         """What the criterion takes beside embeddings and owners of hard negatives: ids of equal inputs."""
-        ids = text_ids(columns) if self.mask_duplicates else None
+        ids = text_ids(columns, everywhere=self._together() is not None) if self.mask_duplicates else None
         if ids is None:
             return {}
         rows = Column(columns[0]).rows
         return {"query_ids": ids[:rows], "passage_ids": ids[rows:], "shared_ids": True}
 
+    def _together(self) -> str | None:
+        """The processes that compute the loss together, if some do: those that average the model's gradients, or else all."""
+        if not (self.gather_across_devices and dist.is_available() and dist.is_initialized()):
+            return None
+        return processes.name_of(processes_of(self.model) or dist.group.WORLD)
+
     def loss_of(self, embeddings: list[Tensor], batch: dict[str, Any]) -> Tensor:
         """The loss of the columns' embeddings."""
+        together = self._together()
+        if together is None:
+            return self._evaluated(*self._inputs(embeddings, batch))
+        # Whatever is wrong with the columns of one process, the others must not wait for it.
+        with processes.told(processes.ranks_of(together)):
+            if embeddings[0].device.type != "cpu":
+                value = f"True, and embeddings are on {embeddings[0].device}"
+                raise refused("gather_across_devices", value, "False, or embeddings on the CPU")
+            inputs, batch = self._inputs(embeddings, batch)
+        return self._evaluated(inputs, batch | {"group": together, "reduction": "mean"})
+
+    def _inputs(self, embeddings: list[Tensor], batch: dict[str, Any]) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        """Queries and passages, and what the criterion takes beside them."""
         sizes = [len(column) for column in embeddings]
         rows, negatives = sizes[0], len(sizes) - 2
         if len(set(sizes)) > 1:
@@ -153,10 +178,13 @@ class SamToNeLoss(nn.Module):
         longest, dim = max(self.criterion.options.get("prefixes") or [0]), embeddings[0].shape[1]
         if longest > dim:
             raise refused("matryoshka_dims", str(longest), f"at most {dim}, the dimension of the embeddings")
+        return (embeddings[0], torch.cat(embeddings[1:])), batch
+
+    def _evaluated(self, inputs: tuple[Tensor, Tensor], batch: dict[str, Any]) -> Tensor:
+        """The loss, after what contributes nothing has been told of."""
         group = processes_of(self.model)
         learned = self.criterion.named_parameters() if group is not None else ()
         averaged = {name: Averaged.apply(x, group) for name, x in learned}
-        inputs = (embeddings[0], torch.cat(embeddings[1:]))
 
         def evaluate() -> Tensor:
             value: Tensor = functional_call(self.criterion, averaged, inputs, batch)
@@ -184,7 +212,7 @@ class SamToNeLoss(nn.Module):
     def _say(self, policy: str, what: str) -> None:
         """Warns of what contributes nothing, once for each policy that nobody asked for."""
         self._unsaid.remove(policy)
-        warnings.warn(f'{what} contributes nothing to the loss; `{policy}="error"` refuses it', stacklevel=4)
+        warnings.warn(f'{what} contributes nothing to the loss; `{policy}="error"` refuses it', stacklevel=5)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss of the columns' embeddings, for losses that encode by themselves, as SpladeLoss does. They pass no inputs, so
@@ -211,6 +239,7 @@ class SamToNeLoss(nn.Module):
             "temperature": float(f"{self.temperature:.6g}") if learned else self.temperature,
             "learnable": self.criterion.learnable,
             "mask_duplicates": self.mask_duplicates,
+            "gather_across_devices": self.gather_across_devices,
         } | {_NAMES.get(name, name): value for name, value in self.criterion.options.items()}
 
     @property
