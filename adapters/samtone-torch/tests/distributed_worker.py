@@ -1,4 +1,5 @@
-"""One of several processes of test_distributed.py: its part of a batch, the recipe of docs/distributed.md, and its gradients in a file.
+"""One of several processes of test_distributed.py: its part of a batch, the recipe of docs/distributed.md or OpenCLIP's own loss, and its
+gradients in a file.
 
 python distributed_worker.py RANK STORE OUT LOSSES
 """
@@ -81,17 +82,22 @@ def results_of(name: str, rank: int) -> list[Tensor]:
     data = batch()
     own = {key: x.chunk(PROCESSES)[rank] for key, x in data.items() if key != "ids"}
     ids = torch.cat([part.chunk(PROCESSES)[rank] for part in data["ids"].split([ROWS, HARD])])
-    if name == "open_clip":
+    if name.startswith("open_clip"):
         from open_clip.loss import ClipLoss
 
         q, p, log_beta = model(own["query"], own["passage"])
-        theirs = ClipLoss(gather_with_grad=True, rank=rank, world_size=PROCESSES)
+        local = name == "open_clip_local"
+        theirs = ClipLoss(gather_with_grad=True, local_loss=local, rank=rank, world_size=PROCESSES)
         loss = theirs(normalize(q, dim=1), normalize(p, dim=1), log_beta.exp())
     else:
-        hard = own["hard"] if name != "clip" else own["hard"][:0]
+        clip = name.startswith("clip")
+        hard = own["hard"][:0] if clip else own["hard"]
         q, p, log_beta = model(own["query"], torch.cat([own["passage"], hard]))
-        ids = ids[: len(p)] if name != "clip" else torch.arange(len(p)) + rank * len(p)
-        loss = distributed_loss(q, p, ids, loss=name, log_beta=log_beta)
+        ids = ids[: len(p)] if not clip else torch.arange(len(p)) + rank * len(p)
+        if name == "clip_group":
+            loss = samtone.samtone_loss(q, p, loss="clip", log_beta=log_beta, group=dist.group.WORLD)
+        else:
+            loss = distributed_loss(q, p, ids, loss=name, log_beta=log_beta)
     loss.backward()
     return [loss.detach(), *(x.grad for x in towers.parameters() if x.grad is not None)]
 

@@ -71,5 +71,13 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 @needs_gloo
 @pytest.mark.skipif(missing("open-clip", "open_clip"), reason="open_clip_torch is not installed")
 def test_open_clip_in_two_processes(tmp_path: Path) -> None:
-    """Its loss with gather_with_grad."""
-    compare([result["open_clip"] for result in spread(tmp_path, "open_clip")], alone("clip"), 1e-4)
+    """Its losses with gather_with_grad, and ours in a group. With local_loss, the mean over processes is the loss."""
+    names = ("open_clip", "open_clip_local", "clip_group")
+    results = spread(tmp_path, ",".join(names))
+    local = [result["open_clip_local"] for result in results]
+    mean = torch.stack([found[0] for found in local]).mean()
+    assert not torch.equal(local[0][0], mean)
+    for found in local:
+        found[0] = mean
+    for name in names:
+        compare([result[name] for result in results], alone("clip"), 1e-4)

@@ -137,6 +137,19 @@ def test_the_operation_is_registered_as_pytorch_wants_it(world: Any) -> None:
     torch.library.opcheck(torch.ops.samtone.forward.default, (q, p, beta, *[None] * 5, text, 0.0, wanted))
 
 
+def test_the_example_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[1] / "docs" / "distributed.md"
+    block = page.read_text().partition("```python\n")[2].partition("```")[0]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    names: dict[str, Any] = {}
+    try:
+        exec(block, names)
+        assert names["loss"].isfinite() and names["tower"].module.weight.grad.any()
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_name_is_kept_in_full() -> None:
     name = 'a\'name\nof "many" words, ' * 9
     assert group_of(text_of("clip", {"prefixes": [2], "group": name, "reduction": "mean"})) == name
