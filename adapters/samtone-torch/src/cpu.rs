@@ -14,36 +14,44 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Threads for one number of them, of one process.
-struct Pool {
+pub struct Pool {
     process: u32,
     threads: usize,
     pool: Arc<ThreadPool>,
 }
 
-/// The pool of the last call. One of another size ends its threads once the calls that use it are done.
-static POOL: Mutex<Option<Pool>> = Mutex::new(None);
+/// The pool of the last call, for the next one.
+#[derive(Default)]
+pub struct LastPool(Mutex<Option<Pool>>);
+
+/// The pool of calls of this process alone.
+static POOL: LastPool = LastPool(Mutex::new(None));
 
 /// Memory of earlier calls; as many as have ever run at once.
 static WORKSPACES: Mutex<Vec<Workspace>> = Mutex::new(Vec::new());
 
-/// The pool of so many threads.
-pub fn pool(threads: usize) -> Result<Arc<ThreadPool>, Refusal> {
-    let refused = |why: String| invalid("threads", format!("{threads}, {why}"), "as many threads as the system gives");
-    let process = std::process::id();
-    let mut kept = POOL.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(found) = kept.as_ref().filter(|kept| kept.process == process && kept.threads == threads) {
-        return Ok(Arc::clone(&found.pool));
+impl LastPool {
+    /// A pool of so many threads. One of another size ends its threads once the calls that use it are done.
+    pub fn of(&self, threads: usize) -> Result<Arc<ThreadPool>, Refusal> {
+        let threads = threads.max(1);
+        let refused =
+            |why: String| invalid("threads", format!("{threads}, {why}"), "as many threads as the system gives");
+        let process = std::process::id();
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = kept.as_ref().filter(|kept| kept.process == process && kept.threads == threads) {
+            return Ok(Arc::clone(&found.pool));
+        }
+        let builder = ThreadPoolBuilder::new().num_threads(threads).thread_name(|index| format!("samtone-{index}"));
+        let pool = Arc::new(builder.build().map_err(|error| refused(error.to_string()))?);
+        if let Some(old) = kept.replace(Pool { process, threads, pool: Arc::clone(&pool) })
+            && old.process != process
+        {
+            // A process that was forked has the memory of its parent's pool, but none of its threads. Ending them could wait for a
+            // lock that one of them held when the process was forked, so the memory is left alone.
+            std::mem::forget(old);
+        }
+        Ok(pool)
     }
-    let builder = ThreadPoolBuilder::new().num_threads(threads).thread_name(|index| format!("samtone-{index}"));
-    let pool = Arc::new(builder.build().map_err(|error| refused(error.to_string()))?);
-    if let Some(old) = kept.replace(Pool { process, threads, pool: Arc::clone(&pool) })
-        && old.process != process
-    {
-        // A process that was forked has the memory of its parent's pool, but none of its threads. Ending them could wait for a
-        // lock that one of them held when the process was forked, so the memory is left alone.
-        std::mem::forget(old);
-    }
-    Ok(pool)
 }
 
 /// Gives back the memory that calls keep for the next one.
@@ -102,7 +110,7 @@ pub fn cpu_step(
         query: grad_query.as_mut().map(Tensor::embeddings_mut).transpose()?,
         passage: grad_passage.as_mut().map(Tensor::embeddings_mut).transpose()?,
     };
-    let pool = pool(threads.max(1))?;
+    let pool = POOL.of(threads)?;
     let computed = py.detach(|| {
         catch_unwind(AssertUnwindSafe(|| pool.install(|| compute(settings, &batch, differentiate.then_some(buffers)))))
     });

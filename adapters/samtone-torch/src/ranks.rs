@@ -1,7 +1,7 @@
 //! A call on the CPU that processes make together: as in `cpu.rs`, over whatever of Python connects the processes.
 
 use crate::annotations::Capsules;
-use crate::cpu::{defect, pool, results};
+use crate::cpu::{LastPool, defect, results};
 use crate::dlpack::{Tensor, expect_apart};
 use crate::errors::Refusal;
 use crate::settings::Settings;
@@ -126,6 +126,9 @@ impl Own {
 pub struct Ranks {
     /// None while a call is at work.
     distributed: Mutex<Option<Distributed<Processes>>>,
+    /// Threads of the group's own. One of them waits for other processes during a call, and would keep calls in other groups waiting,
+    /// for which those processes may wait themselves.
+    pool: LastPool,
 }
 
 type Computed<'py> = (Vec<f64>, f64, Bound<'py, PyByteArray>);
@@ -136,7 +139,10 @@ impl Ranks {
     /// those that rank `source` sends. Any of the two may be empty, and the other rank knows.
     #[new]
     fn new(rank: usize, size: usize, exchange: Py<PyAny>) -> Self {
-        Self { distributed: Mutex::new(Some(Distributed::new(Processes { rank, size, exchange }))) }
+        Self {
+            distributed: Mutex::new(Some(Distributed::new(Processes { rank, size, exchange }))),
+            pool: LastPool::default(),
+        }
     }
 
     /// One call, which every process of the group makes. `towers` are matrices, or None for one without rows. `gradients` are matrices that
@@ -157,7 +163,7 @@ impl Ranks {
         let settings = settings.get();
         self.with(settings.reduction, |distributed| {
             let own = Own::new(settings, &towers, &gradients, &annotations);
-            let mut own = match own.and_then(|own| Ok((own, pool(threads.max(1))?))) {
+            let mut own = match own.and_then(|own| Ok((own, self.pool.of(threads)?))) {
                 Ok(own) => own,
                 Err(error) => return Ok(Err(give_up(py, distributed, &error))),
             };

@@ -9,6 +9,7 @@ import copy
 import os
 import pickle
 import sys
+import threading
 import time
 import traceback
 from datetime import timedelta
@@ -219,6 +220,26 @@ def modules(rank: int, size: int) -> None:
         assert size > 2 or abs(got.item() - lone.item()) < 1e-5
 
 
+def side_by_side(rank: int, size: int) -> None:
+    """Calls in two groups from two threads of each process, which begin in another order in each."""
+    batch = Batch(rank, size)
+    q, p = batch.query[batch.rows], batch.passage[batch.passages]
+    torch.set_num_threads(1)
+    groups = [dist.new_group(timeout=timedelta(seconds=20)) for _ in range(2)]
+    found: dict[int, Tensor] = {}
+
+    def call(k: int) -> None:
+        time.sleep(0.5 * ((k + rank) % 2))
+        found[k] = samtone.samtone_loss(q, p, group=groups[k])
+
+    threads = [threading.Thread(target=call, args=(k,)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(found[0], found[1])
+
+
 def sentence(call: Any) -> str:
     """Kind and sentence of the error that a call ends with."""
     try:
@@ -281,7 +302,14 @@ def lost(rank: int, out: str) -> dict[str, str]:
     return found
 
 
-CHECKS = {"values": values, "trained": trained, "compiled": compiled, "modules": modules, "refused": refused}
+CHECKS = {
+    "values": values,
+    "trained": trained,
+    "compiled": compiled,
+    "modules": modules,
+    "refused": refused,
+    "side_by_side": side_by_side,
+}
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ pytestmark = needs_gloo
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_loss_of_all_processes(size: int, tmp_path: Path) -> None:
     """Four processes, of which one has no row, and one a passage alone."""
-    checks = ["values", "trained", *(["compiled", "modules"] if size == 2 else [])]
+    checks = ["values", "trained", *(["compiled", "modules", "side_by_side"] if size == 2 else [])]
     for result in spread(tmp_path, ",".join([str(size), *checks]), "group_worker.py", size):
         for name in checks:
             assert result[name] is None, result[name]

@@ -6,6 +6,8 @@ forward ── at once: loss, and the gradients that are needed, as float32 (a l
 backward ─ at once: those gradients times the upstream gradient, then rounded to the type of the inputs
            in turn: the gradients, times the upstream gradient, in the type of the inputs
 
+In a group of processes, the forward call exchanges all that processes tell each other, so that the backward call computes by itself.
+
 The CPU does it at once, and so does CUDA unless the gradients would take much memory until the backward call (`cuda.at_once`), which
 sees by the state which of the two it was.
 
