@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from samtone import ops
 from samtone.options import group_of, text_of
+from samtone.sentence_transformers import SamToNeLoss
 from test_distributed import needs_gloo, spread
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -127,6 +128,9 @@ def test_where_a_group_is_refused(world: Any) -> None:
     ):
         q, p = torch.empty(5, 8, device="cuda:0"), torch.empty(7, 8, device="cuda:0")
         samtone.samtone_loss(q, p, group=world)
+    sentence = "`gather_across_devices` is True, and embeddings are on cuda:0; allowed: False, or embeddings on the CPU"
+    with FakeTensorMode(), pytest.raises(samtone.SamtoneError, match=sentence):
+        SamToNeLoss(torch.nn.Identity(), gather_across_devices=True).loss_of([q, q], {})
 
 
 def test_the_operation_is_registered_as_pytorch_wants_it(world: Any) -> None:
