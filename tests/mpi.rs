@@ -5,7 +5,6 @@
 #[path = "library/distributed/spread.rs"]
 #[allow(dead_code)]
 mod spread;
-#[allow(dead_code)]
 mod support;
 
 use libtest_mimic::{Arguments, Failed};

@@ -60,10 +60,10 @@ struct Task<'a> {
 /// q is M × d, p is N × d, in f32, f16 or bf16; gradients come back as f32, multiplied by `upstream`.
 ///
 /// # Errors
-/// [`Error::Unsupported`](crate::Error::Unsupported) for f64, [`Error::NonFinite`](crate::Error::NonFinite) and
-/// [`Error::ZeroNorm`](crate::Error::ZeroNorm) by row, [`Error::NoNegative`](crate::Error::NoNegative),
-/// [`Error::WorkspaceTooSmall`](crate::Error::WorkspaceTooSmall), [`Error::OutOfMemory`](crate::Error::OutOfMemory), and
-/// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for an upstream gradient that is not finite.
+/// [`Error::Unsupported`] for f64, [`Error::NonFinite`] and
+/// [`Error::ZeroNorm`] by row, [`Error::NoNegative`],
+/// [`Error::WorkspaceTooSmall`], [`Error::OutOfMemory`], and
+/// [`Error::InvalidArgument`] for an upstream gradient that is not finite.
 pub fn loss_and_gradients(batch: &Batch<'_>, upstream: f64) -> Result<LossAndGradients> {
     let compute = |buffers: GradientBuffers<'_>| loss_and_gradients_into(batch, upstream, buffers);
     let (evaluation, gradients) = Gradients::computed(batch.rows(), batch, compute)?;
@@ -74,7 +74,7 @@ pub fn loss_and_gradients(batch: &Batch<'_>, upstream: f64) -> Result<LossAndGra
 /// computed.
 ///
 /// # Errors
-/// As [`loss_and_gradients`], and [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a buffer of another shape.
+/// As [`loss_and_gradients`], and [`Error::InvalidArgument`] for a buffer of another shape.
 /// Buffers are written only when nothing can fail any more.
 pub fn loss_and_gradients_into(
     batch: &Batch<'_>,
@@ -212,7 +212,7 @@ impl Forward {
     /// Gradients, multiplied by `upstream`. `batch` must be that of the forward call, and its embeddings unchanged.
     ///
     /// # Errors
-    /// [`Error::StateMismatch`](crate::Error::StateMismatch) for another batch, which names what differs. Otherwise as
+    /// [`Error::StateMismatch`] for another batch, which names what differs. Otherwise as
     /// [`loss_and_gradients`].
     pub fn backward(&self, batch: &Batch<'_>, upstream: f64) -> Result<Gradients> {
         let compute = |buffers: GradientBuffers<'_>| Ok(((), self.backward_into(batch, upstream, buffers)?));
@@ -248,7 +248,7 @@ impl<'a> Shard<'a> {
     /// The shard of `rows`. `batch` is the whole batch.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) for a range that is empty or beyond the batch. Otherwise as
+    /// [`Error::InvalidArgument`] for a range that is empty or beyond the batch. Otherwise as
     /// [`loss_and_gradients`].
     pub fn new(batch: &Batch<'a>, rows: Range<usize>) -> Result<Self> {
         if rows.start >= rows.end || rows.end > batch.rows() {
@@ -277,7 +277,7 @@ impl<'a> Shard<'a> {
     /// The shard's part of every row's sums, O(M) numbers.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    /// [`Error::OutOfMemory`].
     pub fn partials(&self) -> Result<Partials> {
         sums::partials(self.task(), None, &Workspace::new().pool)
     }
@@ -285,8 +285,8 @@ impl<'a> Shard<'a> {
     /// Loss, row losses and metrics of the whole batch, from the merged partial sums of all shards.
     ///
     /// # Errors
-    /// [`Error::InvalidArgument`](crate::Error::InvalidArgument) if they do not cover every row, and
-    /// [`Error::NoNegative`](crate::Error::NoNegative).
+    /// [`Error::InvalidArgument`] if they do not cover every row, and
+    /// [`Error::NoNegative`].
     pub fn evaluate(&self, merged: &Partials) -> Result<Evaluation> {
         Ok(self.state.combine(merged)?.evaluation)
     }
