@@ -248,7 +248,11 @@ fn with_mpi(data: &Data, want: &Curve, kill: Option<&[usize]>) -> Result<()> {
     let universe = samtone::distributed::mpi::initialize().context("MPI was initialised before")?;
     let world = universe.world();
     let (rank, size) = (world.rank(), world.size());
-    let curve = train(Mpi::new(world), data, kill)?;
+    let curve = train(Mpi::new(world), data, kill).unwrap_or_else(|error| {
+        eprintln!("error: rank {rank}: {error:#}");
+        // Not by returning: that would finalise MPI, which waits for the other ranks, and they may wait for this one.
+        std::process::exit(1);
+    });
     if rank == 0 { compare(&curve, want, size as usize) } else { Ok(()) }
 }
 

@@ -184,7 +184,7 @@ pub enum Error {
     /// One of the ranks that compute a loss together has failed. All of them get this error.
     #[error("rank {rank} has failed: {reason}")]
     Rank {
-        /// Which one; the lowest, if several have.
+        /// Which one. If several have failed, it is one of them, the same on every rank.
         rank: usize,
         /// Its error, in words. Rows are those of its part of the batch.
         reason: String,

@@ -119,7 +119,11 @@ pub(crate) fn option_texts(call: &Call) -> Vec<(&'static str, String)> {
     let pairs = Pairs::of(&call, 1, 1);
     // No prefix is longer than this.
     let identity = Identity::new(&pairs, &Keys::new(&pairs), DType::F32, i32::MAX as usize);
-    identity.parts().into_iter().filter(|(name, _)| !name.is_empty()).collect()
+    let parts = identity.parts().into_iter().filter(|(name, _)| !name.is_empty());
+    let none = call.prefixes.is_none();
+    parts
+        .map(|(name, value)| if none && name == "`prefixes`" { (name, "none".into()) } else { (name, value) })
+        .collect()
 }
 
 struct Groups<'a>(&'a [Group]);

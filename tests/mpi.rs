@@ -31,7 +31,9 @@ fn main() -> ExitCode {
         trials.push(Listed::new("mpi", format!("{} processes, {shapes:?}", shapes.len()), of(task, shapes.len())));
     }
     trials.push(Listed::new("mpi", "an error is the same in every process", of("error", 3)));
-    trials.push(Listed::new("mpi", "a process that dies ends the others", dies));
+    for task in ["aborts", "panics", "exits"] {
+        trials.push(Listed::new("mpi", format!("a process that {task} ends the others"), move || ends(task)));
+    }
     report::run(&Arguments::from_args(), trials.into_iter().map(|trial| trial.ignored(absent.clone())).collect())
 }
 
@@ -39,7 +41,7 @@ fn main() -> ExitCode {
 fn run(task: &str, ranks: usize) -> Result<Output, Failed> {
     let program = std::env::current_exe()?;
     let mut command = Command::new("mpirun");
-    command.args(["--allow-run-as-root", "--oversubscribe", "-n", &ranks.to_string()]).arg(program);
+    command.args(["--allow-run-as-root", "--oversubscribe", "--timeout", "120", "-n", &ranks.to_string()]).arg(program);
     // Processes that wait for each other must not take turns at the cores of one that works.
     command.env(TASK, task).env("OMPI_MCA_mpi_yield_when_idle", "1");
     Ok(command.output()?)
@@ -51,10 +53,11 @@ fn succeeds(task: &str, ranks: usize) -> Result<(), Failed> {
     if output.status.success() { Ok(()) } else { Err(said.into()) }
 }
 
-fn dies() -> Result<(), Failed> {
-    let output = run("dies", 3)?;
+fn ends(task: &str) -> Result<(), Failed> {
+    let output = run(task, 3)?;
     let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    let named = said.contains("rank 1") || said.contains("Rank 1");
+    // `mpirun` numbers ranks, and names the process of one that exits by both.
+    let named = ["rank 1", "Rank 1", ",1]"].iter().any(|name| said.contains(name));
     if !output.status.success() && named { Ok(()) } else { Err(format!("{}: {said}", output.status).into()) }
 }
 
@@ -68,7 +71,7 @@ fn rank(task: &str) -> ExitCode {
     let mut rank = Distributed::new(Mpi::new(universe.world()).with_message_bytes(1000));
     let outcome = match task {
         "error" => error(&mut rank),
-        "dies" => dying(&mut rank),
+        "aborts" | "panics" | "exits" => ending(&mut rank, task),
         number => equal(&mut rank, number.parse().unwrap_or(0)),
     };
     match outcome {
@@ -115,12 +118,15 @@ fn error(rank: &mut Distributed<impl Group>) -> Result<(), String> {
     }
 }
 
-fn dying(rank: &mut Distributed<impl Group>) -> Result<(), String> {
+fn ending(rank: &mut Distributed<impl Group>, how: &str) -> Result<(), String> {
     let [spread, _] = problems(&[(4, 4), (4, 6), (4, 4)]);
     let own = rank.group().rank();
     for step in 0.. {
-        if (own, step) == (1, 3) {
-            std::process::abort();
+        match how {
+            _ if (own, step) != (1, 3) => {}
+            "aborts" => std::process::abort(),
+            "panics" => panic!("planted"),
+            _ => std::process::exit(1),
         }
         spread.parts[own].run(rank, DType::F32, 1.0).map_err(|e| e.to_string())?;
     }

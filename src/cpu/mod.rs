@@ -154,16 +154,19 @@ impl Workspace {
         sums::partials(shard.task(), Some(&mut self.tiles), &self.pool)
     }
 
-    /// Gradients of a shard, whose [`Workspace::partials`] were the last thing that this workspace was used for.
-    pub(crate) fn gradients_into(
+    /// What the gradients of a shard are made of, whose [`Workspace::partials`] were the last thing that this workspace was used for.
+    pub(crate) fn gradient_sums(
         &mut self,
         shard: &Shard<'_>,
         combined: &Combined,
-        upstream: f64,
-        buffers: GradientBuffers<'_>,
-    ) -> Result<TemperatureGradient> {
-        buffers.expect_shapes(shard.state.rows.len(), &shard.batch)?;
-        self.backward(shard.task(), combined, shard.plan.stored, upstream, buffers)
+        wanted: [bool; 2],
+    ) -> Result<ShardSums> {
+        gradient::gradients(shard.task(), combined, shard.plan.stored, wanted, self).map(ShardSums)
+    }
+
+    /// Takes back the memory of the sums.
+    pub(crate) fn take_back(&mut self, sums: ShardSums) {
+        self.recycle(sums.0);
     }
 
     fn backward(
@@ -230,6 +233,21 @@ impl Forward {
         buffers: GradientBuffers<'_>,
     ) -> Result<TemperatureGradient> {
         Workspace::new().backward_into(self, batch, upstream, buffers)
+    }
+}
+
+/// What the gradients of a shard are made of. Nothing can fail any more.
+pub(crate) struct ShardSums(gradient::GradientSums);
+
+impl ShardSums {
+    /// The shard's part of the temperature gradient.
+    pub(crate) fn temperature(&self, shard: &Shard<'_>, upstream: f64) -> TemperatureGradient {
+        TemperatureGradient::from_beta(upstream * self.0.beta * self.0.scale, shard.batch.call().beta())
+    }
+
+    /// Writes the gradients into buffers of the right shape: those of the shard's rows, and the shard's part of those of all passages.
+    pub(crate) fn write(&self, shard: &Shard<'_>, combined: &Combined, upstream: f64, buffers: GradientBuffers<'_>) {
+        project::project(shard.task(), combined, &self.0, upstream, buffers);
     }
 }
 

@@ -78,20 +78,19 @@ pub(super) fn gather_texts(group: &mut impl Group, own: &str) -> Result<Vec<Stri
     Ok(parts.into_iter().map(|part| String::from_utf8_lossy(&all[part]).into_owned()).collect())
 }
 
-/// Adds up over ranks what each has in `whole`, and leaves this rank's part of the sum, `parts[rank]` of it, in `own`. The order of the
-/// additions is fixed: first what this rank has itself, then rank − 1, rank − 2, and so on around the circle of ranks. `received` is memory
-/// of the size of `own`.
+/// Adds up over ranks what each has in `whole`, and leaves this rank's part of the sum in `parts[rank]` of it. The order of the additions is
+/// fixed: first what this rank has itself, then rank − 1, rank − 2, and so on around the circle of ranks. `received` is memory of the size of
+/// this rank's part.
 pub(super) fn reduce_scatter(
     group: &mut impl Group,
-    whole: &[f32],
+    whole: &mut [f32],
     parts: &[Range<usize>],
-    own: &mut [f32],
     received: &mut [f32],
 ) -> Result<()> {
-    own.copy_from_slice(&whole[parts[group.rank()].clone()]);
+    let rank = group.rank();
     for (to, from) in steps(group) {
-        let out = bytemuck::cast_slice(&whole[parts[to].clone()]);
-        group.exchange(to, out, from, bytemuck::cast_slice_mut(received))?;
+        let (out, own) = apart(whole, &parts[to], &parts[rank]);
+        group.exchange(to, bytemuck::cast_slice(out), from, bytemuck::cast_slice_mut(received))?;
         own.iter_mut().zip(&*received).for_each(|(sum, x)| *sum += x);
     }
     Ok(())
@@ -100,16 +99,15 @@ pub(super) fn reduce_scatter(
 /// Adds up over ranks what each has in `numbers`. Each rank adds up one part, in the order of [`reduce_scatter`], and sends it to all.
 pub(super) fn all_reduce(group: &mut impl Group, numbers: &mut [f32]) -> Result<()> {
     let (rank, size) = (group.rank(), group.size());
+    agree(group, Ok(()))?; // another rank may give up instead
     let lengths = gather_one(group, numbers.len() as u64)?;
     if let Some(other) = lengths.iter().position(|&length| length != lengths[0]) {
         let value = format!("{} numbers on rank 0 and {} on rank {other}", lengths[0], lengths[other]);
         return Err(Error::invalid("numbers", value, "equally many on all ranks"));
     }
     let parts = ranges((0..size).map(|part| numbers.len() / size + usize::from(part < numbers.len() % size)));
-    let mut memory = vec![0.0; 2 * parts[rank].len()];
-    let (own, received) = memory.split_at_mut(parts[rank].len());
-    reduce_scatter(group, numbers, &parts, own, received)?;
-    numbers[parts[rank].clone()].copy_from_slice(own);
+    let mut received = vec![0.0; parts[rank].len()];
+    reduce_scatter(group, numbers, &parts, &mut received)?;
     gather(group, numbers, &parts)
 }
 
@@ -131,5 +129,26 @@ pub(super) fn agree<T>(group: &mut impl Group, own: Result<T>) -> Result<T> {
     match first {
         Some((failed, reason)) => Err(Error::Rank { rank: *failed as usize - 1, reason }),
         None => own, // some entry is not 0
+    }
+}
+
+/// An engine that remembers why it is of no more use: the first exchange that failed, whatever the error.
+#[derive(Debug)]
+pub(super) struct Watched<G> {
+    pub engine: G,
+    pub failed: Option<Error>,
+}
+
+impl<G: Group> Group for Watched<G> {
+    fn rank(&self) -> usize {
+        self.engine.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.engine.size()
+    }
+
+    fn exchange(&mut self, to: usize, out: &[u8], from: usize, into: &mut [u8]) -> Result<()> {
+        self.engine.exchange(to, out, from, into).inspect_err(|error| self.failed = Some(error.clone()))
     }
 }

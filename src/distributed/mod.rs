@@ -12,8 +12,8 @@
 //! every rank      gradients of its rows
 //! ```
 //!
-//! A rank sends and receives (M + N)·d numbers of the embeddings' type, N·d numbers of f32, and O(M + N) further numbers. Between
-//! these, the ranks tell each other whether they have failed. If one has, all get the same error.
+//! Between these, the ranks tell each other whether they have failed. If one has, all get the same error. docs/distributed.md of the
+//! repository says how much they send.
 
 mod group;
 #[cfg(feature = "mpi")]
@@ -37,14 +37,15 @@ use crate::error::{Error, Result};
 use crate::output::{Evaluation, GradientBuffers, Gradients, LossAndGradients, TemperatureGradient, check_upstream};
 use crate::partials::Partials;
 use crate::tower::Tower;
-use group::{agree, all_reduce, gather_one, reduce_scatter};
+use group::{Watched, agree, all_reduce, gather_one, reduce_scatter};
 use std::fmt;
 use whole::{Memory, Whole};
 
 /// What one rank has of the batch. The batch is made of the parts of all ranks, in the order of ranks.
 ///
-/// Lists of the call are those of the part: positives and owners name its rows and passages. Ids mean the same on every rank. Everything
-/// else in the call is the same on every rank.
+/// Lists of the call are those of the part: positives and owners name its rows and passages. Ids mean the same on every rank. If some ranks
+/// give weights, rows of the others have weight 1; likewise passages of ranks without owners are everyone's. Everything else that decides the
+/// result is the same on every rank. The bound on the workspace may differ.
 #[derive(Debug, Clone, Copy)]
 pub struct Part<'a> {
     /// What is to be computed.
@@ -70,8 +71,8 @@ pub enum Reduction {
 impl fmt::Display for Reduction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Sum => "gradients to be summed",
-            Self::Mean => "gradients to be averaged",
+            Self::Sum => "the reduction `Sum`",
+            Self::Mean => "the reduction `Mean`",
         })
     }
 }
@@ -104,14 +105,13 @@ impl fmt::Display for Reduction {
 /// ```
 #[derive(Debug)]
 pub struct Distributed<G> {
-    group: G,
+    /// Also why the group is of no more use.
+    group: Watched<G>,
     reduction: Reduction,
     workspace: Workspace,
     memory: [Memory; 2],
-    /// This rank's part of the gradients of all passages; for its own passages, the sum over ranks, and what another rank adds to it.
-    passage_gradients: [Vec<f32>; 3],
-    /// Why the group is of no more use.
-    failed: Option<Error>,
+    /// This rank's part of the gradients of all passages, and what another rank adds to those of its own passages.
+    passage_gradients: [Vec<f32>; 2],
 }
 
 /// What a call is asked for.
@@ -125,7 +125,7 @@ impl fmt::Display for Wanted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Evaluation => f.write_str("no gradients"),
-            Self::Gradients { upstream } => write!(f, "gradients with `upstream` {upstream:?}"),
+            Self::Gradients { upstream } => write!(f, "gradients, and `upstream` {:?}", upstream + 0.0), // no negative zero
         }
     }
 }
@@ -134,9 +134,9 @@ impl<G: Group> Distributed<G> {
     /// This rank's calls on `group`. The memory of a call serves the next one.
     pub fn new(group: G) -> Self {
         let memory = [Memory::default(), Memory::default()];
-        let passage_gradients = [Vec::new(), Vec::new(), Vec::new()];
+        let passage_gradients = [Vec::new(), Vec::new()];
         let (reduction, workspace) = (Reduction::Sum, Workspace::new());
-        Self { group, reduction, workspace, memory, passage_gradients, failed: None }
+        Self { group: Watched { engine: group, failed: None }, reduction, workspace, memory, passage_gradients }
     }
 
     /// What the caller does with gradients. The same on every rank.
@@ -147,12 +147,12 @@ impl<G: Group> Distributed<G> {
 
     /// This rank's end of the group.
     pub fn group(&self) -> &G {
-        &self.group
+        &self.group.engine
     }
 
     /// The end itself.
     pub fn into_group(self) -> G {
-        self.group
+        self.group.engine
     }
 
     /// Loss, row losses and metrics of the whole batch, the same bits on every rank. Every rank makes the same call.
@@ -167,9 +167,9 @@ impl<G: Group> Distributed<G> {
     /// makes the same call with the same `upstream`.
     ///
     /// # Errors
-    /// The same error on every rank: [`Error::Rank`] for what is wrong with the part of one, [`Error::InvalidArgument`] for parts that do not
-    /// fit together, or what the [CPU backend](mod@crate::cpu) says of the whole batch. [`Error::Engine`] if ranks cannot reach each other;
-    /// then the group is of no more use, and every later call gets that error.
+    /// The same error on every rank: [`Error::Rank`] for what is wrong with the part of one or has failed there,
+    /// [`Error::InvalidArgument`] for parts that do not fit together, and [`Error::Unsupported`] for f64. If ranks cannot reach each other,
+    /// each gets the error of its engine, such as [`Error::Engine`]. Then the group is of no more use, and every later call gets that error.
     pub fn loss_and_gradients(&mut self, part: &Part<'_>, upstream: f64) -> Result<LossAndGradients> {
         let of = |x: Option<Embeddings<'_>>| x.map_or([0, 0], |x| [x.rows(), x.dim()]);
         let shapes = [of(part.query), of(part.passage)];
@@ -207,8 +207,8 @@ impl<G: Group> Distributed<G> {
         self.guarded(|this| agree::<()>(&mut this.group, Err(given))).err().unwrap_or(error)
     }
 
-    /// Adds up over ranks what each has in `numbers`, such as gradients of parameters that the ranks share. The order of additions is
-    /// fixed, and every rank gets the same bits. Every rank makes the same call.
+    /// Adds up over ranks what each has in `numbers`, such as gradients of parameters that the ranks share, with [`Reduction::Sum`]. The
+    /// order of additions is fixed, and every rank gets the same bits. Every rank makes the same call.
     ///
     /// # Errors
     /// [`Error::Engine`] as above, and [`Error::InvalidArgument`] for ranks that have different numbers of numbers.
@@ -237,14 +237,10 @@ impl<G: Group> Distributed<G> {
 
     /// A group in which somebody may still wait for this rank must not be used again.
     fn guarded<T>(&mut self, call: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
-        if let Some(failed) = &self.failed {
+        if let Some(failed) = &self.group.failed {
             return Err(failed.clone());
         }
-        let result = call(self);
-        if let Err(error @ (Error::Engine { .. } | Error::OutOfMemory { .. })) = &result {
-            self.failed = Some(error.clone());
-        }
-        result
+        call(self)
     }
 
     fn together(
@@ -267,7 +263,10 @@ impl<G: Group> Distributed<G> {
 
         let mut first = || -> Result<(Shard<'_>, Partials)> {
             let shard = Shard::of_rows(&batch, whole.rows[rank].clone())?;
-            let partials = workspace.partials(&shard)?;
+            let partials = match wanted {
+                Wanted::Evaluation => shard.partials()?, // no later pass needs its cosines
+                Wanted::Gradients { .. } => workspace.partials(&shard)?,
+            };
             Ok((shard, partials))
         };
         let (shard, partials) = agree(group, first().map_err(local))?;
@@ -282,42 +281,46 @@ impl<G: Group> Distributed<G> {
             Reduction::Sum => 1.0,
             Reduction::Mean => size as f64,
         };
-        let [passages, mine, received] = passage_gradients;
-        let own = whole.passages[rank].len();
+        let [passages, received] = passage_gradients;
+        let (own, [_, n]) = (whole.passages[rank].len(), whole.shape());
+        let wanted = [buffers.query.is_some(), whole.passage_gradient];
         let second = combined.and_then(|combined| {
-            let query = buffers.query.take();
-            let passage = if whole.passage_gradient {
-                let [_, n] = whole.shape();
-                for (memory, rows) in [(&mut *passages, n), (&mut *mine, own), (&mut *received, own)] {
+            if whole.passage_gradient {
+                for (memory, rows) in [(&mut *passages, n), (&mut *received, own)] {
                     crate::memory::reserve(memory, rows * whole.dim, "the gradients of all passages")?;
                 }
-                Some(EmbeddingsMut::new(&mut *passages, n, whole.dim)?)
-            } else {
-                None
-            };
-            let temperature =
-                workspace.gradients_into(&shard, &combined, upstream * scale, GradientBuffers { query, passage })?;
-            Ok((combined.evaluation, temperature))
-        });
-        let (evaluation, temperature) = agree(group, second)?;
-        if whole.passage_gradient {
-            let parts: Vec<_> =
-                whole.passages.iter().map(|range| range.start * whole.dim..range.end * whole.dim).collect();
-            reduce_scatter(group, passages, &parts, mine, received)?;
-            if let Some(mut buffer) = buffers.passage {
-                store(mine, &mut buffer);
             }
-        }
+            let sums = workspace.gradient_sums(&shard, &combined, wanted)?;
+            Ok((combined, sums))
+        });
+        let (combined, sums) = agree(group, second)?;
+        let upstream = upstream * scale;
+        let temperature = sums.temperature(&shard, upstream);
         // Of W equal factors that the pass has multiplied by, the temperature keeps none.
-        let own = [temperature.tau / scale, temperature.log_beta / scale];
+        let part = [temperature.tau / scale, temperature.log_beta / scale];
         let [tau, log_beta] = match reduction {
-            Reduction::Sum => own,
+            Reduction::Sum => part,
             Reduction::Mean => {
-                let all = gather_one(group, own)?;
-                all.iter().fold([0.0; 2], |sum, own| [sum[0] + own[0], sum[1] + own[1]])
+                let all = gather_one(group, part)?;
+                all.iter().fold([0.0; 2], |sum, part| [sum[0] + part[0], sum[1] + part[1]])
             }
         };
-        Ok((evaluation, TemperatureGradient { tau, log_beta }))
+        if whole.passage_gradient {
+            let passage = Some(EmbeddingsMut::new(&mut *passages, n, whole.dim)?);
+            sums.write(&shard, &combined, upstream, GradientBuffers { query: None, passage });
+            let parts: Vec<_> =
+                whole.passages.iter().map(|range| range.start * whole.dim..range.end * whole.dim).collect();
+            reduce_scatter(group, passages, &parts, received)?;
+        }
+        // Nothing can fail any more on this rank.
+        let query = buffers.query.take();
+        sums.write(&shard, &combined, upstream, GradientBuffers { query, passage: None });
+        if let Some(mut buffer) = buffers.passage {
+            let own = &whole.passages[rank];
+            store(&passages[own.start * whole.dim..own.end * whole.dim], &mut buffer);
+        }
+        workspace.take_back(sums);
+        Ok((combined.evaluation, TemperatureGradient { tau, log_beta }))
     }
 }
 

@@ -2,7 +2,8 @@
 
 use super::group::Group;
 use crate::error::{Error, Result};
-use mpi::point_to_point::{Destination, Source, send_receive_into};
+use mpi::datatype::Equivalence;
+use mpi::point_to_point::{Destination, Source, Status, send_receive_into};
 use mpi::topology::Communicator;
 use std::fmt;
 
@@ -12,14 +13,26 @@ const MOST: usize = 1 << 30;
 /// The processes of an MPI communicator, such as `universe.world()` of the crate [`mpi`].
 ///
 /// MPI has no time-outs: whoever waits for a rank that is alive and never makes its call waits for ever. If a process dies, `mpirun` ends the
-/// others and says which one it was. An MPI call that fails ends the process by MPI's own error handler, unless the communicator has
+/// others and says which one it was. A rank that returns from `main` before the others does not die: `MPI_Finalize` waits for them, and they
+/// wait for it. So a rank that cannot go on calls [`give_up`](super::Distributed::give_up), or ends with [`std::process::exit`] or
+/// [`Communicator::abort`]. One that panics does so by itself. Messages have tag 0; a program that sends messages of its own gives a duplicate
+/// of its communicator. An MPI call that fails ends the process by MPI's own error handler, unless the communicator has
 /// another.
-pub struct Mpi<C> {
+pub struct Mpi<C: Communicator> {
     communicator: C,
     most: usize,
 }
 
-impl<C> fmt::Debug for Mpi<C> {
+/// A rank that panics ends the others. Otherwise `MPI_Finalize` and the others would wait for each other for ever.
+impl<C: Communicator> Drop for Mpi<C> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.communicator.abort(1);
+        }
+    }
+}
+
+impl<C: Communicator> fmt::Debug for Mpi<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Mpi").finish_non_exhaustive()
     }
@@ -66,14 +79,21 @@ fn pieces<C: Communicator>(
     if let Some(peer) = [to, from].into_iter().find(|&peer| peer >= size) {
         return Err(Error::Engine { engine: "MPI", reason: format!("there is no rank {peer} among {size}") });
     }
-    let [to, from] = [to, from].map(|rank| communicator.process_at_rank(rank as i32));
+    let full = |status: Status, due: usize| match status.count(u8::equivalent_datatype()) as usize {
+        sent if sent == due => Ok(()),
+        sent => {
+            let reason = format!("rank {from} has sent {sent} bytes, where {due} were due");
+            Err(Error::Engine { engine: "MPI", reason })
+        }
+    };
+    let [to, source] = [to, from].map(|rank| communicator.process_at_rank(rank as i32));
     let (mut out, mut into) = (out.chunks(most), into.chunks_mut(most));
     loop {
         // The n-th piece that arrives here is the n-th of the sender, which may have more or fewer than this rank sends.
         match (out.next(), into.next()) {
-            (Some(out), Some(into)) => drop(send_receive_into(out, &to, into, &from)),
+            (Some(out), Some(into)) => full(send_receive_into(out, &to, &mut *into, &source), into.len())?,
             (Some(out), None) => to.send(out),
-            (None, Some(into)) => drop(from.receive_into(into)),
+            (None, Some(into)) => full(source.receive_into(&mut *into), into.len())?,
             (None, None) => return Ok(()),
         }
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 /// How long a rank waits for another unless it is told otherwise.
 const TIMEOUT: Duration = Duration::from_secs(600);
 
-/// A rank's end of a group of threads of one process: for tests, and for several GPUs of one process.
+/// A rank's end of a group of threads of one process: for tests, and for towers that threads of one process encode.
 ///
 /// Each rank needs a thread of its own, in which it may wait for the others: tasks of one rayon pool are none. A rank that drops its end has
 /// left. Whoever waits for it gets an error.
@@ -101,6 +101,23 @@ impl Group for Threads {
     }
 
     fn exchange(&mut self, to: usize, out: &[u8], from: usize, into: &mut [u8]) -> Result<()> {
+        // Nobody should wait for a rank that has got an error.
+        self.try_exchange(to, out, from, into).inspect_err(|_| self.leave())
+    }
+}
+
+impl Threads {
+    fn leave(&self) {
+        self.shared.mail().left[self.rank] = true;
+        self.shared.news.notify_all();
+    }
+
+    fn try_exchange(&self, to: usize, out: &[u8], from: usize, into: &mut [u8]) -> Result<()> {
+        let size = self.shared.size;
+        if let Some(peer) = [to, from].into_iter().find(|&peer| peer >= size) {
+            let reason = format!("there is no rank {peer} among {size}");
+            return Err(Error::Engine { engine: "a group of threads", reason });
+        }
         let mut message = Vec::new();
         let refused = |_| Error::OutOfMemory { bytes: out.len(), purpose: "a message to another rank" };
         message.try_reserve_exact(out.len()).map_err(refused)?;
@@ -119,7 +136,6 @@ impl Group for Threads {
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        self.shared.mail().left[self.rank] = true;
-        self.shared.news.notify_all();
+        self.leave();
     }
 }

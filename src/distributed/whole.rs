@@ -45,16 +45,22 @@ impl Head {
         if let (Some(query), Some(passage)) = (query, passage) {
             Batch::expect_like(&query, &passage)?;
         }
-        part.call.check_options()?;
         // A row without a passage of its own rank would take one of the next rank for its positive.
         expect_as_many(rows, passages)?;
+        part.call.check_options()?;
         part.call.check_lists(rows, passages)?;
         let dim = kind.map_or(0, |(dim, _)| dim);
         if kind.is_some() {
             crate::prefix::of(part.call, dim)?;
         }
-        buffers.expect_shape_of(Tower::Query, rows, dim)?;
-        buffers.expect_shape_of(Tower::Passage, passages, dim)?;
+        let towers = [(Tower::Query, rows, &buffers.query), (Tower::Passage, passages, &buffers.passage)];
+        for (tower, rows, buffer) in towers {
+            if let Some(buffer) = buffer.as_ref().filter(|_| rows == 0) {
+                let (argument, value) = ("gradients", format!("a buffer of {} {tower} rows", buffer.rows()));
+                return Err(Error::invalid(argument, value, format!("none, for the rank has no {tower}")));
+            }
+            buffers.expect_shape_of(tower, rows, dim)?;
+        }
         let call = part.call;
         let lists = Lists {
             query_ids: call.query_ids.is_some(),
@@ -170,12 +176,9 @@ impl Whole {
         let said = gather_texts(group, &own.join("\n"))?;
         for (rank, text) in said.iter().enumerate() {
             if let Some((here, there)) = said[0].lines().zip(text.lines()).find(|(here, there)| here != there) {
-                let value = format!("one with {} on rank {rank}", there.trim());
-                return Err(Error::invalid(
-                    "call",
-                    value,
-                    format!("the same on all ranks; rank 0 has {}", here.trim()),
-                ));
+                let value = format!("another on rank {rank}, which has {}", there.trim());
+                let allowed = format!("the same on all ranks; rank 0 has {}", here.trim());
+                return Err(Error::invalid("call", value, allowed));
             }
         }
         let Some((dim, dtype)) = kind.filter(|_| heads.iter().any(|head| head.rows > 0)) else {
@@ -184,16 +187,21 @@ impl Whole {
         for (rank, head) in heads.iter().enumerate() {
             if let Some((other, its)) = head.kind.filter(|kind| *kind != (dim, dtype)) {
                 let value = format!("of dimension {other} and type {its} on rank {rank}");
-                return Err(Error::invalid("query", value, format!("the same on all ranks, {dim} and {dtype}")));
+                return Err(Error::invalid("embeddings", value, format!("the same on all ranks, {dim} and {dtype}")));
             }
+        }
+        if dtype == DType::F64 {
+            return Err(Error::dtype("cpu", dtype, "f32, f16 and bf16; the reference takes f64"));
         }
         let with = |given: fn(&Lists) -> bool, count: fn(&Head) -> usize| given_by_all(&heads, given, count);
         let query_ids = with(|lists| lists.query_ids, |head| head.rows).map_err(|ranks| uneven("query_ids", ranks))?;
         let passage_ids =
             with(|lists| lists.passage_ids, |head| head.passages).map_err(|ranks| uneven("passage_ids", ranks))?;
-        let scopes: Vec<_> = heads.iter().filter_map(|head| head.lists.owners).collect();
-        if let Some(other) = scopes.iter().find(|&scope| scope != &scopes[0]) {
-            let value = format!("of scope {other:?} on one rank and {:?} on another", scopes[0]);
+        let scopes: Vec<_> =
+            heads.iter().enumerate().filter_map(|(rank, head)| Some((rank, head.lists.owners?))).collect();
+        if let Some((rank, other)) = scopes.iter().find(|(_, scope)| *scope != scopes[0].1) {
+            let (first, scope) = scopes[0];
+            let value = format!("of scope {other:?} on rank {rank} and of scope {scope:?} on rank {first}");
             return Err(Error::invalid("owners", value, "one scope on all ranks"));
         }
         let rows = ranges(heads.iter().map(|head| head.rows));
@@ -213,7 +221,7 @@ impl Whole {
             query_ids,
             passage_ids,
             heads.iter().any(|head| head.lists.weights),
-            scopes.first(),
+            scopes.first().map(|(_, scope)| scope),
         )?;
         let passage_gradient = heads.iter().any(|head| head.passage_gradient);
         Ok((Self { call, rows, passages, dim, dtype, passage_gradient }, buffers))

@@ -34,12 +34,12 @@ def test_what_is_wrong_in_one_process_every_process_says(tmp_path: Path) -> None
     sentences = results[0]["refused"]
     assert isinstance(sentences, dict), sentences
     failed = "SamtoneError: rank {} has failed: {}"
-    differs = "SamtoneError: the call is one with {} on rank 1; allowed: the same on all ranks; rank 0 has {}"
+    differs = "SamtoneError: the call is another on rank 1, which has {}; allowed: the same on all ranks; rank 0 has {}"
     for name, start in {
         "nan": failed.format(1, "the query embedding in row 2 contains NaN at column 3"),
         "zero": failed.format(0, "the passage embedding in row 8 has norm zero"),
         "temperature": differs.format("temperature 0.05", "temperature 0.06"),
-        "reduction": differs.format("gradients to be averaged", "gradients to be summed"),
+        "reduction": differs.format("the reduction `Mean`", "the reduction `Sum`"),
         "domain": failed.format(1, "argument `temperature` is 0; allowed: a number from 1e-6"),
         "argument": failed.format(1, "argument `passage_ids` is a tensor of type torch.float32; allowed: integers"),
         "length": failed.format(1, "argument `passage_ids` is a list of 3 elements; allowed: 4"),
@@ -48,7 +48,7 @@ def test_what_is_wrong_in_one_process_every_process_says(tmp_path: Path) -> None
         "rows": failed.format(
             1, "argument `passage` is 2 rows; allowed: at least as many rows as there are queries, 4"
         ),
-        "gradients": differs.format("gradients with `upstream` 1.0", "no gradients"),
+        "gradients": differs.format("gradients, and `upstream` 1.0", "no gradients"),
     }.items():
         assert sentences.pop(name).startswith(start), name
     assert not sentences

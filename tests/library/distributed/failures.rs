@@ -100,17 +100,17 @@ fn a_part_with_more_queries_than_passages_is_refused() {
 fn parts_that_do_not_fit_together_are_told_apart() {
     let spread = Spread::preset("samtone_both", Kind::Random, SHAPES[4], Lists { ids: true, ..Lists::default() });
     for (part, change) in [
-        ("temperature 0.06 on rank 2", &(|c: Call| c.with_temperature(0.06)) as &dyn Fn(Call) -> Call),
-        ("margin 0.5 on rank 2", &|c| c.with_margin(0.5)),
-        ("the loss 1·{qp} on rank 2", &|c| c.with_loss(Loss::info_nce())),
-        ("the policy `zero_norm` ZeroGradient on rank 2", &|c| c.with_zero_norm(ZeroNorm::ZeroGradient)),
-        ("the policy `no_negative` Zero on rank 2", &|c| c.with_no_negative(NoNegative::Zero)),
-        ("`shared_ids` true on rank 2", &|c| c.with_shared_ids(true)),
+        ("rank 2, which has temperature 0.06;", &(|c: Call| c.with_temperature(0.06)) as &dyn Fn(Call) -> Call),
+        ("rank 2, which has margin 0.5;", &|c| c.with_margin(0.5)),
+        ("rank 2, which has the loss 1·{qp};", &|c| c.with_loss(Loss::info_nce())),
+        ("rank 2, which has the policy `zero_norm` ZeroGradient;", &|c| c.with_zero_norm(ZeroNorm::ZeroGradient)),
+        ("rank 2, which has the policy `no_negative` Zero;", &|c| c.with_no_negative(NoNegative::Zero)),
+        ("rank 2, which has `shared_ids` true;", &|c| c.with_shared_ids(true)),
         ("`prefixes` 3 (weight 1)", &|c| c.with_prefixes([3])),
     ] {
         let error = failure(&spread, 2, |local| local.call = change(local.call.clone())).to_string();
-        let whole =
-            error.starts_with("argument `call` is one with ") && error.contains("the same on all ranks; rank 0 has");
+        let whole = error.starts_with("argument `call` is another on rank 2")
+            && error.contains("the same on all ranks; rank 0 has");
         assert!(whole && error.contains(part), "{part}: {error}");
     }
     let bare = |local: &mut Local| local.call = Call::new(Loss::samtone_both(), 0.05);
@@ -146,8 +146,12 @@ fn ranks_that_ask_for_different_things_are_told_apart() {
     /// Upstream gradient, reduction and type that a rank asks for.
     type Ask = fn(usize) -> (f64, Reduction, DType);
     let asks: [(&str, Ask); 4] = [
-        ("`upstream` 2.0 on rank 1", |r| (if r == 1 { 2.0 } else { 1.0 }, Reduction::Sum, DType::F32)),
-        ("averaged on rank 3", |r| (1.0, if r == 3 { Reduction::Mean } else { Reduction::Sum }, DType::F32)),
+        ("rank 1, which has gradients, and `upstream` 2.0;", |r| {
+            (if r == 1 { 2.0 } else { 1.0 }, Reduction::Sum, DType::F32)
+        }),
+        ("rank 3, which has the reduction `Mean`;", |r| {
+            (1.0, if r == 3 { Reduction::Mean } else { Reduction::Sum }, DType::F32)
+        }),
         ("type f16 on rank 2", |r| (1.0, Reduction::Sum, if r == 2 { DType::F16 } else { DType::F32 })),
         ("rank 1 has failed: argument `upstream` is NaN", |r| {
             (if r == 1 { f64::NAN } else { 1.0 }, Reduction::Sum, DType::F32)

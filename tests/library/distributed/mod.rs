@@ -1,5 +1,6 @@
 //! Batches spread over ranks, which are threads here.
 
+mod engines;
 mod failures;
 mod results;
 mod spread;
