@@ -149,7 +149,7 @@ impl Workspace {
         self.backward(task, &forward.combined, 0, upstream, buffers)
     }
 
-    /// The partial sums of a shard. The workspace keeps cosines for [`Workspace::gradients_into`].
+    /// The partial sums of a shard. The workspace keeps cosines for [`Workspace::gradient_sums`].
     pub(crate) fn partials(&mut self, shard: &Shard<'_>) -> Result<Partials> {
         sums::partials(shard.task(), Some(&mut self.tiles), &self.pool)
     }
