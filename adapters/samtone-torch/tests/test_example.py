@@ -6,12 +6,15 @@ import importlib.metadata
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from samtone.sentence_transformers import CachedSamToNeLoss, SamToNeLoss
 from sentence_models import transformer_model
+from test_distributed import needs_gloo
 
 HERE = Path(__file__).resolve().parents[1]
 DATA = HERE.parent / "dual-encoder"
@@ -40,6 +43,15 @@ def test_curve(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     got.loss[7] *= 1.001
     with pytest.raises(SystemExit, match="too far"):
         example.main()
+
+
+@needs_gloo
+def test_curve_in_two_processes() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, HERE / "examples" / "train_distributed.py", DATA]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    if done.returncode != 0 or "2 processes: losses within" not in done.stdout:
+        pytest.fail(f"it ended with {done.returncode} and wrote:\n{done.stdout}\n{done.stderr}")
 
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
