@@ -113,6 +113,12 @@ impl Identity {
     }
 }
 
+/// The digest of a text.
+pub(crate) fn digest(text: &str) -> [u64; 2] {
+    let Digest(words) = text.bytes().map(u64::from).collect();
+    words
+}
+
 /// Names and values of what decides a result beside embeddings and lists, in words of which no two are the same for different values.
 pub(crate) fn option_texts(call: &Call) -> Vec<(&'static str, String)> {
     let call = call.without_lists();

@@ -99,10 +99,10 @@ pub(super) fn reduce_scatter(
 /// Adds up over ranks what each has in `numbers`. Each rank adds up one part, in the order of [`reduce_scatter`], and sends it to all.
 pub(super) fn all_reduce(group: &mut impl Group, numbers: &mut [f32]) -> Result<()> {
     let (rank, size) = (group.rank(), group.size());
-    agree(group, Ok(()))?; // another rank may give up instead
-    let lengths = gather_one(group, numbers.len() as u64)?;
-    if let Some(other) = lengths.iter().position(|&length| length != lengths[0]) {
-        let value = format!("{} numbers on rank 0 and {} on rank {other}", lengths[0], lengths[other]);
+    let ((), said) = agree_on(group, Ok(((), Calls::Sum.with([numbers.len() as u64]))))?;
+    Calls::expect_one(&said)?;
+    if let Some(other) = said.iter().position(|words| words != &said[0]) {
+        let value = format!("{} numbers on rank 0 and {} on rank {other}", said[0][1], said[other][1]);
         return Err(Error::invalid("numbers", value, "equally many on all ranks"));
     }
     let parts = ranges((0..size).map(|part| numbers.len() / size + usize::from(part < numbers.len() % size)));
@@ -111,25 +111,69 @@ pub(super) fn all_reduce(group: &mut impl Group, numbers: &mut [f32]) -> Result<
     gather(group, numbers, &parts)
 }
 
+/// What a rank calls, the first of its words.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Calls {
+    Loss = 1,
+    Sum = 2,
+}
+
+impl Calls {
+    /// The words of a call.
+    pub fn with<const N: usize>(self, words: [u64; N]) -> [u64; WORDS] {
+        let mut all = [0; WORDS];
+        all[0] = self as u64;
+        all[1..=N].copy_from_slice(&words);
+        all
+    }
+
+    /// An error unless all ranks make one call.
+    pub fn expect_one(said: &[[u64; WORDS]]) -> Result<()> {
+        let name = |words: &[u64; WORDS]| if words[0] == Self::Sum as u64 { "`sum`" } else { "a loss" };
+        let Some(other) = said.iter().position(|words| words[0] != said[0][0]) else { return Ok(()) };
+        let value = format!("{} on rank {other}", name(&said[other]));
+        Err(Error::invalid("call", value, format!("the same on all ranks; rank 0 calls {}", name(&said[0]))))
+    }
+}
+
+/// Numbers that a rank can say when ranks agree.
+pub(super) const WORDS: usize = 8;
+
 /// `own`, if every rank has succeeded. Otherwise the same error on every rank: that of the lowest rank that failed.
 ///
 /// An error that is an [`Error::Rank`] already is about that rank's part, whoever found it.
 pub(super) fn agree<T>(group: &mut impl Group, own: Result<T>) -> Result<T> {
+    agree_on(group, own.map(|own| (own, [0; WORDS]))).map(|(own, _)| own)
+}
+
+/// [`agree`], and with it what each rank says, in the order of ranks. All agreements have messages of one size, and every call begins with
+/// one. So a rank can fail where the others make any call.
+pub(super) fn agree_on<T>(group: &mut impl Group, own: Result<(T, [u64; WORDS])>) -> Result<(T, Vec<[u64; WORDS]>)> {
     let rank = group.rank();
     let failure = own.as_ref().err().map(|error| match error {
         Error::Rank { rank, reason } => (*rank, reason.clone()),
         other => (rank, other.to_string()),
     });
-    let failed = gather_one(group, failure.as_ref().map_or(0, |(rank, _)| *rank as u64 + 1))?;
-    if failed.iter().all(|&failed| failed == 0) {
-        return own;
+    let failed = failure.as_ref().map_or(0, |(rank, _)| *rank as u64 + 1);
+    let words = own.as_ref().map_or([0; WORDS], |(_, words)| *words);
+    let said = gather_one(group, Said { failed, words })?;
+    if said.iter().any(|said| said.failed > 0) {
+        let reasons = gather_texts(group, failure.as_ref().map_or("", |(_, reason)| reason))?;
+        let first = said.iter().zip(reasons).filter(|(said, _)| said.failed > 0).min_by_key(|(said, _)| said.failed);
+        if let Some((said, reason)) = first {
+            return Err(Error::Rank { rank: said.failed as usize - 1, reason });
+        }
     }
-    let reasons = gather_texts(group, failure.as_ref().map_or("", |(_, reason)| reason))?;
-    let first = failed.iter().zip(reasons).filter(|(failed, _)| **failed > 0).min_by_key(|(failed, _)| **failed);
-    match first {
-        Some((failed, reason)) => Err(Error::Rank { rank: *failed as usize - 1, reason }),
-        None => own, // some entry is not 0
-    }
+    Ok((own?.0, said.iter().map(|said| said.words).collect()))
+}
+
+/// The message of an agreement.
+#[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+struct Said {
+    /// 1 + the rank that has failed; 0 for none.
+    failed: u64,
+    words: [u64; WORDS],
 }
 
 /// An engine that remembers why it is of no more use: the first exchange that failed, whatever the error.

@@ -1,12 +1,12 @@
 //! The whole batch, gathered from what each rank has of it.
 
-use super::group::{Group, agree, gather, gather_one, gather_texts, ranges};
+use super::group::{Calls, Group, WORDS, agree, agree_on, gather, gather_texts, ranges};
 use super::{Part, Reduction};
 use crate::batch::{Batch, Data, Embeddings, for_each_dtype};
 use crate::call::{Call, Scope, expect_as_many};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::identity::option_texts;
+use crate::identity::{digest, option_texts};
 use crate::output::GradientBuffers;
 use crate::tower::Tower;
 use half::{bf16, f16};
@@ -22,6 +22,8 @@ struct Head {
     lists: Lists,
     /// Whether the rank wants gradients of its passages.
     passage_gradient: bool,
+    /// Of what the rank is asked for, and its options.
+    options: [u64; 2],
 }
 
 /// Which lists a rank gives.
@@ -33,10 +35,8 @@ struct Lists {
     owners: Option<Scope>,
 }
 
-const HEAD: usize = 8;
-
 impl Head {
-    fn of(part: &Part<'_>, buffers: &GradientBuffers<'_>) -> Result<Self> {
+    fn of(part: &Part<'_>, buffers: &GradientBuffers<'_>, options: &str) -> Result<Self> {
         let (query, passage) = (part.query, part.passage);
         let rows = query.map_or(0, |x| x.rows());
         let passages = passage.map_or(0, |x| x.rows());
@@ -68,25 +68,27 @@ impl Head {
             weights: call.weights.is_some(),
             owners: call.owners.as_ref().map(|(_, scope)| *scope),
         };
-        Ok(Self { rows, passages, kind, lists, passage_gradient: buffers.passage.is_some() })
+        Ok(Self { rows, passages, kind, lists, passage_gradient: buffers.passage.is_some(), options: digest(options) })
     }
 
-    fn encode(&self) -> [u64; HEAD] {
+    fn encode(&self) -> [u64; WORDS] {
         let (dim, dtype) = self.kind.map_or((0, 0), |(dim, dtype)| (dim, 1 + place(dtype)));
         let Lists { query_ids, passage_ids, weights, owners } = self.lists;
-        let owners = owners.map_or(0, |scope| 1 + u64::from(scope == Scope::Own));
-        let flags = [query_ids, passage_ids, weights, self.passage_gradient];
+        let owners = [owners.is_some(), owners == Some(Scope::Own)];
+        let flags = [query_ids, passage_ids, weights, owners[0], owners[1], self.passage_gradient];
         let flags = flags.iter().fold(0, |bits, &flag| 2 * bits + u64::from(flag));
-        [self.rows as u64, self.passages as u64, dim as u64, dtype, flags, owners, 0, 0]
+        let [first, second] = self.options;
+        Calls::Loss.with([self.rows as u64, self.passages as u64, dim as u64, dtype, flags, first, second])
     }
 
-    fn decode(words: [u64; HEAD]) -> Self {
-        let [rows, passages, dim, dtype, flags, owners, ..] = words;
-        let flag = |place: u32| flags >> (3 - place) & 1 == 1;
-        let owners = [None, Some(Scope::All), Some(Scope::Own)].get(owners as usize).copied().flatten();
+    fn decode([_, rows, passages, dim, dtype, flags, first, second]: [u64; WORDS]) -> Self {
+        let [query_ids, passage_ids, weights, owners, own, passage_gradient] =
+            std::array::from_fn(|place| flags >> (5 - place) & 1 == 1);
+        let owners = owners.then_some(if own { Scope::Own } else { Scope::All });
         let kind = DType::ALL.get((dtype as usize).wrapping_sub(1)).map(|&dtype| (dim as usize, dtype));
-        let lists = Lists { query_ids: flag(0), passage_ids: flag(1), weights: flag(2), owners };
-        Self { rows: rows as usize, passages: passages as usize, kind, lists, passage_gradient: flag(3) }
+        let lists = Lists { query_ids, passage_ids, weights, owners };
+        let (rows, passages) = (rows as usize, passages as usize);
+        Self { rows, passages, kind, lists, passage_gradient, options: [first, second] }
     }
 }
 
@@ -166,21 +168,17 @@ impl Whole {
         what: &str,
         reduction: Reduction,
     ) -> Result<(Self, GradientBuffers<'b>)> {
-        let own = buffers.and_then(|buffers| Ok((Head::of(part, &buffers)?, buffers)));
-        let (head, buffers) = agree(group, own)?;
-        let heads: Vec<_> = gather_one(group, head.encode())?.into_iter().map(Head::decode).collect();
-        // The words that stand for the options differ where the options do.
-        let kind = heads.iter().find_map(|head| head.kind);
         let options = option_texts(part.call).into_iter().map(|(name, value)| format!("{name} {value}"));
         let own: Vec<_> = [what.into(), reduction.to_string()].into_iter().chain(options).collect();
-        let said = gather_texts(group, &own.join("\n"))?;
-        for (rank, text) in said.iter().enumerate() {
-            if let Some((here, there)) = said[0].lines().zip(text.lines()).find(|(here, there)| here != there) {
-                let value = format!("another on rank {rank}, which has {}", there.trim());
-                let allowed = format!("the same on all ranks; rank 0 has {}", here.trim());
-                return Err(Error::invalid("call", value, allowed));
-            }
+        let own = own.join("\n");
+        let head = buffers.and_then(|buffers| Ok((Head::of(part, &buffers, &own)?, buffers)));
+        let (buffers, said) = agree_on(group, head.map(|(head, buffers)| (buffers, head.encode())))?;
+        Calls::expect_one(&said)?;
+        let heads: Vec<_> = said.into_iter().map(Head::decode).collect();
+        if heads.iter().any(|head| head.options != heads[0].options) {
+            return Err(differing(&gather_texts(group, &own)?));
         }
+        let kind = heads.iter().find_map(|head| head.kind);
         let Some((dim, dtype)) = kind.filter(|_| heads.iter().any(|head| head.rows > 0)) else {
             return Err(Error::invalid("query", "without a row on every rank", "rows on at least one rank"));
         };
@@ -215,14 +213,9 @@ impl Whole {
                 format!("up to {most}"),
             ));
         }
-        let mut lists = Gathered { group, rows: &rows, passages: &passages };
-        let call = lists.call(
-            part.call,
-            query_ids,
-            passage_ids,
-            heads.iter().any(|head| head.lists.weights),
-            scopes.first().map(|(_, scope)| scope),
-        )?;
+        let weights = heads.iter().any(|head| head.lists.weights);
+        let lists = Lists { query_ids, passage_ids, weights, owners: scopes.first().map(|(_, scope)| *scope) };
+        let call = lists.gather(group, part.call, [&rows, &passages])?;
         let passage_gradient = heads.iter().any(|head| head.passage_gradient);
         Ok((Self { call, rows, passages, dim, dtype, passage_gradient }, buffers))
     }
@@ -292,57 +285,74 @@ fn uneven(argument: &'static str, [with, without]: [usize; 2]) -> Error {
     )
 }
 
-/// Gathers lists that have an entry for each row, or for each passage.
-struct Gathered<'a, G> {
-    group: &'a mut G,
-    rows: &'a [Range<usize>],
-    passages: &'a [Range<usize>],
+/// Where ranks differ, of which each says its options.
+fn differing(said: &[String]) -> Error {
+    let of_rank = |(rank, text): (usize, &String)| {
+        let mut lines = said[0].lines().zip(text.lines());
+        lines.find(|(here, there)| here != there).map(|(here, there)| (rank, here.to_string(), there.to_string()))
+    };
+    let (rank, here, there) = said.iter().enumerate().find_map(of_rank).unwrap_or_default();
+    let value = format!("another on rank {rank}, which has {}", there.trim());
+    Error::invalid("call", value, format!("the same on all ranks; rank 0 has {}", here.trim()))
 }
 
-impl<G: Group> Gathered<'_, G> {
-    /// The list of all ranks. This rank's part of it is `own`.
-    fn list<T: bytemuck::Pod>(&mut self, tower: Tower, own: impl Iterator<Item = T>) -> Result<Vec<T>> {
-        let parts = if tower == Tower::Query { self.rows } else { self.passages };
-        let mut all = vec![T::zeroed(); parts.last().map_or(0, |part| part.end)];
-        all[parts[self.group.rank()].clone()].iter_mut().zip(own).for_each(|(to, x)| *to = x);
-        gather(self.group, &mut all, parts)?;
-        Ok(all)
+impl Lists {
+    /// The call of all ranks, with these lists. Rows and passages that a rank's own lists name are the rank's, and are renamed.
+    fn gather(&self, group: &mut impl Group, own: &Call, [rows, passages]: [&[Range<usize>]; 2]) -> Result<Call> {
+        let each_row = 1 + usize::from(self.query_ids) + usize::from(self.weights);
+        let each_passage = usize::from(self.passage_ids) + usize::from(self.owners.is_some());
+        let lengths = rows.iter().zip(passages).map(|(m, n)| m.len() * each_row + n.len() * each_passage);
+        let places = ranges(lengths);
+        let mut all = vec![0; places.last().map_or(0, |place| place.end)];
+        let rank = group.rank();
+        let words = self.words(own, &rows[rank], &passages[rank]);
+        all[places[rank].clone()].copy_from_slice(&words);
+        gather(group, &mut all, &places)?;
+
+        let mut call = own.without_lists();
+        let (mut query_ids, mut passage_ids, mut weights) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut owners, mut positives) = (Vec::new(), Vec::new());
+        for (place, (m, n)) in places.into_iter().zip(rows.iter().zip(passages)) {
+            let mut words = all[place].iter().copied();
+            let mut take = |wanted: bool, count: usize| -> Vec<u64> {
+                words.by_ref().take(if wanted { count } else { 0 }).collect()
+            };
+            positives.extend(take(true, m.len()).into_iter().map(|n| n as u32));
+            query_ids.extend(take(self.query_ids, m.len()).into_iter().map(|id| id as i64));
+            weights.extend(take(self.weights, m.len()).into_iter().map(|bits| f32::from_bits(bits as u32)));
+            passage_ids.extend(take(self.passage_ids, n.len()).into_iter().map(|id| id as i64));
+            owners.extend(take(self.owners.is_some(), n.len()).into_iter().map(|owner| owner as i64 as i32));
+        }
+        call.positives = Some(positives);
+        call.query_ids = self.query_ids.then_some(query_ids);
+        call.passage_ids = self.passage_ids.then_some(passage_ids);
+        call.weights = self.weights.then_some(weights);
+        call.owners = self.owners.map(|scope| (owners, scope));
+        Ok(call)
     }
 
-    /// The call of all ranks. Rows and passages that this rank's lists name are its own, and are renamed.
-    fn call(
-        &mut self,
-        own: &Call,
-        query_ids: bool,
-        passage_ids: bool,
-        weights: bool,
-        scope: Option<&Scope>,
-    ) -> Result<Call> {
-        let rank = self.group.rank();
-        let (rows, passages) = (self.rows[rank].clone(), self.passages[rank].clone());
-        let mut call = own.without_lists();
-        let ids = |given: &Option<Vec<i64>>| given.clone().unwrap_or_default().into_iter();
-        if query_ids {
-            call.query_ids = Some(self.list(Tower::Query, ids(&own.query_ids))?);
-        }
-        if passage_ids {
-            call.passage_ids = Some(self.list(Tower::Passage, ids(&own.passage_ids))?);
-        }
-        if weights {
-            let weight = |i: usize| own.weights.as_ref().map_or(1.0, |weights| weights[i]);
-            call.weights = Some(self.list(Tower::Query, (0..rows.len()).map(weight))?);
-        }
-        if let Some(&scope) = scope {
-            let owner = |n: usize| match own.owners.as_ref().map_or(-1, |(owners, _)| owners[n]) {
-                -1 => -1,
-                owner => owner + rows.start as i32,
-            };
-            let owners = self.list(Tower::Passage, (0..passages.len()).map(owner))?;
-            call.owners = Some((owners, scope));
-        }
+    /// This rank's lists, one behind the other, in the order in which [`Lists::gather`] takes them.
+    fn words(&self, own: &Call, rows: &Range<usize>, passages: &Range<usize>) -> Vec<u64> {
         let positive = |i: usize| own.positives.as_ref().map_or(i, |positives| positives[i] as usize);
-        let positives = (0..rows.len()).map(|i| (passages.start + positive(i)) as u32);
-        call.positives = Some(self.list(Tower::Query, positives)?);
-        Ok(call)
+        let mut words: Vec<u64> = (0..rows.len()).map(|i| (passages.start + positive(i)) as u64).collect();
+        let ids = |given: &Option<Vec<i64>>| given.clone().unwrap_or_default().into_iter().map(|id| id as u64);
+        if self.query_ids {
+            words.extend(ids(&own.query_ids));
+        }
+        if self.weights {
+            let weight = |i: usize| own.weights.as_ref().map_or(1.0, |weights| weights[i]);
+            words.extend((0..rows.len()).map(|i| u64::from(weight(i).to_bits())));
+        }
+        if self.passage_ids {
+            words.extend(ids(&own.passage_ids));
+        }
+        if self.owners.is_some() {
+            let owner = |n: usize| match own.owners.as_ref().map_or(-1, |(owners, _)| i64::from(owners[n])) {
+                -1 => -1,
+                owner => owner + rows.start as i64,
+            };
+            words.extend((0..passages.len()).map(|n| owner(n) as u64));
+        }
+        words
     }
 }

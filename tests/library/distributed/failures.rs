@@ -251,5 +251,5 @@ fn an_engine_may_fail_at_any_exchange() {
         }
         cuts += 1;
     }
-    assert!(cuts > 10, "a call has {cuts} exchanges");
+    assert_eq!(cuts, 10, "exchanges of a call");
 }

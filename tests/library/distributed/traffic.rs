@@ -3,7 +3,7 @@
 use super::spread::{Lists, SHAPES, Spread, each};
 use crate::support::data::Kind;
 use samtone::distributed::{Distributed, Group, Threads};
-use samtone::{Call, DType, Loss, Result};
+use samtone::{Call, DType, Loss, Result, Scope};
 
 /// Counts what its rank sends.
 struct Counting {
@@ -27,14 +27,18 @@ impl Group for Counting {
     }
 }
 
-/// The large messages of a rank with m of M queries and n of N passages, in bytes: (W − 1)·(m + n)·d elements, which each of the others
-/// needs; (N − n)·d numbers of f32, gradients of the others' passages; K·(M − m) times 24 bytes and (W − 1)·K·m times 80, sums. All else
-/// has a size of its own: lists, and what the ranks say of themselves.
+/// What a rank with m of M queries and n of N passages sends, in bytes: (W − 1)·(m + n)·d elements, which each of the others needs; (N − n)·d
+/// numbers of f32, gradients of the others' passages; K·(M − m) times 24 and (W − 1)·K·m times 80, sums; (W − 1) times 8 for each entry of a
+/// list; and four times (W − 1)·72, whether the rank has failed and what it has.
 #[test]
 fn a_rank_sends_what_the_formula_says() {
-    for (shapes, dtype) in SHAPES.into_iter().zip([DType::F32, DType::F16, DType::BF16].into_iter().cycle()) {
+    let lists =
+        [Lists::default(), Lists { shared_positives: true, ids: true, weights: true, owners: Some(Scope::Own) }];
+    let dtypes = [DType::F32, DType::F16, DType::BF16];
+    for (at, shapes) in SHAPES.into_iter().enumerate() {
+        let (dtype, lists) = (dtypes[at % 3], lists[at % 2]);
         let call = Call::new(Loss::samtone_both(), 0.1).with_prefixes([20, 64]);
-        let spread = Spread::new(&call, Kind::Random, shapes, 64, 5, Lists::default());
+        let spread = Spread::new(&call, Kind::Random, shapes, 64, 5, lists);
         let (w, d, k) = (shapes.len(), 64, 2);
         let [m, n] = [spread.whole.rows, spread.whole.passages];
         let sent = each(Threads::group(w), &spread.parts, |inner, part| {
@@ -42,36 +46,16 @@ fn a_rank_sends_what_the_formula_says() {
             part.run(&mut rank, dtype, 1.0).unwrap();
             rank.into_group().sent
         });
-        for ((sent, &(own_m, own_n)), texts) in
-            sent.iter().zip(shapes).zip(spread.parts.iter().map(|p| options(&p.call)))
-        {
+        for (sent, &(own_m, own_n)) in sent.iter().zip(shapes) {
             let embeddings = (w - 1) * (own_m + own_n) * d * dtype.bytes();
             let gradients = (n - own_n) * d * 4;
             let sums = k * (m - own_m) * 24 + (w - 1) * k * own_m * 80;
-            let positives = (w - 1) * own_m * 4;
-            // Heads, the length of the options, and four times whether the rank has failed.
-            let words = (w - 1) * (8 + 1 + 4) * 8;
+            let [of_rows, of_passages] = if lists.ids { [3, 2] } else { [1, 0] };
+            let entries = (w - 1) * (of_rows * own_m + of_passages * own_n) * 8;
+            let agreements = (w - 1) * 4 * 72;
             let all: usize = sent.iter().sum();
-            assert_eq!(all - embeddings - gradients - sums - positives - words, (w - 1) * texts, "{shapes:?}");
+            assert_eq!(all, embeddings + gradients + sums + entries + agreements, "{shapes:?}");
+            assert_eq!(sent.len(), (w - 1) * 10, "exchanges");
         }
     }
-}
-
-/// Bytes of the options as the ranks send them; they do not grow with the batch.
-fn options(call: &Call) -> usize {
-    let sizes: Vec<_> = [2, 3].map(|rows| text_bytes(call, rows)).into();
-    assert_eq!(sizes[0], sizes[1]);
-    sizes[0]
-}
-
-/// The one message of two ranks whose size is none of the others: from a call of `rows` pairs.
-fn text_bytes(call: &Call, rows: usize) -> usize {
-    let spread = Spread::new(call, Kind::Random, &[(rows, rows); 2], 64, 5, Lists::default());
-    let sent = each(Threads::group(2), &spread.parts, |inner, part| {
-        let mut rank = Distributed::new(Counting { inner, sent: Vec::new() });
-        part.run(&mut rank, DType::F32, 1.0).unwrap();
-        rank.into_group().sent
-    });
-    // Agreement, head, length of the text, text.
-    sent[0][3]
 }
