@@ -124,12 +124,11 @@ pub(crate) fn option_texts(call: &Call) -> Vec<(&'static str, String)> {
     let call = call.without_lists();
     let pairs = Pairs::of(&call, 1, 1);
     // No prefix is longer than this.
-    let identity = Identity::new(&pairs, &Keys::new(&pairs), DType::F32, i32::MAX as usize);
-    let parts = identity.parts().into_iter().filter(|(name, _)| !name.is_empty());
-    let none = call.prefixes.is_none();
-    parts
-        .map(|(name, value)| if none && name == "`prefixes`" { (name, "none".into()) } else { (name, value) })
-        .collect()
+    let mut identity = Identity::new(&pairs, &Keys::new(&pairs), DType::F32, i32::MAX as usize);
+    if call.prefixes.is_none() {
+        identity.prefixes.clear(); // the whole embedding, whose length is not known here
+    }
+    identity.parts().into_iter().filter(|(name, _)| !name.is_empty()).collect()
 }
 
 struct Groups<'a>(&'a [Group]);
@@ -144,6 +143,9 @@ struct Prefixes<'a>(&'a [Prefix]);
 
 impl fmt::Display for Prefixes<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("none");
+        }
         let one = |p: &Prefix| format!("{} (weight {})", p.dim, p.weight);
         write!(f, "{}", self.0.iter().map(one).collect::<Vec<_>>().join(", "))
     }

@@ -57,7 +57,7 @@ fn ends(task: &str) -> Result<(), Failed> {
     let output = run(task, 3)?;
     let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     // `mpirun` numbers ranks, and names the process of one that exits by both.
-    let named = ["rank 1", "Rank 1", ",1]"].iter().any(|name| said.contains(name));
+    let named = ["rank 1", "Rank 1", "],1]"].iter().any(|name| said.contains(name));
     if !output.status.success() && named { Ok(()) } else { Err(format!("{}: {said}", output.status).into()) }
 }
 

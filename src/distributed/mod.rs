@@ -160,7 +160,7 @@ impl<G: Group> Distributed<G> {
     /// # Errors
     /// As [`Distributed::loss_and_gradients`].
     pub fn evaluate(&mut self, part: &Part<'_>) -> Result<Evaluation> {
-        Ok(self.run(part, Wanted::Evaluation, GradientBuffers::default())?.0)
+        Ok(self.run(part, Wanted::Evaluation, Ok(GradientBuffers::default()))?.0)
     }
 
     /// Loss and metrics of the whole batch, and the gradients of this rank's rows, times `upstream` and what [`Reduction`] says. Every rank
@@ -181,7 +181,7 @@ impl<G: Group> Distributed<G> {
         let buffers = room.and_then(|()| {
             Ok(GradientBuffers { query: buffer(query, shapes[0])?, passage: buffer(passage, shapes[1])? })
         });
-        let (evaluation, temperature) = self.run_with(part, Wanted::Gradients { upstream }, buffers)?;
+        let (evaluation, temperature) = self.run(part, Wanted::Gradients { upstream }, buffers)?;
         let [query, passage] = vectors;
         Ok(LossAndGradients { evaluation, gradients: Gradients { query, passage, temperature } })
     }
@@ -196,7 +196,7 @@ impl<G: Group> Distributed<G> {
         upstream: f64,
         buffers: GradientBuffers<'_>,
     ) -> Result<(Evaluation, TemperatureGradient)> {
-        self.run(part, Wanted::Gradients { upstream }, buffers)
+        self.run(part, Wanted::Gradients { upstream }, Ok(buffers))
     }
 
     /// Takes part in the call that the other ranks make, where this rank cannot: it has failed before, and `reason` says how. Every rank
@@ -216,17 +216,8 @@ impl<G: Group> Distributed<G> {
         self.guarded(|this| all_reduce(&mut this.group, numbers))
     }
 
-    fn run(
-        &mut self,
-        part: &Part<'_>,
-        wanted: Wanted,
-        buffers: GradientBuffers<'_>,
-    ) -> Result<(Evaluation, TemperatureGradient)> {
-        self.run_with(part, wanted, Ok(buffers))
-    }
-
     /// `buffers` may be why this rank fails.
-    fn run_with(
+    fn run(
         &mut self,
         part: &Part<'_>,
         wanted: Wanted,

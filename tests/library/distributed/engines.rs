@@ -1,10 +1,10 @@
 //! Engines that fail, ranks that leave or give up, and errors that must say where.
 
-use super::spread::{Lists, SHAPES, Spread, each, same_error};
+use super::spread::{Lists, SHAPES, Spread, Tapped, each, same_error};
 use crate::support::data::Kind;
 use crate::support::problem::Buffer;
 use samtone::distributed::{Distributed, Group, Reduction, Threads};
-use samtone::{DType, Error, Result, Scope};
+use samtone::{DType, Error, Scope};
 use std::time::{Duration, Instant};
 
 #[test]
@@ -21,47 +21,23 @@ fn a_rank_gives_up_while_the_others_sum() {
     }
 }
 
-/// An engine with errors of its own.
-struct Odd {
-    inner: Threads,
-    left: usize,
-    calls: usize,
-}
-
-impl Group for Odd {
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn size(&self) -> usize {
-        self.inner.size()
-    }
-
-    fn exchange(&mut self, to: usize, out: &[u8], from: usize, into: &mut [u8]) -> Result<()> {
-        self.calls += 1;
-        match self.left.checked_sub(1) {
-            Some(left) => self.left = left,
-            None => return Err(Error::Framework { framework: "NCCL", call: "ncclSend", reason: "gone".into() }),
-        }
-        self.inner.exchange(to, out, from, into)
-    }
-}
-
 #[test]
 fn an_engine_that_failed_is_not_used_again_and_nothing_is_written() {
     let spread = Spread::preset("samtone_both", Kind::Random, SHAPES[1], Lists::default());
     for reduction in [Reduction::Sum, Reduction::Mean] {
         for left in 0.. {
             let results = each(Threads::group(2), &spread.parts, |inner, part| {
-                let left = if inner.rank() == 1 { left } else { usize::MAX };
-                let mut rank = Distributed::new(Odd { inner, left, calls: 0 }).with_reduction(reduction);
+                // An error that only this engine has.
+                let gone = Error::Framework { framework: "NCCL", call: "ncclSend", reason: "gone".into() };
+                let end = if inner.rank() == 1 { Tapped::new(inner).cut(left, gone) } else { Tapped::new(inner) };
+                let mut rank = Distributed::new(end).with_reduction(reduction);
                 let nan = |x: &[f64]| Buffer::new(DType::F32, &vec![f64::NAN; x.len()]);
                 let mut gradients = [nan(&part.query), nan(&part.passage)];
                 let failed = part.run_into(&mut rank, DType::F32, 1.0, &mut gradients, [true; 2]).err()?;
                 assert!(gradients.iter().all(|x| x.to_f64().iter().all(|x| x.is_nan())), "{left}: written");
-                let calls = rank.group().calls;
+                let calls = rank.group().sent.len();
                 assert_eq!(part.run(&mut rank, DType::F32, 1.0).unwrap_err(), failed);
-                assert_eq!(rank.group().calls, calls, "{left}: used again");
+                assert_eq!(rank.group().sent.len(), calls, "{left}: used again");
                 Some(failed)
             });
             if results[1].is_none() {

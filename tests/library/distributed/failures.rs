@@ -1,9 +1,9 @@
 //! A rank that fails is named on every rank, and nobody waits for ever.
 
-use super::spread::{Lists, Local, SHAPES, Spread, each, same_error};
+use super::spread::{Lists, Local, SHAPES, Spread, Tapped, each, same_error};
 use crate::support::data::Kind;
 use samtone::distributed::{Distributed, Group, Part, Reduction, Threads};
-use samtone::{Call, DType, Error, Loss, NoNegative, Result, Scope, ZeroNorm};
+use samtone::{Call, DType, Error, Loss, NoNegative, Scope, ZeroNorm};
 use std::time::Duration;
 
 fn good() -> Spread {
@@ -209,30 +209,6 @@ fn a_rank_may_give_up_before_its_call() {
     assert_eq!(same_error(results), Error::Rank { rank: 1, reason: "its encoder is out of memory".into() });
 }
 
-/// Fails in its n-th exchange, as an engine does whose network is gone.
-struct Broken {
-    inner: Threads,
-    left: usize,
-}
-
-impl Group for Broken {
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn size(&self) -> usize {
-        self.inner.size()
-    }
-
-    fn exchange(&mut self, to: usize, out: &[u8], from: usize, into: &mut [u8]) -> Result<()> {
-        match self.left.checked_sub(1) {
-            Some(left) => self.left = left,
-            None => return Err(Error::Engine { engine: "a network", reason: "its cable is cut".into() }),
-        }
-        self.inner.exchange(to, out, from, into)
-    }
-}
-
 /// Wherever the network is cut, every rank ends with an error.
 #[test]
 fn an_engine_may_fail_at_any_exchange() {
@@ -240,8 +216,9 @@ fn an_engine_may_fail_at_any_exchange() {
     let mut cuts = 0;
     loop {
         let results = each(Threads::group(2), &spread.parts, |inner, part| {
-            let left = if inner.rank() == 1 { cuts } else { usize::MAX };
-            part.run(&mut Distributed::new(Broken { inner, left }), DType::F32, 1.0).map(drop)
+            let gone = Error::Engine { engine: "a network", reason: "its cable is cut".into() };
+            let end = if inner.rank() == 1 { Tapped::new(inner).cut(cuts, gone) } else { Tapped::new(inner) };
+            part.run(&mut Distributed::new(end), DType::F32, 1.0).map(drop)
         });
         match &results[..] {
             [Ok(()), Ok(())] => break,

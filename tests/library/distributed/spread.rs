@@ -195,6 +195,43 @@ impl Local {
     }
 }
 
+/// An end of a group that notes how many bytes it is asked to send, and whose network may be cut.
+pub struct Tapped {
+    inner: Threads,
+    pub sent: Vec<usize>,
+    cut: Option<(usize, Error)>,
+}
+
+impl Tapped {
+    pub fn new(inner: Threads) -> Self {
+        Self { inner, sent: Vec::new(), cut: None }
+    }
+
+    /// After `left` exchanges every further one fails with `error`.
+    pub fn cut(self, left: usize, error: Error) -> Self {
+        Self { cut: Some((left, error)), ..self }
+    }
+}
+
+impl Group for Tapped {
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.inner.size()
+    }
+
+    fn exchange(&mut self, to: usize, out: &[u8], from: usize, into: &mut [u8]) -> Result<()> {
+        assert!(to != self.rank() && from != self.rank() && self.size() > 1);
+        self.sent.push(out.len());
+        match &self.cut {
+            Some((left, error)) if self.sent.len() > *left => Err(error.clone()),
+            _ => self.inner.exchange(to, out, from, into),
+        }
+    }
+}
+
 /// What all ranks have together: gradients behind one another, temperature gradients added up.
 pub fn joined(ranks: &[Outputs]) -> Outputs {
     let sum = |of: fn(&Outputs) -> f64| ranks.iter().map(of).sum();

@@ -1,31 +1,9 @@
 //! What a rank sends is what docs/distributed.md says.
 
-use super::spread::{Lists, SHAPES, Spread, each};
+use super::spread::{Lists, SHAPES, Spread, Tapped, each};
 use crate::support::data::Kind;
-use samtone::distributed::{Distributed, Group, Threads};
-use samtone::{Call, DType, Loss, Result, Scope};
-
-/// Counts what its rank sends.
-struct Counting {
-    inner: Threads,
-    sent: Vec<usize>,
-}
-
-impl Group for Counting {
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn size(&self) -> usize {
-        self.inner.size()
-    }
-
-    fn exchange(&mut self, to: usize, out: &[u8], from: usize, into: &mut [u8]) -> Result<()> {
-        assert!(to != self.rank() && from != self.rank() && self.size() > 1);
-        self.sent.push(out.len());
-        self.inner.exchange(to, out, from, into)
-    }
-}
+use samtone::distributed::{Distributed, Threads};
+use samtone::{Call, DType, Loss, Scope};
 
 /// What a rank with m of M queries and n of N passages sends, in bytes: (W − 1)·(m + n)·d elements, which each of the others needs; (N − n)·d
 /// numbers of f32, gradients of the others' passages; K·(M − m) times 24 and (W − 1)·K·m times 80, sums; (W − 1) times 8 for each entry of a
@@ -42,7 +20,7 @@ fn a_rank_sends_what_the_formula_says() {
         let (w, d, k) = (shapes.len(), 64, 2);
         let [m, n] = [spread.whole.rows, spread.whole.passages];
         let sent = each(Threads::group(w), &spread.parts, |inner, part| {
-            let mut rank = Distributed::new(Counting { inner, sent: Vec::new() });
+            let mut rank = Distributed::new(Tapped::new(inner));
             part.run(&mut rank, dtype, 1.0).unwrap();
             rank.into_group().sent
         });

@@ -174,19 +174,9 @@ def evaluate(
     return evaluation._replace(prefixes=Prefixes(dims, losses, Metrics(*metrics[:2]), Metrics(*metrics[2:])))
 
 
-def _outputs(
-    query: Tensor,
-    passage: Tensor,
-    loss: str | Loss,
-    temperature: float | Tensor | None,
-    log_beta: float | Tensor | None,
-    vectors: tuple[Any, ...],
-    shared_ids: bool,
-    options: Options,
-    row_losses: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, str]:
-    """Loss, results and row losses, after arguments have been checked, and the text of loss and options."""
-    given = (query, passage, loss, temperature, log_beta, vectors, shared_ids, options)
+def _outputs(*given: Any, row_losses: bool = True) -> tuple[Tensor, Tensor, Tensor, str]:
+    """Loss, results and row losses, from the arguments of `_inputs`, and the text of loss and options."""
+    options: Options = given[-1]
     group = processes.name_of(options.get("group"))
     if group is None or torch.compiler.is_compiling():
         inputs = _inputs(*given)
